@@ -1,0 +1,64 @@
+# What one runs here. Needs make and a python3 of 3.11 or newer; `make install` brings the rest into .venv.
+PYTHON ?= python3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+FLOOR := .venv-floor
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo bench lint format test test-slow test-floor clean
+
+help:
+	@echo "make install     create .venv with the package, the experiments and the tools, in the versions of constraints.txt"
+	@echo "make demo        compare the learning rules on handwritten digits"
+	@echo "make test        lint, types, and every test that is not slow: what CI runs"
+	@echo "make lint        lint and types alone"
+	@echo "make format      let ruff sort imports and mend what it can"
+	@echo "make test-slow   the slow tests"
+	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
+	@echo "make bench       time and memory of every rule"
+	@echo "make clean       remove the environments and caches"
+
+# The stamp is made last, so that an interrupted install is done again.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[experiments,dev]'
+	touch $(1)/.installed
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(FLOOR)/.installed: pyproject.toml constraints-floor.txt
+	$(call install,$(FLOOR),constraints-floor.txt)
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/python -m experiments.compare
+
+bench: install
+	$(BIN)/python -m experiments.benchmark
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) $(FLOOR) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find lrules tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

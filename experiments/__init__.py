@@ -1,0 +1,1 @@
+"""Programs on top of lrules: ``train``, ``compare`` and ``benchmark``, and the library that they share."""

@@ -1,0 +1,212 @@
+"""What the programs share: flags, errors without a traceback, provenance, tables and result files."""
+
+import csv
+import datetime
+import functools
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags, logging
+from experiments import data, loop, models, plots
+from experiments.errors import InputError, nearest
+
+FLAGS = flags.FLAGS
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "rmsprop": optax.rmsprop,
+}
+SCHEDULES = ("constant", "cosine", "halfway")
+
+
+def define_training_flags(*, epochs: int, seeds: int, output: str) -> None:
+    """The flags of a program that trains; it then adopts them with `flags.adopt_module_key_flags(cli)` for its --help."""
+    flags.DEFINE_string("dataset", "digits", "digits (embedded), npz:FILE, or a TFDS name such as mnist or cifar10.")
+    flags.DEFINE_string("data_dir", None, "Where prepared TFDS sets lie (default: ~/tensorflow_datasets).")
+    flags.DEFINE_float("validation", 0.0, "Evaluate on this fraction of the training set instead of the test set (tuning).")
+    flags.DEFINE_string("model", "mlp", f"One of {', '.join(models.MODELS)}.")
+    flags.DEFINE_list("widths", ["128", "128", "128"], "The MLP's hidden widths.")
+    flags.DEFINE_string("activation", "relu", f"The MLP's activation: {', '.join(models.ACTIVATIONS)}.")
+    flags.DEFINE_integer("epochs", epochs, "Passes over the training set.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Examples in a step.", lower_bound=1)
+    flags.DEFINE_string("optimizer", "adam", f"One of {', '.join(OPTIMIZERS)} (momentum: SGD with 0.9).")
+    flags.DEFINE_string("schedule", "constant", "Learning rate: constant, cosine (to 0), or halfway (x0.1 half-way).")
+    flags.DEFINE_float("weight_decay", 0.0, "This much of each weight is added to its gradient.", lower_bound=0)
+    flags.DEFINE_integer("seeds", seeds, "How many seeds to train at once.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
+    flags.DEFINE_bool("check_nan", False, "Stop with an error when the loss becomes NaN or Inf.")
+    flags.DEFINE_string("output", output, "Folder for the results.")
+
+
+def dataset_from_flags() -> data.Dataset:
+    """The data set that the flags ask for."""
+    dataset = data.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    return data.hold_out(dataset, FLAGS.validation, seed=FLAGS.seed) if FLAGS.validation else dataset
+
+
+def task_from_flags(dataset: data.Dataset) -> loop.Task:
+    """The model that the flags ask for, fitted to the data."""
+    options = {"widths": positive_integers("widths", FLAGS.widths), "activation": FLAGS.activation}
+    return loop.task(lambda rngs: models.build(FLAGS.model, dataset.shape, dataset.classes, rngs=rngs, **options))
+
+
+def optimizer_from_flags(rate: float, dataset: data.Dataset) -> optax.GradientTransformation:
+    """The optimizer, schedule and weight decay that the flags ask for, at a learning rate."""
+    if FLAGS.optimizer not in OPTIMIZERS:
+        raise InputError(f"There is no optimizer '{FLAGS.optimizer}': {nearest(FLAGS.optimizer, OPTIMIZERS)}")
+    if FLAGS.schedule not in SCHEDULES:
+        raise InputError(f"There is no schedule '{FLAGS.schedule}': {nearest(FLAGS.schedule, SCHEDULES)}")
+    steps = FLAGS.epochs * loop.steps_per_epoch(dataset, FLAGS.batch_size)
+    schedule: Any = {
+        "constant": rate,
+        "cosine": optax.cosine_decay_schedule(rate, steps),
+        "halfway": optax.piecewise_constant_schedule(rate, {steps // 2: 0.1}),
+    }[FLAGS.schedule]
+    return optax.chain(optax.add_decayed_weights(FLAGS.weight_decay), OPTIMIZERS[FLAGS.optimizer](schedule))
+
+
+def positive_integers(flag: str, values: Iterable[str]) -> list[int]:
+    """The numbers of a list flag."""
+    values = [v.strip() for v in values if v.strip()]
+    wrong = [v for v in values if not v.isdecimal() or int(v) < 1]
+    if wrong:
+        raise InputError(f"--{flag} holds '{wrong[0]}': give positive whole numbers, as in --{flag}=128,128.")
+    return [int(v) for v in values]
+
+
+def numbers(flag: str, values: Iterable[str]) -> list[float]:
+    """The positive numbers of a list flag."""
+    try:
+        rates = [float(v) for v in values if v.strip()]
+    except ValueError:
+        raise InputError(f"--{flag}={','.join(values)} is no list of numbers: write it as --{flag}=0.001,0.003.") from None
+    if any(not 0 < r < float("inf") for r in rates):
+        raise InputError(f"--{flag}={','.join(values)} holds a number that is not positive: write it as --{flag}=0.001,0.003.")
+    return rates
+
+
+def run(main: Callable[[], None]) -> None:
+    """`absl.app.run`, with bad input as one sentence and a non-zero exit in place of a traceback."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1:
+            sys.exit(f"Error: '{argv[1]}' is no flag: write flags as --name=value and see them with --help.")
+        try:
+            main()
+        except InputError as error:
+            sys.exit(f"Error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("Interrupted.")
+
+    app.run(guarded)
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """Versions, device, seed, command and time: what it takes to repeat a result."""
+    packages = ("lrules", "jax", "jaxlib", "flax", "optax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "seed": seed,
+        "device": describe_device(),
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe_device() -> str:
+    """The accelerator's name, or the processor's with its number of cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    rows = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
+        for row in rows
+    ]
+    rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def output_folder() -> pathlib.Path:
+    """The results folder, made where it does not exist."""
+    folder = pathlib.Path(FLAGS.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be made ({error.strerror}): give another --output.") from None
+    return folder
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write valid JSON: arrays as lists, NaN and Inf as null."""
+    path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows under a header."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {str(k): _plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case np.ndarray() | np.generic() | jax.Array():
+            return _plain(np.asarray(value).tolist())
+        case float() if not np.isfinite(value):
+            return None
+    return value
+
+
+def write_results(
+    folder: pathlib.Path, results: Mapping[str, Any], histories: Mapping[str, Sequence[loop.Record]], title: str
+) -> None:
+    """Write metrics.json (results, settings, provenance), curves.csv (one row a rule, seed and epoch) and curves.png."""
+    settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+    write_json(folder / "metrics.json", {"provenance": provenance(FLAGS.seed), "settings": settings, **results})
+    figures = ("train_loss", "test_loss", "accuracy", "angle")
+    rows = [
+        (name, FLAGS.seed + i, record.epoch, *(float(getattr(record, figure)[i]) for figure in figures))
+        for name, records in histories.items()
+        for record in records
+        for i in range(FLAGS.seeds)
+    ]
+    write_csv(folder / "curves.csv", ("rule", "seed", "epoch", *figures), rows)
+    plots.learning_curves(folder / "curves.png", histories, title)

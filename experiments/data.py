@@ -1,0 +1,161 @@
+"""Data sets: scikit-learn's `digits` (embedded, the default), `npz:FILE`, or the name of a TFDS set.
+
+Images keep the dtype they are stored in, so that uint8 stays small on the device; `scale` turns a batch into floats.
+"""
+
+import pathlib
+import zipfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from experiments.errors import InputError, nearest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+NAMES = ("x_train", "y_train", "x_test", "y_test")
+
+
+class Dataset(NamedTuple):
+    """Inputs [examples, ...] (images: [examples, height, width, channels]) and integer labels [examples]."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: int
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        return self.x_train.shape[1:]
+
+
+def load(source: str, *, data_dir: str | None = None) -> Dataset:
+    """Load and check a data set: `digits`, `npz:FILE`, or a TFDS name prepared below `data_dir`."""
+    if source == "digits":
+        return _digits()
+    if source.startswith("npz:"):
+        return _npz(source.removeprefix("npz:"))
+    return _tfds(source, data_dir)
+
+
+def scale(x: jax.Array | np.ndarray) -> jax.Array:
+    """A batch as floats: uint8 is divided by 255, floats stay as they are."""
+    return jnp.asarray(x, jnp.float32) / 255 if x.dtype == jnp.uint8 else jnp.asarray(x)
+
+
+def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
+    """The same set with a stratified fraction of the training examples in place of the test examples, for tuning."""
+    if not 0 < fraction < 1:
+        raise InputError(f"The validation fraction {fraction:g} is out of range: give one between 0 and 1.")
+    return _split(data.x_train, data.y_train, fraction, data.classes, data.name, seed)
+
+
+def check(data: Dataset) -> Dataset:
+    """The set itself, with images [examples, height, width] given a channel axis, or an error that names what is wrong."""
+    x_train, y_train, x_test, y_test, classes, name = data
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
+            raise InputError(f"x_{part} of {name} has dtype {x.dtype}: save it as uint8 (then scaled to [0, 1]) or as floats.")
+        if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
+            raise InputError(
+                f"y_{part} of {name} has dtype {y.dtype} and shape {y.shape}: save class numbers, integers of shape [examples]."
+            )
+        if x.ndim < 2 or not x.size:
+            raise InputError(f"x_{part} of {name} has shape {x.shape}: save it as [examples, ...], with one example at least.")
+        if len(x) != len(y):
+            raise InputError(f"x_{part} of {name} holds {len(x)} examples but y_{part} {len(y)}: save one label per example.")
+        if x.dtype != np.uint8 and not np.isfinite(x).all():
+            raise InputError(f"x_{part} of {name} holds NaN or Inf: remove or replace those values.")
+        wrong = y[(y < 0) | (y >= classes)]
+        if len(wrong):
+            raise InputError(
+                f"y_{part} of {name} holds the label {wrong[0]}, outside the classes 0 to {classes - 1} of the training "
+                "labels: number the classes from 0 and keep to those in y_train."
+            )
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise InputError(
+            f"x_train and x_test of {name} hold examples of different shapes, {x_train.shape[1:]} and {x_test.shape[1:]}: "
+            "bring them to one shape."
+        )
+    if x_train.ndim == 3:
+        data = data._replace(x_train=x_train[..., None], x_test=x_test[..., None])
+    return data._replace(x_train=_float32(data.x_train), x_test=_float32(data.x_test),
+                         y_train=y_train.astype(np.int32), y_test=y_test.astype(np.int32))
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+    return x if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def _split(x: np.ndarray, y: np.ndarray, fraction: float, classes: int, name: str, seed: int) -> Dataset:
+    """Hold out a stratified fraction as the test set."""
+    try:
+        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=fraction, stratify=y, random_state=seed)
+    except ValueError as error:
+        raise InputError(f"Holding out {fraction:g} of the training examples of {name} failed: {error}") from None
+    return Dataset(x_train, y_train, x_test, y_test, classes, name)
+
+
+def _digits() -> Dataset:
+    """1,797 real handwritten digits of 8x8 pixels, a fifth of them (always the same) for the test."""
+    digits = load_digits()
+    images = (digits.images / 16).astype(np.float32)[..., None]
+    return check(_split(images, digits.target, 0.2, 10, "digits", seed=0))
+
+
+def _npz(file: str) -> Dataset:
+    """Arrays x_train, y_train, x_test and y_test of an npz file; the classes are 0 to the largest training label."""
+    path = pathlib.Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give --dataset=npz:FILE with the arrays {', '.join(NAMES)}.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in NAMES if name not in arrays]
+            if missing:
+                raise InputError(f"{path} lacks the array {missing[0]}: save {', '.join(NAMES)} with numpy.savez.")
+            x_train, y_train, x_test, y_test = (arrays[name] for name in NAMES)
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile):
+        raise InputError(f"{path} is no npz file of plain arrays: save {', '.join(NAMES)} with numpy.savez.") from None
+    classes = int(y_train.max()) + 1 if y_train.size and np.issubdtype(y_train.dtype, np.integer) else 0
+    return check(Dataset(x_train, y_train, x_test, y_test, classes, path.name))
+
+
+def _tfds(name: str, data_dir: str | None) -> Dataset:
+    """A prepared TFDS set, read without TensorFlow; its test split, or else its validation split, is the test set."""
+    import tensorflow_datasets as tfds  # slow to import
+
+    known = ["digits", "npz:FILE", *tfds.list_builders(with_community_datasets=False)]
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(f"There is no data set '{name}': {nearest(name, known, most=2)}") from None
+    except ValueError as error:
+        raise InputError(f"There is no data set '{name}': {str(error).splitlines()[0]}") from None
+    try:
+        sources: Any = builder.as_data_source()
+    except (NotImplementedError, AssertionError, ValueError, OSError):
+        where = f", data_dir={data_dir!r}" if data_dir else ""
+        raise InputError(
+            f"The data set '{name}' is not prepared for reading in {builder.data_dir}: run python -c \"import "
+            f"tensorflow_datasets as tfds; tfds.data_source('{name}'{where})\" once (some sets need tensorflow-cpu for it)."
+        ) from None
+    keys = builder.info.supervised_keys
+    if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
+        raise InputError(f"The data set '{name}' is not one of labelled classes: use one that is, such as mnist or cifar10.")
+    test = "test" if "test" in sources else "validation"
+    if "train" not in sources or test not in sources:
+        raise InputError(f"The data set '{name}' has the splits {', '.join(sources)}: use one with train and test.")
+    arrays = []
+    for split in ("train", test):
+        rows = [(row[keys[0]], row[keys[1]]) for row in tqdm(sources[split], desc=f"reading {name} {split}", leave=False)]
+        if len({np.shape(x) for x, _ in rows}) != 1:
+            raise InputError(f"The data set '{name}' holds examples of several shapes: resize them and use npz:FILE.")
+        arrays += [np.stack([x for x, _ in rows]), np.array([y for _, y in rows])]
+    return check(Dataset(*arrays, builder.info.features[keys[1]].num_classes, name))

@@ -1,0 +1,18 @@
+"""The one exception for bad input, and the nearest name for a misspelt one."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: its text is one sentence that names the thing and the remedy; programs print it without a traceback."""
+
+
+def nearest(name: str, options: Iterable[str], *, most: int = 20) -> str:
+    """`did you mean 'x'?` where an option resembles the name, else the options themselves."""
+    options = sorted(options)
+    matches = difflib.get_close_matches(name, options, n=1)
+    if matches:
+        return f"did you mean '{matches[0]}'?"
+    listed = ", ".join(options[:most]) + (", ..." if len(options) > most else "")
+    return f"use one of: {listed}" if options else "there is none"

@@ -1,0 +1,170 @@
+"""Flax NNX models with no lrules layer inside: MLP, LeNet-5, a small CNN and ResNet-18."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from experiments.errors import InputError, nearest
+from flax import nnx
+
+Array = jax.Array
+ACTIVATIONS = {name: getattr(jax.nn, name) for name in
+               ("relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "hard_tanh", "mish")}
+MODELS = ("mlp", "lenet5", "cnn", "resnet18")
+
+
+def build(
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    *,
+    rngs: nnx.Rngs,
+    widths: Sequence[int] = (128, 128),
+    activation: str = "relu",
+    dtype: Any = jnp.float32,
+) -> nnx.Module:
+    """The named model for inputs of `shape` (without the batch axis); `widths` and `activation` are the MLP's alone."""
+    if name not in MODELS:
+        raise InputError(f"There is no model '{name}': {nearest(name, MODELS)}")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"There is no activation '{activation}': {nearest(activation, ACTIVATIONS)}")
+    if name == "mlp":
+        return MLP((math.prod(shape), *widths, classes), ACTIVATIONS[activation], rngs=rngs, dtype=dtype)
+    if len(shape) != 3:
+        raise InputError(f"{name} needs images [height, width, channels], the data have shape {tuple(shape)}: use mlp.")
+    convolutional = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18}[name]
+    return convolutional(shape, classes, rngs=rngs, dtype=dtype)
+
+
+class MLP(nnx.Module):
+    """Dense layers of widths `[inputs, hidden, ..., outputs]` with an activation between them."""
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        activation: Callable[[Array], Array] = jax.nn.relu,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+    ):
+        self.activation = activation
+        self.layers = nnx.List(
+            [nnx.Linear(m, n, rngs=rngs, dtype=dtype) for m, n in zip(widths[:-1], widths[1:], strict=True)]
+        )
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, ...] -> logits [batch, outputs]."""
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+class LeNet5(nnx.Module):
+    """LeNet-5 with ReLU and max-pooling, as in the BackMAN paper (appendix B.3).
+
+    The paper's images measure 32x32. Smaller ones are centred in a field of that size, as LeCun et al. (1998) did.
+    """
+
+    def __init__(self, shape: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        height, width, channels = shape
+        self.margins = [divmod(max(0, 32 - side), 2) for side in (height, width)]
+        flat = 16 * math.prod(((max(32, side) - 4) // 2 - 4) // 2 for side in (height, width))
+        self.conv1 = nnx.Conv(channels, 6, (5, 5), padding="VALID", rngs=rngs, dtype=dtype)
+        self.conv2 = nnx.Conv(6, 16, (5, 5), padding="VALID", rngs=rngs, dtype=dtype)
+        self.fc1 = nnx.Linear(flat, 120, rngs=rngs, dtype=dtype)
+        self.fc2 = nnx.Linear(120, 84, rngs=rngs, dtype=dtype)
+        self.out = nnx.Linear(84, classes, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> logits [batch, classes]."""
+        x = jnp.pad(x, [(0, 0), *((half, half + odd) for half, odd in self.margins), (0, 0)])
+        x = _pool(jax.nn.relu(self.conv1(x)))
+        x = _pool(jax.nn.relu(self.conv2(x)))
+        x = jax.nn.relu(self.fc1(x.reshape(x.shape[0], -1)))
+        return self.out(jax.nn.relu(self.fc2(x)))
+
+
+class CNN(nnx.Module):
+    """A small CNN for small images: two 3x3 convolutions with pooling, one hidden dense layer."""
+
+    def __init__(self, shape: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        height, width, channels = shape
+        if min(height, width) < 4:
+            raise InputError(f"cnn needs images of at least 4x4 pixels, the data have {height}x{width}: use mlp.")
+        self.conv1 = nnx.Conv(channels, 16, (3, 3), rngs=rngs, dtype=dtype)
+        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs, dtype=dtype)
+        self.fc = nnx.Linear(32 * (height // 4) * (width // 4), 128, rngs=rngs, dtype=dtype)
+        self.out = nnx.Linear(128, classes, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> logits [batch, classes]."""
+        x = _pool(jax.nn.relu(self.conv1(x)))
+        x = _pool(jax.nn.relu(self.conv2(x)))
+        x = jax.nn.relu(self.fc(x.reshape(x.shape[0], -1)))
+        return self.out(x)
+
+
+class ResNet18(nnx.Module):
+    """ResNet-18 with BatchNorm and the stem for small images: one 3x3 convolution, no pooling (He et al., 2016)."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        width: int = 64,
+    ):
+        self.stem = _conv(shape[-1], width, 3, 1, rngs, dtype)
+        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs, dtype=dtype)
+        widths = [width * 2**stage for stage in range(4) for _ in range(2)]
+        strides = [1, 1, 2, 1, 2, 1, 2, 1]
+        self.blocks = nnx.List(
+            [Block(m, n, s, rngs, dtype) for m, n, s in zip([width, *widths[:-1]], widths, strides, strict=True)]
+        )
+        self.out = nnx.Linear(widths[-1], classes, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> logits [batch, classes]."""
+        x = jax.nn.relu(self.norm(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.mean((1, 2)))
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions around a skip connection, itself a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs, dtype: Any):
+        self.conv1 = _conv(inputs, outputs, 3, stride, rngs, dtype)
+        self.norm1 = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs, dtype=dtype)
+        self.conv2 = _conv(outputs, outputs, 3, 1, rngs, dtype)
+        self.norm2 = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs, dtype=dtype)
+        self.projects = stride != 1 or inputs != outputs
+        if self.projects:
+            self.skip = _conv(inputs, outputs, 1, stride, rngs, dtype)
+            self.skip_norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, inputs] -> [batch, height / stride, width / stride, outputs]."""
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        skip = self.skip_norm(self.skip(x)) if self.projects else x
+        return jax.nn.relu(y + skip)
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Conv:
+    """A convolution without bias, for BatchNorm to follow; weights as He et al. draw them."""
+    init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+    return nnx.Conv(
+        inputs, outputs, (size, size), strides=stride, padding=size // 2,
+        use_bias=False, kernel_init=init, rngs=rngs, dtype=dtype,
+    )
+
+
+def _pool(x: Array) -> Array:
+    return nnx.max_pool(x, (2, 2), (2, 2))

@@ -1,0 +1,134 @@
+"""Learning rules by name: `backman(alpha=1.0)`, `drop_error(feedback_alignment, rate=0.5)`.
+
+An expression is parsed with `ast` and never evaluated as code: it may hold names and calls of what lrules exports as
+a rule or a modifier, names and calls of weight initialisers, and Python literals. A bare name is a call without arguments.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import lrules
+from experiments.errors import InputError, nearest
+
+Factory = Callable[..., Any]
+
+
+def rules() -> dict[str, Factory]:
+    """Every rule factory that lrules exports, by name."""
+    return _functions(_exports(), "lrules.rules")
+
+
+def modifiers() -> dict[str, Factory]:
+    """Every modifier (a function from a rule to a rule) that lrules exports, by name."""
+    return _functions(_exports(), "lrules.channel")
+
+
+def initialisers() -> dict[str, Factory]:
+    """The weight initialisers of `jax.nn.initializers` and `lrules.feedback`, by name."""
+    own = vars(lrules.feedback) if hasattr(lrules, "feedback") else {}
+    return _functions(vars(jax.nn.initializers), "jax") | _functions(own, "lrules.feedback")
+
+
+def _exports() -> dict[str, Any]:
+    return {name: getattr(lrules, name) for name in lrules.__all__}
+
+
+def _functions(names: Mapping[str, Any], module: str) -> dict[str, Factory]:
+    """Those names that are public functions, defined in the module or below it."""
+    found = {name: f for name, f in names.items() if inspect.isfunction(f) and not name.startswith("_")}
+    return {name: f for name, f in found.items() if f"{f.__module__}.".startswith(f"{module}.")}
+
+
+def argument_free_rules() -> dict[str, lrules.Rule]:
+    """Every rule whose factory needs no argument, by the factory's name and in the order of `lrules.__all__`."""
+    return {name: factory() for name, factory in rules().items() if not _required(factory)}
+
+
+def parse(expression: str) -> lrules.Rule:
+    """The rule that an expression such as `partition({"fc.*": backman(alpha=0.5), ".*": backprop})` stands for."""
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise InputError(f"The rule {expression!r} is malformed: write it as in backman(alpha=1.0).") from None
+    rule = _value(tree)
+    if not isinstance(rule, lrules.Rule):
+        raise InputError(f"{expression!r} is no rule: {nearest(expression, rules())}")
+    return rule
+
+
+def parse_list(expressions: str) -> dict[str, lrules.Rule]:
+    """Rules by their own text from a comma-separated list, in which commas inside brackets do not separate."""
+    try:
+        tree = ast.parse(f"[{expressions}]", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise InputError(f"The rules {expressions!r} are malformed: write them as in backprop,backman(alpha=1.0).") from None
+    if not isinstance(tree, ast.List):
+        raise InputError(f"The rules {expressions!r} are malformed: write them as in backprop,backman(alpha=1.0).")
+    names = [ast.unparse(node) for node in tree.elts]
+    return {name: parse(name) for name in names}
+
+
+def _value(node: ast.expr) -> Any:
+    """What an expression node stands for."""
+    match node:
+        case ast.Name(id=name):
+            return _named(name)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
+            return _call(name, [_value(a) for a in args], {str(k.arg): _value(k.value) for k in keywords})
+        case ast.Dict(keys=keys, values=values) if all(keys):
+            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return [_value(element) for element in elements]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        text = ast.unparse(node)
+        raise InputError(f"'{text}' cannot stand in a rule: use names of rules, their options and literals.") from None
+
+
+def _named(name: str) -> Any:
+    """A bare name: an initialiser as it is where it takes a key itself (`zeros`), anything else called."""
+    factory = _factory(name)
+    if next(iter(inspect.signature(factory).parameters), None) == "key":
+        return factory
+    return _call(name, [], {})
+
+
+def _factory(name: str) -> Factory:
+    known = initialisers() | modifiers() | rules()
+    if name not in known:
+        raise InputError(f"There is no rule '{name}': {nearest(name, rules() | modifiers())}")
+    return known[name]
+
+
+def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
+    """Call a factory, with one sentence for every way in which the arguments can be wrong."""
+    factory = _factory(name)
+    parameters = list(inspect.signature(factory).parameters)
+    for option in options:
+        if option not in parameters:
+            raise InputError(f"{name} has no option '{option}': {nearest(option, parameters)}")
+    missing = [p for p in _required(factory)[len(args) :] if p not in options]
+    if missing:
+        example = ", ".join([*map(_text, args), *(f"{k}={_text(v)}" for k, v in options.items()), f"{missing[0]}=..."])
+        raise InputError(f"{name} needs the option '{missing[0]}': write {name}({example}).")
+    try:
+        return factory(*args, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _required(factory: Factory) -> list[str]:
+    """The names of the parameters without a default."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(factory).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else "..."

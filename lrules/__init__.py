@@ -1,0 +1,25 @@
+"""lrules: learning rules other than backpropagation, for unmodified JAX models."""
+
+from types import ModuleType as _ModuleType
+
+from jax.ad_checkpoint import checkpoint_name as hidden
+
+from lrules import diagnostics
+from lrules.activations import activation, not_activation
+from lrules.adapters import from_linen, from_nnx
+from lrules.network import Network
+from lrules.rule import Feedback, Gradients, Rule, describe, direct, sequential, transform, value_and_grad
+from lrules.rules.backman import backman
+from lrules.rules.backprop import backprop, last_layer_only
+from lrules.rules.direct import direct_feedback_alignment
+from lrules.rules.feedback_alignment import feedback_alignment
+from lrules.rules.partition import partition
+
+__version__ = "0.1.0"
+
+_public_modules = (diagnostics,)
+__all__ = [
+    name
+    for name, value in list(globals().items())
+    if not name.startswith("_") and (not isinstance(value, _ModuleType) or value in _public_modules)
+]

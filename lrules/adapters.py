@@ -1,0 +1,230 @@
+"""Flax modules as networks: `from_nnx` and `from_linen` split a model into function, parameters and other state."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.core
+import flax.errors
+import jax
+from flax import linen as nn
+from flax import nnx
+
+from lrules.network import Network
+
+Pytree = Any
+
+
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = nnx.Param,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    with_state: bool = False,
+    batch_axes: Pytree = 0,
+) -> tuple[Network, nnx.State] | tuple[Network, nnx.State, nnx.State]:
+    """Splits an NNX model into a network and the parameters to train.
+
+    The parameters are the `nnx.State` that `nnx.split` gives: `jax.grad` with respect to them returns what
+    `nnx.Optimizer.update(model, grads)` takes, `nnx.update(model, params)` writes them back, and, holding the model's
+    own variables, they follow the model when an optimizer updates it in place. All else (flags such as `deterministic`,
+    batch statistics, random streams, variables outside `wrt`) is taken as it is now and stays so; what a call changes
+    in it is discarded, or returned with `with_state`. Variables that a call creates (sown values) are dropped.
+
+    Args:
+      model: the module, an instance.
+      wrt: the filter that selects what is trained, as in `nnx.split`: a variable type, a tuple of them, a predicate.
+      call: `call(model, inputs)`, where the model takes anything but `inputs` alone; by default `model(inputs)`.
+      with_state: let the rest of the state in and out: inputs are then `(state, inputs)`, and the new state is the
+        network's aux, so that batch statistics are kept and dropout masks advance.
+      batch_axes: where the batch lies in `inputs`, as in `Network` (the state has none).
+
+    Returns:
+      `(network, params)`, or `(network, params, state)` with `with_state`.
+
+    Raises:
+      TypeError: the model is no NNX module, or cannot be called.
+      ValueError: `wrt` selects nothing.
+
+    Warns:
+      UserWarning: when a network without state draws from a random stream, as dropout does: it draws the same numbers
+        in every step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> from flax import nnx
+      >>> net, params = lrules.from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> net(params, jnp.ones((4, 3))).shape
+      (4, 2)
+    """
+    if isinstance(model, nn.Module):
+        raise TypeError(f"{type(model).__name__} is a Linen module: use from_linen(module, variables).")
+    if isinstance(model, type) or not isinstance(model, nnx.Pytree):
+        raise TypeError(
+            f"from_nnx takes an instance of an NNX module, and got {model!r}: build the model first, "
+            "or wrap a function as Network(apply)."
+        )
+    if call is None and not callable(model):
+        raise TypeError(f"{type(model).__name__} has no __call__: give from_nnx call=lambda model, inputs: ...")
+
+    graphdef, params, *rest = nnx.split(model, wrt, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"No variable of {type(model).__name__} matches wrt={wrt}: give the type of those to train.")
+    state = jax.tree.map(lambda x: x, rest[0])  # split hands out the model's own variables: these must not follow it
+    switched_off = {path for path, module in nnx.iter_graph(model) if _is_switched_off(module)}
+
+    def run(params, state, inputs):
+        merged = nnx.merge(graphdef, params, state, copy=True)
+        outputs = merged(inputs) if call is None else call(merged, inputs)
+        return outputs, _like(state, nnx.state(merged, nnx.Not(wrt)))
+
+    def stateless(params, inputs):
+        outputs, after = run(params, state, inputs)
+        drawn = _drawn_streams(state, after, switched_off)
+        if drawn:
+            warnings.warn(
+                f"{type(model).__name__} draws from {', '.join(drawn)}, which stands still: dropout repeats its mask "
+                "in every step. Use from_nnx(..., with_state=True), or model.eval() before from_nnx.",
+                stacklevel=2,
+            )
+        return outputs
+
+    if not with_state:
+        return Network(stateless, batch_axes=batch_axes), params
+    return _stateful(run, batch_axes), params, state
+
+
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    rngs: Any = None,
+    with_state: bool = False,
+    batch_axes: Pytree = 0,
+) -> tuple[Network, Pytree] | tuple[Network, Pytree, dict[str, Any]]:
+    """Splits a Linen module and its variables into a network and the parameters to train.
+
+    The parameters are the collection `"params"`, as it was given. The other collections are held fixed; what a call
+    changes in them (batch statistics in training mode) is discarded, or returned with `with_state`.
+
+    Args:
+      module: the module.
+      variables: what `module.init` returned.
+      call: `call(module, inputs)` with the module bound to its variables, for several arguments, masks or training
+        mode: `lambda m, x: m(x[0], mask=x[1], train=True)`. By default `module(inputs)`.
+      rngs: keys for dropout and the like, as in `module.apply`: `{"dropout": key}`. With `with_state` they are part of
+        the state, under `"rngs"`, and each call leaves new ones; otherwise every call draws the same numbers.
+      with_state: let the other collections in and out: inputs are then `(state, inputs)`, and the new state is the
+        network's aux.
+      batch_axes: where the batch lies in `inputs`, as in `Network` (the state has none).
+
+    Returns:
+      `(network, params)`, or `(network, params, state)` with `with_state`, `state` a dict of collections.
+
+    Raises:
+      TypeError: `module` is no Linen module.
+      ValueError: `variables` has no collection `"params"`, or, when called, the module needs a key it was not given.
+
+    Warns:
+      UserWarning: with `rngs` and without state, as dropout then repeats its mask.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> from flax import linen as nn
+      >>> module, x = nn.Dense(2), jnp.ones((4, 3))
+      >>> net, params = lrules.from_linen(module, module.init(jax.random.key(0), x))
+      >>> net(params, x).shape
+      (4, 2)
+    """
+    if isinstance(module, nnx.Pytree):
+        raise TypeError(f"{type(module).__name__} is an NNX module: use from_nnx(model).")
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"from_linen takes an instance of a Linen module, and got {module!r}: build the module first, "
+            "or wrap a function as Network(apply)."
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        found = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"The variables of {type(module).__name__} need a collection 'params', and got {found}: give what "
+            "module.init returned, or {'params': params}."
+        )
+    params = variables["params"]
+    collections = flax.core.unfreeze({name: variables[name] for name in variables if name != "params"})
+
+    def run(params, collections, inputs, keys):
+        method = None if call is None else lambda bound, inputs: call(bound, inputs)
+        try:
+            outputs, changed = module.apply(
+                {"params": params, **collections}, inputs, rngs=keys, mutable=list(collections), method=method
+            )
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(
+                f"{type(module).__name__} draws random numbers and has no key for them: give from_linen "
+                "rngs={'dropout': key} and with_state=True, or switch dropout off in call=."
+            ) from error
+        return outputs, {name: changed.get(name, old) for name, old in collections.items()}
+
+    if not with_state:
+        if rngs is not None:
+            warnings.warn(
+                f"{type(module).__name__} is given keys that stand still: dropout repeats its mask in every step. "
+                "Use from_linen(..., rngs=rngs, with_state=True).",
+                stacklevel=2,
+            )
+        return Network(lambda params, inputs: run(params, collections, inputs, rngs)[0], batch_axes=batch_axes), params
+
+    def step(params, state, inputs):
+        if rngs is None:
+            return run(params, state, inputs, None)
+        pairs = jax.tree.map(jax.random.split, state["rngs"])
+        keys, following = (jax.tree.map(lambda pair, i=i: pair[i], pairs) for i in (0, 1))
+        outputs, after = run(params, {name: state[name] for name in state if name != "rngs"}, inputs, keys)
+        return outputs, {**after, "rngs": following}
+
+    state = collections if rngs is None else {**collections, "rngs": rngs}
+    return _stateful(step, batch_axes), params, state
+
+
+def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Network:
+    """The network of inputs `(state, inputs)` whose aux is the new state."""
+
+    def apply(params, inputs):
+        if not isinstance(inputs, tuple | list) or len(inputs) != 2:
+            raise TypeError(
+                f"A network made with with_state=True takes inputs (state, inputs), and got {type(inputs).__name__}."
+            )
+        return run(params, *inputs)
+
+    return Network(apply, has_aux=True, batch_axes=(None, batch_axes))
+
+
+def _like(state: nnx.State, after: nnx.State) -> nnx.State:
+    """`after` without the variables that `state` lacks, so that a scan over steps can carry it."""
+    known = {path for path, _ in nnx.to_flat_state(state)}
+    return nnx.from_flat_state((path, value) for path, value in nnx.to_flat_state(after) if path in known)
+
+
+def _is_switched_off(module: Any) -> bool:
+    return getattr(module, "deterministic", None) is True or getattr(module, "rate", None) == 0
+
+
+def _drawn_streams(before: nnx.State, after: nnx.State, switched_off: set[Any]) -> list[str]:
+    """The names of the random streams that the call has drawn from.
+
+    Drawing replaces a stream's count and leaves its key. Lifted transforms (nnx.jit, nnx.remat) replace both whether or
+    not they draw: there the flag of the module that holds the stream decides.
+    """
+    old, new = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state(after))
+
+    def replaced(path):
+        return path in new and jax.tree.leaves(old[path])[0] is not jax.tree.leaves(new[path])[0]
+
+    drawn = []
+    for path in old:
+        if isinstance(old[path], nnx.RngCount) and replaced(path):
+            holder, key = path[:-2], (*path[:-1], "key")
+            if not replaced(key) or not {holder, holder[:-1]} & switched_off:
+                drawn.append("/".join(map(str, path[:-1])))
+    return drawn

@@ -1,0 +1,53 @@
+"""The two ends of every comparison: backpropagation, and training the last layer alone.
+
+Backpropagation: delta_l = (W_{l+1}^T delta_{l+1}) * f'(z_l), dW_l = delta_l h_{l-1}^T.
+Last layer only: delta_l = 0 for every hidden layer l (Baldi, Sadowski, Lu 2018, section 3, the "top layer only" row).
+"""
+
+from __future__ import annotations
+
+import jax
+
+from lrules.network import Frame
+from lrules.rule import Feedback, Plain, Rule, direct
+
+
+def backprop() -> Rule:
+    """Backpropagation, as a rule: the gradient itself.
+
+    Serves any network. Without modifiers the network runs as it is, so this costs what `jax.value_and_grad` costs.
+
+    Returns:
+      The rule; its feedback is `Feedback({}, {})`.
+    """
+
+    def init(key, net, params, inputs):
+        return Feedback({}, {})
+
+    def transform(net, *, reduction="mean"):
+        def f(params, feedback, inputs, *, rng=None):
+            if not net.handlers:
+                return net(params, inputs)
+            graph = net.graph(params, inputs)
+            outputs, aux = graph.run(
+                jax.tree.leaves(params), jax.tree.leaves(inputs), handlers=net.handlers, frame=Frame()
+            )
+            return (outputs, aux) if net.has_aux else outputs
+
+        return f
+
+    return Rule(init, transform, layer=Plain())
+
+
+def last_layer_only() -> Rule:
+    """Trains only what reaches the outputs without crossing a hidden signal; everything below stays as it is.
+
+    delta_l = 0 for l < L.
+
+    Returns:
+      The rule; it needs no feedback.
+
+    References:
+      Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018).
+    """
+    return direct(None)

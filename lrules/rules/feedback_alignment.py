@@ -1,0 +1,36 @@
+"""Sequential channels with feedback weights B_l in the place of the forward weights.
+
+Feedback alignment, or random backpropagation (RBP): delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l) and
+dW_l = delta_l h_{l-1}^T, with B fixed and random (Lillicrap et al. 2014; Baldi, Sadowski, Lu 2018, section 2.2).
+"""
+
+from __future__ import annotations
+
+import jax
+
+from lrules.rule import Initializer, Rule, sequential
+
+
+def feedback_alignment(init: Initializer | None = None) -> Rule:
+    """Feedback alignment (FA), which Baldi, Sadowski and Lu call random backpropagation (RBP).
+
+    delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l)
+
+    Args:
+      init: the initializer of the feedback weights, `init(key, shape, dtype)`, applied to each layer's
+        `[fan_in, fan_out]`; default `jax.nn.initializers.glorot_normal()`.
+
+    Returns:
+      The rule. One feedback weight per parameter matrix of a layer that reads a hidden signal, of its shape.
+
+    References:
+      Lillicrap, Cownden, Tweed, Akerman: Random feedback weights support learning in deep neural networks (2014).
+      Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2.
+    """
+
+    def backward(op, w, b, x, d, layer):
+        (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
+        (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
+        return dw, dx, None
+
+    return sequential(backward, init=init or jax.nn.initializers.glorot_normal())

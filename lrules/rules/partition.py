@@ -1,0 +1,77 @@
+"""A rule per layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lrules.network import Graph
+from lrules.rule import Plain, Rule, layerwise
+
+
+def partition(rules: Mapping[str, Rule]) -> Rule:
+    """Gives each layer the rule of the first regular expression that its name matches.
+
+    A layer's rule decides what arrives at the hidden signal that the layer reads, and how its weight gradient
+    is formed. Sequential rules (backprop among them) that read one hidden signal add up there.
+
+    Args:
+      rules: regular expressions (`re.search` on the name, as `lrules.describe` prints it) to rules; the first match
+        wins.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: a rule cannot be said layer by layer; or at `init` or use, an expression matches no layer, a layer
+        matches none, or the rules of one hidden signal disagree.
+
+    Example:
+      >>> from lrules import backprop, feedback_alignment
+      >>> rule = partition({"head": backprop(), ".*": feedback_alignment()})
+    """
+    if not rules:
+        raise ValueError("partition got no rules: give at least {'.*': rule}")
+    for pattern, rule in rules.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        if not isinstance(rule, Rule):
+            raise ValueError(f"partition[{pattern!r}] is a {type(rule).__name__}, not a rule: call its factory first")
+        if rule.layer is None:
+            raise ValueError(
+                f"the rule for {pattern!r} acts on the network as a whole and cannot be given to single layers: "
+                "partition takes sequential and direct rules (put a modifier around the partition)"
+            )
+
+    def choose_for(graph: Graph):
+        names = [layer.name for layer in graph.layers]
+        first = {name: next((p for p in rules if re.search(p, name)), None) for name in names}
+        listed = ", ".join(map(repr, dict.fromkeys(names)))
+        for pattern in rules:
+            if pattern not in first.values() and names:
+                why = (
+                    "is shadowed by those before it"
+                    if any(re.search(pattern, n) for n in names)
+                    else "matches no layer"
+                )
+                raise ValueError(f"partition: {pattern!r} {why}; the layers are {listed}")
+        for name, pattern in first.items():
+            if pattern is None:
+                raise ValueError(f"partition: no pattern matches the layer {name!r}: add one, such as '.*', at the end")
+
+        def choose(name: str):
+            pattern = next((p for p in rules if re.search(p, name)), None)
+            layer = rules[pattern].layer if pattern is not None else Plain()
+            assert layer is not None
+            return layer
+
+        return choose
+
+    return layerwise(
+        choose_for,
+        layer=None,
+        additive=all(rule.additive for rule in rules.values()),
+        stochastic=any(rule.stochastic for rule in rules.values()),
+    )

@@ -1,0 +1,28 @@
+"""Sign symmetry: feedback with the signs of the forward weights (Liao, Leibo and Poggio 2016).
+
+Baldi, Sadowski and Lu 2018, section 4.2, observation 2; Lechner 2020, section 2.3. Feedback alignment with
+
+    unit (uSF)      B_k = sign(W_k)
+    random (brSF)   B_k = M_k sign(W_k),  M_k >= 0 drawn anew for every batch
+    fixed (frSF)    B_k = M_k sign(W_k),  M_k >= 0 drawn once
+
+where sign is that of the present weight, and sign(0) = 0.
+"""
+
+import numpy as np
+
+from . import feedback_alignment, nets
+
+
+def feedback(net, magnitudes=None):
+    """[None, B_1, ...]; `magnitudes` [None, M_1, ...] (brSF, frSF), absolute values taken; without them uSF."""
+    if magnitudes is None:
+        magnitudes = [None, *(np.ones(layer.kernel.shape) for layer in net[1:])]
+    return [None, *(np.abs(m) * np.sign(layer.kernel) for layer, m in zip(net[1:], magnitudes[1:], strict=True))]
+
+
+def gradients(net, magnitudes, x, e, *, modify=nets.unmodified, derivative=nets.slope):
+    """Sign symmetry; the feedback has no gradient."""
+    matrices = feedback(net, magnitudes)
+    result = feedback_alignment.gradients(net, matrices, x, e, modify=modify, derivative=derivative)
+    return result._replace(feedback=None)

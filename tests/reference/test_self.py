@@ -1,0 +1,648 @@
+"""The references against finite differences and against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from . import (
+    backman,
+    backprop,
+    channel,
+    direct,
+    dual_propagation,
+    feedback_alignment,
+    kolen_pollack,
+    losses,
+    monotone,
+    nets,
+    node_perturbation,
+    partition,
+    quantise,
+    random_target_projection,
+    sign_symmetry,
+    skipped_backprop,
+)
+
+RNG = np.random.default_rng
+
+
+def random_dense(activation, sizes=(4, 5, 3, 2), seed=0):
+    rng = RNG(seed)
+    kernels = [rng.normal(size=shape) for shape in zip(sizes[:-1], sizes[1:], strict=True)]
+    biases = [rng.normal(size=size) for size in sizes[1:]]
+    return nets.dense_net(kernels, biases, [activation] * (len(sizes) - 2))
+
+
+def random_conv(padding, stride, pool, seed=0, activation="tanh"):
+    """6x7x2 -> conv 3x2 (3 filters) -> pool -> conv 2x2 (2) -> dense 4 -> dense 2."""
+    rng = RNG(seed)
+    first = nets.conv(
+        rng.normal(size=(3, 2, 2, 3)), rng.normal(size=3), activation, stride=stride, padding=padding, pool=pool
+    )
+    second = nets.conv(rng.normal(size=(2, 2, 3, 2)), None, activation, padding="SAME")
+    features = nets.forward([first, second], np.zeros((1, 6, 7, 2))).outputs.size
+    third = nets.dense(rng.normal(size=(features, 4)), rng.normal(size=4), activation)
+    return [first, second, third, nets.dense(rng.normal(size=(4, 2)), rng.normal(size=2))]
+
+
+CONVS = [("VALID", (1, 1), None), ("VALID", (1, 1), "max"), ("SAME", (2, 1), "average"), ("SAME", (2, 2), "max")]
+
+
+def direct_shapes(net, x):
+    """Random direct feedback for `net`."""
+    trace = nets.forward(net, x)
+    outputs = trace.outputs[0].size
+    return [None, *(RNG(7).normal(size=(outputs, *r.shape[1:])) for r in trace.reads[1:])]
+
+
+def numeric(value, array, step=1e-6):
+    """Central finite differences of value() with respect to `array`, which is changed in place."""
+    gradient = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+        before = array[index]
+        array[index] = before + step
+        up = value()
+        array[index] = before - step
+        gradient[index] = (up - value()) / (2 * step)
+        array[index] = before
+    return gradient
+
+
+def check_backprop(net, x, targets):
+    def value():
+        return losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, targets))[0]
+
+    e = losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, targets))[1]
+    got = backprop.gradients(net, x, e)
+    for layer, kernel, bias in zip(net, got.kernels, got.biases, strict=True):
+        np.testing.assert_allclose(kernel, numeric(value, layer.kernel), atol=1e-6, rtol=1e-6)
+        if layer.bias is not None:
+            np.testing.assert_allclose(bias, numeric(value, layer.bias), atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(got.inputs, numeric(value, x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", nets.ACTIVATIONS)
+def test_slopes(activation):
+    z = np.concatenate([np.linspace(-8, 8, 50), RNG(0).normal(size=50)])
+    numerical = (nets.activate(activation, z + 1e-6) - nets.activate(activation, z - 1e-6)) / 2e-6
+    np.testing.assert_allclose(nets.slope(activation, z), numerical, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", nets.ACTIVATIONS)
+def test_backprop_dense(activation):
+    net = random_dense(activation)
+    check_backprop(net, RNG(1).normal(size=(3, 4)), losses.one_hot([0, 1, 1], 2))
+
+
+@pytest.mark.parametrize(("padding", "stride", "pool"), CONVS)
+def test_backprop_conv(padding, stride, pool):
+    net = random_conv(padding, stride, pool)
+    check_backprop(net, RNG(1).normal(size=(2, 6, 7, 2)), losses.one_hot([0, 1], 2))
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+def test_transposes(padding, stride):
+    """<d, op(W, r)> = <op(W, .)^T d, r> = <dW, W>."""
+    rng = RNG(0)
+    layer = nets.conv(rng.normal(size=(3, 2, 2, 3)), padding=padding, stride=stride)
+    r = rng.normal(size=(2, 6, 5, 2))
+    z = nets.multiply(layer, layer.kernel, r)
+    d = rng.normal(size=z.shape)
+    product = (d * z).sum()
+    np.testing.assert_allclose((nets.transpose(layer, layer.kernel, d, r.shape) * r).sum(), product)
+    np.testing.assert_allclose((nets.kernel_gradient(layer, r, d) * layer.kernel).sum(), product)
+
+
+def test_same_padding_by_hand():
+    """Kernel (1, 3), stride 2 over four columns: one column of zeros in all, behind. 1 2 3 | 3 4 0."""
+    layer = nets.conv(np.array([1.0, 10.0, 100.0]).reshape(1, 3, 1, 1), stride=(1, 2), padding="SAME")
+    z = nets.multiply(layer, layer.kernel, np.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 4, 1))
+    np.testing.assert_array_equal(z.ravel(), [321, 43])
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.softmax_cross_entropy, losses.sigmoid_cross_entropy, losses.half_squared_error]
+)
+def test_output_errors(loss):
+    outputs, targets = RNG(0).normal(size=(3, 4)), losses.one_hot([0, 2, 3], 4)
+    weights = np.array([2.0, 0.0, 1.0])
+    for reduce in (losses.mean, lambda v, e: losses.weighted_mean(v, e, weights)):
+        e = reduce(*loss(outputs, targets))[1]
+        numerical = numeric(lambda reduce=reduce: reduce(*loss(outputs, targets))[0], outputs)
+        np.testing.assert_allclose(e, numerical, atol=1e-8)
+
+
+# --- one example by hand ----------------------------------------------------------------------------------------------
+#
+# x = (1, 2); W0 x + b0 = (3, 1, -1), relu: (3, 1, 0); outputs (3, 1 + 1) = (3, 2); targets (1, 3): e = (2, -1).
+# The third hidden neuron is dead.
+
+X = np.array([[1.0, 2.0]])
+E = np.array([[2.0, -1.0]])
+TOP = np.array([[6.0, -3.0], [2.0, -1.0], [0.0, 0.0]])  # (3, 1, 0)^T e
+
+
+def hand_net():
+    kernels = [np.array([[1.0, 0, -1], [1, 1, 0]]), np.array([[1.0, 0], [0, 1], [1, 1]])]
+    return nets.dense_net(kernels, [np.array([0.0, -1, 0]), np.array([0.0, 1])], ["relu"])
+
+
+def test_forward_by_hand():
+    outputs = nets.forward(hand_net(), X).outputs
+    np.testing.assert_array_equal(outputs, [[3, 2]])
+    np.testing.assert_array_equal(losses.half_squared_error(outputs, [[1, 3]])[1], E)
+
+
+def test_backprop_by_hand():
+    got = backprop.gradients(hand_net(), X, E)
+    # s = e W1^T = (2, -1, 1), the dead one out: d0 = (2, -1, 0).
+    np.testing.assert_array_equal(got.kernels[0], [[2, -1, 0], [4, -2, 0]])
+    np.testing.assert_array_equal(got.kernels[1], TOP)
+    np.testing.assert_array_equal(got.biases[0], [2, -1, 0])
+    np.testing.assert_array_equal(got.inputs, [[2, 1]])
+    last = backprop.last_layer_only(hand_net(), X, E)
+    np.testing.assert_array_equal(last.kernels[1], TOP)
+    assert not last.kernels[0].any() and not last.biases[0].any() and not last.inputs.any()
+
+
+def test_feedback_alignment_by_hand():
+    feedback = [None, np.array([[1.0, 2], [-1, 1], [3, 0]])]
+    got = feedback_alignment.gradients(hand_net(), feedback, X, E, adaptive=True)
+    # s = e B^T = (2 - 2, -2 - 1, 6), d0 = (0, -3, 0).
+    np.testing.assert_array_equal(got.kernels[0], [[0, -3, 0], [0, -6, 0]])
+    np.testing.assert_array_equal(got.kernels[1], TOP)
+    np.testing.assert_array_equal(got.biases[0], [0, -3, 0])
+    np.testing.assert_array_equal(got.biases[1], [2, -1])
+    np.testing.assert_array_equal(got.inputs, [[0, -3]])
+    np.testing.assert_array_equal(got.feedback[1], TOP)
+
+
+def test_direct_by_hand():
+    feedback = [None, np.array([[1.0, 2, 3], [0, 1, -1]])]
+    got = direct.gradients(hand_net(), feedback, X, E, adaptive=True)
+    # s = e B = (2, 4 - 1, 6 + 1), d0 = (2, 3, 0).
+    np.testing.assert_array_equal(got.kernels[0], [[2, 3, 0], [4, 6, 0]])
+    np.testing.assert_array_equal(got.kernels[1], TOP)
+    np.testing.assert_array_equal(got.biases[0], [2, 3, 0])
+    np.testing.assert_array_equal(got.inputs, [[2, 5]])
+    np.testing.assert_array_equal(got.feedback[1], [[6, 2, 0], [-3, -1, 0]])
+
+
+def test_backman_by_hand():
+    got = backman.gradients(hand_net(), X, E)
+    # Top: norms 2 sqrt(10), sqrt(10); g1 = e c = (1, -1) / sqrt(10).
+    np.testing.assert_allclose(got.kernels[1], np.array([[3, -3], [1, -1], [0, 0]]) / np.sqrt(10))
+    np.testing.assert_allclose(got.biases[1], [2, -1])
+    # d0 = g1 W1^T with the dead one out = (1, -1, 0) / sqrt(10); raw norms (1, 1, 0) / sqrt(2), the last replaced.
+    np.testing.assert_allclose(got.kernels[0], np.array([[1, -1, 0], [2, -2, 0]]) / np.sqrt(5))
+    np.testing.assert_allclose(got.biases[0], np.array([1, -1, 0]) / np.sqrt(10))
+    np.testing.assert_allclose(got.inputs, [[1 / np.sqrt(5), 0]], atol=1e-15)
+    # c of the three: 1 / norm, the dead one's being 1 / mean norm = 3 / sqrt(2).
+    d0 = np.array([[1.0, -1, 0]]) / np.sqrt(10)
+    np.testing.assert_allclose(backman.coefficients(X.T @ d0, d0), [np.sqrt(2), np.sqrt(2), 3 / np.sqrt(2)])
+    # Frobenius norms: e sqrt(5), g1 1 / sqrt(5), so alpha = 5 on top.
+    dynamic = backman.gradients(hand_net(), X, E, alpha="gradient_norm")
+    np.testing.assert_allclose(dynamic.kernels[1], 5 * np.array([[3, -3], [1, -1], [0, 0]]) / np.sqrt(10))
+
+
+def test_convolution_by_hand():
+    """A 2x2 filter over 3x3 gives (2 5; 0 2), whose maximum 5 is doubled."""
+    x = np.array([[1.0, 2, 0], [0, 1, 3], [2, 0, 1]]).reshape(1, 3, 3, 1)
+    kernel = np.array([[1.0, 0], [0, 1]]).reshape(2, 2, 1, 1)
+    patch = np.array([[2.0, 0], [1, 3]])  # where the maximum comes from
+    e = np.array([[1.0]])
+    net = [nets.conv(kernel, pool="max"), nets.dense([[2.0]])]
+    trace = nets.forward(net, x)
+    np.testing.assert_array_equal(trace.pre[0].ravel(), [2, 5, 0, 2])
+    np.testing.assert_array_equal(trace.outputs, [[10]])
+
+    true = backprop.gradients(net, x, e)
+    np.testing.assert_array_equal(true.kernels[0][..., 0, 0], 2 * patch)
+    np.testing.assert_array_equal(true.inputs[0, :, :, 0], [[0, 2, 0], [0, 0, 2], [0, 0, 0]])
+
+    aligned = feedback_alignment.gradients(net, [None, np.array([[3.0]])], x, e)
+    np.testing.assert_array_equal(aligned.kernels[0][..., 0, 0], 3 * patch)
+    skipped = direct.gradients(net, [None, np.array([[-1.0]])], x, e)
+    np.testing.assert_array_equal(skipped.kernels[0][..., 0, 0], -patch)
+
+    # Raw 5, c = 1/5 on top; what goes down, 2/5, does not matter to the filter's unit norm: patch / sqrt(14).
+    normed = backman.gradients(net, x, e)
+    np.testing.assert_allclose(normed.kernels[1], [[1.0]])
+    np.testing.assert_allclose(normed.kernels[0][..., 0, 0], patch / np.sqrt(14))
+    np.testing.assert_allclose(normed.inputs[0, 0, 1, 0], 1 / np.sqrt(14))
+
+    averaged = backprop.gradients([net[0]._replace(pool="average"), net[1]], x, e)
+    # 2/4 to each of the four places: half the sum of the four patches.
+    np.testing.assert_array_equal(averaged.kernels[0][..., 0, 0], [[(1 + 2 + 0 + 1) / 2, 3], [1.5, 2.5]])
+
+
+# --- relations between the rules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("padding", "stride", "pool"), CONVS)
+def test_rules_on_convolutions(padding, stride, pool):
+    net, x = random_conv(padding, stride, pool), RNG(1).normal(size=(2, 6, 7, 2))
+    e = RNG(2).normal(size=(2, 2))
+    true = backprop.gradients(net, x, e)
+
+    weights = [None, *(layer.kernel for layer in net[1:])]
+    assert_same(feedback_alignment.gradients(net, weights, x, e), true)
+
+    feedback = direct_shapes(net, x)
+    got = direct.gradients(net, feedback, x, e)
+    np.testing.assert_array_equal(got.kernels[-1], true.kernels[-1])
+    # A layer's own part is a network of its own: an objective linear in what is read above it, with e . B as slope.
+    part = backprop.gradients(net[:2], x, np.tensordot(e, feedback[2], axes=1))
+    np.testing.assert_allclose(got.kernels[1], part.kernels[1], atol=1e-12)
+
+    normed = backman.gradients(net, x, e, alpha=0.3)
+    for kernel in normed.kernels:
+        np.testing.assert_allclose((kernel**2).sum(axis=tuple(range(kernel.ndim - 1))), 0.3**2)
+    np.testing.assert_allclose(normed.biases[-1], true.biases[-1])
+
+
+def test_backman_dead_layer():
+    net = random_dense("relu")
+    net[0].bias[:] = -1e3
+    got = backman.gradients(net, RNG(1).normal(size=(3, 4)), RNG(2).normal(size=(3, 2)), alpha="gradient_norm")
+    assert not got.kernels[0].any() and all(np.isfinite(kernel).all() for kernel in got.kernels)
+
+
+def assert_same(got, expected, atol=1e-12):
+    for a, b in zip([*got.kernels, *got.biases], [*expected.kernels, *expected.biases], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            np.testing.assert_allclose(a, b, atol=atol)
+    np.testing.assert_allclose(got.inputs, expected.inputs, atol=atol)
+
+
+# --- the random backpropagation family --------------------------------------------------------------------------------
+
+
+def dense_case(activation="tanh", sizes=(4, 5, 3, 2), batch=3):
+    net = random_dense(activation, sizes)
+    return net, RNG(1).normal(size=(batch, sizes[0])), RNG(2).normal(size=(batch, sizes[-1]))
+
+
+def conv_case():
+    return random_conv("VALID", (1, 1), "max"), RNG(1).normal(size=(2, 6, 7, 2)), RNG(2).normal(size=(2, 2))
+
+
+def test_skipped_backprop():
+    net, x, e = dense_case()
+    assert_same(skipped_backprop.gradients(net, x, e), direct.gradients(net, skipped_backprop.feedback(net), x, e))
+    net, x, e = dense_case("identity")
+    assert_same(skipped_backprop.gradients(net, x, e), backprop.gradients(net, x, e))
+    net, x, e = conv_case()
+    linear = [layer._replace(activation="identity") for layer in net]
+    assert_same(skipped_backprop.gradients(linear, x, e), backprop.gradients(linear, x, e))
+    got, true = skipped_backprop.gradients(net, x, e), backprop.gradients(net, x, e)
+    np.testing.assert_array_equal(got.kernels[3], true.kernels[3])
+    np.testing.assert_allclose(got.kernels[2], true.kernels[2])
+    assert np.abs(got.kernels[1] - true.kernels[1]).max() > 1e-3
+
+
+def test_skipped_backprop_by_hand():
+    """Chain 1 -> 1 -> 1 -> 1 of weights 2, 3, 5, slopes 1/2 and 1/4 in place of f': 1/2 * 3 * 5 at the bottom."""
+    net = nets.dense_net([[[2.0]], [[3.0]], [[5.0]]], [None] * 3, ["identity", "identity"])
+    slopes = {2.0: 0.5, 6.0: 0.25}
+    got = skipped_backprop.gradients(
+        net, [[1.0]], [[1.0]], derivative=lambda name, z: np.vectorize(lambda v: slopes.get(v, 1.0))(z)
+    )
+    np.testing.assert_array_equal([kernel.item() for kernel in got.kernels], [7.5, 2 * 5 / 4, 6])
+    assert got.inputs.item() == 15
+
+
+def test_sign_symmetry():
+    net, x, e = conv_case()
+    signs = [None, *(np.sign(layer.kernel) for layer in net[1:])]
+    assert_same(sign_symmetry.gradients(net, None, x, e), feedback_alignment.gradients(net, signs, x, e))
+    magnitudes = [None, *(layer.kernel for layer in net[1:])]
+    assert_same(sign_symmetry.gradients(net, magnitudes, x, e), backprop.gradients(net, x, e))
+
+
+def test_kolen_pollack_converges():
+    net, x, e = dense_case()
+    feedback = [None, *(RNG(5).normal(size=layer.kernel.shape) for layer in net[1:])]
+    before = [layer.kernel - b for layer, b in zip(net[1:], feedback[1:], strict=True)]
+    for _ in range(3):
+        net, feedback = kolen_pollack.step(net, feedback, x, e, rate=0.1, decay=0.5)
+    for old, layer, b in zip(before, net[1:], feedback[1:], strict=True):
+        np.testing.assert_allclose(layer.kernel - b, 0.95**3 * old)
+
+
+def test_random_target_projection_by_hand():
+    """Targets (0, 1) bring down the second row of B, (0, 1, -1), through relu."""
+    feedback = [None, np.array([[1.0, 2, 3], [0, 1, -1]])]
+    got = random_target_projection.gradients(hand_net(), feedback, X, E, [[0, 1]])
+    np.testing.assert_array_equal(got.kernels[0], [[0, 1, 0], [0, 2, 0]])
+    np.testing.assert_array_equal(got.kernels[1], TOP)
+    turned = random_target_projection.gradients(hand_net(), feedback, X, E, [[0, 1]], sign=-1, scale=2)
+    np.testing.assert_array_equal(turned.kernels[0], -2 * got.kernels[0])
+
+
+def test_quantise_by_hand():
+    # bits = 3: exponents -2, -1, 0 on a scale of 1/8, so 1/32, 1/16, 1/8. 2^-1/2 = 0.7071 separates 1/2 from 1.
+    x = np.array([0, 1, -1, 0.125, 0.125 * 0.70710, 0.125 * 0.70711, -0.04, 1e-9, 0.125 * 0.25 * 1.4143])
+    expected = [0, 0.125, -0.125, 0.125, 0.0625, 0.125, -0.03125, 1 / 32, 0.0625]
+    np.testing.assert_array_equal(quantise.quantise(x, 3, 2**-3), expected)
+    np.testing.assert_array_equal(quantise.quantise(x, 1, 2**-3), 0.125 * np.sign(x))
+    many = RNG(0).normal(size=1000) * 10 ** RNG(1).uniform(-4, 1, size=1000)
+    for bits, scale in [(2, 2**-3), (5, 2**-6), (8, 0.3)]:
+        exponent = np.round(np.clip(np.log2(np.abs(many / scale)), 1 - bits, 0))
+        np.testing.assert_allclose(quantise.quantise(many, bits, scale), scale * np.sign(many) * 2**exponent)
+
+
+def test_quantised_error_by_hand():
+    # s = e W1^T = (2, -1, 1) of one example, cut to +-1/8; as one of two equal examples of a mean, e is halved.
+    got = backprop.gradients(hand_net(), X, E, modify=quantise.error(3, batch=1))
+    np.testing.assert_array_equal(got.kernels[0], [[0.125, -0.125, 0], [0.25, -0.25, 0]])
+    np.testing.assert_array_equal(got.kernels[1], TOP)
+    twice = backprop.gradients(hand_net(), np.repeat(X, 2, 0), np.repeat(E, 2, 0) / 2, modify=quantise.error(3, 2))
+    assert_same(twice._replace(inputs=got.inputs), got)
+    np.testing.assert_array_equal(quantise.output_error(E, 3), [[0.125, -0.125]])
+
+
+def test_quantised_update_by_hand():
+    # Bottom gradients ((2, -1, 0), (4, -2, 0)) are all beyond the scale: +-1/64, the dead one's zeros stay.
+    got = quantise.update(lambda net, x, e, i: backprop.gradients(net, x, e), hand_net(), X, E, bits=4)
+    np.testing.assert_array_equal(got.kernels[0], np.array([[1, -1, 0], [1, -1, 0]]) / 64)
+    np.testing.assert_array_equal(got.biases[1], np.array([1, -1]) / 64)
+    # Many bits and a large scale: nothing but rounding to powers of two, example by example.
+    net, x, e = conv_case()
+    fine = quantise.update(lambda net, x, e, i: backprop.gradients(net, x, e), net, x, e, bits=60, scale=2.0**10)
+    parts = [backprop.gradients(net, x[i : i + 1], e[i : i + 1] * 2).kernels[0] for i in range(2)]
+    nearest = [np.sign(p) * 2 ** np.round(np.log2(np.abs(p))) for p in parts]
+    np.testing.assert_allclose(fine.kernels[0], sum(nearest) / 2)
+
+
+def test_signs_magnitudes_drops_by_hand():
+    def bottom(modify, **options):
+        return backprop.gradients(hand_net(), X, E, modify=modify, **options).biases[0]
+
+    np.testing.assert_array_equal(bottom(channel.sign(1)), [1, -1, 0])
+    np.testing.assert_array_equal(bottom(channel.magnitude(1)), [2, 1, 0])
+    np.testing.assert_array_equal(bottom(channel.drop([None, np.array([[0, 1, 1]])], 0.5)), [0, -2, 0])
+    np.testing.assert_array_equal(bottom(nets.unmodified, derivative=nets.no_slope), [2, -1, 1])
+    np.testing.assert_array_equal(bottom(channel.in_turn(channel.magnitude(1), channel.sign(1))), [1, 1, 0])
+    # A mean over two: the sign is of the per-example gradient, then halved.
+    half = backprop.gradients(hand_net(), np.repeat(X, 2, 0), np.repeat(E, 2, 0) / 2, modify=channel.sign(2))
+    np.testing.assert_array_equal(half.biases[0], [1, -1, 0])
+
+
+def test_sparse():
+    uniform = RNG(0).uniform(size=(50, 400))
+    matrix = channel.sparse(uniform, n=10, receiving=400)
+    assert set(np.unique(matrix)) == {0, 1} and abs(matrix.sum(axis=1).mean() - 10) < 1
+    np.testing.assert_array_equal(channel.sparse(uniform, 400, 400), np.ones((50, 400)))
+    np.testing.assert_allclose(channel.sparse(uniform, 10, 400, rescaled=True).max(), 1 / np.sqrt(10))
+
+
+def test_monotone_signs_agree():
+    """Lechner 2020, theorem 2: example by example, with one output."""
+    net, x, _ = dense_case("tanh", (4, 5, 3, 1), batch=1)
+    net = monotone.lift([layer._replace(kernel=layer.kernel * 0.5) for layer in net])
+    assert monotone.is_mono_net(net) and (net[0].kernel < 0).any()
+    feedback = [None, *(np.abs(b) for b in direct_shapes(net, x)[1:])]
+    e = np.array([[-1.3]])
+    got, true = monotone.gradients(net, feedback, x, e), backprop.gradients(net, x, e)
+    for a, b in zip([*got.kernels, *got.biases], [*true.kernels, *true.biases], strict=True):
+        assert (a * b >= 0).all()
+    with pytest.raises(ValueError, match="negative"):
+        monotone.gradients(net, [None, *(-b for b in feedback[1:])], x, e)
+
+
+def test_partition():
+    net, x, e = conv_case()
+    assert_same(partition.gradients(net, [("backprop",)] * 4, x, e), backprop.gradients(net, x, e))
+    assert_same(partition.gradients(net, [("backman", 0.5)] * 4, x, e), backman.gradients(net, x, e, alpha=0.5))
+    feedback = direct_shapes(net, x)
+    rules = [("backprop",), *(("direct", b) for b in feedback[1:])]
+    assert_same(partition.gradients(net, rules, x, e), direct.gradients(net, feedback, x, e))
+    weights = [RNG(3).normal(size=layer.kernel.shape) for layer in net]
+    rules = [("feedback_alignment", b) for b in weights]
+    assert_same(partition.gradients(net, rules, x, e), feedback_alignment.gradients(net, weights, x, e))
+
+
+# --- dual propagation -------------------------------------------------------------------------------------------------
+
+
+def dual(net, x, e, **options):
+    return dual_propagation.gradients(net, x, e, **options)[0]
+
+
+def all_entries(gradients):
+    return np.concatenate(
+        [g.ravel() for g in [*gradients.kernels, *gradients.biases, gradients.inputs] if g is not None]
+    )
+
+
+def test_dual_propagation_by_hand():
+    # x = 2, weights 1 and 3, relu: a = 2, o = 6. beta 4, e = 1: s+_2 - s-_2 = -4, D = -12.
+    net = nets.dense_net([[[1.0]], [[3.0]]], [None, None], ["relu"])
+    x, e = np.array([[2.0]]), np.array([[1.0]])
+    # alpha 1/2: s = relu(2 -+ 6) = 0, 8; sbar = 4. Gradients 8/4 * 2 and 4/4 * sbar.
+    for adjoint in (True, False):
+        got, states = dual_propagation.gradients(net, x, e, beta=4.0, adjoint=adjoint)
+        np.testing.assert_array_equal([g.item() for g in got.kernels], [4, 4])
+        np.testing.assert_array_equal([states.plus[1].item(), states.minus[1].item()], [0, 8])
+        assert got.inputs.item() == 2
+    # alpha 1: original s = relu(2 - 12), relu(2) = 0, 2, sbar = s+ = 0; adjoint s = relu(2), relu(2 + 12), sbar = 2.
+    original = dual(net, x, e, alpha=1.0, beta=4.0, adjoint=False)
+    np.testing.assert_array_equal([g.item() for g in original.kernels], [1, 0])
+    adjoint = dual(net, x, e, alpha=1.0, beta=4.0)
+    np.testing.assert_array_equal([g.item() for g in adjoint.kernels], [6, 2])
+    # Weak feedback crosses no kink: backpropagation, with its sbar = a.
+    weak = dual(net, x, e, beta=0.1)
+    np.testing.assert_allclose([g.item() for g in weak.kernels], [6, 2])
+    # Twice: a second sweep up meets D = -12 and the outputs e once more, nothing changes.
+    again = dual(net, x, e, beta=4.0, iterations=2)
+    np.testing.assert_array_equal([g.item() for g in again.kernels], [4, 4])
+
+
+def test_squared_error_by_hand():
+    # One linear layer, a = 3, y = 1, beta 1, alpha 1/2: s+ = (3 + 1/2) / (3/2) = 7/3, s- = (3 - 1/2) / (1/2) = 5.
+    net = [nets.dense([[3.0]])]
+    options = {"beta": 1.0, "adjoint": False, "output": "squared_error", "targets": np.array([[1.0]])}
+    got, states = dual_propagation.gradients(net, np.array([[1.0]]), **options)
+    np.testing.assert_allclose([states.plus[1].item(), states.minus[1].item()], [7 / 3, 5])
+    np.testing.assert_allclose(got.kernels[0], [[8 / 3]])
+    with pytest.raises(ValueError, match="below 1"):
+        dual_propagation.gradients(net, np.array([[1.0]]), **options | {"alpha": 0.0})
+
+
+@pytest.mark.parametrize("order", dual_propagation.ORDERS)
+@pytest.mark.parametrize("adjoint", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("case", [dense_case, conv_case])
+def test_weak_feedback_is_backpropagation(case, alpha, adjoint, order):
+    net, x, e = case()
+    iterations = 1 if order == "forward_backward" else len(net)
+    got = dual(net, x, e, alpha=alpha, beta=1e-6, adjoint=adjoint, order=order, iterations=iterations)
+    true = all_entries(backprop.gradients(net, x, e))
+    assert np.abs(all_entries(got) - true).max() < 1e-4 * np.abs(true).max()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_nets_are_exact(reduction):
+    """f the identity: the differences are the true gradients whatever beta, and sbar the clean states if adjoint."""
+    net, x, e = dense_case("identity")
+    assert_same(dual(net, x, e, beta=3.0, alpha=0.2, reduction=reduction), backprop.gradients(net, x, e))
+
+
+def test_error_in_beta():
+    """O(beta), but O(beta^2) for alpha = 1/2."""
+    net, x, e = dense_case()
+    true = all_entries(backprop.gradients(net, x, e))
+    for alpha, power in [(0.5, 2), (0.0, 1), (1.0, 1)]:
+        far, near = (np.abs(all_entries(dual(net, x, e, alpha=alpha, beta=b)) - true).max() for b in (1e-2, 1e-3))
+        assert abs(np.log10(far / near) - power) < 0.2
+
+
+@pytest.mark.parametrize("output", ["once", "refreshed"])
+@pytest.mark.parametrize("alpha", [0.3, 0.5])
+def test_orders_share_their_fixed_point(alpha, output):
+    net, x, e = dense_case()
+    net = [layer._replace(kernel=0.5 * layer.kernel) for layer in net]
+    targets = losses.one_hot([0, 1, 1], 2)
+
+    def error_at(outputs):
+        return losses.mean(*losses.softmax_cross_entropy(outputs, targets))[1]
+
+    results = [
+        all_entries(
+            dual(net, x, e, alpha=alpha, beta=0.5, iterations=60, order=order, output=output, error_at=error_at)
+        )
+        for order in dual_propagation.ORDERS
+    ]
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], atol=1e-10)
+    if output == "refreshed":
+        free = error_at(nets.forward(net, x).outputs)
+        assert np.abs(results[0] - all_entries(dual(net, x, free, alpha=alpha, beta=0.5, iterations=60))).max() > 1e-6
+
+
+def test_fixed_point_is_stationary():
+    """At convergence the states satisfy Eq. 2 as written, with betas by layer as Eq. 44 has them."""
+    net, x, e = dense_case()
+    net = [layer._replace(kernel=0.5 * layer.kernel) for layer in net]
+    beta, alpha = np.array([1.0, 0.2, 0.4, 0.8]), 0.3
+    _, s = dual_propagation.gradients(net, x, e, alpha=alpha, beta=beta, adjoint=False, iterations=80, reduction="sum")
+    for k in (1, 2):
+        a = s.mean[k - 1] @ net[k - 1].kernel + net[k - 1].bias
+        pull = (s.plus[k + 1] - s.minus[k + 1]) @ net[k].kernel.T / beta[k + 1]
+        # 1/beta_k (f^-1(s+) - a) = alpha pull
+        np.testing.assert_allclose((np.arctanh(s.plus[k]) - a) / beta[k], alpha * pull, atol=1e-9)
+        np.testing.assert_allclose((np.arctanh(s.minus[k]) - a) / beta[k], -(1 - alpha) * pull, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_damped_fixed_point_is_the_undamped_one(alpha):
+    net, x, _ = dense_case("hard_tanh")
+    net = [layer._replace(kernel=0.3 * layer.kernel, bias=0.3 * layer.bias) for layer in net]
+    options = {"alpha": alpha, "beta": 0.5, "adjoint": False, "output": "squared_error"}
+    options["targets"] = losses.one_hot([0, 1, 1], 2)
+    damping = [None]
+    for k in (1, 2):
+        start = RNG(k).normal(size=net[k].kernel.shape[0])
+        damping.append(dual_propagation.spectral_norm_squared(net[k].kernel, 50, start))
+        np.testing.assert_allclose(damping[k], np.linalg.norm(net[k].kernel, 2) ** 2, rtol=1e-3)
+    plain = all_entries(dual(net, x, None, iterations=100, **options))
+    damped = all_entries(dual(net, x, None, iterations=100, damping=damping, **options))
+    np.testing.assert_allclose(damped, plain, atol=1e-9)
+    early = all_entries(dual(net, x, None, iterations=1, damping=damping, **options))
+    assert np.abs(early - damped).max() > 1e-3
+
+
+def test_input_nudge_by_hand():
+    # One linear layer of weight 2, x = 1, e = 1, beta 1/2, alpha 1/4, original: D_0 = 2 * -1/2 = -1,
+    # s+_0 = 1 - 1/4, s-_0 = 1 + 3/4, sbar_0 = 1/4 * 3/4 + 3/4 * 7/4 = 3/2: the gradient is 1 * 3/2.
+    net = [nets.dense([[2.0]])]
+    x, e = np.array([[1.0]]), np.array([[1.0]])
+    got = dual(net, x, e, alpha=0.25, beta=0.5, adjoint=False, input_nudge=1.0)
+    np.testing.assert_allclose([got.kernels[0].item(), got.inputs.item()], [1.5, 2])
+
+
+def test_dual_feedback_matrices():
+    net, x, e = conv_case()
+    feedback = [None, *(RNG(4).normal(size=layer.kernel.shape) for layer in net[1:])]
+    got = all_entries(dual(net, x, e, beta=1e-6, feedback=feedback))
+    expected = all_entries(feedback_alignment.gradients(net, feedback, x, e))
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_dual_refusals():
+    net, x, e = dense_case()
+    for options in (
+        {"order": "forward", "iterations": 2},
+        {"damping": [None, 1.0, 1.0]},
+        {"output": "squared_error", "targets": e},
+    ):
+        with pytest.raises(ValueError):
+            dual(net, x, e, **options)
+
+
+# --- node perturbation ------------------------------------------------------------------------------------------------
+
+
+def perturb(net, x, targets, std, seed):
+    trace = nets.forward(net, x)
+    noise = [None, *(RNG(seed).normal(size=r.shape) for r in trace.reads[1:])]
+    noisy = losses.half_squared_error(node_perturbation.noisy_outputs(net, x, noise, std), targets)[0]
+    clean, error = losses.half_squared_error(trace.outputs, targets)
+    return node_perturbation.estimates(noisy, clean, noise, std), error
+
+
+def test_estimates_by_hand():
+    # Linear chain of weights 1, 3 at x = 1, y = 0: loss 9/2; noise 0.1 * 2 in between: output 3.6, loss 6.48.
+    net = nets.dense_net([[[1.0]], [[3.0]]], [None, None], ["identity"])
+    noise, x = [None, np.array([[2.0]])], np.array([[1.0]])
+    outputs = node_perturbation.noisy_outputs(net, x, noise, 0.1)
+    np.testing.assert_allclose(outputs, [[3.6]])
+    lambdas = node_perturbation.estimates([6.48], [4.5], noise, 0.1)
+    np.testing.assert_allclose(lambdas[1], [[39.6]])
+    # e = 3; B = 1: residual 3 * 1 - 39.6, times d = 3, sequential and direct alike.
+    for rule in (node_perturbation.gradients, node_perturbation.direct_gradients):
+        got = rule(net, [None, np.array([[1.0]])], x, np.array([[3.0]]), lambdas)
+        np.testing.assert_allclose(got.feedback[1], [[-36.6 * 3]])
+        np.testing.assert_allclose(got.kernels[0], [[3.0]])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_feedback_gradients_are_gradients(reduction):
+    net, x, e = conv_case()
+    scale = len(x) if reduction == "mean" else 1
+    lambdas = [None, *(RNG(3).normal(size=r.shape) for r in nets.forward(net, x).reads[1:])]
+    sequential = [None, *(RNG(4).normal(size=layer.kernel.shape) for layer in net[1:])]
+    fixed = [d * scale for d in node_perturbation.signals(net, sequential, x, e)]
+    got = node_perturbation.gradients(net, sequential, x, e, lambdas, reduction).feedback
+    for k in (1, 2, 3):
+
+        def value(k=k):
+            sent = nets.transpose(net[k], sequential[k], fixed[k], lambdas[k].shape)
+            return 0.5 * ((sent - lambdas[k]) ** 2).sum() / scale
+
+        np.testing.assert_allclose(got[k], numeric(value, sequential[k]), rtol=1e-6, atol=1e-6)
+    matrices = direct_shapes(net, x)
+    got = node_perturbation.direct_gradients(net, matrices, x, e, lambdas, reduction).feedback
+    for k in (1, 2, 3):
+
+        def value(k=k):
+            sent = np.tensordot(e * scale, matrices[k], axes=1)
+            return 0.5 * ((sent - lambdas[k]) ** 2).sum() / scale
+
+        np.testing.assert_allclose(got[k], numeric(value, matrices[k]), rtol=1e-6, atol=1e-6)
+
+
+def test_top_layer_feedback_is_learned():
+    """Theorem 1: least squares over many draws finds the top weight."""
+    net = random_dense("tanh", (4, 3, 3))
+    pairs = []
+    for seed in range(40):
+        x, targets = RNG(seed).normal(size=(200, 4)), RNG(seed + 100).normal(size=(200, 3))
+        lambdas, error = perturb(net, x, targets, 1e-4, seed)
+        pairs.append((lambdas[1], error))
+    found = node_perturbation.least_squares(pairs)
+    assert np.abs(found - net[1].kernel).max() < 0.1
+    exact = [(d @ net[1].kernel.T, d) for _, d in pairs]
+    np.testing.assert_allclose(node_perturbation.least_squares(exact, 0.1, net[1].kernel), net[1].kernel)
