@@ -1,5 +1,7 @@
 """Training under any rule, many seeds at once: vmap over the seeds, one compiled loop over the steps.
 
+(On a CPU, a model that convolves takes its steps one by one: XLA's convolutions are several times slower in a loop there.)
+
     task = loop.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs))
     run = loop.Run(task, lrules.backman(), data.load("digits"), seeds=range(5), optimizer=optax.adam(1e-3))
     records = [run.epoch() for _ in range(10)]
@@ -33,7 +35,7 @@ class Task(NamedTuple):
     net: lrules.Network  # (params, (state, x [batch, ...])) -> (logits [batch, classes], new state), in training mode
     loss: Loss
     init: Callable[..., tuple[PyTree, PyTree]]  # keys [seeds] -> (params, state) [seeds]
-    evaluate: Callable[..., tuple[Array, Array]]  # (params, state, x, y) -> (mean loss, accuracy) [seeds], evaluation mode
+    evaluate: Callable[..., tuple[Array, Array]]  # (params, state, x, y) -> (losses, hits) [seeds, batch], evaluation mode
     backprop: Callable[..., PyTree]  # (params, state, x, y) -> gradient [seeds]
 
 
@@ -75,11 +77,8 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
         return params, state
 
     def evaluate(params: PyTree, state: PyTree, x: Array, y: Array) -> tuple[Array, Array]:
-        def predict(x: Array) -> Array:
-            return nnx.merge(evaluating, params, state, copy=True)(scale(x)[None])[0]
-
-        outputs = jax.lax.map(predict, x, batch_size=min(256, len(x)))
-        return loss(outputs, y).mean(), (outputs.argmax(-1) == y).mean()
+        outputs = nnx.merge(evaluating, params, state, copy=True)(scale(x))
+        return loss(outputs, y), outputs.argmax(-1) == y
 
     def backprop(params: PyTree, state: PyTree, x: Array, y: Array) -> PyTree:
         return value_and_grad(params, lrules.Feedback({}, {}), (state, scale(x)), y)[1].params
@@ -158,7 +157,8 @@ class Run:
                 carry, value = step(carry, keys[1], inputs, y[order[i]])
                 return carry, total + value
 
-            return jax.lax.fori_loop(start, stop, body, (carry, jnp.zeros(())))
+            begin = carry, jnp.zeros(())
+            return jax.lax.fori_loop(start, stop, body, begin) if self._looped else body(start, begin)
 
         def to_backprop(carry: Carry, key: Array, truth: PyTree, x: Array, y: Array) -> Array:
             rng = key if rule.stochastic else None
@@ -171,9 +171,11 @@ class Run:
             self._keys, params, state, self._probe[0][:batch_size]
         )
         self.carry = Carry(params, state, feedback, optimizer_state)
+        convolves = any(leaf.ndim > 4 for leaf in jax.tree.leaves(params))  # [seeds, height, width, in, out]
+        self._looped = jax.default_backend() != "cpu" or not convolves
         keys, order = self._shuffle()
-        looped = jax.jit(jax.vmap(train, (0, 0, 0, None, None, None, None)), donate_argnums=0)
-        self._train = _refusing(looped.lower)(self.carry, keys, order, 0, self.steps, *self._train_set).compile()
+        jitted = jax.jit(jax.vmap(train, (0, 0, 0, None, None, None, None)), donate_argnums=0)
+        self._train = _refusing(jitted.lower)(self.carry, keys, order, 0, self.steps, *self._train_set).compile()
         self._angle = jax.jit(jax.vmap(to_backprop, (0, 0, 0, None, None)))
         self.compile_seconds = time.perf_counter() - start
 
@@ -185,24 +187,38 @@ class Run:
         """Train one epoch and evaluate; `advance(steps)` is called after each of about `parts` parts."""
         keys, order = self._shuffle()
         self.epochs += 1
-        size = -(-self.steps // parts)
+        size = -(-self.steps // parts) if self._looped else 1
         total: Array | float = 0.0
         begin = time.perf_counter()
         for start in range(0, self.steps, size):
             stop = min(start + size, self.steps)
             self.carry, losses = self._train(self.carry, keys, order, start, stop, *self._train_set)
-            jax.block_until_ready(losses)
             total += losses
             if self.check_nan:
                 self._check(total)
             if advance:
+                jax.block_until_ready(losses)
                 advance(stop - start)
+        jax.block_until_ready(total)
         seconds = time.perf_counter() - begin
         params, state = self.carry.params, self.carry.state
-        test_loss, accuracy = self._task.evaluate(params, state, *self._test_set)
+        test_loss, accuracy = self.evaluate(*self._test_set)
         angles = self._angle(self.carry, keys, self._task.backprop(params, state, *self._probe), *self._probe)
         figures = (np.asarray(figure) for figure in (total / self.steps, test_loss, accuracy, angles))
         return Record(self.epochs, *figures, seconds)
+
+    def evaluate(self, x: Array, y: Array, *, batch_size: int = 250) -> tuple[np.ndarray, np.ndarray]:
+        """Mean loss and accuracy [seeds] on a set of examples."""
+        size = min(batch_size, len(x))
+        starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps, so that all have one size
+        parts = []
+        for i, start in enumerate(starts):
+            batch = slice(start, start + size)
+            known = i * size - start
+            figures = self._task.evaluate(self.carry.params, self.carry.state, x[batch], y[batch])
+            parts.append([np.asarray(figure)[:, known:] for figure in figures])
+        losses, hits = (np.concatenate(figure, axis=1) for figure in zip(*parts, strict=True))
+        return losses.mean(1), hits.mean(1)
 
     def _check(self, losses: Array) -> None:
         bad = [seed for seed, value in zip(self.seeds, np.asarray(losses), strict=True) if not np.isfinite(value)]

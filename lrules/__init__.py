@@ -4,7 +4,7 @@ from types import ModuleType as _ModuleType
 
 from jax.ad_checkpoint import checkpoint_name as hidden
 
-from lrules import diagnostics
+from lrules import diagnostics, testing
 from lrules.activations import activation, not_activation
 from lrules.adapters import from_linen, from_nnx
 from lrules.network import Network
@@ -17,7 +17,7 @@ from lrules.rules.partition import partition
 
 __version__ = "0.1.0"
 
-_public_modules = (diagnostics,)
+_public_modules = (diagnostics, testing)
 __all__ = [
     name
     for name, value in list(globals().items())

@@ -81,7 +81,7 @@ def agreement(update: Pytree, reference: Pytree) -> dict[str, Agreement]:
       >>> float(agreement({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])})["w"].angle.round(3))
       45.0
     """
-    if jax.tree.structure(update) != jax.tree.structure(reference):
+    if not jax.tree.structure(update) == jax.tree.structure(reference):
         raise ValueError("the update and the reference differ in structure: compare gradients of the same parameters")
     leaves = jax.tree_util.tree_leaves_with_path(update)
     return {

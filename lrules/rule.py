@@ -17,19 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrules.network import (
-    BatchAxis,
-    Frame,
-    Graph,
-    Handler,
-    Hidden,
-    Layer,
-    Network,
-    as_network,
-    bind,
-    doubled,
-    find_batch_axis,
-)
+from lrules.analysis import Hidden, Layer, bind
+from lrules.network import BatchAxis, Frame, Graph, Handler, Network, as_network, doubled, find_batch_axis
 
 Pytree = Any
 Initializer = Callable[..., jax.Array]
@@ -313,7 +302,9 @@ class Entry:
         """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart."""
         sizes = [[self.shape[i] for i in axes] for axes in (self.sliced, self.spatial, self.fan_in, self.fan_out)]
         shape = (*sizes[1], math.prod(sizes[2]), math.prod(sizes[3]))
-        draw = lambda k: self.spec.init(k, shape, self.dtype)  # noqa: E731
+        init = self.spec.init
+        assert init is not None
+        draw = lambda k: init(k, shape, self.dtype)  # noqa: E731
         count = math.prod(sizes[0])
         drawn = jax.vmap(draw)(jax.random.split(key, count)) if self.sliced else draw(key)
         order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
@@ -420,7 +411,7 @@ def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose
             if spec.init is not None and layer.reads is not None:
                 for i in _feedback_parameters(graph, layer):
                     entries.setdefault(graph.names[i], _entry(graph, layer, i, spec))
-        if isinstance(spec, Direct) and {"cond", "shard_map"} & set(_bare(layer.scope)):
+        if isinstance(spec, Direct) and spec.signal is not None and {"cond", "shard_map"} & set(_bare(layer.scope)):
             construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
             raise NotImplementedError(
                 f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a "
@@ -483,9 +474,9 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             continue
         specs = {id(plan.specs[layer.site]): plan.specs[layer.site] for layer in hidden.readers}
         if any(isinstance(s, Direct) for s in specs.values()) and len(specs) > 1:
-            names = ", ".join(repr(layer.name) for layer in hidden.readers)
+            readers = ", ".join(repr(layer.name) for layer in hidden.readers)
             raise ValueError(
-                f"the layers {names} read one hidden signal, {hidden.name!r}, under rules that disagree on what "
+                f"the layers {readers} read one hidden signal, {hidden.name!r}, under rules that disagree on what "
                 "arrives there: give them the same direct rule, or sequential rules"
             )
         (spec,) = list(specs.values())[:1]
@@ -519,13 +510,13 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
     plan.batch = batch = net.batch_size(inputs)
     twice = doubled(net, params, inputs, graph)
     outs = range(graph.n_outputs)
-    plan.output_axes = [find_batch_axis(graph.outs[i], twice and twice.outs[i], batch) for i in outs]
+    plan.output_axes = [find_batch_axis(graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs]
     avals = [graph.outs[i].aval for i in outs]
     for aval, axis in zip(avals, plan.output_axes, strict=True):
         if jnp.issubdtype(aval.dtype, jnp.inexact) and (axis is None or axis.before * axis.after > 1):
             raise ValueError(
-                f"an output of shape {aval.shape} has no batch axis of {batch} examples: direct feedback needs one error "
-                "per example, so return outputs [batch, ...], or return what has no batch as aux (has_aux=True)"
+                f"an output of shape {aval.shape} has no batch axis of {batch} examples: direct feedback needs one "
+                "error per example, so return outputs [batch, ...], or return what has no batch as aux (has_aux=True)"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
@@ -535,7 +526,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         if axis is None:
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot be "
-                f"told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where feedback lands"
+                f"told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where feedback "
+                "lands"
             )
         lengths = tuple(length for length, own in hidden.loops if own)
         shape = (*lengths, outputs, *axis.rest(hidden.reader.aval.shape))
@@ -886,7 +878,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     reached = feedback_reach(graph, {landing.hidden for landing in landings.values()})
     layers = []
     for layer in graph.layers:
-        spec = plan.specs[layer.site] if plan else None
+        spec = plan.specs[layer.site] if plan else rule.layer
         layers.append(
             {
                 "layer": layer.site,

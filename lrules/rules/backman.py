@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lrules.network import varying_axes
+from lrules.analysis import varying_axes
 from lrules.rule import Rule, sequential
 
 DEAD = 1e-15

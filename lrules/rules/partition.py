@@ -62,10 +62,8 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
                 raise ValueError(f"partition: no pattern matches the layer {name!r}: add one, such as '.*', at the end")
 
         def choose(name: str):
-            pattern = next((p for p in rules if re.search(p, name)), None)
-            layer = rules[pattern].layer if pattern is not None else Plain()
-            assert layer is not None
-            return layer
+            matched = [rule.layer for pattern, rule in rules.items() if re.search(pattern, name)]
+            return matched[0] if matched and matched[0] is not None else Plain()
 
         return choose
 
