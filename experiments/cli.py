@@ -4,6 +4,7 @@ import csv
 import datetime
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags, logging
+
 from experiments import data, loop, models, plots
 from experiments.errors import InputError, nearest
 
@@ -32,17 +34,17 @@ SCHEDULES = ("constant", "cosine", "halfway")
 
 
 def define_training_flags(*, epochs: int, seeds: int, output: str) -> None:
-    """The flags of a program that trains; it then adopts them with `flags.adopt_module_key_flags(cli)` for its --help."""
+    """The flags of a program that trains; `flags.adopt_module_key_flags(cli)` then brings them into its --help."""
     flags.DEFINE_string("dataset", "digits", "digits (embedded), npz:FILE, or a TFDS name such as mnist or cifar10.")
     flags.DEFINE_string("data_dir", None, "Where prepared TFDS sets lie (default: ~/tensorflow_datasets).")
-    flags.DEFINE_float("validation", 0.0, "Evaluate on this fraction of the training set instead of the test set (tuning).")
+    flags.DEFINE_float("validation", 0.0, "For tuning: test on this fraction of the training set instead.")
     flags.DEFINE_string("model", "mlp", f"One of {', '.join(models.MODELS)}.")
     flags.DEFINE_list("widths", ["128", "128", "128"], "The MLP's hidden widths.")
     flags.DEFINE_string("activation", "relu", f"The MLP's activation: {', '.join(models.ACTIVATIONS)}.")
     flags.DEFINE_integer("epochs", epochs, "Passes over the training set.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Examples in a step.", lower_bound=1)
     flags.DEFINE_string("optimizer", "adam", f"One of {', '.join(OPTIMIZERS)} (momentum: SGD with 0.9).")
-    flags.DEFINE_string("schedule", "constant", "Learning rate: constant, cosine (to 0), or halfway (x0.1 half-way).")
+    flags.DEFINE_string("schedule", "cosine", "Learning rate: constant, cosine (to 0), or halfway (x0.1 half-way).")
     flags.DEFINE_float("weight_decay", 0.0, "This much of each weight is added to its gradient.", lower_bound=0)
     flags.DEFINE_integer("seeds", seeds, "How many seeds to train at once.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
@@ -88,13 +90,15 @@ def positive_integers(flag: str, values: Iterable[str]) -> list[int]:
 
 def numbers(flag: str, values: Iterable[str]) -> list[float]:
     """The positive numbers of a list flag."""
-    try:
-        rates = [float(v) for v in values if v.strip()]
-    except ValueError:
-        raise InputError(f"--{flag}={','.join(values)} is no list of numbers: write it as --{flag}=0.001,0.003.") from None
-    if any(not 0 < r < float("inf") for r in rates):
-        raise InputError(f"--{flag}={','.join(values)} holds a number that is not positive: write it as --{flag}=0.001,0.003.")
-    return rates
+    found = []
+    for value in values:
+        try:
+            found.append(float(value))
+        except ValueError:
+            found.append(math.nan)
+        if not 0 < found[-1] < math.inf:
+            raise InputError(f"--{flag} holds '{value}': give positive numbers, as in --{flag}=0.001,0.003.")
+    return found
 
 
 def run(main: Callable[[], None]) -> None:
@@ -114,8 +118,14 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded)
 
 
-def provenance(seed: int | None = None) -> dict[str, Any]:
-    """Versions, device, seed, command and time: what it takes to repeat a result."""
+def provenance_and_settings(seed: int) -> dict[str, Any]:
+    """What it takes to repeat a result: versions, device, seed, command, time, and every flag of the program."""
+    settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+    return {"provenance": provenance(seed), "settings": settings}
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Versions, device, seed, command and time."""
     packages = ("lrules", "jax", "jaxlib", "flax", "optax", "numpy")
     device = jax.devices()[0]
     return {
@@ -151,12 +161,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
     rows = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
-        for row in rows
-    ]
-    rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = line(["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)])
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
 def output_folder() -> pathlib.Path:
@@ -198,9 +209,8 @@ def _plain(value: Any) -> Any:
 def write_results(
     folder: pathlib.Path, results: Mapping[str, Any], histories: Mapping[str, Sequence[loop.Record]], title: str
 ) -> None:
-    """Write metrics.json (results, settings, provenance), curves.csv (one row a rule, seed and epoch) and curves.png."""
-    settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
-    write_json(folder / "metrics.json", {"provenance": provenance(FLAGS.seed), "settings": settings, **results})
+    """Write metrics.json (with settings and provenance), curves.csv (one row a rule, seed and epoch), curves.png."""
+    write_json(folder / "metrics.json", provenance_and_settings(FLAGS.seed) | dict(results))
     figures = ("train_loss", "test_loss", "accuracy", "angle")
     rows = [
         (name, FLAGS.seed + i, record.epoch, *(float(getattr(record, figure)[i]) for figure in figures))

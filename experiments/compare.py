@@ -1,8 +1,8 @@
 """Train the same model under every learning rule there is, several seeds at once, and compare them.
 
-    python -m experiments.compare                                    # every rule on digits: under two minutes on two cores
+    python -m experiments.compare                             # every rule on digits: under two minutes on two cores
     python -m experiments.compare --rules="backprop,backman(alpha=0.5)" --dataset=mnist --epochs=5
-    python -m experiments.compare --sweep=0.0003,0.001,0.003         # choose each rule's rate on held-out training data
+    python -m experiments.compare --sweep=0.001,0.003,0.01    # choose each rule's rate on held-out training data
 
 The rules take turns, epoch by epoch, so that their step times are measured side by side. Writes metrics.json (each rule
 by its factory's name), curves.csv and curves.png.
@@ -11,14 +11,15 @@ by its factory's name), curves.csv and curves.png.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import lrules
 import numpy as np
 import optax
 from absl import flags
+from tqdm import tqdm
+
+import lrules
 from experiments import cli, data, loop, rules
 from experiments.errors import InputError
 from experiments.loop import Record
-from tqdm import tqdm
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +31,7 @@ def compare(
     task: loop.Task,
     dataset: data.Dataset,
     chosen: Rules,
-    optimizers: Callable[[str], optax.GradientTransformation],
+    optimizers: Mapping[str, optax.GradientTransformation],
     *,
     epochs: int,
     **options: Any,
@@ -39,12 +40,13 @@ def compare(
 
     Returns the epochs by rule, and for each rule that cannot train this model the sentence in which it refused.
     """
+    dataset = data.on_device(dataset)
     runs: dict[str, loop.Run] = {}
     refused: dict[str, str] = {}
     for name in (bar := tqdm(chosen, desc="compiling", unit="rule")):
         bar.set_postfix_str(name)
         try:
-            runs[name] = loop.Run(task, chosen[name], dataset, optimizer=optimizers(name), **options)
+            runs[name] = loop.Run(task, chosen[name], dataset, optimizer=optimizers[name], **options)
         except loop.Refused as error:
             refused[name] = str(error)
     histories: Histories = {name: [] for name in runs}
@@ -65,21 +67,25 @@ def sweep(
     accuracy: dict[str, dict[float, float]] = {name: {} for name in chosen}
     for rate in rates:
         print(f"Learning rate {rate:g}:")
-        for name, records in compare(task, tuning, chosen, lambda _, r=rate: optimizer(r, tuning), **options)[0].items():
+        optimizers = dict.fromkeys(chosen, optimizer(rate, tuning))
+        for name, records in compare(task, tuning, chosen, optimizers, **options)[0].items():
             accuracy[name][rate] = float(np.nan_to_num(records[-1].accuracy.mean()))
     return {name: max(found, key=found.__getitem__) for name, found in accuracy.items() if found}
 
 
 def step_times(histories: Histories, baseline: str = "backprop") -> dict[str, tuple[float, float, float]]:
-    """Each rule's step time over the baseline's, epoch by epoch: (median, lower and upper quartile)."""
+    """Each rule's step time over the baseline's, epoch by epoch: (median, lower quartile, upper quartile)."""
     base = np.array([record.seconds for record in histories[baseline]])
-    ratios = {name: np.array([r.seconds for r in records]) / base for name, records in histories.items()}
-    return {name: (float(np.median(r)), *map(float, np.quantile(r, (0.25, 0.75)))) for name, r in ratios.items()}
+    times = {}
+    for name, records in histories.items():
+        ratios = np.array([record.seconds for record in records]) / base
+        median, lower, upper = np.quantile(ratios, (0.5, 0.25, 0.75)).tolist()
+        times[name] = median, lower, upper
+    return times
 
 
 def main() -> None:
-    chosen = rules.parse_list(FLAGS.rules) if FLAGS.rules else rules.argument_free_rules()
-    chosen = {"backprop": lrules.backprop()} | chosen  # the reference for step times
+    chosen = {"backprop": lrules.backprop()} | rules.select(FLAGS.rules)  # backprop: the reference for step times
     rates = cli.numbers("sweep", FLAGS.sweep or [])
     folder = cli.output_folder()
     dataset = cli.dataset_from_flags()
@@ -92,7 +98,8 @@ def main() -> None:
     }
     best = sweep(task, dataset, chosen, rates, cli.optimizer_from_flags, **options) if rates else {}
     rate = {name: best.get(name, FLAGS.learning_rate) for name in chosen}
-    histories, refused = compare(task, dataset, chosen, lambda n: cli.optimizer_from_flags(rate[n], dataset), **options)
+    optimizers = {name: cli.optimizer_from_flags(rate[name], dataset) for name in chosen}
+    histories, refused = compare(task, dataset, chosen, optimizers, **options)
     if "backprop" not in histories:
         raise InputError(f"backprop failed: {refused['backprop']}")
     times = step_times(histories)
@@ -112,18 +119,20 @@ def main() -> None:
 
 
 def table(results: Mapping[str, Mapping[str, Any]], histories: Histories) -> str:
-    """The figures of the last epoch as a Markdown table, mean and sd over the seeds."""
+    """The figures of the last epoch as a Markdown table, mean ± sd over the seeds."""
+    header = ("rule", "test accuracy (%)", "angle to backprop (°)", "step time / backprop", "learning rate")
     rows = []
     for name in histories:
         r = results[name]
-        cells = (f"{100 * r['accuracy']:.2f} ± {100 * r['accuracy_sd']:.2f}", f"{r['angle']:.1f} ± {r['angle_sd']:.1f}")
-        rows.append((name, *cells, f"{r['step_time_ratio']:.2f}", f"{r['learning_rate']:g}"))
-    return cli.table(["rule", "test accuracy (%)", "angle to backprop (°)", "step time / backprop", "learning rate"], rows)
+        accuracy = f"{100 * r['accuracy']:.2f} ± {100 * r['accuracy_sd']:.2f}"
+        angle = f"{r['angle']:.1f} ± {r['angle_sd']:.1f}"
+        rows.append((name, accuracy, angle, f"{r['step_time_ratio']:.2f}", f"{r['learning_rate']:g}"))
+    return cli.table(header, rows)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule that needs no argument).")
-    flags.DEFINE_float("learning_rate", 1e-3, "The learning rate of every rule, unless a sweep finds a better one.")
+    flags.DEFINE_float("learning_rate", 3e-3, "The learning rate of every rule, unless a sweep finds a better one.")
     flags.DEFINE_list("sweep", None, "Learning rates to try for each rule on held-out training data first.")
     cli.define_training_flags(epochs=20, seeds=5, output="results/compare")
     flags.adopt_module_key_flags(cli)

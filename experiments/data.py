@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments.errors import InputError, nearest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
+
+from experiments.errors import InputError, nearest
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 
@@ -21,10 +22,10 @@ NAMES = ("x_train", "y_train", "x_test", "y_test")
 class Dataset(NamedTuple):
     """Inputs [examples, ...] (images: [examples, height, width, channels]) and integer labels [examples]."""
 
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    x_train: Any
+    y_train: Any
+    x_test: Any
+    y_test: Any
     classes: int
     name: str
 
@@ -48,6 +49,12 @@ def scale(x: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(x, jnp.float32) / 255 if x.dtype == jnp.uint8 else jnp.asarray(x)
 
 
+def on_device(data: Dataset) -> Dataset:
+    """The same set with its arrays on the accelerator, for several runs to share."""
+    x_train, y_train, x_test, y_test = map(jnp.asarray, data[:4])
+    return Dataset(x_train, y_train, x_test, y_test, data.classes, data.name)
+
+
 def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
     """The same set with a stratified fraction of the training examples in place of the test examples, for tuning."""
     if not 0 < fraction < 1:
@@ -56,40 +63,41 @@ def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
 
 
 def check(data: Dataset) -> Dataset:
-    """The set itself, with images [examples, height, width] given a channel axis, or an error that names what is wrong."""
-    x_train, y_train, x_test, y_test, classes, name = data
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
-            raise InputError(f"x_{part} of {name} has dtype {x.dtype}: save it as uint8 (then scaled to [0, 1]) or as floats.")
-        if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
-            raise InputError(
-                f"y_{part} of {name} has dtype {y.dtype} and shape {y.shape}: save class numbers, integers of shape [examples]."
-            )
-        if x.ndim < 2 or not x.size:
-            raise InputError(f"x_{part} of {name} has shape {x.shape}: save it as [examples, ...], with one example at least.")
-        if len(x) != len(y):
-            raise InputError(f"x_{part} of {name} holds {len(x)} examples but y_{part} {len(y)}: save one label per example.")
-        if x.dtype != np.uint8 and not np.isfinite(x).all():
-            raise InputError(f"x_{part} of {name} holds NaN or Inf: remove or replace those values.")
-        wrong = y[(y < 0) | (y >= classes)]
-        if len(wrong):
-            raise InputError(
-                f"y_{part} of {name} holds the label {wrong[0]}, outside the classes 0 to {classes - 1} of the training "
-                "labels: number the classes from 0 and keep to those in y_train."
-            )
-    if x_train.shape[1:] != x_test.shape[1:]:
+    """The set with float32 or uint8 inputs, int32 labels and channels last, or an error that says what is wrong."""
+    _check_part("train", data.x_train, data.y_train, data)
+    _check_part("test", data.x_test, data.y_test, data)
+    train, test = data.x_train.shape[1:], data.x_test.shape[1:]
+    if train != test:
         raise InputError(
-            f"x_train and x_test of {name} hold examples of different shapes, {x_train.shape[1:]} and {x_test.shape[1:]}: "
-            "bring them to one shape."
+            f"x_train and x_test of {data.name} hold examples of different shapes, {train} and {test}: make them equal."
         )
-    if x_train.ndim == 3:
-        data = data._replace(x_train=x_train[..., None], x_test=x_test[..., None])
-    return data._replace(x_train=_float32(data.x_train), x_test=_float32(data.x_test),
-                         y_train=y_train.astype(np.int32), y_test=y_test.astype(np.int32))
+
+    def inputs(x: np.ndarray) -> np.ndarray:
+        x = x if x.dtype == np.uint8 else x.astype(np.float32)
+        return x[..., None] if x.ndim == 3 else x
+
+    y_train, y_test = data.y_train.astype(np.int32), data.y_test.astype(np.int32)
+    return Dataset(inputs(data.x_train), y_train, inputs(data.x_test), y_test, data.classes, data.name)
 
 
-def _float32(x: np.ndarray) -> np.ndarray:
-    return x if x.dtype == np.uint8 else x.astype(np.float32)
+def _check_part(part: str, x: np.ndarray, y: np.ndarray, data: Dataset) -> None:
+    """Dtypes, shapes and values of the training or the test examples."""
+    xs, ys = f"x_{part} of {data.name}", f"y_{part} of {data.name}"
+    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
+        raise InputError(f"{xs} has dtype {x.dtype}: save it as uint8 (which is scaled to [0, 1]) or as floats.")
+    if x.ndim < 2 or not x.size:
+        raise InputError(f"{xs} has shape {x.shape}: save it as [examples, ...], with one example at least.")
+    if x.dtype != np.uint8 and not np.isfinite(x).all():
+        raise InputError(f"{xs} holds NaN or Inf: remove or replace those values.")
+    if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
+        raise InputError(f"{ys} has dtype {y.dtype} and shape {y.shape}: save integers of shape [examples].")
+    if len(x) != len(y):
+        raise InputError(f"{xs} holds {len(x)} examples but y_{part} {len(y)} labels: save one label per example.")
+    if len(wrong := y[(y < 0) | (y >= data.classes)]):
+        raise InputError(
+            f"{ys} holds the label {wrong[0]}, outside the classes 0 to {data.classes - 1}: number the classes from 0, "
+            "without any that the training labels lack."
+        )
 
 
 def _split(x: np.ndarray, y: np.ndarray, fraction: float, classes: int, name: str, seed: int) -> Dataset:
@@ -143,19 +151,24 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
     except (NotImplementedError, AssertionError, ValueError, OSError):
         where = f", data_dir={data_dir!r}" if data_dir else ""
         raise InputError(
-            f"The data set '{name}' is not prepared for reading in {builder.data_dir}: run python -c \"import "
-            f"tensorflow_datasets as tfds; tfds.data_source('{name}'{where})\" once (some sets need tensorflow-cpu for it)."
+            f"The data set '{name}' is not prepared in {builder.data_dir}: run python -c \"import tensorflow_datasets "
+            f"as tfds; tfds.data_source('{name}'{where})\" once (some sets need tensorflow-cpu)."
         ) from None
     keys = builder.info.supervised_keys
     if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
-        raise InputError(f"The data set '{name}' is not one of labelled classes: use one that is, such as mnist or cifar10.")
+        raise InputError(
+            f"The data set '{name}' is not one of labelled classes: use one that is, such as mnist or cifar10."
+        )
     test = "test" if "test" in sources else "validation"
     if "train" not in sources or test not in sources:
         raise InputError(f"The data set '{name}' has the splits {', '.join(sources)}: use one with train and test.")
-    arrays = []
+    arrays: list[np.ndarray] = []
     for split in ("train", test):
-        rows = [(row[keys[0]], row[keys[1]]) for row in tqdm(sources[split], desc=f"reading {name} {split}", leave=False)]
+        rows = [
+            (row[keys[0]], row[keys[1]]) for row in tqdm(sources[split], desc=f"reading {name} {split}", leave=False)
+        ]
         if len({np.shape(x) for x, _ in rows}) != 1:
             raise InputError(f"The data set '{name}' holds examples of several shapes: resize them and use npz:FILE.")
         arrays += [np.stack([x for x, _ in rows]), np.array([y for _, y in rows])]
-    return check(Dataset(*arrays, builder.info.features[keys[1]].num_classes, name))
+    x_train, y_train, x_test, y_test = arrays
+    return check(Dataset(x_train, y_train, x_test, y_test, builder.info.features[keys[1]].num_classes, name))

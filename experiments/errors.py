@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input: its text is one sentence that names the thing and the remedy; programs print it without a traceback."""
+    """Bad input. Its text is one sentence that names the thing and the remedy; programs print it and no traceback."""
 
 
 def nearest(name: str, options: Iterable[str], *, most: int = 20) -> str:

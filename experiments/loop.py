@@ -1,6 +1,6 @@
 """Training under any rule, many seeds at once: vmap over the seeds, one compiled loop over the steps.
 
-(On a CPU, a model that convolves takes its steps one by one: XLA's convolutions are several times slower in a loop there.)
+(On a CPU a model that convolves takes its steps one by one: XLA's convolutions are much slower in a loop there.)
 
     task = loop.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs))
     run = loop.Run(task, lrules.backman(), data.load("digits"), seeds=range(5), optimizer=optax.adam(1e-3))
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lrules
 import numpy as np
 import optax
+from flax import nnx
+
+import lrules
 from experiments.data import Dataset, scale
 from experiments.errors import InputError
-from flax import nnx
 
 Array = jax.Array
 PyTree = Any
@@ -35,7 +36,7 @@ class Task(NamedTuple):
     net: lrules.Network  # (params, (state, x [batch, ...])) -> (logits [batch, classes], new state), in training mode
     loss: Loss
     init: Callable[..., tuple[PyTree, PyTree]]  # keys [seeds] -> (params, state) [seeds]
-    evaluate: Callable[..., tuple[Array, Array]]  # (params, state, x, y) -> (losses, hits) [seeds, batch], evaluation mode
+    evaluate: Callable[..., tuple[Array, Array]]  # (params, state, x, y) -> (losses, hits) [seeds, batch]
     backprop: Callable[..., PyTree]  # (params, state, x, y) -> gradient [seeds]
 
 
@@ -66,15 +67,14 @@ class Refused(InputError):
 def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entropy) -> Task:
     """The functions of a model, given the function that builds it."""
     model = make_model(nnx.Rngs(0))
-    net, *_ = lrules.from_nnx(model, with_state=True)
-    model = make_model(nnx.Rngs(0))
+    net: lrules.Network = lrules.from_nnx(model, with_state=True)[0]
     model.eval()
     evaluating = nnx.graphdef(model)
     value_and_grad = lrules.value_and_grad(net, loss, lrules.backprop())
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        _, params, state = nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))), nnx.Param, ...)
-        return params, state
+        split = nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))), nnx.Param, ...)
+        return split[1], split[2]
 
     def evaluate(params: PyTree, state: PyTree, x: Array, y: Array) -> tuple[Array, Array]:
         outputs = nnx.merge(evaluating, params, state, copy=True)(scale(x))
@@ -93,17 +93,10 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
     )
 
 
-def angle(a: PyTree, b: PyTree) -> Array:
-    """The angle in degrees between two trees taken as vectors (Kahan's formula: exactly 0 where they are equal)."""
-    a, b = (jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(tree)]) for tree in (a, b))
-    a, b = (v / jnp.linalg.norm(v) for v in (a, b))
-    return jnp.degrees(2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)))
-
-
 def make_step(
     task: Task, rule: lrules.Rule, optimizer: optax.GradientTransformation
 ) -> Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]:
-    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss). Learned feedback is optimized like the weights."""
+    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss); learned feedback is optimized too."""
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
     def step(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Carry, Array]:
@@ -135,7 +128,7 @@ class Run:
         check_nan: bool = False,
         probe: int = 256,
     ):
-        """Initialise and compile; `probe` training examples measure the angle, `check_nan` raises on a loss of NaN or Inf."""
+        """Initialise and compile. `probe` training examples measure the angle, `check_nan` makes NaN an error."""
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
         self.steps, self.epochs = steps_per_epoch(data, batch_size), 0
         self._task, self._keys = task, jax.vmap(jax.random.key)(jnp.asarray(self.seeds))
@@ -163,7 +156,7 @@ class Run:
         def to_backprop(carry: Carry, key: Array, truth: PyTree, x: Array, y: Array) -> Array:
             rng = key if rule.stochastic else None
             _, grads = value_and_grad(carry.params, carry.feedback, (carry.state, scale(x)), y, rng=rng)
-            return angle(grads.params, truth)
+            return lrules.diagnostics.total_angle(grads.params, truth)
 
         start = time.perf_counter()
         params, state = task.init(self._keys)
@@ -188,7 +181,7 @@ class Run:
         keys, order = self._shuffle()
         self.epochs += 1
         size = -(-self.steps // parts) if self._looped else 1
-        total: Array | float = 0.0
+        total = jnp.zeros(len(self.seeds))
         begin = time.perf_counter()
         for start in range(0, self.steps, size):
             stop = min(start + size, self.steps)
@@ -204,8 +197,7 @@ class Run:
         params, state = self.carry.params, self.carry.state
         test_loss, accuracy = self.evaluate(*self._test_set)
         angles = self._angle(self.carry, keys, self._task.backprop(params, state, *self._probe), *self._probe)
-        figures = (np.asarray(figure) for figure in (total / self.steps, test_loss, accuracy, angles))
-        return Record(self.epochs, *figures, seconds)
+        return Record(self.epochs, np.asarray(total / self.steps), test_loss, accuracy, np.asarray(angles), seconds)
 
     def evaluate(self, x: Array, y: Array, *, batch_size: int = 250) -> tuple[np.ndarray, np.ndarray]:
         """Mean loss and accuracy [seeds] on a set of examples."""

@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from experiments.errors import InputError, nearest
 from flax import nnx
 
+from experiments.errors import InputError, nearest
+
 Array = jax.Array
-ACTIVATIONS = {name: getattr(jax.nn, name) for name in
-               ("relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "hard_tanh", "mish")}
+ACTIVATIONS = {
+    name: getattr(jax.nn, name)
+    for name in ("relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "hard_tanh", "mish")
+}
 MODELS = ("mlp", "lenet5", "cnn", "resnet18")
 
 
@@ -161,8 +164,15 @@ def _conv(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs, dty
     """A convolution without bias, for BatchNorm to follow; weights as He et al. draw them."""
     init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nnx.Conv(
-        inputs, outputs, (size, size), strides=stride, padding=size // 2,
-        use_bias=False, kernel_init=init, rngs=rngs, dtype=dtype,
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=init,
+        rngs=rngs,
+        dtype=dtype,
     )
 
 

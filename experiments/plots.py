@@ -10,14 +10,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from experiments.loop import Record
 from matplotlib.ticker import MaxNLocator
+
+from experiments.loop import Record
 
 
 def learning_curves(path: pathlib.Path, histories: Mapping[str, Sequence[Record]], title: str) -> None:
     """Test accuracy and angle to backprop by epoch for each rule: the mean over seeds, and a band of one sd."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    styles = itertools.product(("-", "--", ":", "-."), plt.colormaps["tab10"].colors)
+    styles = itertools.product(("-", "--", ":", "-."), plt.colormaps["tab10"](range(10)))
     for (name, records), (line, colour) in zip(histories.items(), styles, strict=False):
         epochs = [record.epoch for record in records]
         for axis, values in ((left, [100 * r.accuracy for r in records]), (right, [r.angle for r in records])):
@@ -41,20 +42,28 @@ def bars(
     title: str,
     label: str,
 ) -> None:
-    """One group of bars a model, one bar a rule: the median of `(median, lower, upper)`, and the quartiles as whiskers."""
+    """One panel a model, one bar a rule: ratios (median, lower, upper quartile), the quartiles as whiskers."""
     rules = list(dict.fromkeys(rule for group in ratios.values() for rule in group))
-    width = 0.8 / len(rules)
-    figure, axis = plt.subplots(figsize=(max(6.0, 1.2 + 0.45 * len(rules) * len(ratios)), 4.2), layout="constrained")
-    for i, rule in enumerate(rules):
-        at = [(j + (i - (len(rules) - 1) / 2) * width, group[rule]) for j, group in enumerate(ratios.values()) if rule in group]
-        heights = [median for _, (median, _, _) in at]
-        spread = [[m - low for _, (m, low, _) in at], [high - m for _, (m, _, high) in at]]
-        axis.bar([x for x, _ in at], heights, width * 0.92, yerr=spread, label=rule, ecolor="0.35", capsize=2)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(ratios)), list(ratios))
-    axis.set(ylabel=label)
-    axis.grid(axis="y", alpha=0.3)
-    figure.suptitle(title, fontsize="medium")
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    size = (2.5 + 2.8 * len(ratios), 1.3 + 0.34 * len(rules))
+    figure, axes = plt.subplots(1, len(ratios), sharey=True, squeeze=False, figsize=size, layout="constrained")
+    for axis, (name, group) in zip(axes[0], ratios.items(), strict=True):
+        for row, rule in enumerate(rules):
+            median, lower, upper = group.get(rule, (np.nan,) * 3)
+            whiskers = [[median - lower], [upper - median]]
+            axis.barh(row, median, xerr=whiskers, color=plt.colormaps["tab20"](row % 20), ecolor="0.3", capsize=2)
+            axis.annotate(
+                f"{median:.2f}" if rule in group else "refused",
+                (0, row),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+            )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(title=name, yticks=range(len(rules)), yticklabels=rules)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].invert_yaxis()
+    figure.supxlabel(label, fontsize="medium")
+    figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)

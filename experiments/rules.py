@@ -1,7 +1,7 @@
 """Learning rules by name: `backman(alpha=1.0)`, `drop_error(feedback_alignment, rate=0.5)`.
 
-An expression is parsed with `ast` and never evaluated as code: it may hold names and calls of what lrules exports as
-a rule or a modifier, names and calls of weight initialisers, and Python literals. A bare name is a call without arguments.
+An expression is parsed with `ast` and never evaluated as code: it may hold names and calls of the rules and modifiers
+that lrules exports and of weight initialisers, and Python literals. A bare name is a call without arguments.
 """
 
 import ast
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
 import lrules
 from experiments.errors import InputError, nearest
 
@@ -59,14 +60,17 @@ def parse(expression: str) -> lrules.Rule:
     return rule
 
 
-def parse_list(expressions: str) -> dict[str, lrules.Rule]:
-    """Rules by their own text from a comma-separated list, in which commas inside brackets do not separate."""
+def select(expressions: str | None) -> dict[str, lrules.Rule]:
+    """Rules by their own text: those of a comma-separated list, by default every rule that needs no argument."""
+    if not expressions:
+        return argument_free_rules()
+    malformed = InputError(f"The rules {expressions!r} are malformed: write them as in backprop,backman(alpha=1.0).")
     try:
         tree = ast.parse(f"[{expressions}]", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise InputError(f"The rules {expressions!r} are malformed: write them as in backprop,backman(alpha=1.0).") from None
+        raise malformed from None
     if not isinstance(tree, ast.List):
-        raise InputError(f"The rules {expressions!r} are malformed: write them as in backprop,backman(alpha=1.0).")
+        raise malformed
     names = [ast.unparse(node) for node in tree.elts]
     return {name: parse(name) for name in names}
 

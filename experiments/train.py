@@ -8,11 +8,15 @@
 Writes metrics.json (final figures, curves, settings, versions, device and command), curves.csv and curves.png.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from absl import flags
-from experiments import cli, loop, plots, rules
+from tqdm import tqdm
+
+from experiments import cli, loop, rules
 from experiments.data import Dataset
 from experiments.loop import Record
-from tqdm import tqdm
 
 FLAGS = flags.FLAGS
 
@@ -29,8 +33,9 @@ def train(run: loop.Run, epochs: int) -> list[Record]:
 
 
 def describe(record: Record) -> str:
-    """One epoch in a few words."""
-    return f"loss {record.train_loss.mean():.4f}, accuracy {record.accuracy.mean():.2%}, angle {record.angle.mean():.1f}°"
+    """One epoch in a few words, means over the seeds."""
+    loss, accuracy, angle = record.train_loss.mean(), record.accuracy.mean(), record.angle.mean()
+    return f"loss {loss:.4f}, test accuracy {accuracy:.2%}, angle {angle:.1f}°"
 
 
 def make_run(dataset: Dataset) -> loop.Run:
@@ -56,15 +61,31 @@ def main() -> None:
     seconds = sum(record.seconds for record in records) / (run.steps * len(records))
     final |= {"step_seconds": seconds, "compile_seconds": run.compile_seconds}
     cli.write_results(folder, {"rule": FLAGS.rule} | final, {FLAGS.rule: records}, f"{FLAGS.model} on {dataset.name}")
-    names = {"accuracy": "test accuracy", "test_loss": "test loss", "train_loss": "training loss", "angle": "angle to backprop"}
-    rows = [(label, f"{final[name]:.4g}", f"{final[f'{name}_sd']:.2g}") for name, label in names.items()]
-    print(cli.table([FLAGS.rule, "mean", f"sd of {FLAGS.seeds} seeds"], rows))
+    print(table(final))
     print(f"\nResults: {folder}/metrics.json, curves.csv, curves.png")
 
 
+def table(final: Mapping[str, Any]) -> str:
+    """The last epoch's figures as a Markdown table."""
+    figures = (
+        ("test accuracy (%)", "accuracy", 100, 2),
+        ("test loss", "test_loss", 1, 4),
+        ("training loss", "train_loss", 1, 4),
+        ("angle to backprop (°)", "angle", 1, 1),
+    )
+    rows = [
+        (label, f"{unit * final[name]:.{digits}f}", f"{unit * final[f'{name}_sd']:.{digits}f}")
+        for label, name, unit, digits in figures
+    ]
+    rows.append(("step (ms)", f"{1e3 * final['step_seconds']:.2f}", ""))
+    return cli.table(("after the last epoch", "mean", "sd over seeds"), rows)
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("rule", "backprop", 'A learning rule, such as "backman(alpha=1.0)"; modifiers are nested the same way.')
-    flags.DEFINE_float("learning_rate", 1e-3, "The optimizer's learning rate.", lower_bound=0)
+    flags.DEFINE_string(
+        "rule", "backprop", 'A learning rule, such as "backman(alpha=1.0)"; modifiers are nested the same way.'
+    )
+    flags.DEFINE_float("learning_rate", 3e-3, "The optimizer's learning rate.", lower_bound=0)
     cli.define_training_flags(epochs=20, seeds=1, output="results/train")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

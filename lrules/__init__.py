@@ -4,7 +4,7 @@ from types import ModuleType as _ModuleType
 
 from jax.ad_checkpoint import checkpoint_name as hidden
 
-from lrules import diagnostics, testing
+from lrules import diagnostics, feedback, testing
 from lrules.activations import activation, not_activation
 from lrules.adapters import from_linen, from_nnx
 from lrules.network import Network
@@ -13,11 +13,16 @@ from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only
 from lrules.rules.direct import direct_feedback_alignment
 from lrules.rules.feedback_alignment import feedback_alignment
+from lrules.rules.kolen_pollack import kolen_pollack
+from lrules.rules.monotone_dfa import monotone_dfa
 from lrules.rules.partition import partition
+from lrules.rules.random_target_projection import random_target_projection
+from lrules.rules.sign_symmetry import sign_symmetry
+from lrules.rules.skipped_backprop import skipped_backprop
 
 __version__ = "0.1.0"
 
-_public_modules = (diagnostics, testing)
+_public_modules = (diagnostics, feedback, testing)
 __all__ = [
     name
     for name, value in list(globals().items())

@@ -3,31 +3,39 @@
 Names come first: a `custom_jvp` function (relu) or a named `jit` (silu) with an elementwise body is one activation.
 Otherwise an activation is a maximal run of elementwise equations with one root and one output that holds a nonlinear
 primitive: gelu is one activation, not the tanh inside it. A lone exp, log, root, power or quotient is none (softmax,
-normalisation), nor is what starts from a reduction. `activation` and `not_activation` settle the rest.
+exp(logvar / 2)), nor is what normalisations do to means and variances. What may be meant as an activation and is none
+by these rules, a square that a layer reads or a maximum of two values, is kept as a `Doubt`, which rules that need
+activations refuse; `activation` and `not_activation` settle it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-LINEAR = {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "name", "pvary",
+LINEAR = {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "pvary",
           "stop_gradient", "real", "imag", "mul"}  # fmt: skip
 NONLINEAR = {"max", "min", "pow", "rem", "atan2", "select_n", "clamp", "abs", "exp", "exp2", "log", "log1p", "expm1",
              "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan", "logistic", "erf", "erfc", "erf_inv", "integer_pow",
              "square", "sign", "floor", "ceil", "round", "div", "asinh", "acosh", "atanh", "asin", "acos", "atan",
              "sinh", "cosh", "lgamma", "digamma", "eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor",
              "is_finite"}  # fmt: skip
+COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor", "is_finite"}
 NOT_ALONE = {"exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "square", "div", "mul"}
-REDUCTIONS = ("reduce_", "cumsum", "cumprod", "cumlogsumexp")
+OF_STATISTICS = NOT_ALONE | COMPARISONS | {"max", "min", "clamp", "select_n", "abs", "sign"}  # normalisations
+VIEWS = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"}
 NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_tanh", "hard_sigmoid", "hard_silu",
          "hard_swish", "leaky_relu", "softplus", "soft_sign", "mish", "squareplus", "sparse_plus", "sparse_sigmoid",
          "log_sigmoid", "logistic", "sigmoid", "tanh", "relu2"}  # fmt: skip
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+ALIASES = {"integer_pow_tanh_mul": "gelu", "erfc_mul": "gelu", "erf_mul": "gelu", "logistic": "sigmoid",
+           "logistic_mul": "silu"}  # fmt: skip
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+         "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 MARK, UNMARK = "lrules_activation_", "lrules_not_activation_"
 
 
@@ -81,6 +89,33 @@ class Region:
     activation: Any = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+    """A nonlinearity that is no activation by the rules above, and may be meant as one.
+
+    Attributes:
+      name: its primitives.
+      output: the variable that it gives; None if it is one whatever reads it.
+    """
+
+    name: str
+    output: Any = None
+
+
+def refuse_doubts(doubts: Sequence[Doubt]) -> None:
+    """For rules that treat activations specially.
+
+    Raises:
+      NotImplementedError: a nonlinearity is neither recognised as an activation nor said to be none.
+    """
+    if doubts:
+        raise NotImplementedError(
+            f"the nonlinearity {doubts[0].name} is not recognised as an activation, which this rule needs to know: "
+            "write it as lrules.activation(f)(x), with f elementwise and without parameters, or, if error is to pass "
+            "through it by its derivative, as lrules.not_activation(f)(x)"
+        )
+
+
 def call_body(eqn):
     """The jaxpr that a call equation calls, else None."""
     key = CALLS.get(eqn.primitive.name)
@@ -92,11 +127,12 @@ def call_body(eqn):
 
 def call_name(eqn) -> str:
     """The name of the function that a call equation calls."""
-    if eqn.primitive.name == "custom_jvp_call":
+    if eqn.primitive.name in OWN_DERIVATIVE:
         inner = call_body(eqn)
         if inner is not None and len(inner.eqns) == 1 and "name" in inner.eqns[0].params:
             return str(inner.eqns[0].params["name"])
-        return str(eqn.params.get("name", "custom_jvp"))
+        info = getattr(inner, "debug_info", None)
+        return str(getattr(info, "func_name", None) or eqn.primitive.name)
     return str(eqn.params.get("name", ""))
 
 
@@ -105,7 +141,9 @@ def is_elementwise(eqn) -> bool:
     if eqn.primitive.name in LINEAR or eqn.primitive.name in NONLINEAR:
         return True
     body = call_body(eqn)
-    return body is not None and len(eqn.outvars) == 1 and bool(body.eqns) and all(map(_pointwise, body.eqns))
+    if body is None or len(eqn.outvars) != 1 or not all(map(_pointwise, body.eqns)):
+        return False
+    return bool(body.eqns) or call_name(eqn).startswith(MARK)
 
 
 def _pointwise(eqn) -> bool:
@@ -113,9 +151,52 @@ def _pointwise(eqn) -> bool:
     return scalar_broadcast or is_elementwise(eqn)
 
 
-def is_atom(eqn) -> bool:
-    """Whether a call is evaluated as it stands, being elementwise as a whole."""
-    return eqn.primitive.name in CALLS and is_elementwise(eqn)
+def is_atom(eqn, ins) -> bool:
+    """Whether a call is evaluated as it stands: elementwise as a whole, and a function of one value alone."""
+    if eqn.primitive.name not in CALLS or not is_elementwise(eqn):
+        return False
+    mixed = [v for v in ins if v.both]
+    if any(not v.both and not _plain(v) for v in ins):
+        return False
+    return len(mixed) <= 1 or len(_origins(mixed)) == 1
+
+
+def _plain(value) -> bool:
+    """A constant that is the same for all elements."""
+    if value.params or value.data:
+        return False
+    if getattr(value.aval, "shape", None) == ():
+        return True
+    spread = value.producer is not None and value.producer.primitive.name == "broadcast_in_dim"
+    return spread and value.operands[0].aval.shape == ()
+
+
+def _origins(values) -> set[int]:
+    """Where elementwise functions of one value each lead back to; more than one in doubt."""
+    found, seen, stack = set(), set(), list(values)
+    while stack and len(found) < 2:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        eqn = value.producer
+        if eqn is not None and is_elementwise(eqn) and all(v.both or _plain(v) for v in value.operands):
+            stack += [v for v in value.operands if v.both]
+        else:
+            found.add(id(value))
+    return found
+
+
+def _is_statistic(value) -> bool:
+    """Whether a value comes elementwise from results of reductions, as means and variances do."""
+    eqn = value.producer
+    if eqn is None:
+        return False
+    name = eqn.primitive.name
+    if name.startswith(("reduce_", "cumsum", "cumprod", "cumlogsumexp")) and not name.startswith("reduce_window"):
+        return name != "reduce_precision"
+    mixed = [v for v in value.operands if v.both]
+    return bool(mixed) and (name in VIEWS or is_elementwise(eqn)) and all(map(_is_statistic, mixed))
 
 
 def _nonlinear(eqn, value) -> list[str]:
@@ -136,90 +217,119 @@ def _inner(eqn) -> list[str]:
     return [p for e in call_body(eqn).eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])]
 
 
-def find_regions(block) -> list[Region]:
-    """The activations of one block, in program order."""
-    jaxpr, value = block.jaxpr, block.value
-    users: dict[Any, list[int]] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        for v in eqn.invars:
-            if not hasattr(v, "val"):
-                users.setdefault(v, []).append(index)
-    for v in jaxpr.outvars:
-        if not hasattr(v, "val"):
-            users.setdefault(v, []).append(-1)
+def _is_literal(atom) -> bool:
+    return hasattr(atom, "val")
 
-    def named(eqn) -> bool:
-        name = call_name(eqn) if eqn.primitive.name in CALLS else ""
-        return name in NAMED or name.startswith((MARK, UNMARK)) or eqn.primitive.name == "custom_jvp_call"
 
-    candidates = {}
-    for index, eqn in enumerate(jaxpr.eqns):
+def _is_named(eqn) -> bool:
+    name = call_name(eqn) if eqn.primitive.name in CALLS else ""
+    return name in NAMED or name.startswith((MARK, UNMARK)) or eqn.primitive.name in OWN_DERIVATIVE
+
+
+def find_regions(block) -> tuple[list[Region], list[Doubt]]:
+    """The activations of one block, in program order, and what may be one."""
+    eqns, value = block.jaxpr.eqns, block.value
+    users: dict[Any, set[int]] = {}
+    for index, eqn in [*enumerate(eqns), (-1, None)]:
+        for v in block.jaxpr.outvars if eqn is None else eqn.invars:
+            if not _is_literal(v):
+                users.setdefault(v, set()).add(index)
+
+    candidates: dict[int, list[Any]] = {}  # the operands of elementwise equations that depend on parameters and data
+    for index, eqn in enumerate(eqns):
         if not is_elementwise(eqn) or len(eqn.outvars) != 1 or not value(eqn.outvars[0]).both:
             continue
-        shape = eqn.outvars[0].aval.shape
         operands = [v for v in eqn.invars if value(v).both]
         others = [v for v in eqn.invars if not value(v).both]
-        plain = all(not value(v).params and not value(v).data and v.aval.shape == () for v in others)
-        if plain and operands and all(v.aval.shape == shape for v in operands):
+        shape = eqn.outvars[0].aval.shape
+        if all(_plain(value(v)) for v in others) and all(v.aval.shape == shape for v in operands):
             candidates[index] = operands
 
-    forced: set[Any] = set()  # values at which a region ends and another may begin
+    def output(index):
+        return eqns[index].outvars[0]
+
+    cuts: set[Any] = set()  # values at which one region ends and another may begin
     while True:
         root: dict[Any, Any] = {}
-        regions: dict[Any, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for index, operands in candidates.items():
-            eqn = jaxpr.eqns[index]
-            roots = {v if v in forced else root.get(v, v) for v in operands}
-            out = eqn.outvars[0]
-            if len(roots) > 1 or (named(eqn) and any(v in root and v not in forced for v in operands)):
-                forced.update(v for v in operands if named(eqn) and v in root)
-                if len(roots) > 1:
-                    forced.add(out)
-                    continue
-                roots = {operands[0]}
-            (r,) = roots
-            root[out] = r
-            regions.setdefault(r, []).append(index)
-            if named(eqn):
-                forced.add(out)
-        cut = False
-        for indices in regions.values():
-            inside = set(indices)
-            leaving = [
-                jaxpr.eqns[i].outvars[0]
-                for i in indices
-                if any(u not in inside for u in users.get(jaxpr.eqns[i].outvars[0], [-1]))
-            ]
-            if len(leaving) > 1 and leaving[0] not in forced:
-                forced.add(leaving[0])
-                cut = True
-        if not cut:
+            roots = {v if v in cuts else root.get(v, v) for v in operands}
+            if _is_named(eqns[index]):
+                cuts.update(v for v in operands if v in root)
+                if len(set(operands)) == 1:
+                    groups["named", index] = [index]
+                cuts.add(output(index))
+            elif len(roots) == 1:
+                (root[output(index)],) = roots
+                groups.setdefault(root[output(index)], []).append(index)
+            else:
+                cuts.add(output(index))
+        more = {
+            output(i)
+            for indices in groups.values()
+            for i in indices
+            if users.get(output(i), {-1}) & set(indices) and users[output(i)] - set(indices)
+        }
+        if more <= cuts:
             break
+        cuts |= more
 
-    found = []
-    for r, indices in regions.items():
-        eqns = [jaxpr.eqns[i] for i in indices]
-        produced = {e.outvars[0] for e in eqns}
-        leaving = [v for v in (e.outvars[0] for e in eqns)
-                   if any(u not in set(indices) for u in users.get(v, [-1]))]  # fmt: skip
-        if len(leaving) != 1 or not jnp.issubdtype(leaving[0].aval.dtype, jnp.inexact):
-            continue
-        nonlinear = [p for e in eqns for p in _nonlinear(e, value)]
-        names = [call_name(e) for e in eqns if named(e)]
-        if any(n.startswith(UNMARK) for n in names) or not (nonlinear or any(n.startswith(MARK) for n in names)):
-            continue
-        alone = [p for p in nonlinear if p not in ("eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor")]
-        if not names and len(alone) == 1 and alone[0] in NOT_ALONE:
-            continue
-        source = value(r)
-        producer = source.producer
-        if not names and producer is not None and producer.primitive.name.startswith(REDUCTIONS):
-            continue
-        others = tuple(
-            dict.fromkeys(
-                v for e in eqns for v in e.invars if not hasattr(v, "val") and v is not r and v not in produced
-            )
-        )
-        name = names[0].removeprefix(MARK) if names else "_".join(dict.fromkeys(nonlinear))
-        found.append(Region(name, r, leaving[0], others, eqns, indices))
-    return sorted(found, key=lambda region: region.indices[-1])
+    found, doubts = [], []
+    for key, indices in groups.items():
+        inside = set(indices)
+        for last in indices:
+            if users.get(output(last), {-1}) <= inside:
+                continue
+            needed, stack = {last}, [last]
+            while stack:
+                wanted = [v for v in eqns[stack.pop()].invars if not _is_literal(v)]
+                fresh = [i for i in indices if i not in needed and output(i) in wanted and output(i) not in cuts]
+                needed.update(fresh)
+                stack += fresh
+            start = candidates[last][0] if isinstance(key, tuple) else key
+            region = _region(block, start, sorted(needed))
+            if isinstance(region, Region):
+                found.append(region)
+            elif region is not None:
+                doubts.append(region)
+    inside = {i for region in found for i in region.indices}
+    doubts += [
+        Doubt(eqn.primitive.name)
+        for index, eqn in enumerate(eqns)
+        if index not in inside and index not in {i for indices in groups.values() for i in indices}
+        and len(eqn.outvars) == 1 and value(eqn.outvars[0]).both and _bends(eqn, value)
+    ]  # fmt: skip
+    return sorted(found, key=lambda region: region.indices[-1]), doubts
+
+
+def _region(block, start, indices) -> Region | Doubt | None:
+    eqns, value = [block.jaxpr.eqns[i] for i in indices], block.value
+    out = eqns[-1].outvars[0]
+    calls = [call_name(e) for e in eqns if _is_named(e)]
+    marked = any(n.startswith(MARK) for n in calls)
+    nonlinear = [p for e in eqns for p in _nonlinear(e, value)]
+    if any(n.startswith(UNMARK) for n in calls) or not (nonlinear or marked):
+        return None
+    if not jnp.issubdtype(out.aval.dtype, jnp.inexact):
+        return None
+    primitives = "_".join(dict.fromkeys(nonlinear))
+    if not any(n in NAMED or n.startswith(MARK) for n in calls):
+        if set(nonlinear) <= OF_STATISTICS and _is_statistic(value(start)):
+            return None
+        if len(nonlinear) == 1 and nonlinear[0] in NOT_ALONE:
+            return Doubt(primitives, out)
+    produced = {e.outvars[0] for e in eqns}
+    free = (v for e in eqns for v in e.invars if not _is_literal(v) and v is not start and v not in produced)
+    name = calls[0].removeprefix(MARK) if calls else ALIASES.get(primitives, primitives)
+    return Region(name, start, out, tuple(dict.fromkeys(free)), eqns, indices)
+
+
+def _bends(eqn, value) -> bool:
+    """Whether an elementwise equation of several values bends one of them, as max and select do."""
+    mixed = [v for v in eqn.invars if value(v).both]
+    if all(_is_statistic(value(v)) for v in mixed):
+        return False
+    name = eqn.primitive.name
+    if name == "select_n":
+        return value(eqn.invars[0]).both
+    return name in NONLINEAR - NOT_ALONE - COMPARISONS

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from lrules.activations import UNMARK, call_name, find_regions, is_atom
+from lrules.activations import MARK, UNMARK, Doubt, call_name, find_regions, is_atom
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,6 +49,24 @@ class Layer:
     owned: frozenset = frozenset()
     eqn: Any = dataclasses.field(default=None, repr=False)
     weight_first: bool = False
+    output: Value | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(eq=False)
+class Offset:
+    """Where a value made of parameters meets data otherwise than in a layer: a bias, a normalisation's scale.
+
+    Attributes:
+      site: unique within the network.
+      position: which operand of the equation it is.
+      value: that operand.
+      output: what comes out.
+    """
+
+    site: str
+    position: int
+    value: Value = dataclasses.field(repr=False)
+    output: Value = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -162,18 +180,20 @@ class Block:
     loops: tuple[tuple[Any, int], ...]  # the scans around it: key and length
     values: dict[Any, Value] = dataclasses.field(default_factory=dict)
     layers: dict[int, Layer] = dataclasses.field(default_factory=dict)
+    offsets: dict[int, Offset] = dataclasses.field(default_factory=dict)
     children: dict[int, list[Block]] = dataclasses.field(default_factory=dict)
     hidden: dict[Any, list[Hidden]] = dataclasses.field(default_factory=dict)
     regions: dict[int, Any] = dataclasses.field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
 
-    def sites(self) -> set[str]:
-        """Every layer, hidden signal and activation in here and below."""
+    def sites(self, *, offsets: bool = False) -> set[str]:
+        """Every layer, hidden signal and activation in here and below; biases and scales too if asked."""
         own = {layer.site for layer in self.layers.values()} | {h.name for hs in self.hidden.values() for h in hs}
         own |= {region.activation.site for region in self.regions.values()}
+        own |= {offset.site for offset in self.offsets.values()} if offsets else set()
         for children in self.children.values():
             for child in children:
-                own |= child.sites()
+                own |= child.sites(offsets=offsets)
         return own
 
     def value(self, atom) -> Value:
@@ -288,7 +308,9 @@ class Analysis:
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
         self.activations: list[Activation] = []
+        self.offsets: list[Offset] = []
         self.refusals: list[Refusal] = []
+        self.doubts: list[tuple[Doubt, Value | None]] = []
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
         self.sealed: str | None = None  # inside a construct where no layer can be served
@@ -360,10 +382,20 @@ class Analysis:
             root.hidden = hidden
         return root.hidden
 
+    def add_offset(self, block: Block, index: int, ins: list[Value], out: Value):
+        """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
+        pure = [k for k, v in enumerate(ins) if v.pure]
+        if len(pure) == 1 and not self.sealed and jnp.issubdtype(out.aval.dtype, jnp.inexact):
+            offset = Offset(f"offset {len(self.offsets)}", pure[0], ins[pure[0]], out)
+            self.offsets.append(offset)
+            block.offsets[index] = offset
+
     def add_activations(self, block: Block):
         if self.silent or self.sealed or self.unmarked:
             return
-        for region in find_regions(block):
+        regions, doubts = find_regions(block)
+        self.doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in doubts]
+        for region in regions:
             uses = sum(a.name == region.name for a in self.activations)
             site = region.name + (f"#{uses + 1}" if uses else "")
             source, output = block.value(region.root), block.value(region.output)
@@ -401,9 +433,12 @@ class Analysis:
         params = frozenset().union(*(v.params for v in ins))
         data = any(v.data for v in ins)
         key = (*path, index)
-        atom = is_atom(eqn) and not any(v.pure for v in ins)
+        atom = is_atom(eqn, ins)
         if name in INLINED and not atom and (params or any(v.loops for v in ins)):
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
+            if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
+                what = "acts on more than one element or holds parameters"
+                self.doubts.append((Doubt(f"{call_name(eqn).removeprefix(MARK)!r} (marked, but it {what})"), None))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked
             block.children[index] = [child]
@@ -419,6 +454,9 @@ class Analysis:
         outs = self.generic(eqn, ins)
         if index in block.layers:
             outs[0].layer = block.layers[index]
+            block.layers[index].output = outs[0]
+        elif params and data and not self.silent and name in ELEMENTWISE:
+            self.add_offset(block, index, ins, outs[0])
         self.products(eqn, ins, outs)
         if name == "name" and ins[0].both and not self.silent:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)

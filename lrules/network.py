@@ -28,6 +28,7 @@ from lrules.analysis import (
     Block,
     Hidden,
     Layer,
+    Offset,
     Value,
     bind,
     is_literal,
@@ -100,8 +101,11 @@ class Network:
                 inputs,
                 is_leaf=lambda axis: axis is None,
             )
-        except ValueError as error:
-            raise ValueError(f"batch_axes={self.batch_axes} is no prefix of the inputs: {error}") from None
+        except ValueError:
+            raise ValueError(
+                f"batch_axes={self.batch_axes} is no prefix of the inputs, whose structure is "
+                f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in_axes of jax.vmap"
+            ) from None
         return jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
 
     def batch_size(self, inputs: Pytree) -> int:
@@ -154,6 +158,7 @@ class Handler:
 
     arrays: tuple[str, ...] = ()
     activations = False  # whether activations are evaluated as units
+    offsets = False  # whether biases and scales are evaluated one by one
 
     def __init_subclass__(cls):
         def flatten(handler):
@@ -166,9 +171,13 @@ class Handler:
 
         jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
-    def layer(self, layer: Layer, op: Callable, w, b, x, frame: Frame):
+    def layer(self, layer: Layer, op: Operation, w, b, x, frame: Frame):
         """The layer's output, `op(w, x)`; `b` is the shadow of `w`."""
         return op(w, x)
+
+    def offset(self, offset: Offset, op: Callable, p, others, frame: Frame):
+        """What comes of a bias or scale `p` and the data that it meets, `op(p, others)`."""
+        return op(p, others)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
         """What the readers of a hidden signal (and all other users of that tensor) get."""
@@ -177,6 +186,24 @@ class Handler:
     def activation(self, activation: Activation, fn: Callable, x, frame: Frame):
         """The activation's output, `fn(x)`."""
         return fn(x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """A layer's multiplication as a handler meets it: `op(w, x)`.
+
+    Attributes:
+      run: `(w, b, x) -> y`, the same with the feedback an argument; its pullback is that of the handlers inside.
+      plain: `(w, x) -> y`, the multiplication itself.
+      b: the feedback.
+    """
+
+    run: Callable[..., Any]
+    plain: Callable[..., Any]
+    b: Any
+
+    def __call__(self, w, x):
+        return self.run(w, self.b, x)
 
 
 @dataclasses.dataclass(eq=False)
@@ -219,6 +246,8 @@ class Graph:
         self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.refusals = analysis.activations, analysis.refusals
+        roots = {id(hidden.root): hidden.name for hidden in self.hidden if not hidden.mark}
+        self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in roots]
 
     @property
     def consts(self) -> list[Any]:
@@ -253,6 +282,7 @@ class _Runner:
     def __init__(self, handlers: tuple[Handler, ...], shadows: bool):
         self.handlers, self.shadows = handlers, shadows
         self.activations = any(h.activations for h in handlers)
+        self.offsets = any(h.offsets for h in handlers)
 
     def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts=None) -> list[Pair]:
         env: dict[Any, Pair] = {}
@@ -310,6 +340,8 @@ class _Runner:
         values = [value for value, _ in pairs]
         if index in block.layers:
             return [(self.layer(block.layers[index], eqn, pairs, frame), None)]
+        if self.offsets and index in block.offsets:
+            return [(self.offset(block.offsets[index], eqn, values, frame), None)]
         name = eqn.primitive.name
         if index in block.children and self.busy(block, index):
             if name in REMATS:
@@ -329,7 +361,7 @@ class _Runner:
         if all(not v.data for v in ins) or all(not v.params for v in ins):
             return False
         mixed_out = self.shadows and any(block.values[v].shadowed for v in eqn.outvars)
-        return mixed_out or any(child.sites() for child in block.children[index])
+        return mixed_out or any(child.sites(offsets=self.offsets) for child in block.children[index])
 
     def layer(self, layer: Layer, eqn, pairs: list[Pair], frame: Frame):
         rest = [value for value, _ in pairs]
@@ -355,8 +387,18 @@ class _Runner:
             return op(w, x)
 
         for handler in self.handlers:  # the rule's own innermost
-            run = _nest_layer(handler, layer, run, frame)
+            run = _nest_layer(handler, layer, run, op, frame)
         return run(w, b, x)
+
+    def offset(self, offset: Offset, eqn, values: list[Any], frame: Frame):
+        k = offset.position
+
+        def run(p, others):
+            return bind(eqn, [*others[:k], p, *others[k:]])[0]
+
+        for handler in self.handlers:
+            run = _nest_offset(handler, offset, run, frame)
+        return run(values[k], [*values[:k], *values[k + 1 :]])
 
     # -- constructs
 
@@ -443,11 +485,15 @@ def _below(inputs: Mapping[str, Any], child: Block) -> dict[str, Any]:
     return {site: value for site, value in inputs.items() if site in sites}
 
 
-def _nest_layer(handler: Handler, layer: Layer, run, frame: Frame):
+def _nest_layer(handler: Handler, layer: Layer, run, plain, frame: Frame):
     def nested(w, b, x):
-        return handler.layer(layer, lambda w, x: run(w, b, x), w, b, x, frame)
+        return handler.layer(layer, Operation(run, plain, b), w, b, x, frame)
 
     return nested
+
+
+def _nest_offset(handler: Handler, offset: Offset, run, frame: Frame):
+    return lambda p, others: handler.offset(offset, run, p, others, frame)
 
 
 def _nest_activation(handler: Handler, activation: Activation, run, frame: Frame):

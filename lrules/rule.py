@@ -8,6 +8,7 @@ signal. Both are handlers on the network (see `network.py`).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import zlib
@@ -219,13 +220,17 @@ class Sequential:
       backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`.
       init: the initializer of the feedback weights; None where there are none (then `b` is None).
       learned: whether `db` trains the feedback weights.
+      redrawn: whether the feedback weights are drawn anew at every step.
       whole_batch: whether the gradient depends on the batch as a whole, so that it must be summed over devices.
+      gain: `(op, w, x, d, layer) -> c`, where the weight gradient is c times that of backprop; None for 1.
     """
 
     backward: Callable[..., tuple[Any, Any, Any]]
     init: Initializer | None = None
     learned: bool = False
+    redrawn: bool = False
     whole_batch: bool = False
+    gain: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,8 +240,14 @@ class Direct:
     Attributes:
       signal: `(e, b, targets, name) -> cotangent`; None where nothing arrives.
       init: the initializer of the feedback weights; None where there are none (then `b` is None).
-      learn: `(e, h, b, d) -> db`, the gradient of the feedback weights; None for fixed ones.
+      learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed ones.
+      redrawn: whether the feedback weights are drawn anew at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
+      shared_axes: pairs of an axis of the outputs and the axis of the hidden signals that corresponds to it (None: of
+        the same number): one feedback weight serves all positions.
+      rank: of the error that is sent, brought to it by one more feedback weight, `outputs`; None: as it is.
+      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+        cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
       max_feedback_bytes: what the feedback weights of one rule may take.
     """
@@ -244,9 +255,18 @@ class Direct:
     signal: Callable[..., Any] | None
     init: Initializer | None = None
     learn: Callable[..., Any] | None = None
+    redrawn: bool = False
     at: tuple[str, ...] | None = None
+    shared_axes: tuple[tuple[int, int | None], ...] = ()
+    rank: int | None = None
+    channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
     max_feedback_bytes: int = 2**30
+
+    @property
+    def lands(self) -> bool:
+        """Whether anything arrives at all."""
+        return self.signal is not None or self.channel is not None
 
 
 LayerRule = Plain | Sequential | Direct
@@ -262,6 +282,7 @@ class Landing:
       axis: the batch axis, as the reader sees it.
       shape: of the feedback weights, `[*lengths, outputs, *hidden]`.
       lengths: of the scans whose iterations have feedback weights of their own.
+      shared: where the shared axes of the outputs lie in the hidden signal: its axis without the batch, or the loop.
       dtype: of the feedback weights.
     """
 
@@ -270,6 +291,7 @@ class Landing:
     axis: BatchAxis | None = None
     shape: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+    shared: tuple[tuple[str, int], ...] = ()
     dtype: Any = jnp.float32
 
     @property
@@ -298,16 +320,27 @@ class Entry:
     sliced: tuple[int, ...]
     spatial: tuple[int, ...] = ()
 
-    def draw(self, key) -> jax.Array:
-        """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart."""
+    def draw(self, key, weight) -> jax.Array:
+        """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart.
+
+        Initializers with an argument `weight` get the parameter, in the same layout.
+        """
         sizes = [[self.shape[i] for i in axes] for axes in (self.sliced, self.spatial, self.fan_in, self.fan_out)]
         shape = (*sizes[1], math.prod(sizes[2]), math.prod(sizes[3]))
         init = self.spec.init
         assert init is not None
-        draw = lambda k: init(k, shape, self.dtype)  # noqa: E731
         count = math.prod(sizes[0])
-        drawn = jax.vmap(draw)(jax.random.split(key, count)) if self.sliced else draw(key)
         order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
+        if "weight" in inspect.signature(init).parameters:
+            weights = jax.lax.stop_gradient(jnp.transpose(weight, order)).reshape(count, *shape)
+            draw = lambda k, w: init(k, shape, self.dtype, weight=w)  # noqa: E731
+        else:
+            weights = None
+            draw = lambda k, _: init(k, shape, self.dtype)  # noqa: E731
+        if self.sliced:
+            drawn = jax.vmap(draw)(jax.random.split(key, count), weights)
+        else:
+            drawn = draw(key, None if weights is None else weights[0])
         inverse = [order.index(i) for i in range(len(order))]
         return drawn.reshape([self.shape[i] for i in order]).transpose(inverse)
 
@@ -322,26 +355,38 @@ class Plan:
     landings: dict[str, Landing]  # direct feedback, by hidden signal
     batch: int | None = None
     output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
+    reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
 
     @property
     def shadows(self) -> bool:
         return any(isinstance(s, Sequential) and s.init is not None for s in self.specs.values())
 
-    def feedback_shapes(self) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
-        """Shape, dtype and whether it is learned, of each feedback weight."""
-        shapes = {name: (e.shape, e.dtype, e.spec.learned) for name, e in self.entries.items()}
+    def feedback_shapes(self, *, redrawn: bool = False) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
+        """Shape, dtype and whether it is learned, of each feedback weight; or of those redrawn at every step."""
+        shapes = {}
+        for name, e in self.entries.items():
+            if e.spec.redrawn == redrawn:
+                shapes[name] = (e.shape, e.dtype, e.spec.learned)
         for name, landing in self.landings.items():
-            if landing.spec.init is not None:
+            if landing.spec.init is not None and landing.spec.redrawn == redrawn:
                 shapes[name] = (landing.shape, landing.dtype, landing.spec.learn is not None)
+        for name, (spec, shape, dtype) in self.reduced.items():
+            if spec.redrawn == redrawn:
+                shapes[name] = (shape, dtype, False)
         return shapes
 
-    def init(self, key) -> Feedback:
+    def init(self, key, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
         """Draws the feedback weights, each from a key of its own name."""
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
-        for name, (_, _, is_learned) in sorted(self.feedback_shapes().items()):
+        for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-            drawn = self.entries[name].draw(k) if name in self.entries else _draw_direct(self.landings[name], k)
+            if name in self.entries:
+                drawn = self.entries[name].draw(k, params[self.entries[name].index])
+            elif name in self.landings:
+                drawn = _draw_direct(self.landings[name], k)
+            else:
+                drawn = self.reduced[name][0].init(k, shape[::-1], dtype).T  # type: ignore[misc]
             (learned if is_learned else fixed)[name] = drawn
         return Feedback(fixed, learned)
 
@@ -411,7 +456,7 @@ def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose
             if spec.init is not None and layer.reads is not None:
                 for i in _feedback_parameters(graph, layer):
                     entries.setdefault(graph.names[i], _entry(graph, layer, i, spec))
-        if isinstance(spec, Direct) and spec.signal is not None and {"cond", "shard_map"} & set(_bare(layer.scope)):
+        if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
             construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
             raise NotImplementedError(
                 f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a "
@@ -504,7 +549,7 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                         "cannot land: mark one outside"
                     )
                 chosen.append((hidden, spec))
-    if not any(spec.signal is not None for _, spec in chosen):
+    if all(spec.signal is None for _, spec in chosen):
         plan.landings = {hidden.name: Landing(hidden, spec) for hidden, spec in chosen}
         return
     plan.batch = batch = net.batch_size(inputs)
@@ -520,6 +565,16 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
+    sizes = {spec: outputs for spec in directs}
+    for spec in directs:
+        if spec.shared_axes:
+            sizes[spec] = outputs // math.prod(_shared_sizes(plan, spec))
+        if spec.rank is not None and spec.signal is not None:
+            name = "outputs" + (f"#{len(plan.reduced) + 1}" if plan.reduced else "")
+            dtype = next(a.dtype for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
+            plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
+            total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
+            sizes[spec] = spec.rank
     for hidden, spec in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
         axis = find_batch_axis(hidden.reader, other, batch)
@@ -530,9 +585,12 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                 "lands"
             )
         lengths = tuple(length for length, own in hidden.loops if own)
-        shape = (*lengths, outputs, *axis.rest(hidden.reader.aval.shape))
+        shared = _shared_places(plan, hidden, spec, axis)
+        positions = {place for kind, place in shared if kind == "axis"}
+        rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
+        shape = (*lengths, sizes[spec], *rest)
         dtype = _feedback_dtype(graph, hidden)
-        landing = Landing(hidden, spec, axis, shape, lengths, dtype)
+        landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype)
         plan.landings[hidden.name] = landing
         total += landing.nbytes
         if total > spec.max_feedback_bytes:
@@ -541,6 +599,45 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                 f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, let feedback land at fewer "
                 "places (at=), or share it along axes (shared_axes=)"
             )
+
+
+def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
+    """The sizes of the shared axes of the outputs."""
+    aval, axis = plan.graph.outs[0].aval, plan.output_axes[0]
+    if plan.graph.n_outputs != 1 or axis is None:
+        raise ValueError("shared_axes= wants outputs that are one array: this network returns several, or none")
+    for out, _ in spec.shared_axes:
+        if not 0 <= out < len(aval.shape) or out == axis.axis:
+            raise ValueError(
+                f"shared_axes={out} is no axis of the outputs {aval.shape} beside the batch: count from 0, with the "
+                "batch, as in shared_axes=1 for the time of [batch, time, classes]"
+            )
+    return [aval.shape[out] for out, _ in spec.shared_axes]
+
+
+def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) -> tuple[tuple[str, int], ...]:
+    """Where the shared axes of the outputs lie in a hidden signal."""
+    if not spec.shared_axes:
+        return ()
+    shape = hidden.reader.aval.shape
+    axes = [*range(axis.axis), *([axis.axis] * sum(n > 1 for n in (axis.before, axis.after)))]
+    axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
+    rest, places = axis.rest(shape), []
+    for (out, within), size in zip(spec.shared_axes, _shared_sizes(plan, spec), strict=True):
+        loops = [i for i, (n, own) in enumerate(hidden.loops) if n == size and not own]
+        same = [i for i, a in enumerate(axes) if a == (out if within is None else within) and rest[i] == size]
+        merged = [i for i, a in enumerate(axes) if a == axis.axis and rest[i] == size]
+        found = [("axis", i) for i in same] if within is not None else [
+            *(("loop", i) for i in loops), *(("axis", i) for i in (*same, *merged))
+        ]  # fmt: skip
+        found = [place for place in found if place not in places]
+        if not found:
+            raise ValueError(
+                f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of the "
+                f"outputs, of size {size}: name it, shared_axes=[({out}, its axis)], or leave that signal out (at=)"
+            )
+        places.append(found[0])
+    return tuple(places)
 
 
 def _feedback_dtype(graph: Graph, hidden: Hidden):
@@ -576,7 +673,7 @@ class _RuleHandler(Handler):
         landing = self.plan.landings.get(hidden.name)
         if landing is None or landing.hidden is not hidden:
             return value
-        if landing.spec.signal is not None:
+        if landing.spec.lands:
             frame.records[hidden.name] = value
         return jax.lax.stop_gradient(value)
 
@@ -602,18 +699,23 @@ def _floating(x) -> bool:
     return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(x))
 
 
-def run_plan(plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, targets=None) -> Any:
+def run_plan(
+    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
+) -> Any:
     """Runs the network under a plan; what comes out differentiates as the rule says."""
     plan.check(feedback)
+    weights = {**feedback.fixed, **feedback.learned}
+    if rng is not None:
+        weights |= plan.init(rng, jax.tree.leaves(params), redrawn=True).fixed
     args = (
         jax.tree.leaves(params),
-        {**feedback.fixed, **feedback.learned},
+        weights,
         jax.tree.leaves(inputs),
         plan.graph.consts,
         net.handlers,
         targets,
     )
-    if any(landing.spec.signal is not None for landing in plan.landings.values()):
+    if any(landing.spec.lands for landing in plan.landings.values()):
         outputs, aux = _direct_run(plan)(*args)
     else:
         outputs, aux = _plain_run(plan, *args[:5], Frame())
@@ -647,18 +749,26 @@ def _direct_run(plan: Plan) -> Callable:
 
         (outputs, records), pull, aux = jax.vjp(network, params, feedback, inputs, consts, handlers, has_aux=True)
         learns = any(landing.spec.learn is not None for landing in plan.landings.values())
-        return (outputs, aux), (pull, feedback, targets, records if learns else None)
+        channels = dict.fromkeys(landing.spec.channel for landing in plan.landings.values() if landing.spec.channel)
+        skips = [channel(plan, params, inputs, consts, records) for channel in channels]
+        return (outputs, aux), (pull, skips, feedback, targets, records if learns else None)
 
     def backward(residuals, cotangent):
-        pull, feedback, targets, records = residuals
+        pull, skips, feedback, targets, records = residuals
         errors, _ = cotangent
-        e = output_error(plan, errors)
+        sent: dict[Direct, Any] = {}
         signals, feedback_grads = {}, {}
+        for skip in skips:
+            signals |= skip(errors)
         for name, landing in plan.landings.items():
-            b = feedback.get(name)
-            signals[name] = _land(landing, e, b, targets)
-            if landing.spec.learn is not None:
-                feedback_grads[name] = _learn(landing, e, records[name], b, targets)
+            spec, b = landing.spec, feedback.get(name)
+            if spec.signal is None:
+                continue
+            if spec not in sent:
+                sent[spec] = _send(plan, spec, output_error(plan, errors), feedback)
+            signals[name] = _land(landing, sent[spec], b, targets)
+            if spec.learn is not None:
+                feedback_grads[name] = _learn(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
         grads[1] = {**grads[1], **feedback_grads}
         return (*grads, None)
@@ -677,44 +787,86 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
 
 
+def _send(plan: Plan, spec: Direct, e, feedback):
+    """The output error as it is sent: shared axes in front, `[*shared, batch, outputs]`, its rank reduced."""
+    if spec.shared_axes:
+        (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
+        e = e.reshape(plan.batch, *(n for i, n in enumerate(aval.shape) if i != batch_axis))
+        axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
+        e = jnp.moveaxis(e, axes, range(len(axes)))
+        e = e.reshape(*e.shape[: len(axes) + 1], -1)
+    for name, (owner, _, _) in plan.reduced.items():
+        if owner is spec:
+            e = jnp.tensordot(e.astype(feedback[name].dtype), feedback[name], axes=1)
+    return e
+
+
 def _land(landing: Landing, e, b, targets):
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
-    hidden = landing.hidden
+    hidden, shared, axis = landing.hidden, landing.shared, landing.axis
+    assert axis is not None and landing.spec.signal is not None
+    turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
+    places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
 
-    def signal(b):
-        s = landing.spec.signal(e, b, targets, hidden.name)  # type: ignore[misc]
-        return hidden.to_definition(landing.axis.restore(s, hidden.reader.aval.shape))  # type: ignore[union-attr]
+    def signal(e, b):  # [*shared, batch, *hidden without shared axes]
+        return landing.spec.signal(e, b, targets, hidden.name)  # type: ignore[misc]
+
+    for _ in shared:
+        signal = jax.vmap(signal, in_axes=(0, None))
+
+    def define(s):
+        return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
+
+    for _ in turns:
+        define = jax.vmap(define)
+
+    def arrive(b):
+        s = jnp.moveaxis(signal(e, b), turns, range(len(turns)))
+        front = [len(turns) + k for k in range(len(places))]
+        return define(jnp.moveaxis(s, front, [len(turns) + 1 + place for place in places.values()]))
 
     for _ in landing.lengths:
-        signal = jax.vmap(signal)
-    out = signal(b)
-    ndim = len(hidden.root.aval.shape)
-    lead = [length if own else 1 for length, own in hidden.loops]
-    lengths = [length for length, _ in hidden.loops]
-    out = out.reshape(*lead, *out.shape[out.ndim - ndim :])
-    return jnp.broadcast_to(out, (*lengths, *out.shape[len(lengths) :]))
+        arrive = jax.vmap(arrive)
+    out = arrive(b)
+    order = [i for i, (_, own) in enumerate(hidden.loops) if own] + [shared[i][1] for i in turns]
+    out = jnp.moveaxis(out, range(len(order)), [sorted(order).index(i) for i in order])
+    lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
+    out = out.reshape(*lead, *out.shape[len(order) :])
+    return jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
 
 
-def _learn(landing: Landing, e, record, b, targets):
-    """The gradient of one direct feedback weight, summed over the scans that share it."""
-    hidden = landing.hidden
+def _learn(landing: Landing, e, record, b):
+    """The gradient of one direct feedback weight, summed over the scans and positions that share it."""
+    hidden, shared, axis = landing.hidden, landing.shared, landing.axis
+    assert axis is not None and landing.spec.learn is not None
+    n = len(hidden.loops)
 
     def seen(value):  # as the reader sees it, the batch in front
         for eqn in hidden.views:
             (value,) = bind(eqn, [value])
-        axis, shape = landing.axis, hidden.reader.aval.shape
-        assert axis is not None
+        shape = hidden.reader.aval.shape
         value = value.reshape((*shape[: axis.axis], axis.before, -1, axis.after, *shape[axis.axis + 1 :]))
         return jnp.moveaxis(value, axis.axis + 1, 0).reshape(-1, *axis.rest(shape))
 
-    def learn(value, b):
-        return landing.spec.learn(e, seen(value).astype(b.dtype), b)  # type: ignore[misc]
+    for _ in range(n):
+        seen = jax.vmap(seen)
+    where = [place if kind == "loop" else n + 1 + place for kind, place in shared]
+    own = [i for i, (_, own) in enumerate(hidden.loops) if own]
+    others = [i for i in range(n) if i not in own and i not in where]
+    h = seen(record).astype(b.dtype)
+    h = jnp.moveaxis(h, [*own, *others, *where], range(len(own) + len(others) + len(where)))
 
-    for _, own in reversed(hidden.loops):
-        learn = jax.vmap(learn, in_axes=(0, 0 if own else None))
-    grad = learn(record, b)
-    shared = tuple(i for i, (_, own) in enumerate(hidden.loops) if not own)
-    return grad.sum(shared) if shared else grad
+    def summed(learn, in_axes):
+        return lambda *args: jax.vmap(learn, in_axes)(*args).sum(0)
+
+    learn = landing.spec.learn
+    for _ in shared:
+        learn = summed(learn, (0, 0, None))
+    for _ in others:
+        learn = summed(learn, (None, 0, None))
+    for _ in own:
+        learn = jax.vmap(learn, (None, 0, 0))
+    return learn(e, h, b)
 
 
 # ------------------------------------------------------------------------------------------------------ constructors
@@ -736,11 +888,12 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
     def init(key, net, params, inputs) -> Feedback:
         net = as_network(net)
         check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key)
+        return plan(net, net.graph(params, inputs), params, inputs).init(key, jax.tree.leaves(params))
 
-    def run(net, params, feedback, inputs, targets):
+    def run(net, params, feedback, inputs, targets, rng):
         graph = net.graph(params, inputs)
-        return run_plan(plan(net, graph, params, inputs), net, params, feedback, inputs, targets)
+        made = plan(net, graph, params, inputs)
+        return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
 
     def transform(net, *, reduction="mean"):
         if needs_targets:
@@ -749,13 +902,13 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
             )
 
         def f(params, feedback, inputs, *, rng=None):
-            return run(net, params, feedback, inputs, None)
+            return run(net, params, feedback, inputs, None, rng)
 
         return f
 
     def value_and_grad(net, loss):
         def f(params, feedback, inputs, *, rng=None, targets=None):
-            return run(net, params, feedback, inputs, targets)
+            return run(net, params, feedback, inputs, targets, rng)
 
         return grad_of_transform(f, net, loss, pass_targets=True)
 
@@ -767,7 +920,9 @@ def sequential(
     *,
     init: Initializer | None = None,
     learned: bool = False,
+    redrawn: bool = False,
     whole_batch: bool = False,
+    gain: Callable[..., Any] | None = None,
 ) -> Rule:
     """A rule in which error passes through every layer, as `backward` says.
 
@@ -778,7 +933,10 @@ def sequential(
         feedback, else None. `jax.vjp(op, w, x)[1](d)` gives backpropagation's `(dw, dx)`.
       init: the initializer of the feedback weights, as in `jax.nn.initializers`; None if the rule has none.
       learned: whether `db` trains the feedback weights.
+      redrawn: draw the feedback weights anew at every step, from `rng=`, in place of keeping them.
       whole_batch: whether the gradient depends on the batch as a whole (then the rule is not additive).
+      gain: `(op, w, x, d, layer) -> c` if `dw` is c times the gradient of backprop, for modifiers that form it per
+        example; None if c is 1.
 
     Returns:
       The rule.
@@ -789,8 +947,10 @@ def sequential(
       ...     return dw, 0.5 * dx, None
       >>> halved = sequential(backward)
     """
-    spec = Sequential(backward, init, learned, whole_batch)
-    return layerwise(lambda graph: lambda name: spec, layer=spec, additive=not whole_batch)
+    if redrawn and learned:
+        raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learned=")
+    spec = Sequential(backward, init, learned, redrawn, whole_batch, gain)
+    return layerwise(lambda graph: lambda name: spec, layer=spec, additive=not whole_batch, stochastic=redrawn)
 
 
 def direct(
@@ -798,7 +958,11 @@ def direct(
     *,
     init: Initializer | None = None,
     learn: Callable[..., Any] | None = None,
+    redrawn: bool = False,
     at: str | Sequence[str] | None = None,
+    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    rank: int | None = None,
+    channel: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
     max_feedback_bytes: int = 2**30,
 ) -> Rule:
@@ -811,8 +975,16 @@ def direct(
       init: the initializer of the feedback weights, drawn as `[hidden size, outputs]`; None if the rule has none.
       learn: `(e, h, b) -> db`, the gradient of the feedback weight from the hidden signal `h` `[batch, *hidden]`; None
         for fixed feedback.
+      redrawn: draw the feedback weights anew at every step, from `rng=`, in place of keeping them.
       at: where feedback lands in place of every hidden signal: regular expressions that names of hidden signals or of
         tensors marked with `lrules.hidden` match.
+      shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
+        time in `[batch, time, classes]`. The corresponding axis of the hidden signals is that of the same number, or a
+        loop of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise. `e`,
+        `b` and the hidden signals then come without these axes.
+      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent; `e` is then
+        `[batch, rank]`.
+      channel: in place of `signal`, see `Direct`.
       targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
       max_feedback_bytes: refuse to make more feedback than this.
 
@@ -820,8 +992,12 @@ def direct(
       The rule.
     """
     where = None if at is None else ((at,) if isinstance(at, str) else tuple(at))
-    spec = Direct(signal, init, learn, where, targets, max_feedback_bytes)
-    return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets)
+    axes = [shared_axes] if isinstance(shared_axes, int) else list(shared_axes)
+    pairs = tuple((a, None) if isinstance(a, int) else (a[0], a[1]) for a in axes)
+    if redrawn and learn is not None:
+        raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
+    spec = Direct(signal, init, learn, redrawn, where, pairs, rank, channel, targets, max_feedback_bytes)
+    return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 
 # ---------------------------------------------------------------------------------------------------------- describe

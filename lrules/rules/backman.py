@@ -54,29 +54,36 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         raise ValueError(f'alpha={alpha!r} is neither a number nor "gradient_norm"')
     outer = () if axis_name is None else ((axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
 
-    def backward(op, w, b, x, d, layer):
-        (raw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
+    def coefficients(raw, d, layer):
         axes = _device_axes(layer, raw, outer)
 
         def whole(value):
             return jax.lax.psum(value, axes) if axes else value
 
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = jnp.promote_types(raw.dtype, jnp.float32)
         norm = _norm(whole(raw.astype(wide)), layer.contracted)
         norm = jnp.where(norm < DEAD, norm.mean(), norm)
         alive = norm > 0
         c = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
         if alpha == "gradient_norm":
-            size = whole(_squares(d.astype(wide), w.ndim, layer))
+            size = whole(_squares(d.astype(wide), raw.ndim, layer))
             total, scaled = size.sum(), (size * c * c).sum()
-            c = c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
-        else:
-            c = c * jnp.asarray(alpha, wide)
-        scaled_w = (w.astype(wide) * c).astype(w.dtype)
-        (dx,) = jax.vjp(lambda x: op(scaled_w, x), x)[1](d)
-        return (raw.astype(wide) * c).astype(w.dtype), dx, None
+            return c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
+        return c * jnp.asarray(alpha, wide)
 
-    return sequential(backward, whole_batch=True)
+    def raw_gradient(op, w, x, d):
+        return jax.vjp(lambda w: op(w, x), w)[1](d)[0]
+
+    def gain(op, w, x, d, layer):
+        return coefficients(raw_gradient(op, w, x, d), d, layer)
+
+    def backward(op, w, b, x, d, layer):
+        raw = raw_gradient(op, w, x, d)
+        c = coefficients(raw, d, layer)
+        (dx,) = jax.vjp(lambda x: op((w.astype(c.dtype) * c).astype(w.dtype), x), x)[1](d)
+        return (raw.astype(c.dtype) * c).astype(w.dtype), dx, None
+
+    return sequential(backward, whole_batch=True, gain=gain)
 
 
 def _norm(x, axes):

@@ -1,7 +1,8 @@
 """Direct (skipped) channels: the output error comes straight to every hidden signal.
 
 Direct feedback alignment, or skipped random backpropagation (SRBP): delta_l = (B_l^T e) * f'(z_l), dW_l = delta_l
-h_{l-1}^T, with e the output error and B_l fixed and random (Nokland 2016; Baldi, Sadowski, Lu 2018, section 2.2).
+h_{l-1}^T, with e the output error and B_l fixed and random (Nokland 2016; Baldi, Sadowski, Lu 2018, section 3).
+Adaptive (ASRBP): dB_l = e h_l^T besides, the product of the error at the top and the activity where it arrives.
 """
 
 from __future__ import annotations
@@ -19,8 +20,19 @@ def project(e, b):
     return jnp.tensordot(e.astype(b.dtype), b, axes=1)
 
 
+def correlate(e, h, b):
+    """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`."""
+    return jnp.tensordot(e.astype(b.dtype), h, axes=(0, 0))
+
+
 def direct_feedback_alignment(
-    init: Initializer | None = None, *, at: str | Sequence[str] | None = None, max_feedback_bytes: int = 2**30
+    init: Initializer | None = None,
+    adaptive: bool = False,
+    *,
+    at: str | Sequence[str] | None = None,
+    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    rank: int | None = None,
+    max_feedback_bytes: int = 2**30,
 ) -> Rule:
     """Direct feedback alignment (DFA), which Baldi, Sadowski and Lu call skipped random backpropagation (SRBP).
 
@@ -29,23 +41,37 @@ def direct_feedback_alignment(
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`, drawn as `[hidden size, outputs]`;
         default `jax.nn.initializers.glorot_normal()`.
+      adaptive: the feedback weights learn by the product of the output error and the hidden signal: ASRBP.
+        `grads.feedback` holds it; train it with the same optimizer or another.
       at: where feedback lands in place of every hidden signal: regular expressions (`re.search`) that names of hidden
         signals, or of tensors marked with `lrules.hidden`, match. Between landings the error flows as in backprop.
+      shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
+        1 for `[batch, time, classes]`, (1, 2) for `[batch, height, width, classes]`. The error of a position then
+        reaches that position alone. The corresponding axis of the hidden signals is that of the same number, or a loop
+        of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise.
+      rank: for outputs in the tens of thousands: the feedback weights are products of one random matrix
+        `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
       The rule. One feedback weight `[outputs, *hidden shape]` per hidden signal (`lrules.describe` lists them).
 
     Raises:
-      ValueError: at `init` or use: the feedback would exceed `max_feedback_bytes`, or a batch axis cannot be told.
+      ValueError: at `init` or use: the feedback would exceed `max_feedback_bytes`, a batch axis cannot be told, or a
+        hidden signal has nothing that corresponds to a shared axis.
 
     References:
       Nokland: Direct feedback alignment provides learning in deep neural networks (2016).
-      Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2.
+      Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2, 3.
     """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank} leaves nothing to send: give at least 1, or None for the error as it is")
     return direct(
         lambda e, b, targets, name: project(e, b),
         init=init or jax.nn.initializers.glorot_normal(),
+        learn=correlate if adaptive else None,
         at=at,
+        shared_axes=shared_axes,
+        rank=rank,
         max_feedback_bytes=max_feedback_bytes,
     )

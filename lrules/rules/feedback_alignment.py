@@ -2,6 +2,7 @@
 
 Feedback alignment, or random backpropagation (RBP): delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l) and
 dW_l = delta_l h_{l-1}^T, with B fixed and random (Lillicrap et al. 2014; Baldi, Sadowski, Lu 2018, section 2.2).
+Adaptive random backpropagation (ARBP): dB_l = dW_l besides (Baldi, Sadowski, Lu 2018, section 3).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import jax
 from lrules.rule import Initializer, Rule, sequential
 
 
-def feedback_alignment(init: Initializer | None = None) -> Rule:
+def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:
     """Feedback alignment (FA), which Baldi, Sadowski and Lu call random backpropagation (RBP).
 
     delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l)
@@ -19,18 +20,28 @@ def feedback_alignment(init: Initializer | None = None) -> Rule:
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`, applied to each layer's
         `[fan_in, fan_out]`; default `jax.nn.initializers.glorot_normal()`.
+      adaptive: the feedback weights learn by the product of the error above and the activity below, which is the
+        update of the forward weights: ARBP. `grads.feedback` holds it; train it with the same optimizer or another.
 
     Returns:
       The rule. One feedback weight per parameter matrix of a layer that reads a hidden signal, of its shape.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lrules import Network
+      >>> net = Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
+      >>> rule = feedback_alignment(adaptive=True)
+      >>> rule.init(jax.random.key(0), net, {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((1, 3))).learned.keys()
+      dict_keys(['b'])
+
     References:
       Lillicrap, Cownden, Tweed, Akerman: Random feedback weights support learning in deep neural networks (2014).
-      Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2.
+      Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2, 3.
     """
 
     def backward(op, w, b, x, d, layer):
         (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
-        return dw, dx, None
+        return dw, dx, dw if adaptive else None
 
-    return sequential(backward, init=init or jax.nn.initializers.glorot_normal())
+    return sequential(backward, init=init or jax.nn.initializers.glorot_normal(), learned=adaptive)

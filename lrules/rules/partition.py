@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lrules.network import Graph
-from lrules.rule import Plain, Rule, layerwise
+from lrules.rule import Direct, Plain, Rule, layerwise
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
@@ -46,7 +46,8 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             )
 
     def choose_for(graph: Graph):
-        names = [layer.name for layer in graph.layers]
+        refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
+        names = [layer.name for layer in graph.layers] + refused
         first = {name: next((p for p in rules if re.search(p, name)), None) for name in names}
         listed = ", ".join(map(repr, dict.fromkeys(names)))
         for pattern in rules:
@@ -72,4 +73,5 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
         layer=None,
         additive=all(rule.additive for rule in rules.values()),
         stochastic=any(rule.stochastic for rule in rules.values()),
+        targets=any(isinstance(rule.layer, Direct) and rule.layer.targets for rule in rules.values()),
     )

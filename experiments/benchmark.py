@@ -1,0 +1,302 @@
+"""Time every learning rule against plain `jax.value_and_grad`: step time, compile time and compiled memory.
+
+    python -m experiments.benchmark --quick                          # small models: some three minutes on two cores
+    python -m experiments.benchmark                                  # a GPU, or patience
+    python -m experiments.benchmark --models=mlp --rules="feedback_alignment,backman(alpha=0.5)" --repeats=30
+
+A step is the loss and its gradient, jitted, without an optimizer. In each round every rule takes its turn next to the
+plain step; a ratio is the median over the rounds of rule over plain, with the quartiles. Memory is what the compiled
+step allocates, outputs and temporaries; feedback weights, which the user holds beside the parameters, are listed apart.
+Writes metrics.json, table.csv and benchmark.png.
+"""
+
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+import lrules
+from experiments import cli, loop, models, plots, rules
+from experiments.errors import InputError, nearest
+
+FLAGS = flags.FLAGS
+
+
+class Case(NamedTuple):
+    """A model of `models.py` and what it is fed; `widths` are the MLP's."""
+
+    shape: tuple[int, ...]
+    batch: int
+    widths: tuple[int, ...] = ()
+
+    def describe(self, model: str) -> str:
+        inside = f" {'-'.join(map(str, (math.prod(self.shape), *self.widths, 10)))}" if self.widths else ""
+        return f"{model}{inside}, inputs {'x'.join(map(str, self.shape))}, batch {self.batch}"
+
+
+FULL = {
+    "mlp": Case((28, 28, 1), 1024, (2000,) * 4),
+    "lenet5": Case((32, 32, 3), 1024),
+    "resnet18": Case((32, 32, 3), 64),
+}
+QUICK = {
+    "mlp": Case((28, 28, 1), 256, (500,) * 4),
+    "lenet5": Case((32, 32, 3), 128),
+    "resnet18": Case((16, 16, 3), 8),
+}
+
+
+class Step(NamedTuple):
+    """A jitted step and its arguments; it returns (loss, model state, gradients), whose `.params` are compared."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Row(NamedTuple):
+    """One rule on one model. Ratios are to plain `jax.value_and_grad`: (median, lower quartile, upper quartile)."""
+
+    step_seconds: float
+    step_ratio: tuple[float, float, float]
+    compile_seconds: float
+    compile_ratio: float
+    memory_bytes: int
+    memory_ratio: float
+    feedback_bytes: int
+    identical_gradients: bool
+
+
+def benchmark(
+    make_model: Callable[..., Any],
+    case: Case,
+    chosen: Mapping[str, lrules.Rule],
+    *,
+    repeats: int,
+    compile_repeats: int,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Measure rules on one model; returns a row for "plain" and for each rule, and why some rules refused the model.
+
+    `progress(1)` is called after each compilation and each timing.
+    """
+    steps, refused = make_steps(make_model, case, chosen, seed)
+    compiled: dict[str, Any] = {}
+    compile_times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(compile_repeats + 1):  # the first warms up
+        for name, step in _rotate(steps, round_):
+            compiled[name], seconds = compile_step(step)
+            compile_times[name].append(seconds)
+            progress(1)
+    step_times = time_pairs(compiled, steps, repeats, progress)
+    gradients = {name: compiled[name](*steps[name].arguments)[2].params for name in steps}
+    compile_seconds = {name: float(np.median(times[1:])) for name, times in compile_times.items()}
+    memory = {name: memory_bytes(c) for name, c in compiled.items()}
+    rows = {}
+    for name in steps:
+        own, plain = (np.array(times) for times in step_times[name])
+        ratio = own / plain
+        rows[name] = Row(
+            float(np.median(own)),
+            (float(np.median(ratio)), float(np.quantile(ratio, 0.25)), float(np.quantile(ratio, 0.75))),
+            compile_seconds[name],
+            float(np.median(np.array(compile_times[name][1:]) / np.array(compile_times["plain"][1:]))),
+            memory[name],
+            memory[name] / memory["plain"],
+            sum(leaf.nbytes for leaf in jax.tree.leaves(steps[name].arguments[1])),
+            jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), gradients[name], gradients["plain"])),
+        )
+    return rows, refused
+
+
+def make_steps(
+    make_model: Callable[..., Any], case: Case, chosen: Mapping[str, lrules.Rule], seed: int
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """The plain step and one for each rule that serves the model, on random inputs."""
+    task = loop.task(make_model)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params, state = jax.tree.map(lambda a: a[0], task.init(keys[:1]))
+    x = jax.random.uniform(keys[1], (case.batch, *case.shape))
+    y = jax.random.randint(keys[2], (case.batch,), 0, 10)
+
+    def plain(params: Any, feedback: lrules.Feedback, state: Any, x: jax.Array, y: jax.Array):
+        def objective(params: Any):
+            logits, new_state = task.net(params, (state, x))
+            return task.loss(logits, y).mean(), new_state
+
+        (value, new_state), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return value, new_state, lrules.Gradients(grads, {})
+
+    steps = {"plain": Step(plain, (params, lrules.Feedback({}, {}), state, x, y))}
+    refused = {}
+    for name, rule in chosen.items():
+        value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+
+        def step(params, feedback, state, x, y, *rng, value_and_grad=value_and_grad):
+            (value, _, new_state), grads = value_and_grad(params, feedback, (state, x), y, rng=rng[0] if rng else None)
+            return value, new_state, grads
+
+        try:
+            feedback = jax.jit(lambda key, rule=rule: rule.init(key, task.net, params, (state, x)))(keys[2])
+            arguments = (params, feedback, state, x, y, *([keys[1]] if rule.stochastic else []))
+            jax.eval_shape(step, *arguments)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            refused[name] = str(error).splitlines()[0]
+        else:
+            steps[name] = Step(step, arguments)
+    return steps, refused
+
+
+def compile_step(step: Step) -> tuple[Any, float]:
+    """The compiled step, and the seconds from tracing to machine code with JAX's caches empty."""
+    jax.clear_caches()
+    begin = time.perf_counter()
+    compiled = jax.jit(step.function).lower(*step.arguments).compile()
+    return compiled, time.perf_counter() - begin
+
+
+def time_pairs(
+    compiled: Mapping[str, Any], steps: Mapping[str, Step], repeats: int, progress: Callable[[int], Any]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """For each step its seconds and those of the plain step next to it, [repeats] each; which goes first alternates."""
+
+    def seconds(name: str, calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out = compiled[name](*steps[name].arguments)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) / calls
+
+    for name in compiled:
+        seconds(name, 1)
+    calls = max(1, math.ceil(0.05 / seconds("plain", 3)))
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in compiled}
+    for round_ in range(repeats):
+        for name, _ in _rotate(compiled, round_):
+            order = (name, "plain") if round_ % 2 else ("plain", name)
+            pair = [seconds(who, calls) for who in order]
+            own, plain = pair if round_ % 2 else reversed(pair)
+            times[name][0].append(own)
+            times[name][1].append(plain)
+            progress(1)
+    return times
+
+
+def memory_bytes(compiled: Any) -> int:
+    """Bytes that a call allocates: outputs and temporaries."""
+    stats = compiled.memory_analysis()
+    return stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
+
+
+def _rotate(items: Mapping[str, Any], by: int) -> list[tuple[str, Any]]:
+    pairs = list(items.items())
+    by %= len(pairs)
+    return pairs[by:] + pairs[:by]
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """One model's rows as a Markdown table."""
+    plain = rows["plain"]
+    cells = [
+        (
+            "plain jax.value_and_grad",
+            f"{1e3 * plain.step_seconds:.2f} ms",
+            "",
+            f"{plain.compile_seconds:.2f} s",
+            _mebibytes(plain.memory_bytes),
+            "",
+        )
+    ]
+    for name, row in rows.items():
+        if name != "plain":
+            median, low, high = (f"{ratio:.3f}" for ratio in row.step_ratio)
+            compilation, memory = f"{row.compile_ratio:.2f}", f"{row.memory_ratio:.2f}"
+            feedback = _mebibytes(row.feedback_bytes) if row.feedback_bytes else "-"
+            cells.append((name, median, f"{low} to {high}", compilation, memory, feedback))
+    return cli.table(["rule", "step time", "quartiles", "compile time", "memory", "feedback weights"], cells)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    chosen = rules.select(FLAGS.rules)
+    cases = QUICK if FLAGS.quick else FULL
+    names: Sequence[str] = FLAGS.models or list(cases)
+    for name in names:
+        if name not in cases:
+            raise InputError(f"There is no model '{name}' in the benchmark: {nearest(name, cases)}")
+    folder = cli.output_folder()
+    results: dict[str, dict[str, Row]] = {}
+    refusals: dict[str, dict[str, str]] = {}
+    each = (len(chosen) + 1) * (FLAGS.repeats + FLAGS.compile_repeats + 1)
+    with tqdm(total=each * len(names), unit="run") as bar:
+        for name in names:
+            bar.set_description(name)
+            results[name], refusals[name] = benchmark(
+                lambda rngs, name=name: models.build(
+                    name, cases[name].shape, 10, rngs=rngs, widths=cases[name].widths, dtype=jnp.dtype(FLAGS.dtype)
+                ),
+                cases[name],
+                chosen,
+                repeats=FLAGS.repeats,
+                compile_repeats=FLAGS.compile_repeats,
+                seed=FLAGS.seed,
+                progress=bar.update,
+            )
+    device = f"{cli.describe_device()}, {FLAGS.dtype}, jax {jax.__version__}"
+    for name, rows in results.items():
+        print(f"\n{cases[name].describe(name)} ({device}); ratios to plain jax.value_and_grad\n\n{table(rows)}")
+        for rule, reason in refusals[name].items():
+            print(f"\n{rule} refused this model: {reason}")
+        if "backprop" in rows:
+            identical = "identical to" if rows["backprop"].identical_gradients else "DIFFERENT from"
+            print(f"\nThe gradients of backprop() are {identical} those of jax.value_and_grad.")
+    write(folder, cases, results, refusals)
+    plots.bars(
+        folder / "benchmark.png",
+        {n: {r: row.step_ratio for r, row in rows.items() if r != "plain"} for n, rows in results.items()},
+        device,
+        "step time / plain jax.value_and_grad",
+    )
+    print(f"\nResults: {folder}/metrics.json, table.csv, benchmark.png")
+
+
+def write(
+    folder: pathlib.Path,
+    cases: Mapping[str, Case],
+    results: Mapping[str, Mapping[str, Row]],
+    refusals: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write metrics.json and table.csv."""
+    content = {}
+    flat = []
+    for name, rows in results.items():
+        by_rule = {rule: row._asdict() for rule, row in rows.items()}
+        content[name] = {"case": cases[name]._asdict(), "rules": by_rule, "refused": refusals[name]}
+        flat += [(name, rule, row.step_seconds, *row.step_ratio, *row[2:]) for rule, row in rows.items()]
+    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | {"models": content})
+    ratios = ("step_ratio", "step_ratio_lower_quartile", "step_ratio_upper_quartile")
+    cli.write_csv(folder / "table.csv", ("model", "rule", "step_seconds", *ratios, *Row._fields[2:]), flat)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_bool("quick", False, "Smaller models and batches.")
+    flags.DEFINE_list("models", None, f"Some of {', '.join(FULL)} (default: all).")
+    flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule that needs no argument).")
+    flags.DEFINE_integer("repeats", 20, "Rounds of timing.", lower_bound=1)
+    flags.DEFINE_integer("compile_repeats", 3, "Rounds of compiling, after one to warm up.", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "What the models compute in; parameters are float32."
+    )
+    flags.DEFINE_integer("seed", 0, "The seed of weights and inputs.", lower_bound=0)
+    flags.DEFINE_string("output", "results/benchmark", "Folder for the results.")
+    cli.run(main)

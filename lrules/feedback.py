@@ -1,0 +1,144 @@
+"""Initialisers of feedback weights that `jax.nn.initializers` lacks.
+
+Each is `init(key, shape, dtype)`, for the `init=` of a rule. Sequential feedback is drawn as a layer's
+`[fan_in, fan_out]` (a convolution: `[*window, in, out]`), direct feedback as `[hidden size, outputs]`: the last axis is
+where the error comes from, the others are the layer that receives it. All are from Baldi, Sadowski, Lu: Learning in the
+machine: random backpropagation and the deep learning channel (2018), sections 3 and 4, if not said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lrules.rule import Initializer
+
+
+def sparse(n: float, rescale: bool = False) -> Initializer:
+    """Each neuron above reaches n neurons of the receiving layer on average, with weight one; all others get zero.
+
+    B = 1 with probability p = n / fan_in, else 0, where fan_in is the size of the receiving layer
+
+    Args:
+      n: how many, from 0 to the size of the receiving layer; more count as all of them.
+      rescale: divide by sqrt(n), so that errors do not grow from layer to layer of a sequential channel.
+
+    Raises:
+      ValueError: n is negative, or zero where it is to be divided by.
+
+    References:
+      Baldi, Sadowski, Lu (2018), Figures 3 and 4.
+    """
+    if n < 0 or (rescale and n == 0):
+        raise ValueError(f"sparse(n={n}): n counts neurons that are reached, so give a positive number")
+
+    def init(key, shape, dtype=jnp.float32):
+        p = min(n / math.prod(shape[:-1]), 1.0)
+        drawn = jax.random.bernoulli(key, p, shape).astype(dtype)
+        return drawn / jnp.asarray(math.sqrt(n), dtype) if rescale else drawn
+
+    return init
+
+
+def binary(low: float = -1.0, high: float = 1.0) -> Initializer:
+    """Two values, each with probability one half: `binary()` is {-1, +1}, `binary(0, 1)` is {0, 1}.
+
+    Args:
+      low, high: the values.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 3.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        chosen = jax.random.bernoulli(key, 0.5, shape)
+        return jnp.where(chosen, jnp.asarray(high, dtype), jnp.asarray(low, dtype))
+
+    return init
+
+
+def shifted(mean: float, init: Initializer | None = None) -> Initializer:
+    """Another initialiser's weights plus a mean: `shifted(0.1, glorot_uniform())`.
+
+    Args:
+      mean: what is added to every weight.
+      init: the other initialiser; default `jax.nn.initializers.glorot_normal()`.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 4.2, observation 3.
+    """
+    inner = init or jax.nn.initializers.glorot_normal()
+
+    def shifted_init(key, shape, dtype=jnp.float32):
+        return inner(key, shape, dtype) + jnp.asarray(mean, dtype)
+
+    return shifted_init
+
+
+def absolute(init: Initializer | None = None) -> Initializer:
+    """Another initialiser's absolute values.
+
+    Args:
+      init: the other initialiser; default `jax.nn.initializers.glorot_normal()`.
+
+    References:
+      Lechner: Learning representations for binary-classification without backpropagation (2020), section 3.
+    """
+    inner = init or jax.nn.initializers.glorot_normal()
+
+    def absolute_init(key, shape, dtype=jnp.float32):
+        return jnp.abs(inner(key, shape, dtype))
+
+    return absolute_init
+
+
+def congruent(init: Initializer | None = None) -> Initializer:
+    """Another initialiser's magnitudes with the signs that the forward weights have when the feedback is drawn.
+
+    B = |init| * sign(W)
+
+    For sequential rules. The signs stay where the forward weights' may change; feedback that follows them is
+    `lrules.sign_symmetry`.
+
+    Args:
+      init: the other initialiser; default `jax.nn.initializers.glorot_normal()`.
+
+    Raises:
+      ValueError: at `rule.init`: the rule is direct, so that its feedback stands for no weight.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 3.
+    """
+    inner = init or jax.nn.initializers.glorot_normal()
+
+    def congruent_init(key, shape, dtype=jnp.float32, weight=None):
+        if weight is None:
+            raise ValueError(
+                "congruent feedback takes the signs of the layer's own weight, which direct feedback does not stand "
+                "for: use a sequential rule, such as feedback_alignment(init=congruent())"
+            )
+        return jnp.abs(inner(key, shape, dtype)) * jnp.sign(weight).astype(dtype)
+
+    return congruent_init
+
+
+def averaged(n: int, init: Initializer | None = None) -> Initializer:
+    """The mean of n draws: what n sets of random matrices give whose signals are averaged.
+
+    Args:
+      n: how many.
+      init: the other initialiser; default `jax.nn.initializers.glorot_normal()`.
+
+    References:
+      Baldi, Sadowski, Lu (2018), sections 3 and 6.1.
+    """
+    inner = init or jax.nn.initializers.glorot_normal()
+    if n < 1:
+        raise ValueError(f"averaged(n={n}): give at least one draw")
+
+    def averaged_init(key, shape, dtype=jnp.float32):
+        return jax.vmap(lambda k: inner(k, shape, dtype))(jax.random.split(key, n)).mean(0)
+
+    return averaged_init

@@ -1,0 +1,84 @@
+"""Rule expressions: what they stand for, and one sentence for each way in which they can be wrong."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lrules
+from experiments import rules
+from experiments.errors import InputError
+
+
+def test_every_factory_without_a_required_argument_is_found():
+    found = rules.argument_free_rules()
+    assert {"backprop", "last_layer_only", "feedback_alignment", "direct_feedback_alignment", "backman"} <= set(found)
+    assert "partition" not in found
+    assert all(isinstance(rule, lrules.Rule) for rule in found.values())
+    assert set(rules.rules()) & set(rules.modifiers()) == set()
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "backprop",
+        "backprop()",
+        " backman( alpha = 0.5 ) ",
+        "backman(0.5)",
+        'partition({"layers/0": backman(alpha=-0.5), ".*": backprop})',
+        "feedback_alignment(init=normal(0.1))",
+        "feedback_alignment(init=zeros)",
+        "feedback_alignment(init=orthogonal)",
+    ],
+)
+def test_expression_is_a_rule(expression):
+    assert isinstance(rules.parse(expression), lrules.Rule)
+
+
+def test_options_reach_the_rule():
+    net = lrules.Network(lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"])
+    params, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((5, 3))
+    feedback = rules.parse("feedback_alignment(init=constant(7.0))").init(jax.random.key(0), net, params, x)
+    assert (feedback.fixed["b"] == 7).all()
+
+
+def test_list_is_split_outside_brackets():
+    chosen = rules.select("backprop, backman(alpha=0.5), partition({'a': backman(0.1), '.*': backprop})")
+    assert list(chosen) == ["backprop", "backman(alpha=0.5)", "partition({'a': backman(0.1), '.*': backprop})"]
+    assert list(rules.select(None)) == list(rules.argument_free_rules())
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("bakman", ["no rule 'bakman'", "did you mean 'backman'?"]),
+        ("xyz", ["no rule 'xyz'", "use one of", "backprop"]),
+        ("backman(alhpa=1.0)", ["backman has no option 'alhpa'", "did you mean 'alpha'?"]),
+        ("backprop(rate=1)", ["backprop has no option 'rate'", "it takes none"]),
+        ("backman(1.0, alpha=1.0)", ["backman", "alpha"]),
+        ("partition", ["partition needs the option 'rules'", "partition(rules=...)"]),
+        ("partition({'.*': bakman})", ["did you mean 'backman'?"]),
+        ("backman(alpha=1.0", ["malformed", "backman(alpha=1.0)"]),
+        ("", ["malformed"]),
+        ("1.0", ["'1.0' is no rule"]),
+        ("normal", ["'normal' is no rule"]),
+        ("backman(**{'alpha': 1})", ["cannot stand in a rule"]),
+        ("lrules.backprop", ["'lrules.backprop' cannot stand in a rule"]),
+        ("backman(alpha=__import__('os').getpid())", ["cannot stand in a rule"]),
+        ("backman(alpha=2 ** 9999)", ["'2 ** 9999' cannot stand in a rule"]),
+        ("(lambda: backprop)()", ["cannot stand in a rule"]),
+        ("[backprop for _ in 'ab']", ["cannot stand in a rule"]),
+        ("backprop\n.x", ["malformed"]),
+        ("(" * 500 + "backprop" + ")" * 500, ["malformed"]),
+    ],
+)
+def test_wrong_expression_is_told_in_a_sentence(expression, words):
+    with pytest.raises(InputError) as error:
+        rules.parse(expression)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("expressions", ["backprop,backman(", "backprop], [backman"])
+def test_malformed_list(expressions):
+    with pytest.raises(InputError, match="malformed"):
+        rules.select(expressions)

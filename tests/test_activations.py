@@ -1,0 +1,269 @@
+"""What is found as an activation, what is not, and what is left in doubt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+import lrules
+from lrules.activations import refuse_doubts
+from lrules.network import Frame, Handler, Network
+
+nn = jax.nn
+
+
+@jax.custom_vjp
+def spike(x):
+    return jnp.where(x > 0, 1.0, 0.0)
+
+
+spike.defvjp(lambda x: (spike(x), x), lambda x, g: (g / (1 + jnp.abs(x)) ** 2,))
+
+
+@jax.custom_jvp
+def kinked(x):
+    return jnp.maximum(x, 0.1 * x)
+
+
+kinked.defjvp(lambda primals, tangents: (kinked(*primals), tangents[0]))
+
+
+FOUND = {
+    "relu": (nn.relu, "relu"),
+    "relu6": (nn.relu6, "relu6"),
+    "silu": (nn.silu, "silu"),
+    "elu": (nn.elu, "elu"),
+    "celu": (nn.celu, "celu"),
+    "selu": (nn.selu, "selu"),
+    "hard_tanh": (nn.hard_tanh, "hard_tanh"),
+    "hard_sigmoid": (nn.hard_sigmoid, "hard_sigmoid"),
+    "leaky_relu": (nn.leaky_relu, "leaky_relu"),
+    "softplus": (nn.softplus, "softplus"),
+    "mish": (nn.mish, "mish"),
+    "gelu": (nn.gelu, "gelu"),
+    "exact gelu": (lambda x: nn.gelu(x, approximate=False), "gelu"),
+    "gelu by hand": (lambda x: 0.5 * x * (1 + jnp.tanh(0.79788 * (x + 0.044715 * x**3))), "gelu"),
+    "tanh": (jnp.tanh, "tanh"),
+    "scaled tanh": (lambda x: 1.7159 * jnp.tanh(0.6667 * x), "tanh"),
+    "sigmoid": (nn.sigmoid, "sigmoid"),
+    "silu by hand": (lambda x: x * nn.sigmoid(1.702 * x), "silu"),
+    "sigmoid by hand": (lambda x: 1 / (1 + jnp.exp(-x)), "exp_div"),
+    "softplus by hand": (lambda x: jnp.log(1 + jnp.exp(x)), "exp_log"),
+    "maximum": (lambda x: jnp.maximum(x, 0), "max"),
+    "clip": (lambda x: jnp.clip(x, -1, 1), "max_min"),
+    "where": (lambda x: jnp.where(x > 0, x, 0), "gt_select_n"),
+    "where and zeros_like": (lambda x: jnp.where(x > 0, x, jnp.zeros_like(x)), "gt_select_n"),
+    "masked": (lambda x: x * (x > 0).astype(x.dtype), "gt_mul"),
+    "abs": (jnp.abs, "abs"),
+    "sin": (jnp.sin, "sin"),
+    "custom_jvp": (kinked, "kinked"),
+    "custom_vjp": (spike, "spike"),
+    "jit": (jax.jit(lambda x: jnp.where(x > 0, x, 0.01 * x)), "gt_select_n"),
+    "remat": (jax.checkpoint(nn.gelu), "gelu"),
+    "vmap": (jax.vmap(nn.relu), "relu"),
+    "reshaped": (lambda x: nn.relu(x.reshape(-1)).reshape(x.shape), "relu"),
+    "in bfloat16": (lambda x: nn.relu(x.astype(jnp.bfloat16)).astype(x.dtype), "relu"),
+    "tanh of a mean": (lambda x: jnp.tanh(x.mean(-1, keepdims=True)) * jnp.ones_like(x), "tanh"),
+    "marked square": (lrules.activation(jnp.square), "square"),
+    "marked identity": (lrules.activation(lambda x: x), "lambda"),
+}
+
+SEVERAL = {
+    "relu, then tanh": (lambda x: jnp.tanh(nn.relu(x)), ["relu", "tanh"]),
+    "relu plus tanh": (lambda x: nn.relu(x) + jnp.tanh(x), ["relu", "tanh"]),
+    "relu twice": (lambda x: nn.relu(x) - nn.relu(-x), ["relu", "relu#2"]),
+    "sine and cosine": (lambda x: jnp.sin(2 * x) * jnp.cos(2 * x[:, ::-1]), ["sin", "cos"]),
+    "shared start": (lambda x: jnp.stack([jnp.sin(2 * x), jnp.cos(2 * x)]).sum(0), ["sin", "cos"]),
+    "chained": (lambda x: (t := jnp.tanh(x)) + jnp.sin(t) * t.mean(), ["tanh", "sin"]),
+    "glu's gate": (lambda x: jnp.repeat(nn.glu(x), 2, 1), ["sigmoid"]),
+    "geglu": (jax.jit(lambda x: jax.jit(lambda a, b: nn.gelu(a) * b)(x, x[:, ::-1])), ["gelu"]),
+    "residual relu": (lambda x: nn.relu(x + 2 * x[:, ::-1]) + x, ["relu"]),
+}
+
+
+def layer_norm(x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+
+
+NONE = {
+    "identity": lambda x: x,
+    "scale": lambda x: 2 * x + 1,
+    "softmax": nn.softmax,
+    "log_softmax": nn.log_softmax,
+    "logsumexp": lambda x: x - nn.logsumexp(x, axis=-1, keepdims=True),
+    "layer_norm": layer_norm,
+    "standardize": nn.standardize,
+    "rms_norm": lambda x: x * jax.lax.rsqrt(jnp.maximum((x**2).mean(-1, keepdims=True), 1e-6)),
+    "unit length": lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6),
+    "log-variance": lambda x: x + jnp.exp(x / 2) * x[:, ::-1],
+    "dropout": lambda x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x / 0.5, 0),
+    "mask": lambda x: jnp.where(jnp.arange(4) < 3, x, -1e9),
+    "cast": lambda x: x.astype(jnp.bfloat16).astype(x.dtype),
+    "max pooling": lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2), (1, 1), "SAME"),
+    "said to be none": lrules.not_activation(jnp.tanh),
+    "a whole said to be none": lrules.not_activation(lambda x: jnp.tanh(x) * x.mean()),
+}
+
+DOUBTED = {
+    "square": jnp.square,
+    "product with itself": lambda x: x * x,
+    "exp": jnp.exp,
+    "relu squared": lambda x: jnp.square(nn.relu(x)),
+    "maxout": lambda x: jnp.maximum(x, x[:, ::-1]),
+    "gated by another": lambda x: jnp.where(x[:, ::-1] > 0, x, 0),
+    "marked softmax": lrules.activation(nn.softmax),
+}
+
+
+def network(f):
+    return Network(lambda params, x: jnp.dot(f(jnp.dot(x, params["a"]) + params["c"]), params["b"]))
+
+
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"a": (3, 4), "b": (4, 2), "c": (1, 4)}
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
+    return params, jax.random.normal(keys[3], (5, 3))
+
+
+class Seen(Handler):
+    activations = True
+
+    def __init__(self):
+        self.sites = []
+
+    def activation(self, activation, fn, x, frame):
+        self.sites.append(activation.site)
+        frame.records[activation.site] = x
+        return fn(x)
+
+
+@pytest.fixture(autouse=True)
+def relaxed():
+    """Ranks and dtypes are the user's affair here."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def check(f, expected):
+    params, x = arguments()
+    net = network(f)
+    graph = net.graph(params, x)
+    assert [a.site for a in graph.activations] == expected
+    assert not graph.doubts
+    seen = Seen()
+
+    @jax.jit
+    def run(params, x):
+        frame = Frame()
+        return graph.run(jax.tree.leaves(params), [x], handlers=(seen,), frame=frame)[0], frame.records
+
+    outputs, records = run(params, x)
+    assert seen.sites == expected
+    np.testing.assert_array_equal(outputs, jax.jit(net)(params, x))
+    return records
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name):
+    f, expected = FOUND[name]
+    check(f, [expected])
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "tanh", "where", "maximum", "silu"])
+def test_starts_at_the_preactivation(name):
+    params, x = arguments()
+    (recorded,) = check(FOUND[name][0], [FOUND[name][1]]).values()
+    np.testing.assert_allclose(recorded, jnp.dot(x, params["a"]) + params["c"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several(name):
+    check(*SEVERAL[name])
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_none(name):
+    check(NONE[name], [])
+
+
+@pytest.mark.parametrize("name", DOUBTED)
+def test_doubted(name):
+    doubts = network(DOUBTED[name]).graph(*arguments()).doubts
+    assert doubts
+    with pytest.raises(NotImplementedError, match=r"write it as lrules.activation\(f\)\(x\)"):
+        refuse_doubts(doubts)
+
+
+def test_leaky_relu_with_a_learned_slope_is_doubted():
+    params, x = arguments()
+    net = Network(lambda p, x: (lambda h: jnp.where(h > 0, h, h * p["c"]))(jnp.dot(x, p["a"])))
+    assert net.graph(params, x).doubts
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_pooling_before_the_activation(pool):
+    model = linen.Sequential([
+        linen.Conv(3, (3, 3)), lambda x: getattr(linen, f"{pool}_pool")(x, (2, 2), (2, 2)), jnp.tanh,
+        lambda x: x.reshape(x.shape[0], -1), linen.Dense(2),
+    ])  # fmt: skip
+    x = jnp.ones((2, 4, 4, 1))
+    graph = Network(model.apply).graph(model.init(jax.random.key(0), x), x)
+    assert [a.name for a in graph.activations] == ["tanh"] and not graph.doubts
+
+
+@pytest.mark.parametrize("norm", [linen.LayerNorm, linen.RMSNorm, linen.GroupNorm, linen.BatchNorm])
+def test_flax_normalisation_is_none(norm):
+    options = {"num_groups": 2} if norm is linen.GroupNorm else {}
+    options |= {"use_running_average": False} if norm is linen.BatchNorm else {}
+    model = linen.Sequential([linen.Dense(4), norm(**options), linen.relu, linen.Dense(2)])
+    x = jnp.ones((2, 3))
+    variables = model.init(jax.random.key(0), x)
+    net = Network(lambda p, x: model.apply(p, x, mutable=["batch_stats"])[0])
+    graph = net.graph(variables, x)
+    assert [a.name for a in graph.activations] == ["relu"] and not graph.doubts
+
+
+def test_attention_and_dropout_hold_none():
+    model = linen.Sequential([linen.MultiHeadDotProductAttention(2, qkv_features=4), linen.LayerNorm(), linen.Dense(4)])
+    x = jnp.ones((2, 5, 4))
+    graph = Network(model.apply).graph(model.init(jax.random.key(0), x), x)
+    assert not graph.activations and not graph.doubts
+
+
+def test_gates_of_an_lstm():
+    model = linen.RNN(linen.OptimizedLSTMCell(3))
+    x = jnp.ones((2, 5, 4))
+    params = model.init(jax.random.key(0), x)
+    graph = Network(model.apply).graph(params, x)
+    assert sorted(a.name for a in graph.activations) == ["sigmoid"] * 3 + ["tanh"] * 2
+    assert all(a.scope == ("scan",) for a in graph.activations) and not graph.doubts
+    frame = Frame()
+    outputs, _ = graph.run(jax.tree.leaves(params), [x], handlers=(Seen(),), frame=frame)
+    np.testing.assert_array_equal(outputs, model.apply(params, x))
+    assert all(r.shape == (5, 2, 3) for r in frame.records.values())
+
+
+def test_a_constant_array_inside_a_scan():
+    slopes = np.asarray(0.1, np.float32)
+
+    def apply(w, x):
+        def body(h, _):
+            h = jnp.dot(h, w)
+            return jnp.maximum(h, slopes * h), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    w, x = jnp.eye(3) * 0.9, jnp.ones((2, 3))
+    graph = Network(apply).graph(w, x)
+    assert [a.name for a in graph.activations] == ["max"]
+    outputs, _ = graph.run([w], [x], handlers=(Seen(),), frame=Frame())
+    np.testing.assert_array_equal(outputs, apply(w, x))
+
+
+def test_data_alone_pass_through_no_activation():
+    params, x = arguments()
+    graph = Network(lambda p, x: jnp.dot(jnp.tanh(x), nn.relu(p["a"]))).graph(params, x)
+    assert not graph.activations and not graph.doubts

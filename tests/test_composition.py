@@ -1,0 +1,212 @@
+"""Rules under the user's transformations: numbers equal to those of one device and of plain calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lrules
+from tests import bridge
+
+NONE = lrules.Feedback({}, {})
+SIZES = [("a", (5, 8)), ("b", (8, 8)), ("c", (8, 3))]
+W = {n: jax.random.normal(jax.random.key(i), s) / s[0] ** 0.5 for i, (n, s) in enumerate(SIZES)}
+W["bias"] = jnp.linspace(-1, 1, 8)
+X = jax.random.normal(jax.random.key(7), (8, 5))
+Y = jax.random.normal(jax.random.key(8), (8, 3))
+RULES = {
+    "backprop": lrules.backprop(),
+    "last_layer_only": lrules.last_layer_only(),
+    "feedback_alignment": lrules.feedback_alignment(),
+    "direct_feedback_alignment": lrules.direct_feedback_alignment(),
+    "backman": lrules.backman(),
+    "backman_gradient_norm": lrules.backman("gradient_norm"),
+}
+
+
+def mlp(p, x):
+    h = jnp.tanh(x @ p["a"] + p["bias"].reshape(1, -1).astype(x.dtype))
+    return (jax.nn.gelu(h @ p["b"]) + h) @ p["c"]
+
+
+def half_square(y, t):
+    return 0.5 * jnp.sum((y - t) ** 2, -1)
+
+
+@pytest.fixture(params=RULES)
+def case(request):
+    """A rule with its feedback and its gradients of the whole batch."""
+    rule = RULES[request.param]
+    feedback = rule.init(jax.random.key(1), mlp, W, X)
+    step = lrules.value_and_grad(mlp, half_square, rule)
+    return request.param, rule, feedback, jax.jit(step)(W, feedback, X, Y)[1].params
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_check_rule(name):
+    lrules.testing.check_rule(RULES[name])
+
+
+def test_sharded_batch(case):
+    """Under `jit` a sharded batch needs nothing."""
+    _, rule, feedback, reference = case
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, y = (jax.device_put(v, NamedSharding(mesh, P("data"))) for v in (X, Y))
+    grads = jax.jit(lrules.value_and_grad(mlp, half_square, rule))(W, feedback, x, y)[1].params
+    bridge.close(grads, reference, 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(case, check_vma):
+    """Each device takes its share of the objective; the sum of the devices' gradients is that of the batch."""
+    name, rule, feedback, reference = case
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    if name.startswith("backman"):
+        if check_vma:
+            with pytest.raises(ValueError, match="'data'.*axis_name"):
+                _shard_map_gradient(rule, feedback, mesh, check_vma)
+        rule = lrules.backman("gradient_norm" if "norm" in name else 1.0, axis_name="data")
+    bridge.close(_shard_map_gradient(rule, feedback, mesh, check_vma), reference, 1e-5)
+
+
+def _shard_map_gradient(rule, feedback, mesh, check_vma):
+    f = lrules.transform(mlp, rule)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
+    )
+    def gradient(params, feedback, x, y):
+        grads = jax.grad(lambda p: half_square(f(p, feedback, x), y).sum() / len(X))(params)
+        return grads if check_vma else jax.lax.psum(grads, "data")
+
+    return jax.jit(gradient)(W, feedback, X, Y)
+
+
+def test_pmap(case):
+    name, rule, feedback, reference = case
+    if name.startswith("backman"):
+        rule = lrules.backman("gradient_norm" if "norm" in name else 1.0, axis_name="devices")
+    f = lrules.transform(mlp, rule)
+
+    @functools.partial(jax.pmap, axis_name="devices", in_axes=(None, None, 0, 0))
+    def gradient(params, feedback, x, y):
+        grads = jax.grad(lambda p: half_square(f(p, feedback, x), y).sum() / len(X))(params)
+        return jax.lax.psum(grads, "devices")
+
+    grads = gradient(W, feedback, X.reshape(4, 2, 5), Y.reshape(4, 2, 3))
+    bridge.close(jax.tree.map(lambda g: g[0], grads), reference, 1e-5)
+
+
+def test_scan_with_donation(case):
+    """Steps under `lax.scan`, with optax, the carry donated: as a Python loop of steps."""
+    _, rule, feedback, _ = case
+    step = lrules.value_and_grad(mlp, half_square, rule)
+    optimizer = optax.sgd(0.01, momentum=0.9)
+
+    def update(carry, _):
+        params, state = carry
+        (value, _), grads = step(params, feedback, X, Y)
+        updates, state = optimizer.update(grads.params, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda carry: jax.lax.scan(update, carry, None, length=3), donate_argnums=0)
+    first = jax.tree.map(jnp.copy, (W, optimizer.init(W)))
+    (params, _), values = run(first)
+    carry, wanted = (W, optimizer.init(W)), []
+    once = jax.jit(update)
+    for _ in range(3):
+        carry, value = once(carry, None)
+        wanted.append(value)
+    bridge.close(params, carry[0], 1e-5)
+    np.testing.assert_allclose(values, jnp.stack(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(case, dtype):
+    """Parameters in half precision: gradients keep the dtype; float32 parameters with half-precision compute do too."""
+    _, rule, _, reference = case
+    params = jax.tree.map(lambda p: p.astype(dtype), W)
+    feedback = rule.init(jax.random.key(1), mlp, params, X.astype(dtype))
+    f = lrules.transform(mlp, rule)
+    grads = jax.jit(jax.grad(lambda p: half_square(f(p, feedback, X.astype(dtype)), Y.astype(dtype)).mean()))(params)
+    assert all(g.dtype == dtype and jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+
+    def compute(p, x):
+        return mlp(jax.tree.map(lambda v: v.astype(dtype), p), x.astype(dtype)).astype(jnp.float32)
+
+    feedback = rule.init(jax.random.key(1), compute, W, X)
+    assert all(b.dtype == jnp.float32 for b in feedback.fixed.values())
+    grads = jax.jit(lrules.value_and_grad(compute, half_square, rule))(W, feedback, X, Y)[1].params
+    angles = lrules.diagnostics.agreement(grads, reference)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+    assert all(a.angle < 5 or not np.any(reference[n]) for n, a in angles.items()), angles
+
+
+def test_gradient_of_a_sum(case):
+    """Additive rules add over microbatches; BackMAN does not, and says so."""
+    name, rule, feedback, reference = case
+    step = jax.jit(lrules.value_and_grad(mlp, half_square, rule))
+    parts = [step(W, feedback, X[i : i + 4], Y[i : i + 4])[1].params for i in (0, 4)]
+    added = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    assert rule.additive == (not name.startswith("backman"))
+    if rule.additive:
+        bridge.close(added, reference, 1e-5)
+
+
+def test_inside_a_larger_model(case):
+    """The gradient with respect to the inputs is what the rule brings down, so that parts can be chained."""
+    _, rule, feedback, _ = case
+    f = lrules.transform(mlp, rule)
+    before = jnp.eye(5) * 0.5
+
+    def whole(m):
+        return half_square(f(W, feedback, X @ m), Y).mean()
+
+    down = jax.grad(lambda x: half_square(f(W, feedback, x), Y).mean())(X @ before)
+    bridge.close(jax.jit(jax.grad(whole))(before), X.T @ down, 1e-5)
+
+
+def test_closed_over_arrays():
+    """What the function closes over stays differentiable: nothing is cut silently."""
+    for rule in (lrules.backprop(), lrules.direct_feedback_alignment()):
+
+        def objective(shift, rule=rule):
+            net = lrules.Network(lambda p, x: mlp(p, x) + shift)
+            feedback = rule.init(jax.random.key(1), mlp, W, X)
+            return half_square(lrules.transform(net, rule)(W, feedback, X), Y).mean()
+
+        shift = jnp.full((1, 3), 0.1)
+        wanted = (mlp(W, X) + shift - Y).mean(0, keepdims=True)
+        bridge.close(jax.jit(jax.grad(objective))(shift), wanted, 1e-5)
+
+
+def test_marks_and_at():
+    """`at=` chooses where feedback lands: by name, or at a marked tensor; between landings error flows as in backprop."""
+
+    def marked(p, x):
+        h = lrules.hidden(jnp.tanh(x @ p["a"]), "first")
+        return jnp.tanh(h @ p["b"]) @ p["c"]
+
+    by_name = lrules.direct_feedback_alignment(at="^b$")
+    by_mark = lrules.direct_feedback_alignment(at="first")
+    one, two = (rule.init(jax.random.key(1), marked, W, X) for rule in (by_name, by_mark))
+    assert one.fixed["b"].shape == two.fixed["first"].shape == (3, 8)
+    two = lrules.Feedback({"first": one.fixed["b"]}, {})
+    params = {n: W[n] for n in "abc"}
+
+    def gradient(rule, feedback):
+        f = lrules.transform(marked, rule)
+        return jax.jit(jax.grad(lambda p: half_square(f(p, feedback, X), Y).mean()))(params)
+
+    a, b = gradient(by_name, one), gradient(by_mark, two)
+    bridge.close(a, b, 1e-6)
+    plain = jax.grad(lambda p: half_square(marked(p, X), Y).mean())(params)
+    bridge.close([a["b"], a["c"]], [plain["b"], plain["c"]], 1e-6)
+    e = (marked(params, X) - Y) / len(X)
+    slope = 1 - jnp.tanh(X @ params["a"]) ** 2
+    bridge.close(a["a"], X.T @ ((e @ one.fixed["b"]) * slope), 1e-5)

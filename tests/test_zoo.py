@@ -1,0 +1,166 @@
+"""Models x rules: every model of the zoo under every kind of rule, with exactly the layers that its code has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lrules
+from tests.zoo import ZOO, loss
+
+# The tests of one model run in one process, where it is built once.
+MODELS = [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in ZOO.values()]
+
+
+@functools.cache
+def build(entry):
+    return entry.build()
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    entry = request.getfixturevalue("entry")
+    if not (entry.foreign or entry.name.startswith(("linen", "nnx", "equinox"))):
+        yield
+    else:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+
+
+@pytest.fixture(params=MODELS)
+def entry(request):
+    return request.param
+
+
+def errors(a, b):
+    """The largest difference of each pair of leaves, relative to the largest entry of the second."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
+    return [np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-6) for x, y in wide]
+
+
+def outputs_of(net, out):
+    return out[0] if net.has_aux else out
+
+
+def test_layers(entry):
+    """The layers found are those of the model's code, in program order."""
+    net, params, inputs = build(entry)
+    graph = net.graph(params, inputs)
+    found = tuple((tuple(sorted(layer.parameters)), layer.operation) for layer in graph.layers)
+    assert found == entry.layers
+    if entry.hidden is not None:
+        assert len([h for h in graph.hidden if not h.mark]) == entry.hidden
+
+
+def test_sequential(entry):
+    """FA with the weights as feedback is `jax.grad`; other feedback changes all below; the forward pass is the same."""
+    net, params, inputs = build(entry)
+    rule = lrules.feedback_alignment()
+    f = lrules.transform(net, rule)
+    feedback = rule.init(jax.random.key(2), net, params, inputs)
+
+    def objective(p, fb):
+        out = f(p, fb, inputs)
+        return loss(outputs_of(net, out)).mean(), outputs_of(net, out)
+
+    @jax.jit
+    def everything(p, fb):
+        plain = lambda p: loss(outputs_of(net, net(p, inputs))).mean()  # noqa: E731
+        return jax.grad(objective, has_aux=True)(p, fb), jax.grad(plain)(p), outputs_of(net, net(p, inputs))
+
+    named = {lrules.network.parameter_name(k): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
+    assert set(feedback.fixed) <= set(named)
+    same = lrules.Feedback({name: named[name] for name in feedback.fixed}, {})
+    (grads, seen), reference, outputs = everything(params, same)
+    for a, b in zip(jax.tree.leaves(seen), jax.tree.leaves(outputs), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    half = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(outputs)) or "bfloat16" in entry.name
+    assert max(errors(grads, reference)) < (5e-2 if half else 1e-4)
+
+    (other, _), _, _ = everything(params, feedback)
+    graph = net.graph(params, inputs)
+    top = {layer.name for layer in graph.layers} - below(net, params, inputs)
+    for (path, g), r in zip(jax.tree_util.tree_leaves_with_path(other), jax.tree.leaves(reference), strict=True):
+        name = lrules.network.parameter_name(path)
+        layers = [layer for layer in graph.layers if name in layer.parameters]
+        if layers and not set(layer.name for layer in layers) & top and np.any(np.asarray(r, np.float32)):
+            assert errors(g, r)[0] > 1e-3, name
+
+    if not half:
+        eager = jax.grad(lambda p: objective(p, feedback)[0])(params)
+        assert max(errors(eager, other)) < 1e-3
+
+
+def below(net, params, inputs):
+    """The layers that error reaches only through the feedback of another layer."""
+    rule = lrules.last_layer_only()
+    try:
+        rows = lrules.describe(net, rule, params, inputs).layers
+    except NotImplementedError:
+        return set()
+    names = [row["layer"].split("#")[0] for row in rows]
+    return {n for n, row in zip(names, rows, strict=True) if "output" not in row["reached by"].split(", ")}
+
+
+def test_backman(entry):
+    """Each neuron's weight gradient has norm alpha (or is dead), for weights that are used once."""
+    net, params, inputs = build(entry)
+    f = lrules.transform(net, lrules.backman(alpha=0.5))
+    grads = jax.jit(jax.grad(lambda p: loss(outputs_of(net, f(p, lrules.Feedback({}, {}), inputs))).mean()))(params)
+    assert all(np.all(np.isfinite(np.asarray(g, np.float32))) for g in jax.tree.leaves(grads))
+    graph = net.graph(params, inputs)
+    named = {lrules.network.parameter_name(k): v for k, v in jax.tree_util.tree_leaves_with_path(grads)}
+    checked = 0
+    for layer in graph.layers:
+        uses = [other for other in graph.layers if set(other.parameters) & set(layer.parameters)]
+        weight = named[layer.name]
+        if len(uses) > 1 or len(layer.parameters) > 1 or weight.shape != layer.weight.aval.shape or "scan" in layer.scope:
+            continue
+        norms = np.sqrt(np.sum(np.asarray(weight, np.float64) ** 2, axis=tuple(layer.contracted)))
+        tolerance = 1e-2 if weight.dtype == jnp.bfloat16 or "bfloat16" in entry.name else 1e-4
+        assert np.all((np.abs(norms - 0.5) < tolerance) | (norms < 0.5)), layer.name
+        assert np.any(np.abs(norms - 0.5) < tolerance) or not np.any(norms), layer.name
+        checked += 1
+    assert checked or entry.name in NOT_CHECKED
+
+
+# Every weight of these is scanned, tied, split or computed.
+NOT_CHECKED = {"tied_autoencoder", "weight_normalisation", "fori_loop"}
+
+
+def test_direct(entry):
+    """DFA: every hidden signal gets e.B and nothing else, or the model is refused with a sentence."""
+    net, params, inputs = build(entry)
+    rule = lrules.direct_feedback_alignment()
+    if not entry.direct:
+        with pytest.raises(NotImplementedError, match="direct feedback cannot land"):
+            rule.init(jax.random.key(2), net, params, inputs)
+        return
+    feedback = rule.init(jax.random.key(2), net, params, inputs)
+    f = lrules.transform(net, rule)
+
+    @jax.jit
+    def gradient(p, fb):
+        def objective(p):
+            out = outputs_of(net, f(p, fb, inputs))
+            return loss(out).mean(), out
+
+        return jax.grad(objective, has_aux=True)(p)
+
+    grads, outputs = gradient(params, feedback)
+    plain = outputs_of(net, jax.jit(net.__call__)(params, inputs))
+    for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    assert all(np.all(np.isfinite(np.asarray(g, np.float32))) for g in jax.tree.leaves(grads))
+    # With feedback of zero nothing arrives below, and what the outputs reach without feedback stays as it is.
+    silent, _ = gradient(params, jax.tree.map(jnp.zeros_like, feedback))
+    ends = jax.jit(jax.grad(lambda p: loss(outputs_of(net, lrules.transform(net, lrules.last_layer_only())(
+        p, lrules.Feedback({}, {}), inputs))).mean()))(params)  # fmt: skip
+    assert max(errors(silent, ends)) < 1e-4
+    # Each feedback weight matters.
+    for name in feedback.fixed:
+        without = feedback._replace(fixed={**feedback.fixed, name: jnp.zeros_like(feedback.fixed[name])})
+        assert max(errors(gradient(params, without)[0], grads)) > 1e-6, name
