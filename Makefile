@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
+PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo bench lint format test test-slow test-floor clean
@@ -51,13 +52,13 @@ format: install
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-floor: $(FLOOR)/.installed
-	$(FLOOR)/bin/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	$(FLOOR)/bin/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(FLOOR) .hypothesis .mypy_cache .pytest_cache .ruff_cache

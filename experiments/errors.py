@@ -15,4 +15,4 @@ def nearest(name: str, options: Iterable[str], *, most: int = 20) -> str:
     if matches:
         return f"did you mean '{matches[0]}'?"
     listed = ", ".join(options[:most]) + (", ..." if len(options) > most else "")
-    return f"use one of: {listed}" if options else "there is none"
+    return f"use one of: {listed}"

@@ -73,7 +73,7 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
     value_and_grad = lrules.value_and_grad(net, loss, lrules.backprop())
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        split = nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))), nnx.Param, ...)
+        split: Any = nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))), nnx.Param, ...)
         return split[1], split[2]
 
     def evaluate(params: PyTree, state: PyTree, x: Array, y: Array) -> tuple[Array, Array]:

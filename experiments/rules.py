@@ -113,6 +113,8 @@ def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
     factory = _factory(name)
     parameters = list(inspect.signature(factory).parameters)
     for option in options:
+        if not parameters:
+            raise InputError(f"{name} has no option '{option}': it takes none, so write {name} alone.")
         if option not in parameters:
             raise InputError(f"{name} has no option '{option}': {nearest(option, parameters)}")
     missing = [p for p in _required(factory)[len(args) :] if p not in options]

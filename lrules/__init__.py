@@ -7,6 +7,16 @@ from jax.ad_checkpoint import checkpoint_name as hidden
 from lrules import diagnostics, feedback, testing
 from lrules.activations import activation, not_activation
 from lrules.adapters import from_linen, from_nnx
+from lrules.channel import (
+    drop_error,
+    magnitude_error,
+    modify_error,
+    quantize_error,
+    quantize_update,
+    replace_derivative,
+    sign_error,
+    without_derivatives,
+)
 from lrules.network import Network
 from lrules.rule import Feedback, Gradients, Rule, describe, direct, sequential, transform, value_and_grad
 from lrules.rules.backman import backman

@@ -94,14 +94,14 @@ class Hidden:
     def to_definition(self, signal):
         """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
 
-        def view(x):
-            for eqn in self.views:
-                (x,) = bind(eqn, [x])
-            return x
-
-        root = jax.ShapeDtypeStruct(self.root.aval.shape, self.root.aval.dtype)
-        (out,) = jax.linear_transpose(view, root)(signal.astype(self.reader.aval.dtype))
-        return out
+        signal = signal.astype(self.reader.aval.dtype)
+        for eqn in reversed(self.views):
+            before = eqn.invars[0].aval
+            if eqn.primitive.name == "transpose":
+                permutation = eqn.params["permutation"]
+                signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
+            signal = signal.reshape(before.shape).astype(before.dtype)
+        return signal
 
 
 @dataclasses.dataclass(eq=False)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.network import parameter_name
-from lrules.rule import Feedback
+from lrules.rule import Feedback, at_least_float32
 
 Pytree = Any
 
@@ -46,8 +46,8 @@ def compare(update: jax.Array, reference: jax.Array) -> Agreement:
     """
     if jnp.shape(update) != jnp.shape(reference):
         raise ValueError(f"arrays of shapes {jnp.shape(update)} and {jnp.shape(reference)} cannot be compared")
-    wide = jnp.promote_types(jnp.result_type(update), jnp.float32)
-    u, r = update.astype(wide).ravel(), reference.astype(wide).ravel()
+    wide = at_least_float32(update.dtype)
+    u, r = (jnp.asarray(x).astype(wide).ravel() for x in (update, reference))
     largest_u, largest_r = jnp.max(jnp.abs(u), initial=0), jnp.max(jnp.abs(r), initial=0)
     scale_u, scale_r = jnp.where(largest_u > 0, largest_u, 1), jnp.where(largest_r > 0, largest_r, 1)
     u_hat, r_hat = u / scale_u, r / scale_r

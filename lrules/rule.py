@@ -183,6 +183,11 @@ def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, tar
     return jnp.mean(losses)
 
 
+def at_least_float32(dtype) -> Any:
+    """The dtype in which sums over a batch are taken."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
 def check_rng(rule: Rule, rng) -> None:
     """`rng=` belongs to stochastic rules and to no others."""
     if rule.stochastic and rng is None:

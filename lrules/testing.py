@@ -20,7 +20,7 @@ def check_rule(rule: Rule, net: Network | None = None, params: Pytree = None, in
     The forward pass stays as it is, bit for bit; gradients have the parameters' structure, shapes and dtypes, and are
     finite, dead units included; `jit`, `vmap` over seeds and `scan` over steps agree with plain calls; the second step
     does not compile again; `init` works under `eval_shape` and returns buffers of its own; `rng` is asked for exactly by
-    stochastic rules; an error that is zero at the outputs moves no forward weight of a deterministic rule.
+    stochastic rules; an error that is zero at the outputs moves no forward weight, unless the rule is stochastic or needs the targets.
 
     Args:
       rule: the rule.
@@ -67,7 +67,7 @@ def check_rule(rule: Rule, net: Network | None = None, params: Pytree = None, in
 
     _check_vmap(rule, net, params, inputs, targets, step)
     _check_scan(step, params, feedback, inputs, targets, rng)
-    if not rule.stochastic:
+    if not rule.stochastic and serves_transform(rule, net):  # targets may teach where the error is zero
         (_, seen, *_), _ = jitted(params, feedback, inputs, targets)
         still = jax.jit(step)(params, feedback, inputs, seen)[1]
         for leaf in jax.tree.leaves(still.params):
@@ -102,7 +102,7 @@ def _example():
     params["a"]["bias"] = params["a"]["bias"].at[2].set(-100.0)  # never active
 
     def apply(params, x):
-        layer = lambda name, h: h @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
+        layer = lambda name, h: h @ params[name]["kernel"] + params[name]["bias"][None]  # noqa: E731
         h = jax.nn.relu(layer("a", x))
         h = h + jnp.tanh(layer("b", h))
         return layer("d", jax.nn.relu(layer("c", h)))

@@ -1,14 +1,28 @@
-"""Settings of the whole suite: several host devices, and JAX's strictest promotion rules for our own code."""
+"""Settings of the whole suite: several host devices, quick compilation, and JAX's strictest promotion for our own code.
+
+What is set in the environment already stays as it is: `XLA_FLAGS=--xla_backend_optimization_level=3 make test` runs
+everything fully optimised.
+"""
 
 import os
+import pathlib
 
-DEVICES = 4  # of the host's, for the sharding tests
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Before the first import of jax, which reads them.
+# All before the first import of jax, which reads them; programs that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flag = f"--xla_force_host_platform_device_count={DEVICES}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+FLAGS = {
+    "xla_force_host_platform_device_count": 4,  # for the sharding tests
+    "xla_backend_optimization_level": 0,  # the suite compiles far more than it computes: a third of the time
+}
+given = os.environ.get("XLA_FLAGS", "")
+added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
+
+# What is compiled is kept for the next run, for each worker by itself, as jax does not write its cache atomically.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / worker))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

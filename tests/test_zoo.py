@@ -35,10 +35,22 @@ def entry(request):
 
 
 def errors(a, b):
-    """The largest difference of each pair of leaves, relative to the largest entry of the second."""
+    """The largest difference of each pair of leaves, relative to the largest entry of the second.
+
+    Gradients that vanish but for rounding (an attention key's bias) are measured by the largest of all leaves.
+    """
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
-    return [np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-6) for x, y in wide]
+    floor = max([1e-6, *(1e-3 * np.max(np.abs(y), initial=0) for _, y in wide)])
+    return [np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), floor) for x, y in wide]
+
+
+def same_forward(net, f, params, feedback, inputs):
+    """`f` gives the network's outputs bit for bit."""
+    ours = jax.jit(f)(params, feedback, inputs)
+    plain = jax.jit(net.__call__)(params, inputs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def outputs_of(net, out):
@@ -69,18 +81,17 @@ def test_sequential(entry):
     @jax.jit
     def everything(p, fb):
         plain = lambda p: loss(outputs_of(net, net(p, inputs))).mean()  # noqa: E731
-        return jax.grad(objective, has_aux=True)(p, fb), jax.grad(plain)(p), outputs_of(net, net(p, inputs))
+        return jax.grad(objective, has_aux=True)(p, fb)[0], jax.grad(plain)(p)
 
     named = {lrules.network.parameter_name(k): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
     assert set(feedback.fixed) <= set(named)
     same = lrules.Feedback({name: named[name] for name in feedback.fixed}, {})
-    (grads, seen), reference, outputs = everything(params, same)
-    for a, b in zip(jax.tree.leaves(seen), jax.tree.leaves(outputs), strict=True):
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
-    half = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(outputs)) or "bfloat16" in entry.name
+    grads, reference = everything(params, same)
+    same_forward(net, f, params, feedback, inputs)
+    half = "bfloat16" in entry.name
     assert max(errors(grads, reference)) < (5e-2 if half else 1e-4)
 
-    (other, _), _, _ = everything(params, feedback)
+    other, _ = everything(params, feedback)
     graph = net.graph(params, inputs)
     top = {layer.name for layer in graph.layers} - below(net, params, inputs)
     for (path, g), r in zip(jax.tree_util.tree_leaves_with_path(other), jax.tree.leaves(reference), strict=True):
@@ -144,23 +155,17 @@ def test_direct(entry):
 
     @jax.jit
     def gradient(p, fb):
-        def objective(p):
-            out = outputs_of(net, f(p, fb, inputs))
-            return loss(out).mean(), out
+        return jax.grad(lambda p: loss(outputs_of(net, f(p, fb, inputs))).mean())(p)
 
-        return jax.grad(objective, has_aux=True)(p)
-
-    grads, outputs = gradient(params, feedback)
-    plain = outputs_of(net, jax.jit(net.__call__)(params, inputs))
-    for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    grads = gradient(params, feedback)
+    same_forward(net, f, params, feedback, inputs)
     assert all(np.all(np.isfinite(np.asarray(g, np.float32))) for g in jax.tree.leaves(grads))
     # With feedback of zero nothing arrives below, and what the outputs reach without feedback stays as it is.
-    silent, _ = gradient(params, jax.tree.map(jnp.zeros_like, feedback))
+    silent = gradient(params, jax.tree.map(jnp.zeros_like, feedback))
     ends = jax.jit(jax.grad(lambda p: loss(outputs_of(net, lrules.transform(net, lrules.last_layer_only())(
         p, lrules.Feedback({}, {}), inputs))).mean()))(params)  # fmt: skip
     assert max(errors(silent, ends)) < 1e-4
     # Each feedback weight matters.
     for name in feedback.fixed:
         without = feedback._replace(fixed={**feedback.fixed, name: jnp.zeros_like(feedback.fixed[name])})
-        assert max(errors(gradient(params, without)[0], grads)) > 1e-6, name
+        assert max(errors(gradient(params, without), grads)) > 1e-6, name

@@ -36,7 +36,7 @@ class Entry(NamedTuple):
         operation, `"dot_general"`, `"conv_general_dilated"` or `"gather"`.
       hidden: the expected number of hidden signals, or None where direct rules do not apply.
       direct: direct rules and dual propagation serve it; else they refuse it, and sequential rules serve it.
-      foreign: the model needs JAX's ordinary dtype and rank promotion.
+      foreign: the model is another library's, and relies on JAX's ordinary dtype and rank promotion.
     """
 
     name: str
@@ -50,11 +50,13 @@ class Entry(NamedTuple):
 ZOO: dict[str, Entry] = {}
 
 
-def model(layers: list[Layer], hidden: int | None, **flags: bool) -> Callable[[Callable], Callable]:
-    """Enters the decorated builder into `ZOO`, under its own name."""
+def model(layers: list[Layer], hidden: int | None, direct: bool = True) -> Callable[[Callable], Callable]:
+    """Enters the decorated builder into `ZOO`, under its own name, which begins with the library's if it is foreign."""
 
     def enter(build):
-        ZOO[build.__name__] = Entry(build.__name__, build, tuple(layers), hidden, **flags)
+        name = build.__name__
+        foreign = name.startswith(("linen_", "nnx_", "equinox_"))
+        ZOO[name] = Entry(name, build, tuple(layers), hidden, direct, foreign)
         return build
 
     return enter

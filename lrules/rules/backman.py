@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.analysis import varying_axes
-from lrules.rule import Rule, sequential
+from lrules.rule import Rule, at_least_float32, sequential
 
 DEAD = 1e-15
 
@@ -60,7 +60,7 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         def whole(value):
             return jax.lax.psum(value, axes) if axes else value
 
-        wide = jnp.promote_types(raw.dtype, jnp.float32)
+        wide = at_least_float32(raw.dtype)
         norm = _norm(whole(raw.astype(wide)), layer.contracted)
         norm = jnp.where(norm < DEAD, norm.mean(), norm)
         alive = norm > 0

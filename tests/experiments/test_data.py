@@ -118,7 +118,10 @@ class TinyImages(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = tfds.features.FeaturesDict(
-            {"image": tfds.features.Tensor(shape=(1, 2, 1), dtype=np.uint8), "label": tfds.features.ClassLabel(num_classes=3)}
+            {
+                "image": tfds.features.Tensor(shape=(1, 2, 1), dtype=np.uint8),
+                "label": tfds.features.ClassLabel(num_classes=3),
+            }
         )
         return self.dataset_info_from_configs(features=features, supervised_keys=("image", "label"))
 

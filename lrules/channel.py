@@ -1,0 +1,570 @@
+"""Modifiers: what may happen to the error on its way, or to the updates that it makes. Each maps a rule to a rule.
+
+They act at *hidden signals*, on all that arrives there, before the derivative of the activation below and before
+it goes further down. Of several modifiers the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)` quantises
+an error and then drops some of it.
+
+Modifiers that are not linear act on the gradient of the per-example *sum*: an error that arrives as that of a mean over
+n examples is multiplied by n, modified, and divided by n. For rules whose gradient depends on the batch as a whole
+(`rule.additive` is False, as BackMAN's) the error is taken as it stands.
+
+Equation and section numbers are those of Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the
+deep learning channel (2018).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrules.analysis import varying_axes
+from lrules.network import BatchAxis, Handler, Network, doubled, find_batch_axis
+from lrules.rule import Rule, Sequential
+
+AxisName = str | Sequence[str] | None
+
+
+# ------------------------------------------------------------------------------------------------------ the error
+
+
+def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
+    """Passes the error that arrives at each hidden signal through a function: the constructor of one's own modifier.
+
+    s_l <- fn(s_l)
+
+    Args:
+      rule: the rule to modify.
+      fn: `(signal, name, rng) -> signal` of the same shape. `signal` is of the shape of the hidden tensor where it is
+        defined, the batch included, on the scale of the per-example sum; `name` is the hidden signal's; `rng` a key of
+        its own (None unless `stochastic`).
+      stochastic: whether `fn` needs `rng`; the rule then asks for `rng=` at every step.
+      axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does.
+
+    Returns:
+      The modified rule.
+
+    Example:
+      >>> import lrules
+      >>> clipped = modify_error(lrules.feedback_alignment(), lambda signal, name, rng: signal.clip(-1, 1))
+    """
+
+    def push(net, params, inputs, scale, key):
+        return net.pushing(_AtHidden(fn, scale, key))
+
+    return _modified(rule, push, stochastic=stochastic, axis_name=axis_name)
+
+
+def quantize_error(
+    rule: Rule, bits: int, scale: float = 2**-3, at: str = "hidden", *, axis_name: AxisName = None
+) -> Rule:
+    """Quantises the error to `2 ** bits` values, at each hidden signal or at the outputs before it is sent.
+
+    s_l <- alpha sign(s_l) 2^round(clip(log2 |s_l / alpha|, 1 - bits, 0)),  and 0 stays 0   (see `quantize`)
+
+    At hidden signals it is quantised before it goes further down, so that the differences add up in sequential rules,
+    while the last layer keeps its true gradient. At the outputs the whole channel starts from the quantised error, the
+    last layer included.
+
+    Args:
+      rule: the rule to modify.
+      bits: of each number sent.
+      scale: alpha, the largest magnitude.
+      at: `"hidden"` or `"output"`.
+      axis_name: as in `modify_error`.
+
+    Returns:
+      The modified rule.
+
+    Raises:
+      ValueError: `bits`, `scale` or `at` is out of range.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 5.1, Eq. 17 to 19.
+    """
+    _check_quantizer(bits, scale)
+    if at == "hidden":
+        return modify_error(rule, lambda signal, name, rng: quantize(signal, bits, scale), axis_name=axis_name)
+    if at == "output":
+        return _at_output(rule, lambda error: quantize(error, bits, scale), axis_name)
+    raise ValueError(f'at={at!r} is neither "hidden" nor "output"')
+
+
+def sign_error(rule: Rule, *, axis_name: AxisName = None) -> Rule:
+    """Keeps the sign of the error at each hidden signal and drops its magnitude.
+
+    s_l <- sign(s_l),  and 0 stays 0
+
+    Args:
+      rule: the rule to modify.
+      axis_name: as in `modify_error`.
+
+    Returns:
+      The modified rule.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 4.2, observation 5.
+    """
+    return modify_error(rule, lambda signal, name, rng: jnp.sign(signal), axis_name=axis_name)
+
+
+def magnitude_error(rule: Rule) -> Rule:
+    """Keeps the magnitude of the error at each hidden signal and drops its sign.
+
+    s_l <- |s_l|
+
+    Args:
+      rule: the rule to modify.
+
+    Returns:
+      The modified rule.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 4.2, observation 6: this does not learn.
+    """
+    return modify_error(rule, lambda signal, name, rng: jnp.abs(signal))
+
+
+def drop_error(rule: Rule, rate: float) -> Rule:
+    """Dropout in the learning channel: at each hidden signal, errors are dropped at random and the others scaled up.
+
+    s_l <- s_l m_l / (1 - rate),  with m_l = 0 with probability rate, else 1
+
+    Args:
+      rule: the rule to modify.
+      rate: the probability with which an error is dropped.
+
+    Returns:
+      The modified rule; it needs `rng=`.
+
+    Raises:
+      ValueError: the rate is no number from 0 to below 1.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 6.1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate={rate} is the probability with which errors are dropped: give a number in [0, 1)")
+
+    def drop(signal, name, rng):
+        kept = jax.random.bernoulli(rng, 1 - rate, signal.shape)
+        return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
+
+    return modify_error(rule, drop, stochastic=True)
+
+
+class _AtHidden(Handler):
+    """A function of the error at hidden signals."""
+
+    arrays = ("key",)
+
+    def __init__(self, fn: Callable, scale: float, key):
+        self.fn, self.scale, self.key = fn, scale, key
+
+    def hidden(self, hidden, value, frame):
+        if hidden.mark or not jnp.issubdtype(value.dtype, jnp.inexact):
+            return value
+        fn, scale, name = self.fn, self.scale, hidden.name
+
+        @jax.custom_vjp
+        def identity(value, key):
+            return value
+
+        def backward(key, error):
+            rng = None if key is None else jax.random.wrap_key_data(key)
+            new = fn(error * scale, name, rng)
+            if new.shape != error.shape:
+                raise ValueError(
+                    f"modify_error: the function made a signal of shape {new.shape} of one of shape {error.shape} at "
+                    f"the hidden signal {name!r}: it has to keep the shape"
+                )
+            return new.astype(error.dtype) / scale, None
+
+        identity.defvjp(lambda value, key: (value, key), backward)
+        return identity(value, None if self.key is None else self.key_here(hidden, value, frame))
+
+    def key_here(self, hidden, value, frame):
+        """A key for this hidden signal, this iteration of the loops around it, and this device."""
+        key = jax.random.fold_in(self.key, zlib.crc32(hidden.name.encode()) & 0x7FFFFFFF)
+        for i in frame.index:
+            key = jax.random.fold_in(key, i)
+        for axis in sorted(varying_axes(jax.typeof(value))):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return jax.random.key_data(key)
+
+
+def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
+    """The rule, sent a function of the output error."""
+
+    def mark(outputs, scale):
+        @jax.custom_vjp
+        def identity(y):
+            return y
+
+        identity.defvjp(lambda y: (y, None), lambda _, error: (fn(error * scale).astype(error.dtype) / scale,))
+        floating = lambda y: jnp.issubdtype(jnp.result_type(y), jnp.inexact)  # noqa: E731
+        return jax.tree.map(lambda y: identity(y) if floating(y) else y, outputs)
+
+    def transform(net, *, reduction="mean"):
+        inner = rule.transform(net, reduction=reduction)
+
+        def f(params, feedback, inputs, *, rng=None):
+            scale = _scale(rule, net, inputs, reduction, axis_name)
+            out = inner(params, feedback, inputs, rng=rng)
+            return (mark(out[0], scale), *out[1:]) if net.has_aux else mark(out, scale)
+
+        return f
+
+    def value_and_grad(net, loss):
+        assert rule.value_and_grad is not None
+        return rule.value_and_grad(net, _with_error(loss, fn))
+
+    return rule._replace(
+        transform=transform, value_and_grad=None if rule.value_and_grad is None else value_and_grad, layer=None
+    )
+
+
+def _with_error(loss: Callable, fn: Callable) -> Callable:
+    """The loss with another gradient: `fn` of that of each example's own loss, times what arrives."""
+
+    def modified(outputs, targets):
+        @jax.custom_vjp
+        def call(outputs, targets):
+            return loss(outputs, targets)
+
+        def forward(outputs, targets):
+            return jax.vjp(lambda o: loss(o, targets), outputs)
+
+        def backward(pull, arriving):
+            elements = arriving[0].size if arriving.ndim else 1
+            (error,) = pull(jnp.full_like(arriving, 1 / elements))
+            weight = arriving.mean() * elements  # the objective is the same mean over examples for all
+            error = jax.tree.map(lambda e: fn(e).astype(e.dtype) * weight.astype(e.dtype), error)
+            return error, None
+
+        call.defvjp(forward, backward)
+        return call(outputs, targets)
+
+    return modified
+
+
+# ------------------------------------------------------------------------------------------------- the derivatives
+
+
+def replace_derivative(rule: Rule, g: Callable) -> Rule:
+    """Puts a function of the pre-activation in the place of every activation's derivative.
+
+    delta_l = s_l * g(z_l) in place of s_l * f'(z_l)
+
+    What counts as an activation, `lrules.describe` lists; pooling, normalisation and softmax do not. The outermost
+    replacement holds.
+
+    Args:
+      rule: the rule to modify.
+      g: `z -> g(z)`, elementwise.
+
+    Returns:
+      The modified rule.
+
+    Example:
+      >>> import lrules
+      >>> triangular = replace_derivative(lrules.backprop(), lambda z: jnp.maximum(1 - abs(z), 0))
+    """
+
+    def push(net, params, inputs, scale, key):
+        replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
+        return net if replaced else net.pushing(_Derivative(g))
+
+    return _modified(rule, push)
+
+
+def without_derivatives(rule: Rule) -> Rule:
+    """Leaves out the derivatives of the activations.
+
+    delta_l = s_l in place of s_l * f'(z_l)
+
+    Args:
+      rule: the rule to modify.
+
+    Returns:
+      The modified rule.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 3: the variants "(no f')".
+    """
+    return replace_derivative(rule, jnp.ones_like)
+
+
+class _Derivative(Handler):
+    """Another derivative for every activation."""
+
+    activations = True
+
+    def __init__(self, g: Callable):
+        self.g = g
+
+    def activation(self, activation, fn, x, frame):
+        g = self.g
+
+        @jax.custom_vjp
+        def replaced(y, x):
+            return y
+
+        def backward(x, error):
+            return None, (error.astype(x.dtype) * g(x)).astype(x.dtype)
+
+        replaced.defvjp(lambda y, x: (y, x), backward)
+        return replaced(jax.lax.stop_gradient(fn(x)), x)
+
+
+# ---------------------------------------------------------------------------------------------------- the updates
+
+
+def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: AxisName = None) -> Rule:
+    """Quantises each example's weight update to `2 ** bits` values, before the sum over the batch.
+
+    dW_l = sum over examples of Q(delta_l h_{l-1}^T),  Q as in `quantize`
+
+    Every use of a weight is quantised on its own, and so are biases and scales where they meet the data; a scale that
+    meets only a statistic of the whole batch (as BatchNorm's in some models) has no update per example and keeps its
+    gradient. Learned sequential feedback, whose update is the same product, is quantised with it. Examples are taken one
+    by one: the memory does not grow with batch times parameters, the time does. Of BackMAN, c times the example's
+    gradient is quantised, with c from the unquantised gradient of the batch.
+
+    Args:
+      rule: the rule to modify.
+      bits: of each number in an example's update.
+      scale: alpha, the largest magnitude.
+      axis_name: as in `modify_error`.
+
+    Returns:
+      The modified rule.
+
+    Raises:
+      ValueError: `bits` or `scale` is out of range.
+      NotImplementedError: at use: the batch axis of a layer cannot be told.
+
+    References:
+      Baldi, Sadowski, Lu (2018), section 5.2.
+    """
+    _check_quantizer(bits, scale)
+
+    def push(net, params, inputs, scale_, key):
+        fn = lambda g: quantize(g * scale_, bits, scale) / scale_  # noqa: E731
+        if any(isinstance(handler, _PerExample) for handler in net.handlers):
+            both = (h.then(fn) if isinstance(h, _PerExample) else h for h in net.handlers)
+            return dataclasses.replace(net, handlers=tuple(both))
+        return net.pushing(_PerExample((fn,), rule, net, params, inputs))
+
+    return _modified(rule, push, axis_name=axis_name)
+
+
+class _PerExample(Handler):
+    """Functions of each example's weight gradient, summed over the batch.
+
+    Where the rule says that the gradient is c times that of backprop (`Sequential.gain`), c is that of the whole batch.
+    """
+
+    offsets = True
+
+    def __init__(self, fns: tuple[Callable, ...], rule: Rule, net: Network, params, inputs):
+        self.fns = fns
+        batch = net.batch_size(inputs)
+        graph = net.graph(params, inputs)
+        twice = doubled(net, params, inputs, graph)
+        plan = rule.plan(net, graph, params, inputs) if rule.plan else None
+        self.gains = {}
+        for site, spec in plan.specs.items() if plan else ():
+            if isinstance(spec, Sequential) and spec.gain is not None:
+                self.gains[site] = spec.gain
+        self.axes = {}
+        for layer, other in zip(graph.layers, twice.layers if twice else graph.layers, strict=True):
+            ends = [(layer.operand, other.operand), (layer.output, other.output)]
+            self.axes[layer.site] = [find_batch_axis(a, b if twice else None, batch) for a, b in ends]
+        for offset, other in zip(graph.offsets, twice.offsets if twice else graph.offsets, strict=True):
+            self.axes[offset.site] = [find_batch_axis(offset.output, other.output if twice else None, batch)]
+
+    def then(self, fn: Callable) -> _PerExample:
+        """The same with one more function, inside the others."""
+        new = copy.copy(self)
+        new.fns = (*self.fns, fn)
+        return new
+
+    def changed(self, gradient):
+        for fn in self.fns:
+            gradient = fn(gradient)
+        return gradient
+
+    def layer(self, layer, op, w, b, x, frame):
+        x_axis, y_axis = self.axes[layer.site]
+        if x_axis is None or y_axis is None or len(jax.tree.leaves(x)) > 1:
+            raise NotImplementedError(
+                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be told, so "
+                "its updates cannot be taken one example at a time: put the batch in front of what it reads"
+            )
+        gain, plain, run = self.gains.get(layer.site), op.plain, op.run
+        fed = b is not w
+
+        @jax.custom_vjp
+        def multiply(w, b, x):
+            return run(w, b if fed else w, x)
+
+        def backward(residuals, d):
+            w, b, x = residuals
+            (dw, db, dx) = jax.vjp(lambda w, b, x: run(w, b if fed else w, x), w, b, x)[1](d)
+            c = None if gain is None else gain(plain, w, x, d, layer)
+
+            def raw(x, d):
+                if c is None:
+                    return jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)[1](d)
+                (g,) = jax.vjp(lambda w: plain(w, x), w)[1](d)
+                return (g.astype(c.dtype) * c).astype(w.dtype), db
+
+            def example(total, slices):
+                x, d = slices
+                found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), x), _one(d, y_axis))
+                return jax.tree.map(lambda t, g: t + self.changed(g), total, found), None
+
+            split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)
+            (dw, db), _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
+            return dw, db, dx
+
+        multiply.defvjp(lambda w, b, x: (multiply(w, b, x), (w, b, x)), backward)
+        return multiply(w, b if fed else None, x)
+
+    def offset(self, offset, op, p, others, frame):
+        (axis,) = self.axes[offset.site]
+        if axis is None:
+            return op(p, others)
+        shape = offset.output.aval.shape
+        kept = {i + len(shape) - jnp.ndim(p) for i in offset.value.varies}
+
+        @jax.custom_vjp
+        def meet(p, others):
+            return op(p, others)
+
+        def backward(residuals, d):
+            p, others = residuals
+            wide, spread = jax.vjp(lambda p: jnp.broadcast_to(p, shape), p)
+            g, d_others = jax.vjp(op, wide, others)[1](d)
+            g = _to_front(g, axis)
+            origin = [*range(axis.axis), axis.axis, axis.axis, *range(axis.axis + 1, len(shape))]
+            summed = [1 + k for k, i in enumerate(origin) if i not in kept]  # along these p is merely broadcast
+            total = self.changed(g.sum(summed, keepdims=True)).sum(0, keepdims=True)
+            total = jnp.pad(total, [(0, n - m) for n, m in zip(g.shape, total.shape, strict=True)])
+            (dp,) = spread(jnp.moveaxis(total, 0, axis.axis + 1).reshape(shape))
+            return dp, d_others
+
+        meet.defvjp(lambda p, others: (op(p, others), (p, others)), backward)
+        return meet(p, others)
+
+
+def _nothing(x):
+    """Zeros like x, on the devices where x is."""
+    return x - x if varying_axes(jax.typeof(x)) else jnp.zeros_like(x)
+
+
+def _to_front(x, axis: BatchAxis):
+    """`[batch, ..., before, after, ...]` of `[..., before * batch * after, ...]`."""
+    x = x.reshape(*x.shape[: axis.axis], axis.before, -1, axis.after, *x.shape[axis.axis + 1 :])
+    return jnp.moveaxis(x, axis.axis + 1, 0)
+
+
+def _one(x, axis: BatchAxis):
+    """One example of `_to_front`, as `[..., before * 1 * after, ...]`."""
+    return x.reshape(*x.shape[: axis.axis], axis.before * axis.after, *x.shape[axis.axis + 2 :])
+
+
+# --------------------------------------------------------------------------------------------------- the quantiser
+
+
+def quantize(x, bits: int, scale: float) -> jax.Array:
+    """The power of two nearest to |x / alpha| on the logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
+
+    Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
+
+    So `2 ** bits` values beside zero, none of magnitude above alpha, and what is small rounds up to the smallest. No
+    logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1), exactly.
+    The quotient is rounded to the precision of x, at least float32 (exact if alpha is a power of two). NaN stays NaN.
+
+    Args:
+      x: an array.
+      bits: how many, at least 1.
+      scale: alpha.
+
+    Returns:
+      An array of the shape and dtype of x.
+
+    References:
+      Baldi, Sadowski, Lu (2018), Eq. 19.
+
+    Example:
+      >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
+      [1.0, 0.25, -0.25, 0.0]
+    """
+    wide = jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+    mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
+    exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - bits, 0)
+    level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
+    return (jnp.sign(wide) * level).astype(jnp.result_type(x))
+
+
+def _root_half(dtype) -> Any:
+    """The smallest number of the dtype whose square is at least one half."""
+    root = np.asarray(math.sqrt(0.5), dtype)
+    while Fraction(float(root)) ** 2 >= Fraction(1, 2):
+        root = np.nextafter(root, np.asarray(0, dtype))
+    return np.nextafter(root, np.asarray(1, dtype))
+
+
+def _check_quantizer(bits: int, scale: float) -> None:
+    if not (isinstance(bits, int) and bits >= 1):
+        raise ValueError(f"bits={bits!r} is no number of bits: give a whole number from 1 on")
+    if not scale > 0:
+        raise ValueError(f"scale={scale!r} is the largest magnitude of a quantised number: give a positive one")
+
+
+# ------------------------------------------------------------------------------------------------- making modifiers
+
+
+def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> float:
+    """What makes the arriving error that of the per-example sum."""
+    if reduction == "sum" or not rule.additive:
+        return 1.0
+    return float(net.batch_size(inputs) * (jax.lax.psum(1, axis_name) if axis_name is not None else 1))
+
+
+def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
+    """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
+
+    def serve(net, inner, reduction):
+        def f(params, feedback, inputs, *targets, rng=None):
+            own, rest = jax.random.split(rng) if stochastic else (None, rng)
+            rest = rest if rule.stochastic else None
+            modified = push(net, params, inputs, _scale(rule, net, inputs, reduction, axis_name), own)
+            return inner(modified)(params, feedback, inputs, *targets, rng=rest)
+
+        return f
+
+    def transform(net, *, reduction="mean"):
+        rule.transform(net, reduction=reduction)  # what it refuses, it refuses here
+        return serve(net, lambda net: rule.transform(net, reduction=reduction), reduction)
+
+    def value_and_grad(net, loss):
+        rule.value_and_grad(net, loss)  # type: ignore[misc]
+        return serve(net, lambda net: rule.value_and_grad(net, loss), "mean")  # type: ignore[misc]
+
+    return rule._replace(
+        transform=transform,
+        value_and_grad=None if rule.value_and_grad is None else value_and_grad,
+        stochastic=rule.stochastic or stochastic,
+        layer=None,
+    )

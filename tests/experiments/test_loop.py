@@ -1,0 +1,160 @@
+"""The training loop: seeds, learned feedback, states, BatchNorm, and agreement with a plain loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lrules
+from experiments import data, loop, models
+from experiments.errors import InputError
+
+
+def tiny(examples=40, shape=(4, 4, 1), seed=0):
+    """Three classes of noisy images."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, 2 * examples).astype(np.int32)
+    x = (rng.normal(size=(2 * examples, *shape)) + y[:, None, None, None]).astype(np.float32)
+    return data.Dataset(x[:examples], y[:examples], x[examples:], y[examples:], 3, "tiny")
+
+
+def make_task(model="mlp", shape=(4, 4, 1), **options):
+    return loop.task(lambda rngs: models.build(model, shape, 3, rngs=rngs, **({"widths": (5,)} | options)))
+
+
+def make_run(rule=None, task=None, dataset=None, **options):
+    options = {"optimizer": optax.sgd(0.1), "batch_size": 10, "seeds": (0, 1)} | options
+    return loop.Run(task or make_task(), rule or lrules.backprop(), dataset or tiny(), **options)
+
+
+def learning_feedback(stochastic=True):
+    """Backprop with a feedback weight that learns, a state that counts, and use for a key: what later rules may need."""
+
+    def init(key, net, params, inputs):
+        return lrules.Feedback(
+            {"b": jax.random.normal(key, (2,))}, {"c": jnp.ones(3)}, {"count": jnp.zeros((), jnp.int32)}
+        )
+
+    def value_and_grad(net, loss):
+        plain = lrules.value_and_grad(net, loss, lrules.backprop())
+
+        def fn(params, feedback, inputs, targets, *, rng=None):
+            head, grads = plain(params, lrules.Feedback({}, {}), inputs, targets)
+            noise = jax.random.normal(rng, (3,)) if stochastic else jnp.ones(3)
+            return head, grads._replace(feedback={"c": noise}, state={"count": feedback.state["count"] + 1})
+
+        return fn
+
+    return lrules.Rule(init, lrules.backprop().transform, value_and_grad, stochastic=stochastic)
+
+
+def test_loop_is_a_plain_training_loop():
+    """Three epochs of the compiled loop against optax steps of jax.value_and_grad in the same order."""
+    dataset, task, optimizer = tiny(), make_task(), optax.adam(0.05)
+    run = make_run(task=task, dataset=dataset, optimizer=optimizer, seeds=(7,))
+    params, state = jax.tree.map(lambda a: a[0], (run.carry.params, run.carry.state))
+    optimizer_state = optimizer.init(params)
+    for epoch in range(3):
+        order = np.asarray(run._shuffle()[1][0])
+        assert sorted(order.ravel()) == list(range(40))
+        record = run.epoch()
+        losses = []
+        for batch in order:
+            x, y = jnp.asarray(dataset.x_train[batch]), jnp.asarray(dataset.y_train[batch])
+            value, grads = jax.value_and_grad(lambda p: loop.cross_entropy(task.net(p, (state, x))[0], y).mean())(
+                params
+            )
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(value)
+        assert record.epoch == epoch + 1
+        np.testing.assert_allclose(record.train_loss, [np.mean(losses)], rtol=1e-5)
+    for ours, plain in zip(jax.tree.leaves(run.carry.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(ours[0], plain, rtol=1e-4, atol=1e-6)
+    logits = task.net(params, (state, jnp.asarray(dataset.x_test)))[0]
+    assert record.accuracy[0] == pytest.approx(np.mean(logits.argmax(-1) == dataset.y_test))
+    assert record.angle[0] == 0
+
+
+def test_a_seed_alone_gives_what_it_gives_among_others():
+    rule, task = lrules.feedback_alignment(), make_task()
+    together = make_run(rule, task, seeds=(3, 4, 5))
+    alone = make_run(rule, task, seeds=(4,))
+    for _ in range(2):
+        several, single = together.epoch(), alone.epoch()
+    assert several.train_loss[1] == pytest.approx(single.train_loss[0], rel=1e-5)
+    assert several.angle[1] == pytest.approx(single.angle[0], abs=0.01)
+    assert len(set(several.train_loss.tolist())) == 3
+
+
+def test_parts_of_an_epoch_make_the_epoch():
+    task, steps = make_task(), []
+    whole, parts = make_run(task=task), make_run(task=task)
+    assert (whole.epoch().train_loss == parts.epoch(parts=3, advance=steps.append).train_loss).all()
+    assert steps == [2, 2]
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_learned_feedback_state_and_keys(stochastic):
+    run = make_run(learning_feedback(stochastic))
+    fixed = np.asarray(run.carry.feedback.fixed["b"])
+    run.epoch()
+    feedback = run.carry.feedback
+    assert (feedback.state["count"] == 4).all() and (feedback.fixed["b"] == fixed).all()
+    if stochastic:
+        assert len(np.unique(feedback.learned["c"])) == 6  # another key for each seed and step
+    else:
+        np.testing.assert_allclose(feedback.learned["c"], 1 - 4 * 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+def test_convolutions_and_batch_statistics(model):
+    def make_model(rngs):
+        if model == "cnn":
+            return models.CNN((4, 4, 1), 3, rngs=rngs)
+        return models.ResNet18((4, 4, 1), 3, rngs=rngs, width=2)
+
+    run = make_run(lrules.direct_feedback_alignment(), loop.task(make_model), seeds=(0, 1))
+    before = jax.tree.map(np.asarray, run.carry.state)
+    record = run.epoch()
+    assert np.isfinite(record.train_loss).all() and np.isfinite(record.test_loss).all() and (record.angle > 1).all()
+    changed = [
+        bool((a != b).any()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(run.carry.state), strict=True)
+    ]
+    assert all(changed) and bool(changed) == (model == "resnet18")
+
+
+def test_evaluation_counts_every_example_once():
+    run, dataset = make_run(), tiny()
+    whole = run.evaluate(jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test))
+    batches = run.evaluate(jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test), batch_size=7)
+    np.testing.assert_allclose(whole, batches, rtol=1e-5)
+
+
+def test_augmentation_sees_a_key_and_the_batch():
+    blank = make_run(augment=lambda key, x: jax.random.normal(key, x.shape) * 0)
+    assert blank.epoch().train_loss == pytest.approx(np.log(3), abs=0.1)
+
+
+def test_nan_is_an_error_only_when_asked():
+    dataset = tiny()
+    dataset.x_train[3] = 1e38
+    assert not np.isfinite(make_run(dataset=dataset).epoch().train_loss).all()
+    with pytest.raises(InputError, match="loss of seed 0 became NaN or Inf in epoch 1: lower the learning rate"):
+        make_run(dataset=dataset, check_nan=True).epoch()
+
+
+def test_what_cannot_be_trained_is_told_in_a_sentence():
+    with pytest.raises(InputError, match="batch size 41 exceeds the 40 training examples of tiny: lower it"):
+        make_run(batch_size=41)
+    with pytest.raises(loop.Refused, match="'nowhere' matches no layer"):
+        make_run(lrules.partition({"nowhere": lrules.backman(), ".*": lrules.backprop()}))
+
+
+def test_summary_is_of_the_last_epoch():
+    run = make_run()
+    records = [run.epoch(), run.epoch()]
+    figures = loop.summary(records)
+    assert figures["accuracy"] == records[1].accuracy.mean() and figures["train_loss_sd"] == records[1].train_loss.std()
+    assert np.shape(figures["curves"]["angle"]) == (2, 2)

@@ -1,0 +1,82 @@
+"""Models: shapes, sizes, names of parameters, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import lrules
+from experiments import models
+from experiments.errors import InputError
+
+
+def build(name, shape, classes=10, **options):
+    return models.build(name, shape, classes, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 12, 3)])
+def test_logits_for_any_image_size(name, shape):
+    logits = jax.eval_shape(build(name, shape, classes=7), jnp.zeros((5, *shape)))
+    assert logits.shape == (5, 7) and logits.dtype == jnp.float32
+
+
+def size(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_sizes_of_the_published_models():
+    """LeNet-5 on 32x32 colour images; He et al.'s ResNet-18 with a 3x3 stem and ten classes; the 784-2000x4-10 MLP."""
+    assert size(build("lenet5", (32, 32, 3))) == 62_006
+    assert size(nnx.eval_shape(lambda: build("resnet18", (32, 32, 3)))) == 11_173_962
+    assert size(nnx.eval_shape(lambda: build("mlp", (28, 28, 1), widths=(2000,) * 4))) == 13_596_010 - 2_400
+
+
+def test_lenet_centres_small_images():
+    model, image = build("lenet5", (28, 28, 1)), jax.random.uniform(jax.random.key(0), (2, 28, 28, 1))
+    wide = build("lenet5", (32, 32, 1))
+    padded = jnp.pad(image, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    assert (model(image) == wide(padded)).all()
+
+
+def test_parameters_are_named_for_partition():
+    names = {name for name, _ in nnx.to_flat_state(nnx.state(build("mlp", (4,), widths=(3,)), nnx.Param))}
+    assert names == {("layers", i, kind) for i in (0, 1) for kind in ("kernel", "bias")}
+
+
+def test_dtype_is_that_of_the_computation():
+    model = build("cnn", (8, 8, 1), dtype=jnp.bfloat16)
+    assert model(jnp.zeros((1, 8, 8, 1))).dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "cnn", "resnet18"])
+def test_every_layer_is_served(name):
+    """Direct feedback alignment finds the hidden signals of every model."""
+    shape = (8, 8, 1)
+    net, params, state = lrules.from_nnx(build(name, shape, widths=(5, 4)), with_state=True)
+    inputs = state, jnp.zeros((2, *shape))
+    feedback = jax.eval_shape(
+        lambda p: lrules.direct_feedback_alignment().init(jax.random.key(0), net, p, inputs), params
+    )
+    weights = sum(name.endswith("kernel") for name in map(str, jax.tree.leaves(lrules_layers(net, params, inputs))))
+    assert len(feedback.fixed) == weights - 1
+
+
+def lrules_layers(net, params, inputs):
+    return [row["layer"] for row in lrules.describe(net, lrules.backprop(), params, inputs).layers]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        (("mpl", (4,)), {}, ["no model 'mpl'", "did you mean 'mlp'?"]),
+        (("mlp", (4,)), {"activation": "rleu"}, ["no activation 'rleu'", "did you mean 'relu'?"]),
+        (("lenet5", (64,)), {}, ["lenet5 needs images [height, width, channels]", "(64,)", "use mlp"]),
+        (("cnn", (3, 3, 1)), {}, ["at least 4x4", "3x3", "use mlp"]),
+    ],
+)
+def test_wrong_model_is_told_in_a_sentence(arguments, options, words):
+    with pytest.raises(InputError) as error:
+        build(*arguments, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
