@@ -162,11 +162,15 @@ class Handler:
 
     def __init_subclass__(cls):
         def flatten(handler):
-            return tuple(getattr(handler, name) for name in cls.arrays), handler
+            if "_bare" not in handler.__dict__:  # the same without its arrays: equal for all that are made of it
+                handler._bare = copy.copy(handler)
+                handler._bare.__dict__.update(dict.fromkeys(cls.arrays))
+            return tuple(getattr(handler, name) for name in cls.arrays), handler._bare
 
-        def unflatten(handler, values):
-            new = copy.copy(handler)
+        def unflatten(bare, values):
+            new = copy.copy(bare)
             new.__dict__.update(zip(cls.arrays, values, strict=True))
+            new._bare = bare
             return new
 
         jax.tree_util.register_pytree_node(cls, flatten, unflatten)
@@ -245,7 +249,7 @@ class Graph:
         ins += [Value(v.aval, data=True) for v in invars[len(names) :]]
         self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
         self.layers, self.hidden = analysis.layers, analysis.hidden
-        self.activations, self.refusals = analysis.activations, analysis.refusals
+        self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
         roots = {id(hidden.root): hidden.name for hidden in self.hidden if not hidden.mark}
         self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in roots]
 

@@ -723,11 +723,11 @@ def run_plan(
     if any(landing.spec.lands for landing in plan.landings.values()):
         outputs, aux = _direct_run(plan)(*args)
     else:
-        outputs, aux = _plain_run(plan, *args[:5], Frame())
+        outputs, aux = plain_run(plan, *args[:5], Frame())
     return (outputs, aux) if net.has_aux else outputs
 
 
-def _plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
+def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
     shadow = None
     if plan.shadows:
         names = plan.graph.names
@@ -744,12 +744,12 @@ def _direct_run(plan: Plan) -> Callable:
 
     @jax.custom_vjp
     def run(params, feedback, inputs, consts, handlers, targets):
-        return _plain_run(plan, params, feedback, inputs, consts, handlers, Frame())
+        return plain_run(plan, params, feedback, inputs, consts, handlers, Frame())
 
     def forward(params, feedback, inputs, consts, handlers, targets):
         def network(params, feedback, inputs, consts, handlers):
             frame = Frame()
-            outputs, aux = _plain_run(plan, params, feedback, inputs, consts, handlers, frame)
+            outputs, aux = plain_run(plan, params, feedback, inputs, consts, handlers, frame)
             return (outputs, frame.records), aux
 
         (outputs, records), pull, aux = jax.vjp(network, params, feedback, inputs, consts, handlers, has_aux=True)

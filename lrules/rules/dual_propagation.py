@@ -1,0 +1,827 @@
+"""Dual propagation: every activation holds two states, nudged apart by the error (Hoier and Zach 2024).
+
+State k has the pre-activation a_k from below and the top-down signal D_k from above; with ~alpha = 1 - alpha
+
+    sbar_k = alpha s+_k + ~alpha s-_k,  a_k = W sbar_{k-1} + b,  D_k = W^T (s+_{k+1} - s-_{k+1})
+    original    s+_k = f(a_k + alpha D_k),   s-_k = f(a_k - ~alpha D_k)                      (Eq. 2)
+    adjoint     s+_k = f(a_k + ~alpha D_k),  s-_k = f(a_k - alpha D_k)                       (Eq. 19)
+    damped      s+_k = f((a_k + L_k s+_k + alpha D_k) / (1 + L_k)),  s-_k alike              (Eq. 50)
+    dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta
+
+Everything that lies between two activations (weights, pooling, normalisation, skip connections) is linearised at sbar.
+
+What travels here is delta = -(s+ - s-) / beta, on the scale on which the cotangent arrives, so that at beta -> 0 it is the
+gradient, modifiers of the error find what they expect, and beta may differ by state (Eq. 44): D_k = -n beta_k times what
+arrives at state k, with n = batch for the cotangent of a mean and 1 for that of a sum. Each activation is a `custom_vjp`
+that takes the arriving D, renews s+ and s- from it, hands down delta in the place of a derivative and returns the new
+state as the cotangent of the old one: one backward pass is one sweep down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrules.activations import refuse_doubts
+from lrules.analysis import INLINED, Block, Value, is_literal, scan_counts, varying_axes
+from lrules.network import Frame, Graph, Handler, Network, as_network
+from lrules.rule import (
+    Direct,
+    Feedback,
+    Gradients,
+    Plan,
+    Rule,
+    check_params,
+    make_plan,
+    mean_loss,
+    plain_run,
+)
+
+Number = float | Mapping[str, float]
+State = dict[str, dict[str, Any]]  # by site: plus, minus, and what arrived from above
+
+ORDERS = ("forward_backward", "forward", "parallel", "odd_even", "random")
+OUTPUTS = ("once", "refreshed", "squared_error")
+DAMPINGS = ("spectral", "contracting")
+POWER_ITERATIONS = 5
+
+
+def dual_propagation(
+    alpha: Number = 0.5,
+    beta: Number = 0.1,
+    adjoint: bool = True,
+    iterations: int = 1,
+    order: str = "forward_backward",
+    output: str = "once",
+    damping: str | float | None = None,
+    input_nudge: float | None = None,
+    feedback: Rule | None = None,
+    tolerance: float | None = None,
+) -> Rule:
+    """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states in the place of derivatives.
+
+    s+_k = f(a_k + ~alpha D_k),  s-_k = f(a_k - alpha D_k),  D_k = W^T (s+_{k+1} - s-_{k+1}),
+    dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta  with  sbar = alpha s+ + ~alpha s-  and  ~alpha = 1 - alpha
+
+    The outputs and the value are those of the clean forward pass. States start clean; an iteration renews each once
+    (`"forward_backward"`: on the way up and on the way down). `value_and_grad` reports in `grads.report`, per iteration,
+    the `residual`, the largest relative change of what arrives at an activation (it falls to zero where the states
+    converge, and stays near or above 1 where they do not), and how many `iterations` ran.
+
+    Args:
+      alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to
+        O(beta^2), else to O(beta). A number, or numbers by regular expression (`re.search`, first match) on the names
+        of activations as `lrules.describe` lists them; the states at the ends are `"inputs"` and `"outputs"`.
+      beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name.
+      adjoint: DP^T (Eq. 19 and 22), which is stable for every alpha; else the original (Eq. 2).
+      iterations: how many.
+      order: `"forward_backward"`, a sweep up and one down: n of them cost (2 n + 1) / 3 of backprop. `"forward"`, sweeps up
+        alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
+        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order.
+      output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones in
+        each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors, original only.
+      damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, the least
+        that contracts (`"contracting"`), or a number (Eq. 50). For chains of dense layers and convolutions.
+      input_nudge: g, to let the inputs be states too: s+_0 = x + ~alpha g D_0 and so on (section 6.1 has g = 1).
+      feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
+        `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
+      tolerance: stop as soon as the residual is at most this.
+
+    Returns:
+      The rule. Under `lrules.transform` only with `output="once"`. It needs `rng=` if the order is `"random"`.
+
+    Raises:
+      ValueError: an argument is out of range, or two do not go together; at use: fewer forward iterations than layers.
+      NotImplementedError: at use: an activation is not recognised, or lies inside a `cond` or `shard_map` of the network;
+        a modifier replaces derivatives; the network is no chain that can be damped.
+
+    References:
+      Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18 to
+      22, 44 to 50.
+    """
+    _check(alpha, beta, adjoint, iterations, order, output, damping, feedback)
+    options = _Options(
+        alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance
+    )
+
+    def plan(net, graph, params, inputs) -> Plan:
+        return _plan(options, net, graph, params, inputs)
+
+    def init(key, net, params, inputs) -> Feedback:
+        net = as_network(net)
+        check_params(params)
+        return plan(net, net.graph(params, inputs), params, inputs).init(key, jax.tree.leaves(params))
+
+    def transform(net, *, reduction="mean"):
+        if output != "once":
+            raise ValueError(
+                f'dual_propagation(output="{output}") needs the loss: use lrules.value_and_grad(net, loss, rule) in place '
+                'of transform, or output="once"'
+            )
+
+        def f(params, feedback, inputs, *, rng=None):
+            network = _Dual(options, net, params, inputs, reduction)
+            args, keys = network.arguments(net, params, feedback, inputs, rng)
+            outputs, aux = _transformed(network)(*args, keys)
+            return (outputs, aux) if net.has_aux else outputs
+
+        return f
+
+    def value_and_grad(net, loss):
+        def fn(params, feedback, inputs, targets, *, rng=None):
+            network = _Dual(options, net, params, inputs, "mean")
+            args, keys = network.arguments(net, params, feedback, inputs, rng)
+            outputs, aux, begin = network.begin(args)
+            value, error = jax.value_and_grad(lambda o: mean_loss(net, loss, o, inputs, targets), allow_int=True)(outputs)
+            error_at: Callable = lambda outputs: error  # noqa: E731
+            if output != "once":
+                error_at = _error_function(network, lambda o: mean_loss(net, loss, o, inputs, targets), outputs)
+            (grads, learned, *_), report = network.gradients(args, keys, begin, outputs, error_at)
+            params_grad = jax.tree.unflatten(jax.tree.structure(params), grads)
+            learned = {name: learned[name] for name in feedback.learned}
+            head = (value, outputs, aux) if net.has_aux else (value, outputs)
+            return head, Gradients(params_grad, learned, feedback.state, report)
+
+        return fn
+
+    stochastic = order == "random" or (feedback is not None and feedback.stochastic)
+    return Rule(init, transform, value_and_grad, stochastic=stochastic, plan=plan)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Options:
+    alpha: Number
+    beta: Number
+    adjoint: bool
+    iterations: int
+    order: str
+    output: str
+    damping: str | float | None
+    input_nudge: float | None
+    feedback: Rule | None
+    tolerance: float | None
+
+
+def _check(alpha, beta, adjoint, iterations, order, output, damping, feedback) -> None:
+    for name, value in (("order", order), ("output", output)):
+        known = ORDERS if name == "order" else OUTPUTS
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
+    for a in alpha.values() if isinstance(alpha, Mapping) else [alpha]:
+        if not 0 <= a <= 1:
+            raise ValueError(f"alpha={a!r} is the weight of one of two states in their mean: give a number in [0, 1]")
+    for b in beta.values() if isinstance(beta, Mapping) else [beta]:
+        if not b > 0:
+            raise ValueError(f"beta={b!r} is the strength of the nudge: give a positive number")
+    if not (isinstance(iterations, int) and iterations >= 1):
+        raise ValueError(f"iterations={iterations!r} is no number of iterations: give a whole number from 1 on")
+    if isinstance(damping, str) and damping not in DAMPINGS or not isinstance(damping, str | float | int | None):
+        raise ValueError(f'damping={damping!r} is neither "spectral" nor "contracting" nor a number')
+    if isinstance(damping, float | int) and not damping >= 0:
+        raise ValueError(f"damping={damping!r} must not be negative: the states are averaged with their old values")
+    if adjoint and damping is not None:
+        raise ValueError("damping belongs to the original, whose states diverge without: give adjoint=False, or no damping")
+    if adjoint and output == "squared_error":
+        raise ValueError('output="squared_error" (Eq. 3) belongs to the original: give adjoint=False, or "refreshed"')
+    if feedback is not None and not (isinstance(feedback, Rule) and feedback.plan is not None):
+        raise ValueError(
+            "feedback= wants a sequential rule, such as lrules.feedback_alignment(), whose feedback weights take the place "
+            "of W^T (modifiers go around dual_propagation, not inside)"
+        )
+
+
+class _Own:
+    """What `describe` shows at a layer, and why refusals count: this rule is not backprop."""
+
+
+def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan:
+    refuse_doubts(graph.doubts)
+    for activation in graph.activations:
+        inside = [s.split(" ")[0] for s in activation.scope if s != "scan"]
+        if inside:
+            raise NotImplementedError(
+                f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: take "
+                f"it out of the {inside[0]}"
+            )
+    for refusal in graph.refusals:
+        raise NotImplementedError(refusal.sentence)
+    if options.feedback is None:
+        return make_plan(net, graph, params, inputs, lambda name: _Own())  # type: ignore[arg-type,return-value]
+    assert options.feedback.plan is not None
+    plan = options.feedback.plan(net, graph, params, inputs)
+    if any(isinstance(spec, Direct) for spec in plan.specs.values()):
+        raise ValueError("feedback= wants a sequential rule: direct feedback leaves nothing for the states to hand down")
+    return plan
+
+
+# -------------------------------------------------------------------------------------------------------- one state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """The numbers of one state.
+
+    Attributes:
+      alpha: the weight of s+ in the mean.
+      up, down: the factors of D in s+ and of -D in s-.
+      scale: n beta: minus what arrives times this is D, minus a difference of states over this is what goes down.
+    """
+
+    alpha: float
+    up: float
+    down: float
+    scale: float
+
+    def settle(self, fn, a, arriving, damping, plus, minus):
+        """The new states from what comes from below and above, and the old states."""
+        d = (-self.scale * arriving).astype(a.dtype)
+        high, low = a + self.up * d, a - self.down * d
+        if damping is not None:
+            n = damping.astype(a.dtype)
+            high, low = (high + n * plus.astype(a.dtype)) / (1 + n), (low + n * minus.astype(a.dtype)) / (1 + n)
+        return fn(high), fn(low)
+
+    def mean(self, plus, minus):
+        return self.alpha * plus + (1 - self.alpha) * minus
+
+    def error(self, plus, minus):
+        return (minus - plus) / self.scale
+
+
+class _Dyads(Handler):
+    """All activations as pairs of states; their old states are in `frame.inputs`.
+
+    Modes: `clean`: the states are what comes from below. `sweep`: they are renewed on the way up, with what last arrived
+    from above. In both they are renewed again on the way down, and the new ones are the cotangents of the old. `still`:
+    the old states are sent up and down, and the new ones are the cotangents of the old. `up`: they are renewed on the
+    way up and recorded, nothing goes down.
+    """
+
+    activations = True
+
+    def __init__(self, units: Mapping[str, _Unit], mode: str, projections: bool):
+        self.units, self.mode, self.projections = units, mode, projections
+
+    def activation(self, activation, fn, x, frame):
+        if self.projections:
+            _check_projection(activation.site, fn, x)
+        return self.state(activation.site, fn, x, frame)
+
+    def state(self, site, fn, x, frame, *, first: bool = False):
+        unit = self.units[site]
+        if self.mode == "record":
+            y = fn(x)
+            frame.records[site] = {"plus": y, "minus": y, "arriving": jnp.zeros_like(y)}
+            return y
+        old = dict(frame.inputs[site])
+        damping = old.pop("damping", None)
+        if self.mode == "up":
+            plus, minus = unit.settle(fn, x, old["arriving"], damping, old["plus"], old["minus"])
+            frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
+            return unit.mean(plus, minus)
+        converted, captured = jax.closure_convert(fn, x)
+        return _dyad(unit, self.mode, converted, first)(x, old, damping, captured)
+
+
+def _dyad(unit: _Unit, mode: str, fn: Callable, first: bool) -> Callable:
+    """One activation: what it sends up, and on the way down its new state and what goes further down."""
+
+    @jax.custom_vjp
+    def dyad(x, old, damping, captured):
+        return forward(x, old, damping, captured)[0]
+
+    def forward(x, old, damping, captured):
+        if mode == "clean":
+            y = fn(x, *captured)
+            return y, (x, y, y, old, damping, captured)
+        plus, minus = old["plus"], old["minus"]
+        if mode == "sweep":
+            plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
+        return unit.mean(plus, minus), (x, plus, minus, old, damping, captured)
+
+    def backward(residuals, arriving):
+        x, plus, minus, old, damping, captured = residuals
+        new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
+        down = unit.error(plus, minus) if mode == "still" else unit.error(new_plus, new_minus)
+        new = {"plus": new_plus, "minus": new_minus, "arriving": arriving}
+        nothing = jax.tree.map(jnp.zeros_like, (damping, captured))
+        return (arriving if first and mode == "still" else down.astype(x.dtype)), new, *nothing
+
+    dyad.defvjp(forward, backward)
+    return dyad
+
+
+# ------------------------------------------------------------------------------------------------------ all states
+
+
+class _Dual:
+    """One network with its states."""
+
+    def __init__(self, options: _Options, net: Network, params, inputs, reduction: str):
+        self.options = options
+        if any(handler.activations for handler in net.handlers):
+            raise NotImplementedError(
+                "dual propagation has differences of states in the place of derivatives: without_derivatives and "
+                "replace_derivative do not go with it"
+            )
+        self.graph = graph = net.graph(params, inputs)
+        self.plan = _plan(options, net, graph, params, inputs)
+        self.batch = net.batch_size(inputs) if reduction == "mean" else 1
+        nudged = [
+            axis is not None and options.input_nudge is not None and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            for x, axis in zip(jax.tree.leaves(inputs), net.input_batch_axes(inputs), strict=True)
+        ]
+        firsts = [f"inputs{f'#{k}' if k > 1 else ''}" for k in range(1, sum(nudged) + 1)]
+        self.nudged = {i: name for i, name in zip([i for i, n in enumerate(nudged) if n], firsts, strict=True)}
+        sites = {a.site: _place(a.output) for a in graph.activations}
+        for i, name in self.nudged.items():
+            sites[name] = (), jax.typeof(jax.tree.leaves(inputs)[i])
+        self.sites = sites
+        self.units = self._units([*sites, *(["outputs"] if options.output == "squared_error" else [])])
+        self.readers = _readers(graph) if options.damping is not None else {}
+        self.levels, self.depth = {}, 1
+        if options.order != "forward_backward":
+            self.levels, self.depth = _levels(graph)
+            self.levels |= {name: np.zeros((), int) for name in self.nudged.values()}
+        if options.order == "forward" and options.iterations < self.depth:
+            raise ValueError(
+                f"dual_propagation(order='forward', iterations={options.iterations}): error falls by one layer per "
+                f"iteration, and this network has {self.depth}, so that the lowest would get none: give at least "
+                f"iterations={self.depth}"
+            )
+
+    def _units(self, names) -> dict[str, _Unit]:
+        options, used = self.options, set()
+
+        def number(value: Number, name: str, what: str) -> float:
+            if not isinstance(value, Mapping):
+                return float(value)
+            pattern = next((p for p in value if re.search(p, name)), None)
+            if pattern is None:
+                raise ValueError(f"{what} names no value for {name!r}: add a pattern, such as '.*', at the end")
+            used.add((what, pattern))
+            return float(value[pattern])
+
+        units = {}
+        for name in names:
+            alpha, beta = number(options.alpha, name, "alpha"), number(options.beta, name, "beta")
+            gain = 1.0 if name not in self.nudged.values() else float(options.input_nudge or 0)
+            up, down = (1 - alpha, alpha) if options.adjoint else (alpha, 1 - alpha)
+            units[name] = _Unit(alpha, up * gain, down * gain, beta * self.batch)
+            if name == "outputs" and (1 - alpha) * beta >= 1:
+                raise ValueError(
+                    f'output="squared_error" has no minimiser for (1 - alpha) beta = {(1 - alpha) * beta:g} >= 1: take a '
+                    "smaller beta or a larger alpha"
+                )
+        for what, value in (("alpha", options.alpha), ("beta", options.beta)):
+            for pattern in value if isinstance(value, Mapping) else ():
+                if (what, pattern) not in used:
+                    listed = ", ".join(map(repr, units))
+                    raise ValueError(f"{what}: {pattern!r} matches no state first; there are {listed}")
+        return units
+
+    def arguments(self, net: Network, params, feedback: Feedback, inputs, rng):
+        """What the network is run on, as arguments of functions with their own derivative; and a key per iteration."""
+        self.plan.check(feedback)
+        leaves = jax.tree.leaves(params)
+        weights = {**feedback.fixed, **feedback.learned}
+        keys = None
+        if self.options.order == "random":
+            rng, key = jax.random.split(rng)
+            keys = jax.random.key_data(jax.random.split(key, self.options.iterations))
+        if self.options.feedback is not None and self.options.feedback.stochastic:
+            weights |= self.plan.init(rng, leaves, redrawn=True).fixed
+        return (leaves, weights, jax.tree.leaves(inputs), self.graph.consts, net.handlers), keys
+
+    # -- runs
+
+    def run(self, mode: str, args, state: State):
+        """`(outputs, aux, records)` of one evaluation, see `_Dyads`."""
+        params, weights, inputs, consts, handlers = args
+        own = _Dyads(self.units, mode, self.options.damping is not None)
+        frame = Frame(inputs=state)
+        inputs = [
+            own.state(self.nudged[i], lambda z: z, x, frame, first=True) if i in self.nudged else x
+            for i, x in enumerate(inputs)
+        ]
+        outputs, aux = plain_run(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
+        return outputs, aux, frame.records
+
+    def vjp(self, mode: str, args, state: State, damping):
+        """The outputs, and the function from their error to the new states."""
+
+        def run(state):
+            outputs, aux, _ = self.run(mode, args, _joined(state, damping))
+            return outputs, aux
+
+        return jax.vjp(run, state, has_aux=True)
+
+    def begin(self, args):
+        """The clean outputs, and what the first iteration starts from."""
+        damping = self.damping(args)
+        if self.options.order == "forward_backward":
+            zeros = {
+                site: {name: _zeros(lengths, aval) for name in ("plus", "minus", "arriving")}
+                for site, (lengths, aval) in self.sites.items()
+            }
+            outputs, pull, aux = self.vjp("clean", args, zeros, damping)
+            return outputs, aux, (damping, pull)
+        outputs, aux, records = self.run("record", args, {})
+        return outputs, aux, (damping, records)
+
+    def gradients(self, args, keys, begin, outputs, error_at: Callable):
+        """`(cotangents of args, report)` after all iterations."""
+        options, (damping, start) = self.options, begin
+        split = _Floats(outputs)
+        error = split.take(error_at(outputs))
+        if options.order == "forward_backward":
+            (state,) = start(split.put(error))
+            done = 1
+        elif options.order in ("forward", "parallel"):  # the first iteration renews the outputs alone
+            state, done = start, 1
+        else:
+            state, error, done = start, [jnp.zeros_like(e) for e in error], 0
+
+        def step(carry, key):
+            state, error = carry
+            if options.order == "forward_backward":
+                outputs, pull, _ = self.vjp("sweep", args, state, damping)
+                error = split.take(error_at(outputs))
+                return pull(split.put(error))[0], error
+            if options.order in ("forward", "parallel"):
+                outputs, pull, _ = self.vjp("still", args, state, damping)
+                (new,) = pull(split.put(error))
+                if options.order == "forward":
+                    new = {site: {**state[site], "arriving": new[site]["arriving"]} for site in state}
+                    outputs, _, new = self.run("up", args, _joined(new, damping))
+                return new, split.take(error_at(outputs))
+            if options.order == "odd_even":
+                for parity in (1, 0):
+                    state, error = self.renew(args, state, error, damping, split, error_at, self._parities(parity))
+                return state, error
+            names = [*self.sites, "outputs"]
+            branches = [
+                lambda carry, name=name: self.renew(args, *carry, damping, split, error_at, {name: True}) for name in names
+            ]
+            shuffled = jax.random.permutation(jax.random.wrap_key_data(key), len(names))
+            return jax.lax.scan(lambda c, k: (jax.lax.switch(k, branches, c), None), (state, error), shuffled)[0]
+
+        first = [_first_residual(state)] * done
+        (state, error), report = self.repeat(step, (state, error), keys, first)
+
+        def still(*args):
+            outputs, aux, _ = self.run("still", args, _joined(state, damping))
+            return outputs, aux
+
+        _, pull, _ = jax.vjp(still, *args, has_aux=True)
+        return pull(split.put(error)), report
+
+    def _parities(self, parity: int) -> dict[str, Any]:
+        chosen = {name: levels % 2 == parity for name, levels in self.levels.items()}
+        return chosen | {"outputs": self.depth % 2 == parity}
+
+    def renew(self, args, state, error, damping, split, error_at, chosen: Mapping[str, Any]):
+        """Renews the chosen states at once, from the old ones; masks choose iterations of a scan."""
+        outputs, pull, _ = self.vjp("still", args, state, damping)
+        (new,) = pull(split.put(error))
+        renewed = {}
+        for site, old in state.items():
+            mask = np.asarray(chosen.get(site, False))
+            if mask.all():
+                renewed[site] = new[site]
+            elif not mask.any():
+                renewed[site] = old
+            else:
+                renewed[site] = jax.tree.map(
+                    lambda o, n, mask=mask: jnp.where(mask.reshape(mask.shape + (1,) * (n.ndim - mask.ndim)), n, o),
+                    old, new[site],
+                )  # fmt: skip
+        return renewed, split.take(error_at(outputs)) if chosen.get("outputs", False) else error
+
+    def repeat(self, step, carry, keys, residuals):
+        """The remaining iterations, stopping early where a tolerance says so."""
+        options, done = self.options, len(residuals)
+        rest = options.iterations - done
+        keys = None if keys is None else keys[done:]
+
+        def iteration(carry, key):
+            new = step(carry, key)
+            return new, _residual(carry[0], new[0])
+
+        dtype = jnp.result_type(float)
+        if options.tolerance is None or rest == 0:
+            if rest:
+                carry, found = jax.lax.scan(iteration, carry, keys, length=rest)
+                residuals = [*residuals, *found.astype(dtype)] if rest < 1 else [*residuals, found.astype(dtype)]
+            parts = [jnp.atleast_1d(jnp.asarray(r, dtype)) for r in residuals]
+            return carry, {"residual": jnp.concatenate(parts), "iterations": jnp.asarray(options.iterations)}
+
+        least = max(self.depth, done)  # before that many, the lowest layers have not met any error
+        found = jnp.full(options.iterations, jnp.nan, dtype)
+        for i, r in enumerate(residuals):
+            found = found.at[i].set(r.astype(dtype))
+
+        def more(loop):
+            i, _, found = loop
+            last = found[jnp.maximum(i - 1, 0)]
+            return (i < options.iterations) & ((i < least) | ~(last <= options.tolerance))
+
+        def body(loop):
+            i, carry, found = loop
+            carry, r = iteration(carry, None if keys is None else keys[i - done])
+            return i + 1, carry, found.at[i].set(r.astype(dtype))
+
+        count, carry, found = jax.lax.while_loop(more, body, (jnp.asarray(done), carry, found))
+        return carry, {"residual": found, "iterations": count}
+
+    # -- damping
+
+    def damping(self, args) -> dict[str, Any]:
+        """L of every state that a layer reads."""
+        options = self.options
+        if options.damping is None:
+            return {}
+        if not isinstance(options.damping, str):
+            return {site: jnp.asarray(options.damping, jnp.result_type(float)) for site in self.readers}
+        params, _, inputs, consts, _ = args
+        frame = Frame()
+        handler = _SpectralNorms({layer.site for layers in self.readers.values() for layer in layers})
+        self.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame)
+        norms = {site: sum(frame.records[layer.site] for layer in layers) for site, layers in self.readers.items()}
+        if options.damping == "spectral":
+            return norms
+        return {site: jnp.maximum(norm - 1, 0) / 2 for site, norm in norms.items()}
+
+
+def _transformed(network: _Dual) -> Callable:
+    """The network as one function whose backward pass is all of dual propagation."""
+
+    @jax.custom_vjp
+    def run(params, weights, inputs, consts, handlers, keys):
+        return plain_run(network.plan, params, weights, inputs, consts, handlers, Frame())
+
+    def forward(*args):
+        outputs, aux, begin = network.begin(args[:-1])
+        return (outputs, aux), (args, begin, outputs)
+
+    def backward(residuals, cotangent):
+        (*args, keys), begin, outputs = residuals
+        grads, _ = network.gradients(tuple(args), keys, begin, outputs, lambda outputs: cotangent[0])
+        return *grads, None
+
+    run.defvjp(forward, backward)
+    return run
+
+
+class _Floats:
+    """The floating-point leaves of outputs, and cotangents made of them."""
+
+    def __init__(self, outputs):
+        leaves, self.tree = jax.tree.flatten(outputs)
+        self.real = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
+        self.others = [None if r else np.zeros(jnp.shape(x), jax.dtypes.float0)
+                       for r, x in zip(self.real, leaves, strict=True)]  # fmt: skip
+
+    def take(self, error) -> list[Any]:
+        return [e for e, real in zip(jax.tree.leaves(error), self.real, strict=True) if real]
+
+    def put(self, floats):
+        given = iter(floats)
+        return jax.tree.unflatten(self.tree, [next(given) if o is None else o for o in self.others])
+
+
+def _joined(state: State, damping: Mapping[str, Any]) -> State:
+    return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
+
+
+def _place(value: Value | None) -> tuple[tuple[int, ...], Any]:
+    """The lengths of the scans around a value, and its type."""
+    assert value is not None and value.place is not None
+    return tuple(length for _, length in value.place[0].loops), value.aval
+
+
+def _zeros(lengths, aval):
+    zeros = jnp.zeros((*lengths, *aval.shape), aval.dtype)
+    axes = tuple(sorted(varying_axes(aval)))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def _norm(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))))
+
+
+def _first_residual(state: State):
+    return _residual({site: {"arriving": jnp.zeros_like(s["arriving"])} for site, s in state.items()}, state)
+
+
+def _residual(old: State, new: State):
+    """The largest relative change of what arrives at an activation; 0 where nothing arrives."""
+    found = jnp.zeros((), jnp.result_type(float))
+    for site in new:
+        change, size = _norm(new[site]["arriving"] - old[site]["arriving"]), _norm(new[site]["arriving"])
+        here = jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size))
+        found = jnp.maximum(found, here.astype(found.dtype))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the outputs
+
+
+def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
+    """The outputs' error at given outputs, for those that are not linearised once."""
+    gradient = jax.grad(objective, allow_int=True)
+    if network.options.output == "refreshed":
+        return gradient
+    unit, n = network.units["outputs"], network.batch
+
+    def curvature(outputs):
+        ones = jax.tree.map(jnp.ones_like, outputs)
+        return jax.jvp(gradient, (outputs,), (ones,))[1]
+
+    if any(out.params for out in Network(lambda o, _: curvature(o)).graph(outputs, ()).outs):
+        raise ValueError(
+            'output="squared_error" has a closed form for squared errors alone, and this loss is not quadratic in the '
+            'outputs: take a squared error of the outputs, or output="refreshed"'
+        )
+
+    def exact(outputs):
+        """-(s+ - s-) / (n beta), s+ and s- the minimisers of Eq. 3 for the gradient g and the curvature h."""
+
+        def leaf(g, h):
+            h = h * n * (unit.scale / n)
+            a, b = unit.alpha, 1 - unit.alpha
+            return g * jnp.where(b * h < 1, a / (1 + a * h) + b / (1 - b * h), jnp.nan)
+
+        return jax.tree.map(leaf, gradient(outputs), curvature(outputs))
+
+    return exact
+
+
+# ----------------------------------------------------------------------------------------------------- the damping
+
+
+class _SpectralNorms(Handler):
+    """Records |W^T W| of layers, by power iterations."""
+
+    def __init__(self, sites):
+        self.sites = sites
+
+    def layer(self, layer, op, w, b, x, frame):
+        if layer.site in self.sites:
+            frame.records[layer.site] = spectral_norm(layer, op.plain, w, POWER_ITERATIONS) ** 2
+        return op(w, x)
+
+
+def spectral_norm(layer, op: Callable, w, iterations: int):
+    """The largest singular value of a layer's linear map, the bias apart, by power iterations.
+
+    Args:
+      layer: the layer.
+      op: `(w, x) -> y`.
+      w: its weight.
+      iterations: how many.
+
+    Returns:
+      A scalar: an estimate from below.
+
+    Raises:
+      NotImplementedError: the layer is neither dense nor a convolution.
+    """
+    shape = list(layer.operand.aval.shape)
+    if layer.operation == "dot_general":
+        side = 1 if layer.weight_first else 0
+        contract, batch = layer.eqn.params["dimension_numbers"]
+        kept = {*contract[side], *batch[side]}
+    elif layer.operation == "conv_general_dilated":
+        kept = set(range(len(shape))) - {layer.eqn.params["dimension_numbers"].lhs_spec[0]}
+    else:
+        raise NotImplementedError(f"the spectral norm of the layer {layer.name!r}, a {layer.operation}, is not known here")
+    shape = [n if i in kept else 1 for i, n in enumerate(shape)]
+    w = jax.lax.stop_gradient(w)
+    v = jax.random.normal(jax.random.key(zlib.crc32(layer.name.encode()) & 0x7FFFFFFF), shape, layer.operand.aval.dtype)
+
+    def apply(v):
+        u, pull = jax.vjp(lambda v: op(w, v), v)
+        return pull(u)[0]
+
+    def iterate(_, v):
+        v = apply(v)
+        norm = _norm(v)
+        return (v / jnp.where(norm > 0, norm, 1)).astype(v.dtype)
+
+    v = jax.lax.fori_loop(0, iterations, iterate, v / _norm(v).astype(v.dtype))
+    return _norm(op(w, v))
+
+
+def _readers(graph: Graph) -> dict[str, list[Any]]:
+    """The layers that read each activation, in a chain of activations with one layer between two."""
+    outputs = {id(a.output): a.site for a in graph.activations}
+    layers = {id(layer.output): layer for layer in graph.layers}
+
+    def above(start) -> tuple[set[str], list[Any]]:
+        sites: set[str] = set()
+        found: list[Any] = []
+        seen, stack = set(), [start]
+        while stack:
+            value = stack.pop()
+            if value is None or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if id(value) in outputs:
+                sites.add(outputs[id(value)])
+            elif id(value) in layers:
+                found.append(layers[id(value)])
+            else:
+                stack += [*value.operands, *([value.source] if value.source is not None else [])]
+        return sites, found
+
+    readers: dict[str, list[Any]] = {a.site: [] for a in graph.activations}
+    for target in [*(a.source for a in graph.activations), *graph.outs[: graph.n_outputs]]:
+        sites, found = above(target)
+        below = [above(layer.operand) for layer in found]
+        if sites or len(found) != 1 or len(below[0][0]) > 1 or below[0][1]:
+            raise NotImplementedError(
+                "damping serves chains, in which one layer lies between two activations: this network has skip "
+                "connections, or layers without an activation between them"
+            )
+        for site in below[0][0]:
+            readers[site].append(found[0])
+    if any(a.scope for a in graph.activations):
+        raise NotImplementedError("damping serves chains of layers: this network has activations inside a loop")
+    return readers
+
+
+def _check_projection(site: str, fn: Callable, x) -> None:
+    """Damping wants s = f(a) to be the nearest point to a of an interval: f = clip."""
+    grid = np.concatenate([np.linspace(-8, 8, 65), [-1e4, 1e4]])
+    size = int(np.prod(x.shape))
+    try:
+        with jax.ensure_compile_time_eval():
+            parts = [np.resize(grid[i : i + max(size, 1)], x.shape) for i in range(0, len(grid), max(size, 1))]
+            values = [np.asarray(fn(jnp.asarray(part, x.dtype)), np.float64) for part in parts]
+    except jax.errors.JAXTypeError:
+        raise NotImplementedError(
+            f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot be "
+            "told whether damping serves it: write them as literals"
+        ) from None
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    points = [np.asarray(jnp.asarray(part, x.dtype), np.float64) for part in parts]
+    if any(not np.allclose(v, np.clip(p, low, high), rtol=1e-3, atol=1e-3) for v, p in zip(values, points, strict=True)):
+        raise NotImplementedError(
+            f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an interval "
+            "(its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has other fixed "
+            "points elsewhere"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ the levels
+
+
+def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
+    """How many activations lie below each state, itself included, per iteration of the loops; and that of the outputs."""
+
+    def walk(block: Block, ins: list[int]) -> tuple[list[int], dict[str, Any]]:
+        env = dict.fromkeys(block.jaxpr.constvars, 0) | dict(zip(block.jaxpr.invars, ins, strict=True))
+        found: dict[str, Any] = {}
+
+        def read(atom) -> int:
+            return 0 if is_literal(atom) else env[atom]
+
+        for index, eqn in enumerate(block.jaxpr.eqns):
+            levels = [read(v) for v in eqn.invars]
+            outs = [max(levels, default=0)] * len(eqn.outvars)
+            if index in block.regions:
+                region = block.regions[index]
+                outs = [read(region.root) + 1]
+                found[region.activation.site] = np.asarray(outs[0])
+            elif index in block.children and eqn.primitive.name == "scan":
+                outs, inner = scan(block.children[index][0], eqn.params, levels)
+                found |= inner
+            elif index in block.children and eqn.primitive.name in INLINED:
+                outs, inner = walk(block.children[index][0], levels)
+                found |= inner
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in block.jaxpr.outvars], found
+
+    def scan(child: Block, params, levels: list[int]) -> tuple[list[int], dict[str, Any]]:
+        n_consts, n_carry = scan_counts(params)
+        carry, stacks, ys = levels[n_consts : n_consts + n_carry], [], []
+        for _ in range(params["length"]):
+            outs, found = walk(child, [*levels[:n_consts], *carry, *levels[n_consts + n_carry :]])
+            carry = outs[:n_carry]
+            ys.append(outs[n_carry:])
+            stacks.append(found)
+        if params["reverse"]:
+            stacks.reverse()
+        stacked = {site: np.stack([found[site] for found in stacks]) for site in stacks[0]} if stacks else {}
+        return [*carry, *(max(column) for column in zip(*ys, strict=True))], stacked
+
+    outs, found = walk(graph.block, [0] * len(graph.block.jaxpr.invars))
+    return found, max(outs[: graph.n_outputs], default=0) + 1
