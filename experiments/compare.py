@@ -115,6 +115,8 @@ def main() -> None:
     print(table(results, histories))
     for name, reason in refused.items():
         print(f"\n{name} refused this model: {reason}")
+    if lost := [name for name in histories if not np.isfinite(results[name]["train_loss"])]:
+        print(f"\nThe loss of {', '.join(lost)} became NaN or Inf: lower --learning_rate or try --sweep.")
     print(f"\n{title}, {FLAGS.epochs} epochs. Results: {folder}/metrics.json, curves.csv, curves.png")
 
 

@@ -11,6 +11,7 @@ Writes metrics.json (final figures, curves, settings, versions, device and comma
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -62,6 +63,8 @@ def main() -> None:
     final |= {"step_seconds": seconds, "compile_seconds": run.compile_seconds}
     cli.write_results(folder, {"rule": FLAGS.rule} | final, {FLAGS.rule: records}, f"{FLAGS.model} on {dataset.name}")
     print(table(final))
+    if not np.isfinite(final["train_loss"]):
+        print("\nThe loss became NaN or Inf: lower --learning_rate, and use --check_nan to stop where it happens.")
     print(f"\nResults: {folder}/metrics.json, curves.csv, curves.png")
 
 

@@ -22,6 +22,7 @@ from lrules.rule import Feedback, Gradients, Rule, describe, direct, sequential,
 from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only
 from lrules.rules.direct import direct_feedback_alignment
+from lrules.rules.dual_propagation import dual_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
 from lrules.rules.kolen_pollack import kolen_pollack
 from lrules.rules.monotone_dfa import monotone_dfa

@@ -61,7 +61,8 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
             return jax.lax.psum(value, axes) if axes else value
 
         wide = at_least_float32(raw.dtype)
-        norm = _norm(whole(raw.astype(wide)), layer.contracted)
+        squares = jnp.abs(whole(raw.astype(wide))) ** 2
+        norm = jnp.sqrt(squares.sum(layer.contracted, keepdims=True))
         norm = jnp.where(norm < DEAD, norm.mean(), norm)
         alive = norm > 0
         c = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
@@ -84,13 +85,6 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         return (raw.astype(c.dtype) * c).astype(w.dtype), dx, None
 
     return sequential(backward, whole_batch=True, gain=gain)
-
-
-def _norm(x, axes):
-    """The Euclidean norm, safe from underflow and overflow of the squares."""
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return safe * jnp.sqrt(jnp.sum(jnp.abs(x / safe) ** 2, axis=axes, keepdims=True))
 
 
 def _squares(d, ndim, layer):

@@ -72,8 +72,8 @@ def dual_propagation(
 
     The outputs and the value are those of the clean forward pass. States start clean; an iteration renews each once
     (`"forward_backward"`: on the way up and on the way down). `value_and_grad` reports in `grads.report`, per iteration,
-    the `residual`, the largest relative change of what arrives at an activation (it falls to zero where the states
-    converge, and stays near or above 1 where they do not), and how many `iterations` ran.
+    the `residual`, the largest change of s+ and s- relative to their difference (it falls to zero where the states
+    converge, and stays of order 1 where they do not; 1 by definition in the first), and how many `iterations` ran.
 
     Args:
       alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to
@@ -405,7 +405,7 @@ class _Dual:
     def run(self, mode: str, args, state: State):
         """`(outputs, aux, records)` of one evaluation, see `_Dyads`."""
         params, weights, inputs, consts, handlers = args
-        own = _Dyads(self.units, mode, self.options.damping is not None)
+        own = _Dyads(self.units, mode, self.options.damping is not None and mode in ("clean", "record"))
         frame = Frame(inputs=state)
         inputs = [
             own.state(self.nudged[i], lambda z: z, x, frame, first=True) if i in self.nudged else x
@@ -473,8 +473,7 @@ class _Dual:
             shuffled = jax.random.permutation(jax.random.wrap_key_data(key), len(names))
             return jax.lax.scan(lambda c, k: (jax.lax.switch(k, branches, c), None), (state, error), shuffled)[0]
 
-        first = [_first_residual(state)] * done
-        (state, error), report = self.repeat(step, (state, error), keys, first)
+        (state, error), report = self.repeat(step, (state, error), keys, done)
 
         def still(*args):
             outputs, aux, _ = self.run("still", args, _joined(state, damping))
@@ -505,39 +504,34 @@ class _Dual:
                 )  # fmt: skip
         return renewed, split.take(error_at(outputs)) if chosen.get("outputs", False) else error
 
-    def repeat(self, step, carry, keys, residuals):
-        """The remaining iterations, stopping early where a tolerance says so."""
-        options, done = self.options, len(residuals)
-        rest = options.iterations - done
+    def repeat(self, step, carry, keys, done: int):
+        """The iterations that are left after `done`, stopping early where a tolerance says so; and the report."""
+        options, dtype = self.options, jnp.result_type(float)
         keys = None if keys is None else keys[done:]
 
         def iteration(carry, key):
             new = step(carry, key)
             return new, _residual(carry[0], new[0])
 
-        dtype = jnp.result_type(float)
-        if options.tolerance is None or rest == 0:
-            if rest:
-                carry, found = jax.lax.scan(iteration, carry, keys, length=rest)
-                residuals = [*residuals, *found.astype(dtype)] if rest < 1 else [*residuals, found.astype(dtype)]
-            parts = [jnp.atleast_1d(jnp.asarray(r, dtype)) for r in residuals]
-            return carry, {"residual": jnp.concatenate(parts), "iterations": jnp.asarray(options.iterations)}
+        if options.tolerance is None or options.iterations == done:
+            found = jnp.ones(done, dtype)
+            if options.iterations > done:
+                carry, rest = jax.lax.scan(iteration, carry, keys, length=options.iterations - done)
+                found = jnp.concatenate([found, rest])
+            return carry, {"residual": found, "iterations": jnp.asarray(options.iterations)}
 
         least = max(self.depth, done)  # before that many, the lowest layers have not met any error
-        found = jnp.full(options.iterations, jnp.nan, dtype)
-        for i, r in enumerate(residuals):
-            found = found.at[i].set(r.astype(dtype))
 
         def more(loop):
             i, _, found = loop
-            last = found[jnp.maximum(i - 1, 0)]
-            return (i < options.iterations) & ((i < least) | ~(last <= options.tolerance))
+            return (i < options.iterations) & ((i < least) | ~(found[i - 1] <= options.tolerance))
 
         def body(loop):
             i, carry, found = loop
-            carry, r = iteration(carry, None if keys is None else keys[i - done])
-            return i + 1, carry, found.at[i].set(r.astype(dtype))
+            carry, residual = iteration(carry, None if keys is None else keys[i - done])
+            return i + 1, carry, found.at[i].set(residual)
 
+        found = jnp.where(jnp.arange(options.iterations) < done, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
         count, carry, found = jax.lax.while_loop(more, body, (jnp.asarray(done), carry, found))
         return carry, {"residual": found, "iterations": count}
 
@@ -614,19 +608,17 @@ def _zeros(lengths, aval):
 
 
 def _norm(x):
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))))
-
-
-def _first_residual(state: State):
-    return _residual({site: {"arriving": jnp.zeros_like(s["arriving"])} for site, s in state.items()}, state)
+    wide = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+    return jnp.sqrt(jnp.sum(jnp.square(wide)))
 
 
 def _residual(old: State, new: State):
-    """The largest relative change of what arrives at an activation; 0 where nothing arrives."""
+    """The largest change of a pair of states, relative to the difference between the two."""
     found = jnp.zeros((), jnp.result_type(float))
-    for site in new:
-        change, size = _norm(new[site]["arriving"] - old[site]["arriving"]), _norm(new[site]["arriving"])
-        here = jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size))
+    for site, pair in new.items():
+        change = _norm(jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")]))
+        size = _norm(pair["plus"] - pair["minus"])
+        here = jnp.where(size == 0, jnp.sign(change), change / jnp.where(size == 0, 1, size))
         found = jnp.maximum(found, here.astype(found.dtype))
     return found
 
@@ -765,6 +757,7 @@ def _check_projection(site: str, fn: Callable, x) -> None:
     try:
         with jax.ensure_compile_time_eval():
             parts = [np.resize(grid[i : i + max(size, 1)], x.shape) for i in range(0, len(grid), max(size, 1))]
+            points = [np.asarray(jnp.asarray(part, x.dtype), np.float64) for part in parts]
             values = [np.asarray(fn(jnp.asarray(part, x.dtype)), np.float64) for part in parts]
     except jax.errors.JAXTypeError:
         raise NotImplementedError(
@@ -772,7 +765,6 @@ def _check_projection(site: str, fn: Callable, x) -> None:
             "told whether damping serves it: write them as literals"
         ) from None
     low, high = min(v.min() for v in values), max(v.max() for v in values)
-    points = [np.asarray(jnp.asarray(part, x.dtype), np.float64) for part in parts]
     if any(not np.allclose(v, np.clip(p, low, high), rtol=1e-3, atol=1e-3) for v, p in zip(values, points, strict=True)):
         raise NotImplementedError(
             f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an interval "

@@ -1,0 +1,193 @@
+"""The programs as a user runs them: tiny runs, bad input, and the numbers of the demo."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import lrules
+from experiments import benchmark, cli, compare, models, rules
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(program, *flags):
+    """Runs a program in a process of its own, on the host as it is."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", f"experiments.{program}", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def results(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=np.arange(40) % 2, x_test=x[:10], y_test=np.arange(10) % 2)
+    rule = 'partition({"layers/0": backman(alpha=0.1), ".*": backprop})'
+    flags = [f"--dataset=npz:{tmp_path}/set.npz", f"--rule={rule}", "--widths=4", "--activation=tanh", "--epochs=3"]
+    done = run("train", *flags, "--seeds=2", "--seed=7", "--batch_size=8", f"--output={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    assert "| test accuracy (%)" in done.stdout and "epoch 3/3" in done.stderr
+    metrics = results(tmp_path / "out")
+    assert metrics["rule"] == rule and len(metrics["accuracy_by_seed"]) == 2
+    assert np.shape(metrics["curves"]["train_loss"]) == (3, 2)
+    assert metrics["provenance"]["seed"] == 7 and "experiments.train" in metrics["provenance"]["command"]
+    assert metrics["provenance"]["versions"]["jax"] == jax.__version__ and metrics["provenance"]["device"]
+    assert metrics["settings"]["activation"] == "tanh"
+    rows = list(csv.DictReader((tmp_path / "out" / "curves.csv").open()))
+    assert [(row["epoch"], row["seed"]) for row in rows] == [(e, s) for e in "123" for s in "78"]
+    assert is_png(tmp_path / "out" / "curves.png")
+
+
+def test_compare_sweeps_and_refuses(tmp_path):
+    """A rule that cannot train the model is told apart; the others go on."""
+    chosen = "backman(alpha=0.5),partition({'nowhere': backprop, '.*': backman})"
+    flags = [f"--rules={chosen}", "--widths=8", "--epochs=2", "--seeds=2", "--batch_size=128", "--sweep=0.01,0.001"]
+    done = run("compare", *flags, f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "refused this model: partition: 'nowhere' matches no layer" in done.stdout
+    found = results(tmp_path)["rules"]
+    assert list(found) == ["backprop", "backman(alpha=0.5)", "partition({'nowhere': backprop, '.*': backman})"]
+    assert found["backprop"]["learning_rate"] == 0.01 and found["backprop"]["step_time_ratio"] == 1
+    assert "nowhere" in found["partition({'nowhere': backprop, '.*': backman})"]["refused"]
+    assert is_png(tmp_path / "curves.png")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    done = run("compare", f"--output={folder}")
+    assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_demo_shows_every_rule(demo):
+    done, folder = demo
+    found = results(folder)["rules"]
+    assert set(found) == set(rules.argument_free_rules()) and next(iter(found)) == "backprop"
+    assert not [name for name in found if "refused" in found[name]]
+    assert all(f"| {name} " in done.stdout for name in found)
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.csv", "curves.png", "metrics.json"]
+
+
+def test_demo_reaches_its_numbers(demo):
+    """Handwritten digits, the demo's defaults: mean test accuracy over its seeds."""
+    found = results(demo[1])["rules"]
+    accuracy = {name: found[name]["accuracy"] for name in found}
+    assert min(accuracy["backprop"], accuracy["backman"]) > 0.95
+    assert min(accuracy["feedback_alignment"], accuracy["direct_feedback_alignment"]) > 0.90
+    others = {name: value for name, value in accuracy.items() if name != "last_layer_only"}
+    assert min(others.values()) > accuracy["last_layer_only"], accuracy
+    assert found["backprop"]["angle"] == 0 and all(
+        0 < found[name]["angle"] < 90 for name in found if name != "backprop"
+    )
+
+
+def test_step_times_are_paired_by_epoch():
+    def history(*seconds):
+        return [compare.Record(i, *[np.zeros(1)] * 4, s) for i, s in enumerate(seconds)]
+
+    times = compare.step_times({"backprop": history(1, 2, 4), "other": history(2, 2, 4)})
+    assert times["backprop"] == (1, 1, 1) and times["other"] == (1, 1, 1.5)
+
+
+def test_benchmark_measures_rules_and_tells_refusals():
+    progress = []
+    chosen = {
+        "backprop": lrules.backprop(),
+        "feedback_alignment": lrules.feedback_alignment(),
+        "refused": lrules.partition({"nowhere": lrules.backprop()}),
+    }
+    rows, refused = benchmark.benchmark(
+        lambda rngs: models.MLP((4, 5, 5, 10), rngs=rngs),
+        benchmark.Case((4,), 8),
+        chosen,
+        repeats=2,
+        compile_repeats=1,
+        progress=progress.append,
+    )
+    assert list(rows) == ["plain", "backprop", "feedback_alignment"] and "nowhere" in refused["refused"]
+    assert rows["backprop"].identical_gradients and not rows["feedback_alignment"].identical_gradients
+    assert rows["feedback_alignment"].feedback_bytes == 4 * (25 + 50) and rows["backprop"].feedback_bytes == 0
+    assert rows["plain"].memory_ratio == rows["plain"].compile_ratio == 1 and rows["plain"].memory_bytes > 0
+    assert all(low <= median <= high for median, low, high in (row.step_ratio for row in rows.values()))
+    assert len(progress) == 3 * (2 + 2)
+    assert "| feedback_alignment " in benchmark.table(rows)
+
+
+def test_benchmark_program(tmp_path):
+    flags = ["--quick", "--models=mlp", "--rules=backprop", "--repeats=1", "--compile_repeats=1"]
+    done = run("benchmark", *flags, f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "identical to those of jax.value_and_grad" in done.stdout and "784-500-500-500-500-10" in done.stdout
+    assert set(results(tmp_path)["models"]["mlp"]["rules"]) == {"plain", "backprop"}
+    assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 2 and is_png(tmp_path / "benchmark.png")
+
+
+@pytest.mark.parametrize("size", ["QUICK", "FULL"])
+def test_benchmarked_models_exist(size):
+    for name, case in getattr(benchmark, size).items():
+        model = nnx.eval_shape(
+            lambda name=name, case=case: models.build(name, case.shape, 10, rngs=nnx.Rngs(0), widths=case.widths)
+        )
+        assert isinstance(model, nnx.Module) and str(case.batch) in case.describe(name)
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "sentence"),
+    [
+        ("train", ["--rule=bakman"], "Error: There is no rule 'bakman': did you mean 'backman'?"),
+        ("train", ["--lerning_rate=1"], "Did you mean: learning_rate ?"),
+        ("train", ["backman"], "Error: 'backman' is no flag: write flags as --name=value and see them with --help."),
+        (
+            "train",
+            ["--dataset=npz:none.npz"],
+            "Error: There is no file none.npz: give --dataset=npz:FILE with the arrays",
+        ),
+        (
+            "train",
+            ["--optimizer=sgd", "--learning_rate=1e30", "--check_nan"],
+            "Error: The loss of seed 0 became NaN or Inf",
+        ),
+        ("compare", ["--rules=backman(alfa=1)"], "Error: backman has no option 'alfa': did you mean 'alpha'?"),
+        ("compare", ["--widths=a"], "Error: --widths holds 'a': give positive whole numbers, as in --widths=128,128."),
+        ("benchmark", ["--models=mpl"], "Error: There is no model 'mpl' in the benchmark: did you mean 'mlp'?"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failure(tmp_path, program, flags, sentence):
+    done = run(program, *flags, f"--output={tmp_path}")
+    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["train", "compare", "benchmark"])
+def test_help_shows_the_commands_and_every_flag(program):
+    done = run(program, "--help")
+    assert f"python -m experiments.{program}" in done.stdout
+    wanted = {"train": "--rule:", "compare": "--sweep:", "benchmark": "--[no]quick:"}[program]
+    assert wanted in done.stdout and "--output:" in done.stdout
+
+
+def test_json_has_no_nan_and_tables_are_aligned(tmp_path):
+    cli.write_json(
+        tmp_path / "metrics.json", {"a": np.array([1.0, np.nan]), "b": (float("inf"), np.float32(0.5), None)}
+    )
+    assert results(tmp_path) == {"a": [1.0, None], "b": [None, 0.5, None]}
+    assert cli.table(("a", "bb"), [("xyz", "1")]) == "| a   |  bb |\n| --- | --: |\n| xyz |   1 |"

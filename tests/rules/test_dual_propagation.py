@@ -1,0 +1,528 @@
+"""Dual propagation against explicit states, and what it refuses."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import lrules
+import numpy as np
+import optax
+import pytest
+from lrules.rules.dual_propagation import POWER_ITERATIONS, spectral_norm
+from tests import bridge
+from tests.reference import backprop, losses, nets
+from tests.reference import dual_propagation as reference
+
+NO_FEEDBACK = lrules.Feedback({}, {})
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def half_squared(outputs, targets):
+    return 0.5 * jnp.sum(jnp.square(outputs - targets), -1)
+
+
+def dense(rng=0, activations=("tanh", "relu")):
+    rng = np.random.default_rng(rng)
+    return bridge.random_dense(rng, (4, 5, 6, 3), list(activations)), rng.normal(size=(5, 4))
+
+
+def conv(rng=0, activation="tanh", pool="max"):
+    rng = np.random.default_rng(rng)
+    return bridge.random_conv(rng, activation, pool), rng.normal(size=(3, 6, 6, 2))
+
+
+def targets_of(net, x):
+    return np.random.default_rng(7).normal(size=nets.forward(net, x).outputs.shape)
+
+
+def expected(net, x, **options):
+    """The reference's gradients, for half squared errors."""
+    y = targets_of(net, x)
+
+    def error_at(outputs):
+        return losses.mean(*losses.half_squared_error(outputs, y))[1]
+
+    e = error_at(nets.forward(net, x).outputs)
+    got, _ = reference.gradients(net, x, e, error_at=error_at, targets=y, **options)
+    return got
+
+
+def computed(net, x, feedback=NO_FEEDBACK, rng=None, **options):
+    fn = lrules.value_and_grad(bridge.apply_of(net), half_squared, lrules.dual_propagation(**options))
+    y = jnp.asarray(targets_of(net, x))
+    return jax.jit(fn)(bridge.parameters(net), feedback, jnp.asarray(x), y, rng=rng)
+
+
+def transformed(net, x, feedback=NO_FEEDBACK, **options):
+    """`(params, inputs)` gradients by way of `transform`."""
+    f = lrules.transform(bridge.apply_of(net), lrules.dual_propagation(**options))
+    y = jnp.asarray(targets_of(net, x))
+
+    def objective(params, x):
+        return half_squared(f(params, feedback, x), y).mean()
+
+    return jax.jit(jax.grad(objective, argnums=(0, 1)))(bridge.parameters(net), jnp.asarray(x))
+
+
+VARIANTS = [(True, "once"), (True, "refreshed"), (False, "once"), (False, "refreshed"), (False, "squared_error")]
+CASES = [
+    (order, alpha, adjoint, output)
+    for order in reference.ORDERS
+    for alpha in (0.0, 0.25, 0.5, 1.0)
+    for adjoint, output in VARIANTS
+]
+
+
+@pytest.mark.parametrize("order,alpha,adjoint,output", CASES)
+def test_explicit_states(order, alpha, adjoint, output):
+    index = CASES.index((order, alpha, adjoint, output))
+    net, x = conv(pool=["max", "average"][index % 2]) if index % 5 == 2 else dense()
+    iterations = 1 + index % 5 if order != "forward" else len(net) + index % 2
+    options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "order": order, "iterations": iterations}
+    options["output"] = output
+    want = expected(net, x, **options)
+    (_, outputs), grads = computed(net, x, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    np.testing.assert_allclose(outputs, nets.forward(net, x).outputs, atol=1e-12)
+    assert grads.report["residual"].shape == (iterations,)
+
+
+@pytest.mark.parametrize("adjoint,alpha,iterations", [(True, 0.25, 3), (False, 0.0, 1), (True, 0.5, 2)])
+@pytest.mark.parametrize("case", [dense, conv])
+def test_transform(case, adjoint, alpha, iterations):
+    net, x = case()
+    options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "iterations": iterations}
+    want = expected(net, x, **options)
+    params, inputs = transformed(net, x, **options)
+    bridge.close((params, inputs), (bridge.kernels_and_biases(want), want.inputs))
+
+
+def test_transform_of_a_sum():
+    net, x = dense()
+    y = jnp.asarray(targets_of(net, x))
+    rule = lrules.dual_propagation(alpha=0.2, beta=0.4)
+    means, sums = (lrules.transform(bridge.apply_of(net), rule, reduction=r) for r in ("mean", "sum"))
+    params = bridge.parameters(net)
+    mean = jax.grad(lambda p: half_squared(means(p, NO_FEEDBACK, jnp.asarray(x)), y).mean())(params)
+    total = jax.grad(lambda p: half_squared(sums(p, NO_FEEDBACK, jnp.asarray(x)), y).sum())(params)
+    bridge.close(jax.tree.map(lambda g: g / len(x), total), mean)
+
+
+@pytest.mark.parametrize("order", ["forward_backward", "forward", "odd_even"])
+@pytest.mark.parametrize("adjoint", [True, False])
+def test_inputs_as_states(order, adjoint):
+    net, x = dense()
+    options = {"alpha": 0.3, "beta": 0.5, "adjoint": adjoint, "order": order, "iterations": 3, "input_nudge": 0.7}
+    want = expected(net, x, **options)
+    params, inputs = transformed(net, x, **options)
+    bridge.close((params, inputs), (bridge.kernels_and_biases(want), want.inputs))
+
+
+@pytest.mark.parametrize("order", ["forward_backward", "parallel"])
+def test_numbers_by_name(order):
+    net, x = dense()
+    want = expected(
+        net, x, alpha=[0.1, 0.3, 0.8, 0.6], beta=[0.2, 0.3, 0.6, 0.5], adjoint=False, iterations=3, order=order,
+        output="squared_error", input_nudge=1.0,
+    )  # fmt: skip
+    alpha = {"inputs": 0.1, "tanh": 0.3, "relu": 0.8, "outputs": 0.6}
+    beta = {"inputs": 0.2, "tanh": 0.3, "relu": 0.6, ".*": 0.5}
+    options = {"adjoint": False, "iterations": 3, "order": order, "output": "squared_error", "input_nudge": 1.0}
+    _, grads = computed(net, x, alpha=alpha, beta=beta, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+
+
+@pytest.mark.parametrize("order", ["forward_backward", "forward", "parallel"])
+def test_damped(order):
+    net, x = conv(activation="relu")
+    options = {"alpha": 1.0, "beta": 0.5, "adjoint": False, "iterations": 5, "order": order, "output": "squared_error"}
+    want = expected(net, x, damping=[None, 0.8, 0.8, 0.8], **options)
+    _, grads = computed(net, x, damping=0.8, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+
+
+def norms(net, x):
+    """|W^T W| of each layer that reads a hidden signal, by power iterations, and exactly."""
+    graph = lrules.Network(bridge.apply_of(net)).graph(bridge.parameters(net), jnp.asarray(x))
+    estimates, exact = [], []
+    for layer, plain in zip(graph.layers[1:], net[1:], strict=True):
+
+        def op(w, v, plain=plain):
+            if w.ndim == 2:
+                return v @ w
+            return jax.lax.conv_general_dilated(v, w, plain.stride, plain.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        w, shape = jnp.asarray(plain.kernel), (1, *layer.operand.aval.shape[1:])
+        estimates.append(float(spectral_norm(layer, op, w, POWER_ITERATIONS)) ** 2)
+        matrix = jax.jacobian(lambda v, w=w, op=op: op(w, v).ravel())(jnp.zeros(shape))
+        exact.append(float(np.linalg.norm(matrix.reshape(matrix.shape[0], -1), 2)) ** 2)
+    return estimates, exact
+
+
+@pytest.mark.parametrize("damping", ["spectral", "contracting"])
+def test_damping_by_power_iterations(damping):
+    net, x = conv(activation="relu")
+    estimates, exact = norms(net, x)
+    for estimate, norm in zip(estimates, exact, strict=True):
+        assert 0.8 * norm < estimate <= norm * (1 + 1e-9)
+    strengths = estimates if damping == "spectral" else [max(0, n - 1) / 2 for n in estimates]
+    options = {"alpha": 0.0, "beta": 0.3, "adjoint": False, "iterations": 4}
+    want = expected(net, x, damping=[None, *strengths], **options)
+    _, grads = computed(net, x, damping=damping, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+
+
+def test_feedback_weights():
+    net, x = conv()
+    rng = np.random.default_rng(3)
+    feedback = [None, *(rng.normal(size=layer.kernel.shape) for layer in net[1:])]
+    options = {"alpha": 0.3, "beta": 0.5, "iterations": 3}
+    want = expected(net, x, feedback=feedback, **options)
+    fixed = lrules.Feedback(bridge.feedback_dict(feedback), {})
+    _, grads = computed(net, x, fixed, feedback=lrules.feedback_alignment(), **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    learned = lrules.Feedback({}, bridge.feedback_dict(feedback))
+    _, grads = computed(net, x, learned, feedback=lrules.kolen_pollack(), **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    bridge.close(grads.feedback, {f"{k}/kernel": want.kernels[k] for k in range(1, len(net))})
+
+
+@pytest.mark.parametrize("alpha,tolerance", [(0.5, 1e-7), (0.0, 1e-3), (1.0, 1e-3)])
+@pytest.mark.parametrize("order", ["forward_backward", "forward", "odd_even"])
+def test_weak_feedback_is_backprop(alpha, tolerance, order):
+    net, x = dense(activations=("tanh", "tanh"))
+    y = targets_of(net, x)
+    e = losses.mean(*losses.half_squared_error(nets.forward(net, x).outputs, y))[1]
+    want = bridge.kernels_and_biases(backprop.gradients(net, x, e))
+    iterations = 1 if order == "forward_backward" else len(net)
+    _, grads = computed(net, x, alpha=alpha, beta=1e-4, order=order, iterations=iterations)
+    bridge.close(grads.params, want, tolerance)
+    if order == "forward_backward" and alpha == 0:
+        far, _ = transformed(net, x, alpha=alpha, beta=1.0)
+        relative = [np.abs(g - w).max() / np.abs(w).max() for g, w in zip(*map(jax.tree.leaves, (far, want)), strict=True)]
+        assert max(relative) > 1e-2
+
+
+def test_squared_errors_of_another_scale():
+    """Eq. 3 for c/2 |o - y|^2 per example, by the minimisers of alpha beta l(s) + (s - a)^2 / 2 and of its counterpart."""
+    net, x = dense()
+    y = targets_of(net, x)
+    weights = jnp.asarray([0.0, 1.0, 2.0, 0.5, 1.0])
+    rule = lrules.dual_propagation(0.6, 0.5, adjoint=False, output="squared_error")
+
+    def loss(outputs, targets):  # optax has the same without the factor
+        return 3 * weights[:, None] * optax.squared_error(outputs, targets)
+
+    fn = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
+    _, grads = jax.jit(fn)(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(y))
+    h = 2 * np.asarray(weights)[:, None]  # 3 of 3 outputs per example
+    outputs = nets.forward(net, x).outputs
+    states = [(outputs + d * h * y) / (1 + d * h) for d in (0.6 * 0.5, -0.4 * 0.5)]
+    e = -(states[0] - states[1]) / 0.5 / len(x)
+    want, _ = reference.gradients(net, x, e, alpha=0.6, beta=0.5, adjoint=False)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+
+
+# ------------------------------------------------------------------------------------------------- any graph
+
+
+def stacked(length=3, width=4):
+    """A loop of equal layers, and the chain that it stands for."""
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(width, width)) for _ in range(length)]
+    net = nets.dense_net([*kernels, rng.normal(size=(width, 2))], [None] * (length + 1), ["tanh"] * length)
+    params = {"w": jnp.asarray(np.stack(kernels)), "out": jnp.asarray(net[-1].kernel)}
+
+    def apply(params, x):
+        @jax.checkpoint
+        def body(h, w):
+            return jnp.tanh(h @ w), None
+
+        return jax.lax.scan(body, x, params["w"])[0] @ params["out"]
+
+    return net, rng.normal(size=(5, width)), apply, params
+
+
+@pytest.mark.parametrize("order", reference.ORDERS)
+def test_loops(order):
+    net, x, apply, params = stacked()
+    options = {"alpha": 0.3, "beta": 0.5, "iterations": 4, "order": order}
+    want = expected(net, x, **options)
+    fn = lrules.value_and_grad(apply, half_squared, lrules.dual_propagation(**options))
+    _, grads = jax.jit(fn)(params, NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
+    bridge.close(grads.params, {"w": np.stack(want.kernels[:-1]), "out": want.kernels[-1]})
+    f = lrules.transform(apply, lrules.dual_propagation(**options))
+    np.testing.assert_array_equal(jax.jit(f)(params, NO_FEEDBACK, jnp.asarray(x)), jax.jit(apply)(params, jnp.asarray(x)))
+
+
+def test_a_loop_counts_as_many_layers_as_it_has_iterations():
+    net, x, apply, params = stacked(6)
+    rule = lrules.dual_propagation(order="forward", iterations=6)
+    with pytest.raises(ValueError, match="at least iterations=7"):
+        lrules.transform(apply, rule)(params, NO_FEEDBACK, jnp.asarray(x))
+
+
+def residual_net(params, x):
+    h = jnp.tanh(x @ params["a"])
+    h = h + jnp.tanh(jax.nn.relu(h @ params["b"]) @ params["c"])
+    centred = h - h.mean(-1, keepdims=True)
+    h = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-3)
+    return jax.nn.gelu(h @ params["d"]) @ params["e"] + h @ params["f"]
+
+
+def residual_case():
+    shapes = {"a": (3, 4), "b": (4, 5), "c": (5, 4), "d": (4, 6), "e": (6, 2), "f": (4, 2)}
+    rng = np.random.default_rng(5)
+    params = {n: jnp.asarray(0.5 * rng.normal(size=s)) for n, s in shapes.items()}
+    return params, jnp.asarray(rng.normal(size=(7, 3))), jnp.asarray(rng.normal(size=(7, 2)))
+
+
+ALL_ORDERS = (*reference.ORDERS, "random")
+
+
+@pytest.mark.parametrize("order", ALL_ORDERS)
+def test_skip_connections(order):
+    """Weak feedback gives the gradient; strong feedback the same fixed point in every order."""
+    params, x, y = residual_case()
+    rng = {"rng": jax.random.key(0)} if order == "random" else {}
+
+    def grads(order, rng, **options):
+        fn = lrules.value_and_grad(residual_net, half_squared, lrules.dual_propagation(order=order, **options))
+        return jax.jit(fn)(params, NO_FEEDBACK, x, y, **rng)[1]
+
+    true = jax.grad(lambda p: half_squared(residual_net(p, x), y).mean())(params)
+    bridge.close(grads(order, rng, beta=1e-4, iterations=8).params, true, 1e-7)
+    settled = grads("forward_backward", {}, alpha=0.4, beta=0.5, iterations=60)
+    assert settled.report["residual"][-1] < 1e-12
+    bridge.close(grads(order, rng, alpha=0.4, beta=0.5, iterations=60).params, settled.params, 1e-9)
+
+
+def test_random_order_follows_its_key():
+    """State by state, in the order of the key, with the reference's own way of renewing one state."""
+    net, x = dense()
+    key = jax.random.key(3)
+    _, grads = computed(net, x, rng=key, alpha=0.3, beta=0.5, iterations=2, order="random")
+    y = targets_of(net, x)
+    e = len(x) * losses.mean(*losses.half_squared_error(nets.forward(net, x).outputs, y))[1]
+    states = reference._Network(
+        net, x, 0.3, 0.5, True, None, None, None, lambda a, up, down, beta: (a - up * beta * e, a + down * beta * e)
+    )
+    for k in jax.random.split(jax.random.split(key)[1], 2):
+        for index in np.asarray(jax.random.permutation(k, len(net))):
+            states.at_once([int(index) + 1])
+    for k, layer in enumerate(net):
+        d = -(states.plus[k + 1] - states.minus[k + 1]) / 0.5 / len(x)
+        bridge.close(grads.params[str(k)]["kernel"], nets.kernel_gradient(layer, states.read(k), d))
+    _, other = computed(net, x, rng=jax.random.key(4), alpha=0.3, beta=0.5, iterations=2, order="random")
+    assert np.abs(other.params["0"]["kernel"] - grads.params["0"]["kernel"]).max() > 1e-9
+
+
+def test_a_net_without_activations_gets_its_gradient():
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=s)) for s in ((3, 4), (4, 2))]
+    x, y = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+    net = lambda p, x: x @ p[0] @ p[1]  # noqa: E731
+    for iterations in (1, 3):
+        f = lrules.transform(net, lrules.dual_propagation(iterations=iterations))
+        got = jax.grad(lambda p, f=f: half_squared(f(p, NO_FEEDBACK, x), y).mean())(params)
+        bridge.close(got, jax.grad(lambda p: half_squared(net(p, x), y).mean())(params))
+
+
+def test_under_vmap_and_eager():
+    params, x, y = residual_case()
+    fn = lrules.value_and_grad(residual_net, half_squared, lrules.dual_propagation(0.3, 0.5, iterations=3))
+    seeds = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    _, both = jax.jit(jax.vmap(lambda p: fn(p, NO_FEEDBACK, x, y)))(seeds)
+    for i, scale in enumerate((1, 2)):
+        _, one = fn(jax.tree.map(lambda p, scale=scale: scale * p, params), NO_FEEDBACK, x, y)
+        bridge.close(jax.tree.map(lambda g, i=i: g[i], both.params), one.params)
+
+
+def test_aux_integers_and_half_precision():
+    def apply(params, inputs):
+        x, scale = inputs
+        h = jax.nn.relu(x @ params["a"]) * scale.astype(x.dtype)
+        out = h @ params["b"]
+        return (out, jnp.argmax(out, -1)), {"h": h}
+
+    net = lrules.Network(apply, has_aux=True, batch_axes=(0, None))
+    rng = np.random.default_rng(0)
+    params = {n: jnp.asarray(rng.normal(size=s), jnp.bfloat16) for n, s in {"a": (3, 4), "b": (4, 2)}.items()}
+    inputs = jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16), jnp.asarray(1)
+    y = jnp.zeros((5, 2), jnp.bfloat16)
+    for output in ("once", "refreshed"):
+        rule = lrules.dual_propagation(output=output, iterations=2)
+        fn = lrules.value_and_grad(net, lambda o, t: half_squared(o[0], t), rule)
+        (_, outputs, aux), grads = jax.jit(fn)(params, NO_FEEDBACK, inputs, y)
+        assert aux["h"].shape == (5, 4) and outputs[1].dtype == jnp.int64
+        assert all(g.dtype == jnp.bfloat16 and jnp.any(g) for g in jax.tree.leaves(grads.params))
+    f = lrules.transform(net, rule._replace() if output == "once" else lrules.dual_propagation())
+    grads = jax.grad(lambda p: half_squared(f(p, NO_FEEDBACK, inputs)[0][0], y).mean())(params)
+    assert all(jnp.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_learned_numbers_in_between_reach_their_parameters():
+    """Biases, normalisation scales and skip weights take the signals that arrive at them."""
+    params, x, y = residual_case()
+
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return jax.nn.relu((h * p["g"] + p["s"]) @ p["b"]) @ p["c"][:, :2] + p["t"]
+
+    params = {**params, "g": jnp.ones((1, 4)), "s": jnp.full((1, 4), 0.3), "t": jnp.zeros((1, 2))}
+    f = lrules.transform(net, lrules.dual_propagation(beta=1e-4))
+    got = jax.grad(lambda p: half_squared(f(p, NO_FEEDBACK, x), y).mean())(params)
+    bridge.close(got, jax.grad(lambda p: half_squared(net(p, x), y).mean())(params), 1e-6)
+
+
+# ------------------------------------------------------------------------------------- convergence and its report
+
+
+def deep_relu():
+    """Table 2 in small: five layers of ReLU, beta 1/2."""
+    rng = np.random.default_rng(0)
+    net = bridge.random_dense(rng, (20, 40, 40, 40, 40, 5), ["relu"] * 4, scale=1.4)
+    return net, rng.normal(size=(8, 20))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_divergence_is_seen(alpha):
+    net, x = deep_relu()
+    options = {"alpha": alpha, "beta": 0.5, "iterations": 30}
+    _, adjoint = computed(net, x, **options)
+    _, original = computed(net, x, adjoint=False, output="squared_error", **options | {"alpha": max(alpha, 0.01)})
+    assert adjoint.report["residual"][-1] < 1e-3
+    assert not original.report["residual"][-1] < 0.1
+
+
+def test_stops_early():
+    net, x = dense()
+    options = {"alpha": 0.3, "beta": 0.5}
+    for order in ALL_ORDERS:
+        rng = jax.random.key(0) if order == "random" else None
+        _, full = computed(net, x, rng=rng, order=order, iterations=60, **options)
+        _, early = computed(net, x, rng=rng, order=order, iterations=60, tolerance=1e-8, **options)
+        count = int(early.report["iterations"])
+        assert len(net) <= count < 30 and int(full.report["iterations"]) == 60
+        assert early.report["residual"][count - 1] <= 1e-8 and np.isnan(early.report["residual"][count])
+        bridge.close(early.params, full.params, 1e-6)
+    params, _ = transformed(net, x, iterations=60, tolerance=1e-8, **options)
+    bridge.close(params, full.params, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_arguments_out_of_range():
+    for options, message in [
+        ({"alpha": 1.2}, "in \\[0, 1\\]"),
+        ({"alpha": {"relu": -0.1}}, "in \\[0, 1\\]"),
+        ({"beta": 0.0}, "positive"),
+        ({"iterations": 0}, "from 1 on"),
+        ({"iterations": 1.5}, "from 1 on"),
+        ({"order": "backward"}, "'forward_backward', 'forward'"),
+        ({"output": "twice"}, "'once', 'refreshed'"),
+        ({"damping": "spectral"}, "adjoint=False"),
+        ({"damping": "strong", "adjoint": False}, '"spectral" nor "contracting"'),
+        ({"damping": -1.0, "adjoint": False}, "negative"),
+        ({"output": "squared_error"}, "adjoint=False"),
+        ({"feedback": "fa"}, "sequential rule"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lrules.dual_propagation(**options)
+
+
+def refused(error, message, apply=None, loss=half_squared, net=None, modify=lambda rule: rule, **options):
+    net, x = net or dense()
+    apply = apply or bridge.apply_of(net)
+    with pytest.raises(error, match=message):
+        fn = lrules.value_and_grad(apply, loss, modify(lrules.dual_propagation(**options)))
+        fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
+
+
+def test_refusals():
+    refused(ValueError, "has 3", order="forward", iterations=2)
+    refused(ValueError, "no minimiser", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
+    refused(
+        ValueError, "not quadratic", loss=optax.softmax_cross_entropy, adjoint=False, output="squared_error"
+    )
+    refused(ValueError, "names no value for 'relu'", alpha={"tanh": 0.5})
+    refused(ValueError, "'elu\\$' matches no state", beta={"elu$": 0.5, "elu": 0.1, ".*": 0.1}, net=dense(0, ("tanh", "tanh")))
+    refused(ValueError, "direct feedback leaves nothing", feedback=lrules.direct_feedback_alignment())
+    refused(NotImplementedError, "derivatives", modify=lrules.without_derivatives)
+    damped = {"alpha": 1.0, "adjoint": False, "damping": "spectral"}
+    refused(NotImplementedError, "'tanh' cannot be damped", **damped)
+    refused(NotImplementedError, "cannot be damped", net=dense(0, ("relu", "leaky_relu")), **damped)
+    net, x = dense()
+    with pytest.raises(ValueError, match="value_and_grad"):
+        lrules.transform(bridge.apply_of(net), lrules.dual_propagation(output="refreshed"))
+    params, x, y = residual_case()
+    with pytest.raises(NotImplementedError, match="chains"):
+        fn = lrules.value_and_grad(lambda p, x: residual_net(p, x), half_squared, lrules.dual_propagation(**damped))
+        fn(params, NO_FEEDBACK, x, y)
+
+
+@pytest.mark.parametrize(
+    "construct,message",
+    [
+        (lambda h: jax.lax.cond(h.sum() > 0, jax.nn.relu, jnp.tanh, h), "inside a cond"),
+        (jnp.square, "square is not recognised|integer_pow is not recognised"),
+        (lambda h: jnp.maximum(h, h[:, ::-1]), "max is not recognised"),
+    ],
+)
+def test_refused_activations(construct, message):
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    x, y = jnp.ones((5, 3)), jnp.ones((5, 2))
+
+    def apply(p, x):
+        return construct(x @ p["a"]) @ p["b"]
+
+    with pytest.raises(NotImplementedError, match=message):
+        lrules.value_and_grad(apply, half_squared, lrules.dual_propagation())(params, NO_FEEDBACK, x, y)
+
+
+def test_damped_activations_that_are_projections():
+    x = jnp.ones((5, 3))
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    rule = lrules.dual_propagation(alpha=1.0, adjoint=False, damping="contracting", iterations=2)
+    for f in (jax.nn.relu, jax.nn.relu6, jax.nn.hard_tanh, lambda h: jnp.clip(h, 0, 1), lambda h: jnp.maximum(h, 0)):
+        net = lambda p, x, f=f: f(x @ p["a"]) @ p["b"]  # noqa: E731
+        lrules.transform(net, rule)(params, NO_FEEDBACK, x)
+    for f in (jax.nn.hard_sigmoid, jax.nn.leaky_relu, jax.nn.gelu, lambda h: jnp.maximum(h, 0) * 2):
+        net = lambda p, x, f=f: f(x @ p["a"]) @ p["b"]  # noqa: E731
+        with pytest.raises(NotImplementedError, match="cannot be damped"):
+            lrules.transform(net, rule)(params, NO_FEEDBACK, x)
+
+
+def test_describe_lists_activations():
+    params, x, _ = residual_case()
+    text = lrules.describe(residual_net, lrules.dual_propagation(), params, x)
+    assert text.activations == ["tanh", "relu", "tanh#2", "gelu"]
+
+
+# --------------------------------------------------------------------------------------------------- modifiers
+
+
+def test_error_modifiers_compose():
+    """At weak feedback a modified dual propagation is the modified backprop."""
+    net, x = conv(activation="tanh")
+    y, params = jnp.asarray(targets_of(net, x)), bridge.parameters(net)
+
+    def grads(rule, **rng):
+        fn = lrules.value_and_grad(bridge.apply_of(net), half_squared, rule)
+        return jax.jit(fn)(params, NO_FEEDBACK, jnp.asarray(x), y, **rng)[1].params
+
+    weak = lrules.dual_propagation(beta=1e-5)
+    for modify in (lambda r: lrules.modify_error(r, lambda s, name, rng: s.clip(-0.05, 0.05)), lrules.magnitude_error):
+        bridge.close(grads(modify(weak)), grads(modify(lrules.backprop())), 1e-6)
+    quantised = [lrules.quantize_update(r, 20, 4.0) for r in (weak, lrules.backprop())]
+    for a, b in itertools.pairwise([grads(r) for r in quantised]):
+        assert all(np.abs(g - h).max() < 1e-2 * np.abs(h).max() for g, h in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    key = {"rng": jax.random.key(1)}
+    dropped = [grads(lrules.drop_error(r, 0.5), **key) for r in (weak, lrules.backprop())]
+    bridge.close(*dropped, 1e-6)

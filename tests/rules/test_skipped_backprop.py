@@ -1,0 +1,77 @@
+"""Skipped backpropagation on dense, convolutional and pooled nets, in loops, and mixed with other rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lrules
+from tests import bridge
+from tests.reference import direct, skipped_backprop
+from tests.rules.common import NETS, agrees, draw, make, pull
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_reference(name):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        agrees(pull(net, lrules.skipped_backprop(), lrules.Feedback({}, {}), x, e), skipped_backprop.gradients(net, x, e))
+
+
+def test_is_direct_feedback_by_the_products():
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        products = lrules.Feedback(bridge.feedback_dict(skipped_backprop.feedback(net)), {})
+        got = pull(net, lrules.skipped_backprop(), lrules.Feedback({}, {}), x, e)
+        bridge.close(got[0], pull(net, lrules.direct_feedback_alignment(), products, x, e)[0])
+
+
+def test_beside_direct_feedback():
+    """In a partition what travels by SBP passes layers whose own signal comes by other feedback."""
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        rule = lrules.partition({"2": lrules.direct_feedback_alignment(), ".*": lrules.skipped_backprop()})
+        feedback = rule.init(jax.random.key(1), bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x))
+        listed = skipped_backprop.feedback(net)
+        listed[2] = np.asarray(feedback.fixed["2/kernel"])
+        agrees(pull(net, rule, feedback, x, e), direct.gradients(net, listed, x, e))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_over_layers(remat):
+    """A scanned net gives what the same net unrolled gives."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {
+            "in": jnp.asarray(rng.normal(size=(3, 4))),
+            "w": jnp.asarray(rng.normal(size=(3, 4, 4))),
+            "out": jnp.asarray(rng.normal(size=(4, 2))),
+        }
+        x, e = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+        def scanned(p, x):
+            layer = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+            layer = jax.checkpoint(layer) if remat else layer
+            return jax.lax.scan(layer, jax.nn.relu(x @ p["in"]), p["w"])[0] @ p["out"]
+
+        def unrolled(p, x):
+            h = jax.nn.relu(x @ p["in"])
+            for w in p["w"]:
+                h = jnp.tanh(h @ w)
+            return h @ p["out"]
+
+        def gradients(apply):
+            f = lrules.transform(apply, lrules.skipped_backprop())
+            return jax.jit(lambda p, x: jax.vjp(lambda p, x: f(p, lrules.Feedback({}, {}), x), p, x)[1](e))(params, x)
+
+        bridge.close(gradients(scanned), gradients(unrolled))
+
+
+def test_linear_net_is_backprop():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        net = bridge.random_dense(rng, (5, 6, 4, 3), ["identity", "identity"])
+        x, e = rng.normal(size=(4, 5)), rng.normal(size=(4, 3))
+        nothing, _ = draw(lrules.skipped_backprop(), net, x)
+        assert nothing == lrules.Feedback({}, {})
+        bridge.close(pull(net, lrules.skipped_backprop(), nothing, x, e), pull(net, lrules.backprop(), nothing, x, e))
