@@ -261,12 +261,8 @@ def main() -> None:
             identical = "identical to" if rows["backprop"].identical_gradients else "DIFFERENT from"
             print(f"\nThe gradients of backprop() are {identical} those of jax.value_and_grad.")
     write(folder, cases, results, refusals)
-    plots.bars(
-        folder / "benchmark.png",
-        {n: {r: row.step_ratio for r, row in rows.items() if r != "plain"} for n, rows in results.items()},
-        device,
-        "step time / plain jax.value_and_grad",
-    )
+    ratios = {n: {r: row.step_ratio for r, row in rows.items() if r != "plain"} for n, rows in results.items()}
+    plots.bars(ratios, device, "step time / plain jax.value_and_grad").savefig(folder / "benchmark.png")
     print(f"\nResults: {folder}/metrics.json, table.csv, benchmark.png")
 
 

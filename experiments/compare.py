@@ -136,6 +136,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule that needs no argument).")
     flags.DEFINE_float("learning_rate", 3e-3, "The learning rate of every rule, unless a sweep finds a better one.")
     flags.DEFINE_list("sweep", None, "Learning rates to try for each rule on held-out training data first.")
-    cli.define_training_flags(epochs=20, seeds=5, output="results/compare")
+    cli.define_training_flags(epochs=30, seeds=5, output="results/compare")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

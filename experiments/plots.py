@@ -1,69 +1,56 @@
-"""Figures of results."""
+"""Figures of results. Each function returns a figure to save or show; none touches the state of pyplot."""
 
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.loop import Record
 
 
-def learning_curves(path: pathlib.Path, histories: Mapping[str, Sequence[Record]], title: str) -> None:
-    """Test accuracy and angle to backprop by epoch for each rule: the mean over seeds, and a band of one sd."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    styles = itertools.product(("-", "--", ":", "-."), plt.colormaps["tab10"](range(10)))
+def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Figure:
+    """Test error and angle to backprop by epoch for each rule: the mean over seeds, and a band of one sd."""
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = itertools.product(("-", "--", ":", "-."), matplotlib.colormaps["tab10"](range(10)))
     for (name, records), (line, colour) in zip(histories.items(), styles, strict=False):
         epochs = [record.epoch for record in records]
-        for axis, values in ((left, [100 * r.accuracy for r in records]), (right, [r.angle for r in records])):
+        for axis, values in ((left, [100 * (1 - r.accuracy) for r in records]), (right, [r.angle for r in records])):
             mean, sd = np.mean(values, axis=1), np.std(values, axis=1)
             axis.plot(epochs, mean, linestyle=line, color=colour, label=name, marker="." if len(epochs) == 1 else None)
-            axis.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-    left.set(xlabel="epoch", ylabel="test accuracy (%)")
+            axis.fill_between(epochs, np.maximum(mean - sd, 0.01), mean + sd, color=colour, alpha=0.15, linewidth=0)
+    left.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
+    ticks = FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "125" else "")
+    left.yaxis.set(major_formatter=ticks, minor_formatter=ticks)
     right.set(xlabel="epoch", ylabel="angle to backprop (degrees)", ylim=(-3, None))
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
-def bars(
-    path: pathlib.Path,
-    ratios: Mapping[str, Mapping[str, tuple[float, float, float]]],
-    title: str,
-    label: str,
-) -> None:
+def bars(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, label: str) -> Figure:
     """One panel a model, one bar a rule: ratios (median, lower, upper quartile), the quartiles as whiskers."""
     rules = list(dict.fromkeys(rule for group in ratios.values() for rule in group))
     size = (2.5 + 2.8 * len(ratios), 1.3 + 0.34 * len(rules))
-    figure, axes = plt.subplots(1, len(ratios), sharey=True, squeeze=False, figsize=size, layout="constrained")
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(ratios), sharey=True, squeeze=False)
     for axis, (name, group) in zip(axes[0], ratios.items(), strict=True):
         for row, rule in enumerate(rules):
             median, lower, upper = group.get(rule, (np.nan,) * 3)
             whiskers = [[median - lower], [upper - median]]
-            axis.barh(row, median, xerr=whiskers, color=plt.colormaps["tab20"](row % 20), ecolor="0.3", capsize=2)
-            axis.annotate(
-                f"{median:.2f}" if rule in group else "refused",
-                (0, row),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize="small",
-            )
+            axis.barh(row, median, xerr=whiskers, color="#a6c8e8", ecolor="0.3", capsize=2)
+            text = f" {median:.2f}" if rule in group else " refused"
+            axis.text(0, row, text, verticalalignment="center", fontsize="small")
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set(title=name, yticks=range(len(rules)), yticklabels=rules)
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
     figure.supxlabel(label, fontsize="medium")
     figure.suptitle(title, fontsize="small")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure

@@ -89,6 +89,6 @@ if __name__ == "__main__":
         "rule", "backprop", 'A learning rule, such as "backman(alpha=1.0)"; modifiers are nested the same way.'
     )
     flags.DEFINE_float("learning_rate", 3e-3, "The optimizer's learning rate.", lower_bound=0)
-    cli.define_training_flags(epochs=20, seeds=1, output="results/train")
+    cli.define_training_flags(epochs=30, seeds=1, output="results/train")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -4,7 +4,7 @@ from types import ModuleType as _ModuleType
 
 from jax.ad_checkpoint import checkpoint_name as hidden
 
-from lrules import diagnostics, feedback, testing
+from lrules import diagnostics, feedback, monotone, testing
 from lrules.activations import activation, not_activation
 from lrules.adapters import from_linen, from_nnx
 from lrules.channel import (
@@ -26,6 +26,7 @@ from lrules.rules.dual_propagation import dual_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
 from lrules.rules.kolen_pollack import kolen_pollack
 from lrules.rules.monotone_dfa import monotone_dfa
+from lrules.rules.node_perturbation import node_perturbation
 from lrules.rules.partition import partition
 from lrules.rules.random_target_projection import random_target_projection
 from lrules.rules.sign_symmetry import sign_symmetry
@@ -33,7 +34,7 @@ from lrules.rules.skipped_backprop import skipped_backprop
 
 __version__ = "0.1.0"
 
-_public_modules = (diagnostics, feedback, testing)
+_public_modules = (diagnostics, feedback, monotone, testing)
 __all__ = [
     name
     for name, value in list(globals().items())

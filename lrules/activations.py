@@ -173,7 +173,9 @@ def _plain(value) -> bool:
 
 def _origins(values) -> set[int]:
     """Where elementwise functions of one value each lead back to; more than one in doubt."""
-    found, seen, stack = set(), set(), list(values)
+    found: set[int] = set()
+    seen: set[int] = set()
+    stack = list(values)
     while stack and len(found) < 2:
         value = stack.pop()
         if id(value) in seen:

@@ -187,8 +187,12 @@ class Block:
     skipped: frozenset[int] = frozenset()
 
     def sites(self, *, offsets: bool = False) -> set[str]:
-        """Every layer, hidden signal and activation in here and below; biases and scales too if asked."""
-        own = {layer.site for layer in self.layers.values()} | {h.name for hs in self.hidden.values() for h in hs}
+        """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
+
+        Biases and scales too if asked.
+        """
+        own = {f"{layer.site} output" for layer in self.layers.values()}
+        own |= {h.name for hs in self.hidden.values() for h in hs}
         own |= {region.activation.site for region in self.regions.values()}
         own |= {offset.site for offset in self.offsets.values()} if offsets else set()
         for children in self.children.values():
@@ -682,7 +686,7 @@ def _varying(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     name = eqn.primitive.name
     full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n > 1)
     if axes is not None:
-        return _through(axes, ins[0].varies)
+        return _through(axes, ins[0].varies) & full
     if name == "broadcast_in_dim":
         dims = eqn.params["broadcast_dimensions"]
         return frozenset(dims[i] for i in ins[0].varies)

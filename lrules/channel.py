@@ -510,7 +510,8 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
       >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
       [1.0, 0.25, -0.25, 0.0]
     """
-    wide = jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+    wide = jnp.asarray(x)
+    wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
     mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
     exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - bits, 0)
     level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)

@@ -34,6 +34,7 @@ from lrules.analysis import (
     is_literal,
     reshape_groups,
     scan_counts,
+    varying_axes,
 )
 
 Pytree = Any
@@ -480,6 +481,14 @@ class _Runner:
         if not (self.shadows and value.shadowed):
             return (pair[0], None)
         return (pair[0], pair[0] if pair[1] is None else pair[1])
+
+
+def zeros_at(value: Value | None):
+    """Zeros in the shape of a value, with the axes of the scans around it in front, as `Frame.inputs` wants them."""
+    assert value is not None and value.place is not None
+    zeros = jnp.zeros((*(length for _, length in value.place[0].loops), *value.aval.shape), value.aval.dtype)
+    axes = tuple(sorted(varying_axes(value.aval)))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _below(inputs: Mapping[str, Any], child: Block) -> dict[str, Any]:

@@ -459,8 +459,8 @@ def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose
             if spec.whole_batch:
                 _check_whole_batch(layer)
             if spec.init is not None and layer.reads is not None:
-                for i in _feedback_parameters(graph, layer):
-                    entries.setdefault(graph.names[i], _entry(graph, layer, i, spec))
+                for entry in layer_entries(graph, layer, spec):
+                    entries.setdefault(graph.names[entry.index], entry)
         if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
             construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
             raise NotImplementedError(
@@ -494,6 +494,11 @@ def _feedback_parameters(graph: Graph, layer: Layer) -> list[int]:
     indices = sorted(layer.weight.params)
     ranks = {i: len(graph.param_avals[i].shape) - len(layer.weight.axes.get(i, ((), ()))[1]) for i in indices}
     return [i for i in indices if ranks[i] >= 2] or indices
+
+
+def layer_entries(graph: Graph, layer: Layer, spec: Sequential) -> list[Entry]:
+    """What sequential feedback there is to a layer: one entry per parameter matrix of its weight."""
+    return [_entry(graph, layer, i, spec) for i in _feedback_parameters(graph, layer)]
 
 
 def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
@@ -770,10 +775,10 @@ def _direct_run(plan: Plan) -> Callable:
             if spec.signal is None:
                 continue
             if spec not in sent:
-                sent[spec] = _send(plan, spec, output_error(plan, errors), feedback)
+                sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
             signals[name] = _land(landing, sent[spec], b, targets)
             if spec.learn is not None:
-                feedback_grads[name] = _learn(landing, sent[spec], records[name], b)
+                feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
         grads[1] = {**grads[1], **feedback_grads}
         return (*grads, None)
@@ -792,7 +797,7 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
 
 
-def _send(plan: Plan, spec: Direct, e, feedback):
+def sent_error(plan: Plan, spec: Direct, e, feedback):
     """The output error as it is sent: shared axes in front, `[*shared, batch, outputs]`, its rank reduced."""
     if spec.shared_axes:
         (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
@@ -840,7 +845,7 @@ def _land(landing: Landing, e, b, targets):
     return jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
 
 
-def _learn(landing: Landing, e, record, b):
+def direct_feedback_gradient(landing: Landing, e, record, b):
     """The gradient of one direct feedback weight, summed over the scans and positions that share it."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.learn is not None

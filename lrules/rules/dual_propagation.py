@@ -8,13 +8,13 @@ State k has the pre-activation a_k from below and the top-down signal D_k from a
     damped      s+_k = f((a_k + L_k s+_k + alpha D_k) / (1 + L_k)),  s-_k alike              (Eq. 50)
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta
 
-Everything that lies between two activations (weights, pooling, normalisation, skip connections) is linearised at sbar.
+What lies between two activations (weights, pooling, normalisation, skip connections) is linearised at sbar.
 
-What travels here is delta = -(s+ - s-) / beta, on the scale on which the cotangent arrives, so that at beta -> 0 it is the
-gradient, modifiers of the error find what they expect, and beta may differ by state (Eq. 44): D_k = -n beta_k times what
-arrives at state k, with n = batch for the cotangent of a mean and 1 for that of a sum. Each activation is a `custom_vjp`
-that takes the arriving D, renews s+ and s- from it, hands down delta in the place of a derivative and returns the new
-state as the cotangent of the old one: one backward pass is one sweep down.
+What travels here is delta = -(s+ - s-) / beta, on the scale on which the cotangent arrives: at beta -> 0 it is the
+gradient, modifiers of the error find what they expect, and beta may differ by state (Eq. 44). D_k is -n beta_k times
+what arrives at state k, with n the batch for the cotangent of a mean and 1 for that of a sum. Each activation is a
+`custom_vjp` that takes the arriving D, renews s+ and s- from it, hands down delta in the place of a derivative and
+returns the new state as the cotangent of the old one: one backward pass is one sweep down.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.activations import refuse_doubts
-from lrules.analysis import INLINED, Block, Value, is_literal, scan_counts, varying_axes
-from lrules.network import Frame, Graph, Handler, Network, as_network
+from lrules.analysis import INLINED, Block, is_literal, scan_counts
+from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.rule import (
     Direct,
     Feedback,
     Gradients,
     Plan,
     Rule,
+    at_least_float32,
     check_params,
     make_plan,
     mean_loss,
@@ -71,7 +72,7 @@ def dual_propagation(
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta  with  sbar = alpha s+ + ~alpha s-  and  ~alpha = 1 - alpha
 
     The outputs and the value are those of the clean forward pass. States start clean; an iteration renews each once
-    (`"forward_backward"`: on the way up and on the way down). `value_and_grad` reports in `grads.report`, per iteration,
+    (`"forward_backward"`: on the way up and on the way down). In `grads.report` of `value_and_grad` are, per iteration,
     the `residual`, the largest change of s+ and s- relative to their difference (it falls to zero where the states
     converge, and stays of order 1 where they do not; 1 by definition in the first), and how many `iterations` ran.
 
@@ -82,13 +83,13 @@ def dual_propagation(
       beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name.
       adjoint: DP^T (Eq. 19 and 22), which is stable for every alpha; else the original (Eq. 2).
       iterations: how many.
-      order: `"forward_backward"`, a sweep up and one down: n of them cost (2 n + 1) / 3 of backprop. `"forward"`, sweeps up
-        alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
+      order: `"forward_backward"`, a sweep up and one down: n of them cost (2n + 1) / 3 of backprop. `"forward"`, sweeps
+        up alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
         `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order.
-      output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones in
-        each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors, original only.
-      damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, the least
-        that contracts (`"contracting"`), or a number (Eq. 50). For chains of dense layers and convolutions.
+      output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones
+        in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors, original only.
+      damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, the
+        least that contracts (`"contracting"`), or a number (Eq. 50). For chains of dense layers and convolutions.
       input_nudge: g, to let the inputs be states too: s+_0 = x + ~alpha g D_0 and so on (section 6.1 has g = 1).
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
         `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
@@ -99,17 +100,15 @@ def dual_propagation(
 
     Raises:
       ValueError: an argument is out of range, or two do not go together; at use: fewer forward iterations than layers.
-      NotImplementedError: at use: an activation is not recognised, or lies inside a `cond` or `shard_map` of the network;
-        a modifier replaces derivatives; the network is no chain that can be damped.
+      NotImplementedError: at use: an activation is not recognised, or lies inside a `cond` or `shard_map` of the
+        network; a modifier replaces derivatives; the network is no chain that can be damped.
 
     References:
-      Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18 to
-      22, 44 to 50.
+      Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18
+      to 22, 44 to 50.
     """
     _check(alpha, beta, adjoint, iterations, order, output, damping, feedback)
-    options = _Options(
-        alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance
-    )
+    options = _Options(alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance)
 
     def plan(net, graph, params, inputs) -> Plan:
         return _plan(options, net, graph, params, inputs)
@@ -122,8 +121,8 @@ def dual_propagation(
     def transform(net, *, reduction="mean"):
         if output != "once":
             raise ValueError(
-                f'dual_propagation(output="{output}") needs the loss: use lrules.value_and_grad(net, loss, rule) in place '
-                'of transform, or output="once"'
+                f'dual_propagation(output="{output}") needs the loss: use lrules.value_and_grad(net, loss, rule) in '
+                'place of transform, or output="once"'
             )
 
         def f(params, feedback, inputs, *, rng=None):
@@ -139,7 +138,9 @@ def dual_propagation(
             network = _Dual(options, net, params, inputs, "mean")
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux, begin = network.begin(args)
-            value, error = jax.value_and_grad(lambda o: mean_loss(net, loss, o, inputs, targets), allow_int=True)(outputs)
+            value, error = jax.value_and_grad(lambda o: mean_loss(net, loss, o, inputs, targets), allow_int=True)(
+                outputs
+            )
             error_at: Callable = lambda outputs: error  # noqa: E731
             if output != "once":
                 error_at = _error_function(network, lambda o: mean_loss(net, loss, o, inputs, targets), outputs)
@@ -187,13 +188,15 @@ def _check(alpha, beta, adjoint, iterations, order, output, damping, feedback) -
     if isinstance(damping, float | int) and not damping >= 0:
         raise ValueError(f"damping={damping!r} must not be negative: the states are averaged with their old values")
     if adjoint and damping is not None:
-        raise ValueError("damping belongs to the original, whose states diverge without: give adjoint=False, or no damping")
+        raise ValueError(
+            "damping belongs to the original, whose states diverge without: give adjoint=False, or no damping"
+        )
     if adjoint and output == "squared_error":
         raise ValueError('output="squared_error" (Eq. 3) belongs to the original: give adjoint=False, or "refreshed"')
     if feedback is not None and not (isinstance(feedback, Rule) and feedback.plan is not None):
         raise ValueError(
-            "feedback= wants a sequential rule, such as lrules.feedback_alignment(), whose feedback weights take the place "
-            "of W^T (modifiers go around dual_propagation, not inside)"
+            "feedback= wants a sequential rule, such as lrules.feedback_alignment(), whose feedback weights take the "
+            "place of W^T (modifiers go around dual_propagation, not inside)"
         )
 
 
@@ -207,8 +210,8 @@ def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan
         inside = [s.split(" ")[0] for s in activation.scope if s != "scan"]
         if inside:
             raise NotImplementedError(
-                f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: take "
-                f"it out of the {inside[0]}"
+                f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: "
+                f"take it out of the {inside[0]}"
             )
     for refusal in graph.refusals:
         raise NotImplementedError(refusal.sentence)
@@ -217,7 +220,9 @@ def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan
     assert options.feedback.plan is not None
     plan = options.feedback.plan(net, graph, params, inputs)
     if any(isinstance(spec, Direct) for spec in plan.specs.values()):
-        raise ValueError("feedback= wants a sequential rule: direct feedback leaves nothing for the states to hand down")
+        raise ValueError(
+            "feedback= wants a sequential rule: direct feedback leaves nothing for the states to hand down"
+        )
     return plan
 
 
@@ -258,10 +263,10 @@ class _Unit:
 class _Dyads(Handler):
     """All activations as pairs of states; their old states are in `frame.inputs`.
 
-    Modes: `clean`: the states are what comes from below. `sweep`: they are renewed on the way up, with what last arrived
-    from above. In both they are renewed again on the way down, and the new ones are the cotangents of the old. `still`:
-    the old states are sent up and down, and the new ones are the cotangents of the old. `up`: they are renewed on the
-    way up and recorded, nothing goes down.
+    Modes: `clean`: the states are what comes from below. `sweep`: they are renewed on the way up, with what last
+    arrived from above. In both they are renewed again on the way down, and the new ones are the cotangents of the old.
+    `still`: the old states are sent up and down, and the new ones are the cotangents of the old. `record`: clean states
+    are recorded. `up`: they are renewed on the way up and recorded; nothing goes down.
     """
 
     activations = True
@@ -340,13 +345,12 @@ class _Dual:
         ]
         firsts = [f"inputs{f'#{k}' if k > 1 else ''}" for k in range(1, sum(nudged) + 1)]
         self.nudged = {i: name for i, name in zip([i for i, n in enumerate(nudged) if n], firsts, strict=True)}
-        sites = {a.site: _place(a.output) for a in graph.activations}
-        for i, name in self.nudged.items():
-            sites[name] = (), jax.typeof(jax.tree.leaves(inputs)[i])
-        self.sites = sites
-        self.units = self._units([*sites, *(["outputs"] if options.output == "squared_error" else [])])
+        self.clean = {a.site: zeros_at(a.output) for a in graph.activations}
+        self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
+        self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
         self.readers = _readers(graph) if options.damping is not None else {}
-        self.levels, self.depth = {}, 1
+        self.levels: dict[str, np.ndarray] = {}
+        self.depth = 1
         if options.order != "forward_backward":
             self.levels, self.depth = _levels(graph)
             self.levels |= {name: np.zeros((), int) for name in self.nudged.values()}
@@ -377,8 +381,8 @@ class _Dual:
             units[name] = _Unit(alpha, up * gain, down * gain, beta * self.batch)
             if name == "outputs" and (1 - alpha) * beta >= 1:
                 raise ValueError(
-                    f'output="squared_error" has no minimiser for (1 - alpha) beta = {(1 - alpha) * beta:g} >= 1: take a '
-                    "smaller beta or a larger alpha"
+                    f'output="squared_error" has no minimiser for (1 - alpha) beta = {(1 - alpha) * beta:g} >= 1: take '
+                    "a smaller beta or a larger alpha"
                 )
         for what, value in (("alpha", options.alpha), ("beta", options.beta)):
             for pattern in value if isinstance(value, Mapping) else ():
@@ -427,10 +431,7 @@ class _Dual:
         """The clean outputs, and what the first iteration starts from."""
         damping = self.damping(args)
         if self.options.order == "forward_backward":
-            zeros = {
-                site: {name: _zeros(lengths, aval) for name in ("plus", "minus", "arriving")}
-                for site, (lengths, aval) in self.sites.items()
-            }
+            zeros = {site: dict.fromkeys(("plus", "minus", "arriving"), zero) for site, zero in self.clean.items()}
             outputs, pull, aux = self.vjp("clean", args, zeros, damping)
             return outputs, aux, (damping, pull)
         outputs, aux, records = self.run("record", args, {})
@@ -466,9 +467,10 @@ class _Dual:
                 for parity in (1, 0):
                     state, error = self.renew(args, state, error, damping, split, error_at, self._parities(parity))
                 return state, error
-            names = [*self.sites, "outputs"]
+            names = [*self.clean, "outputs"]
             branches = [
-                lambda carry, name=name: self.renew(args, *carry, damping, split, error_at, {name: True}) for name in names
+                lambda c, name=name: self.renew(args, c[0], c[1], damping, split, error_at, {name: True})
+                for name in names
             ]
             shuffled = jax.random.permutation(jax.random.wrap_key_data(key), len(names))
             return jax.lax.scan(lambda c, k: (jax.lax.switch(k, branches, c), None), (state, error), shuffled)[0]
@@ -595,21 +597,8 @@ def _joined(state: State, damping: Mapping[str, Any]) -> State:
     return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
 
 
-def _place(value: Value | None) -> tuple[tuple[int, ...], Any]:
-    """The lengths of the scans around a value, and its type."""
-    assert value is not None and value.place is not None
-    return tuple(length for _, length in value.place[0].loops), value.aval
-
-
-def _zeros(lengths, aval):
-    zeros = jnp.zeros((*lengths, *aval.shape), aval.dtype)
-    axes = tuple(sorted(varying_axes(aval)))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
-
-
 def _norm(x):
-    wide = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
-    return jnp.sqrt(jnp.sum(jnp.square(wide)))
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
 
 
 def _residual(old: State, new: State):
@@ -694,7 +683,9 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     elif layer.operation == "conv_general_dilated":
         kept = set(range(len(shape))) - {layer.eqn.params["dimension_numbers"].lhs_spec[0]}
     else:
-        raise NotImplementedError(f"the spectral norm of the layer {layer.name!r}, a {layer.operation}, is not known here")
+        raise NotImplementedError(
+            f"the spectral norm of the layer {layer.name!r}, a {layer.operation}, is not known here"
+        )
     shape = [n if i in kept else 1 for i, n in enumerate(shape)]
     w = jax.lax.stop_gradient(w)
     v = jax.random.normal(jax.random.key(zlib.crc32(layer.name.encode()) & 0x7FFFFFFF), shape, layer.operand.aval.dtype)
@@ -761,15 +752,17 @@ def _check_projection(site: str, fn: Callable, x) -> None:
             values = [np.asarray(fn(jnp.asarray(part, x.dtype)), np.float64) for part in parts]
     except jax.errors.JAXTypeError:
         raise NotImplementedError(
-            f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot be "
-            "told whether damping serves it: write them as literals"
+            f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot "
+            "be told whether damping serves it: write them as literals"
         ) from None
     low, high = min(v.min() for v in values), max(v.max() for v in values)
-    if any(not np.allclose(v, np.clip(p, low, high), rtol=1e-3, atol=1e-3) for v, p in zip(values, points, strict=True)):
+    if any(
+        not np.allclose(v, np.clip(p, low, high), rtol=1e-3, atol=1e-3) for v, p in zip(values, points, strict=True)
+    ):
         raise NotImplementedError(
-            f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an interval "
-            "(its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has other fixed "
-            "points elsewhere"
+            f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an "
+            "interval (its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has "
+            "other fixed points elsewhere"
         )
 
 
@@ -777,7 +770,7 @@ def _check_projection(site: str, fn: Callable, x) -> None:
 
 
 def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
-    """How many activations lie below each state, itself included, per iteration of the loops; and that of the outputs."""
+    """The number of activations up to each state, per iteration of the loops, and that of the outputs."""
 
     def walk(block: Block, ins: list[int]) -> tuple[list[int], dict[str, Any]]:
         env = dict.fromkeys(block.jaxpr.constvars, 0) | dict(zip(block.jaxpr.invars, ins, strict=True))

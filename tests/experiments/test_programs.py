@@ -58,46 +58,34 @@ def test_train(tmp_path):
 
 def test_compare_sweeps_and_refuses(tmp_path):
     """A rule that cannot train the model is told apart; the others go on."""
-    chosen = "backman(alpha=0.5),partition({'nowhere': backprop, '.*': backman})"
-    flags = [f"--rules={chosen}", "--widths=8", "--epochs=2", "--seeds=2", "--batch_size=128", "--sweep=0.01,0.001"]
+    refused = "partition({'nowhere': backprop, '.*': backman})"
+    flags = [f"--rules={refused}", "--widths=8", "--epochs=2", "--seeds=2", "--batch_size=128", "--sweep=0.01,0.001"]
     done = run("compare", *flags, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "refused this model: partition: 'nowhere' matches no layer" in done.stdout
     found = results(tmp_path)["rules"]
-    assert list(found) == ["backprop", "backman(alpha=0.5)", "partition({'nowhere': backprop, '.*': backman})"]
+    assert list(found) == ["backprop", refused]
     assert found["backprop"]["learning_rate"] == 0.01 and found["backprop"]["step_time_ratio"] == 1
-    assert "nowhere" in found["partition({'nowhere': backprop, '.*': backman})"]["refused"]
+    assert "nowhere" in found[refused]["refused"]
     assert is_png(tmp_path / "curves.png")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    done = run("compare", f"--output={folder}")
+def test_demo_shows_every_rule_and_reaches_its_numbers(tmp_path):
+    """`make demo` as it stands: handwritten digits, mean test accuracy over its seeds."""
+    done = run("compare", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    return done, folder
-
-
-def test_demo_shows_every_rule(demo):
-    done, folder = demo
-    found = results(folder)["rules"]
+    found = results(tmp_path)["rules"]
     assert set(found) == set(rules.argument_free_rules()) and next(iter(found)) == "backprop"
     assert not [name for name in found if "refused" in found[name]]
     assert all(f"| {name} " in done.stdout for name in found)
-    assert sorted(path.name for path in folder.iterdir()) == ["curves.csv", "curves.png", "metrics.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.csv", "curves.png", "metrics.json"]
 
-
-def test_demo_reaches_its_numbers(demo):
-    """Handwritten digits, the demo's defaults: mean test accuracy over its seeds."""
-    found = results(demo[1])["rules"]
     accuracy = {name: found[name]["accuracy"] for name in found}
     assert min(accuracy["backprop"], accuracy["backman"]) > 0.95
     assert min(accuracy["feedback_alignment"], accuracy["direct_feedback_alignment"]) > 0.90
-    others = {name: value for name, value in accuracy.items() if name != "last_layer_only"}
-    assert min(others.values()) > accuracy["last_layer_only"], accuracy
-    assert found["backprop"]["angle"] == 0 and all(
-        0 < found[name]["angle"] < 90 for name in found if name != "backprop"
-    )
+    base = accuracy.pop("last_layer_only")
+    assert all(value > base for value in accuracy.values()), (base, accuracy)
+    assert found["backprop"]["angle"] == 0 and found["backman"]["angle"] > 0
 
 
 def test_step_times_are_paired_by_epoch():
@@ -163,7 +151,7 @@ def test_benchmarked_models_exist(size):
         ),
         (
             "train",
-            ["--optimizer=sgd", "--learning_rate=1e30", "--check_nan"],
+            ["--activation=relu", "--optimizer=sgd", "--learning_rate=1e30", "--check_nan"],
             "Error: The loss of seed 0 became NaN or Inf",
         ),
         ("compare", ["--rules=backman(alfa=1)"], "Error: backman has no option 'alfa': did you mean 'alpha'?"),
@@ -186,8 +174,6 @@ def test_help_shows_the_commands_and_every_flag(program):
 
 
 def test_json_has_no_nan_and_tables_are_aligned(tmp_path):
-    cli.write_json(
-        tmp_path / "metrics.json", {"a": np.array([1.0, np.nan]), "b": (float("inf"), np.float32(0.5), None)}
-    )
-    assert results(tmp_path) == {"a": [1.0, None], "b": [None, 0.5, None]}
-    assert cli.table(("a", "bb"), [("xyz", "1")]) == "| a   |  bb |\n| --- | --: |\n| xyz |   1 |"
+    cli.write_json(tmp_path / "metrics.json", {"a": np.array([1.0, np.nan]), "b": (float("inf"), np.float32(0.5))})
+    assert results(tmp_path) == {"a": [1.0, None], "b": [None, 0.5]}
+    assert cli.table(("a", "bb"), [("xyz", "1")]) == "| a   | bb |\n| --- | -: |\n| xyz |  1 |"

@@ -4,10 +4,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import lrules
 import numpy as np
 import optax
 import pytest
+
+import lrules
 from lrules.rules.dual_propagation import POWER_ITERATIONS, spectral_norm
 from tests import bridge
 from tests.reference import backprop, losses, nets
@@ -52,19 +53,19 @@ def expected(net, x, **options):
     return got
 
 
-def computed(net, x, feedback=NO_FEEDBACK, rng=None, **options):
+def computed(net, x, weights=NO_FEEDBACK, rng=None, **options):
     fn = lrules.value_and_grad(bridge.apply_of(net), half_squared, lrules.dual_propagation(**options))
     y = jnp.asarray(targets_of(net, x))
-    return jax.jit(fn)(bridge.parameters(net), feedback, jnp.asarray(x), y, rng=rng)
+    return jax.jit(fn)(bridge.parameters(net), weights, jnp.asarray(x), y, rng=rng)
 
 
-def transformed(net, x, feedback=NO_FEEDBACK, **options):
+def transformed(net, x, **options):
     """`(params, inputs)` gradients by way of `transform`."""
     f = lrules.transform(bridge.apply_of(net), lrules.dual_propagation(**options))
     y = jnp.asarray(targets_of(net, x))
 
     def objective(params, x):
-        return half_squared(f(params, feedback, x), y).mean()
+        return half_squared(f(params, NO_FEEDBACK, x), y).mean()
 
     return jax.jit(jax.grad(objective, argnums=(0, 1)))(bridge.parameters(net), jnp.asarray(x))
 
@@ -155,7 +156,9 @@ def norms(net, x):
         def op(w, v, plain=plain):
             if w.ndim == 2:
                 return v @ w
-            return jax.lax.conv_general_dilated(v, w, plain.stride, plain.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return jax.lax.conv_general_dilated(
+                v, w, plain.stride, plain.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
 
         w, shape = jnp.asarray(plain.kernel), (1, *layer.operand.aval.shape[1:])
         estimates.append(float(spectral_norm(layer, op, w, POWER_ITERATIONS)) ** 2)
@@ -204,12 +207,14 @@ def test_weak_feedback_is_backprop(alpha, tolerance, order):
     bridge.close(grads.params, want, tolerance)
     if order == "forward_backward" and alpha == 0:
         far, _ = transformed(net, x, alpha=alpha, beta=1.0)
-        relative = [np.abs(g - w).max() / np.abs(w).max() for g, w in zip(*map(jax.tree.leaves, (far, want)), strict=True)]
+        relative = [
+            np.abs(g - w).max() / np.abs(w).max() for g, w in zip(*map(jax.tree.leaves, (far, want)), strict=True)
+        ]
         assert max(relative) > 1e-2
 
 
 def test_squared_errors_of_another_scale():
-    """Eq. 3 for c/2 |o - y|^2 per example, by the minimisers of alpha beta l(s) + (s - a)^2 / 2 and of its counterpart."""
+    """Eq. 3 for c/2 |o - y|^2 per example: the minimisers of alpha beta l(s) + (s - a)^2 / 2, and of the other."""
     net, x = dense()
     y = targets_of(net, x)
     weights = jnp.asarray([0.0, 1.0, 2.0, 0.5, 1.0])
@@ -257,7 +262,9 @@ def test_loops(order):
     _, grads = jax.jit(fn)(params, NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
     bridge.close(grads.params, {"w": np.stack(want.kernels[:-1]), "out": want.kernels[-1]})
     f = lrules.transform(apply, lrules.dual_propagation(**options))
-    np.testing.assert_array_equal(jax.jit(f)(params, NO_FEEDBACK, jnp.asarray(x)), jax.jit(apply)(params, jnp.asarray(x)))
+    np.testing.assert_array_equal(
+        jax.jit(f)(params, NO_FEEDBACK, jnp.asarray(x)), jax.jit(apply)(params, jnp.asarray(x))
+    )
 
 
 def test_a_loop_counts_as_many_layers_as_it_has_iterations():
@@ -297,9 +304,9 @@ def test_skip_connections(order):
 
     true = jax.grad(lambda p: half_squared(residual_net(p, x), y).mean())(params)
     bridge.close(grads(order, rng, beta=1e-4, iterations=8).params, true, 1e-7)
-    settled = grads("forward_backward", {}, alpha=0.4, beta=0.5, iterations=60)
+    settled = grads("forward_backward", {}, alpha=0.4, beta=0.05, iterations=40)
     assert settled.report["residual"][-1] < 1e-12
-    bridge.close(grads(order, rng, alpha=0.4, beta=0.5, iterations=60).params, settled.params, 1e-9)
+    bridge.close(grads(order, rng, alpha=0.4, beta=0.05, iterations=40).params, settled.params, 1e-6)
 
 
 def test_random_order_follows_its_key():
@@ -318,8 +325,10 @@ def test_random_order_follows_its_key():
     for k, layer in enumerate(net):
         d = -(states.plus[k + 1] - states.minus[k + 1]) / 0.5 / len(x)
         bridge.close(grads.params[str(k)]["kernel"], nets.kernel_gradient(layer, states.read(k), d))
-    _, other = computed(net, x, rng=jax.random.key(4), alpha=0.3, beta=0.5, iterations=2, order="random")
-    assert np.abs(other.params["0"]["kernel"] - grads.params["0"]["kernel"]).max() > 1e-9
+    others = [
+        computed(net, x, rng=jax.random.key(i), alpha=0.3, beta=0.5, iterations=1, order="random")[1] for i in range(3)
+    ]
+    assert len({float(other.params["0"]["kernel"].sum()) for other in others}) > 1
 
 
 def test_a_net_without_activations_gets_its_gradient():
@@ -448,11 +457,14 @@ def refused(error, message, apply=None, loss=half_squared, net=None, modify=lamb
 def test_refusals():
     refused(ValueError, "has 3", order="forward", iterations=2)
     refused(ValueError, "no minimiser", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
-    refused(
-        ValueError, "not quadratic", loss=optax.softmax_cross_entropy, adjoint=False, output="squared_error"
-    )
+    refused(ValueError, "not quadratic", loss=optax.softmax_cross_entropy, adjoint=False, output="squared_error")
     refused(ValueError, "names no value for 'relu'", alpha={"tanh": 0.5})
-    refused(ValueError, "'elu\\$' matches no state", beta={"elu$": 0.5, "elu": 0.1, ".*": 0.1}, net=dense(0, ("tanh", "tanh")))
+    refused(
+        ValueError,
+        "'elu\\$' matches no state",
+        beta={"elu$": 0.5, "elu": 0.1, ".*": 0.1},
+        net=dense(0, ("tanh", "tanh")),
+    )
     refused(ValueError, "direct feedback leaves nothing", feedback=lrules.direct_feedback_alignment())
     refused(NotImplementedError, "derivatives", modify=lrules.without_derivatives)
     damped = {"alpha": 1.0, "adjoint": False, "damping": "spectral"}
@@ -522,7 +534,9 @@ def test_error_modifiers_compose():
         bridge.close(grads(modify(weak)), grads(modify(lrules.backprop())), 1e-6)
     quantised = [lrules.quantize_update(r, 20, 4.0) for r in (weak, lrules.backprop())]
     for a, b in itertools.pairwise([grads(r) for r in quantised]):
-        assert all(np.abs(g - h).max() < 1e-2 * np.abs(h).max() for g, h in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+        assert all(
+            np.abs(g - h).max() < 1e-2 * np.abs(h).max() for g, h in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        )
     key = {"rng": jax.random.key(1)}
     dropped = [grads(lrules.drop_error(r, 0.5), **key) for r in (weak, lrules.backprop())]
     bridge.close(*dropped, 1e-6)

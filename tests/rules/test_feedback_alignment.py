@@ -25,6 +25,7 @@ def test_adaptive(name):
         bridge.close(got[1].learned, by_name(wanted.feedback))
 
 
+@pytest.mark.foreign
 def test_same_optimizer_and_another():
     net, params = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
     rule = lrules.feedback_alignment(adaptive=True)

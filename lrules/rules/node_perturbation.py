@@ -1,0 +1,392 @@
+"""Feedback weights that node perturbation teaches (Lansdell, Prakash, Kording 2019).
+
+Noise xi_l of unit variance, one draw per example, is added with standard deviation sigma to all hidden signals h_l at
+once, in a second forward pass. It estimates the gradient of each example's loss L at each hidden signal,
+
+    lambda_l = (L(xi) - L(0)) xi_l / sigma,    E lambda_l = dL/dh_l + O(sigma)               (Eq. 3)
+
+and the feedback weights descend the squared distance between what they bring there and this estimate:
+
+    sequential    B descends 1/2 |B_{l+1}^T e_{l+1} - lambda_l|^2,  e_l = (B_{l+1}^T e_{l+1}) * f'(z_l)    (Eq. 4)
+    direct        B descends 1/2 |B_l^T e - lambda_l|^2,  e the output error                     (Corollary 1)
+
+The forward weights learn on the clean pass, with B in the place of W^T. The residual belongs to the hidden signal: it is
+all that arrives there together, minus the estimate, for each of the layers that read it. The gradient of B is a weight
+gradient with the residual in the place of what the layer reads, <d, op(B, residual)>, so a third run of the network in
+which residuals stand in for the hidden signals gives it for layers of any kind; of that run nothing else is needed, and
+under `jit` nothing else is computed.
+
+Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = ridge B_0 + sum lambda d^T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.analysis import Hidden, varying_axes
+from lrules.network import BatchAxis, Frame, Graph, Handler, Network, as_network, doubled, find_batch_axis, zeros_at
+from lrules.rule import (
+    Direct,
+    Feedback,
+    Gradients,
+    Initializer,
+    Plan,
+    Rule,
+    Sequential,
+    at_least_float32,
+    check_params,
+    direct_feedback_gradient,
+    make_plan,
+    mean_loss,
+    output_error,
+    plain_run,
+    run_plan,
+    sent_error,
+)
+from lrules.rules.direct import project
+
+SOLVERS = ("sgd", "rls")
+
+
+def node_perturbation(
+    std: float,
+    direct: bool = False,
+    solver: str = "sgd",
+    *,
+    init: Initializer | None = None,
+    noise: Callable[..., jax.Array] = jax.random.normal,
+    ridge: float = 0.1,
+    max_feedback_bytes: int = 2**30,
+) -> Rule:
+    """Feedback weights learned by node perturbation, in the place of W^T or straight from the output error.
+
+    lambda_l = (L(xi) - L(0)) xi_l / std,  B_{l+1} descends 1/2 |B_{l+1}^T e_{l+1} - lambda_l|^2
+
+    Two forward passes; the noise is fresh at every step, from `rng=`. `value` and `outputs` are those of the clean pass.
+    With `solver="sgd"` the feedback weights are learned ones: `grads.feedback` is their gradient, a mean over examples,
+    for an optimizer and a learning rate of its own. With `"rls"` they are the least-squares solution for all batches so
+    far: continue with `feedback._replace(state=grads.state)`. To let them settle before the forward weights move,
+    begin with steps that leave `grads.params` out.
+
+    Args:
+      std: the standard deviation of the noise.
+      direct: bring the output error straight to every hidden signal, as direct feedback alignment does; else through
+        every layer, as feedback alignment.
+      solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything).
+      init: the initializer of the feedback weights, as in `feedback_alignment` and `direct_feedback_alignment`; default
+        `jax.nn.initializers.glorot_normal()`.
+      noise: `(key, shape, dtype)` -> numbers of mean 0 and variance 1, such as `jax.random.rademacher`.
+      ridge: the multiple of the identity that least squares start from.
+      max_feedback_bytes: refuse to make more direct feedback than this.
+
+    Returns:
+      The rule; it needs `rng=` and `lrules.value_and_grad`.
+
+    Raises:
+      ValueError: an argument is out of range; under `lrules.transform`, as the rule needs the loss.
+      NotImplementedError: at use: a hidden signal lies inside a `cond` or `shard_map` of the network, its batch axis
+        cannot be told, or `"rls"` meets a layer that is not dense.
+
+    References:
+      Lansdell, Prakash, Kording: Learning to solve the credit assignment problem (2019), sections 2 and 3, Eq. 1 to 5,
+      9, 11; Theorems 1 and 2, Corollary 1.
+    """
+    if not std > 0:
+        raise ValueError(f"std={std!r} is the standard deviation of the noise: give a positive number")
+    if solver not in SOLVERS:
+        raise ValueError(f'solver={solver!r} is neither "sgd" nor "rls"')
+    if not ridge > 0:
+        raise ValueError(f"ridge={ridge!r} keeps the least squares solvable: give a positive number")
+    draw = init or jax.nn.initializers.glorot_normal()
+    learned = solver == "sgd"
+    if direct:
+        learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
+        spec: Any = Direct(_arrive, draw, learn, max_feedback_bytes=max_feedback_bytes)
+    else:
+        spec = Sequential(_backward, draw, learned)
+
+    def plan(net, graph, params, inputs) -> Plan:
+        return make_plan(net, graph, params, inputs, lambda name: spec)
+
+    def rule_init(key, net, params, inputs) -> Feedback:
+        net = as_network(net)
+        check_params(params)
+        graph = net.graph(params, inputs)
+        made = plan(net, graph, params, inputs)
+        feedback = made.init(key, jax.tree.leaves(params))
+        return feedback if learned else Feedback({}, {}, _Rows(made).begin(feedback.fixed, ridge))
+
+    def transform(net, *, reduction="mean"):
+        raise ValueError(
+            "node_perturbation compares the losses of two forward passes: use lrules.value_and_grad(net, loss, rule) in "
+            "place of transform"
+        )
+
+    def value_and_grad(net, loss):
+        def fn(params, feedback, inputs, targets, *, rng=None):
+            graph = net.graph(params, inputs)
+            made = plan(net, graph, params, inputs)
+            weights = feedback if learned else Feedback({n: s["b"] for n, s in feedback.state.items()}, {})
+            made.check(weights)
+            experiment = _Experiment(net, graph, made, loss, std, noise)
+            run = experiment.direct if direct else experiment.sequential
+            head, grads, db, statistics = run(params, weights, inputs, targets, rng)
+            if learned:
+                return head, Gradients(grads, {name: db[name] for name in feedback.learned}, feedback.state, {})
+            n, rows = net.batch_size(inputs), _Rows(made)
+            state = {name: rows.step(name, s, n * db[name], statistics[name]) for name, s in feedback.state.items()}
+            return head, Gradients(grads, {}, state, {})
+
+        return fn
+
+    return Rule(rule_init, transform, value_and_grad, stochastic=True, plan=plan)
+
+
+def _backward(op, w, b, x, d, layer):
+    (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
+    (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
+    return dw, dx, None
+
+
+def _arrive(e, b, targets, name):
+    return project(e, b)
+
+
+class _Experiment:
+    """Both forward passes, and what they teach."""
+
+    def __init__(self, net: Network, graph: Graph, plan: Plan, loss: Callable, std: float, noise: Callable):
+        self.net, self.graph, self.plan, self.loss, self.std, self.noise = net, graph, plan, loss, std, noise
+        self.hidden = [h for h in graph.hidden if not h.mark and jnp.issubdtype(h.root.aval.dtype, jnp.inexact)]
+        for place, what in [
+            *((h.root.place[0].scope, f"hidden signal {h.name!r}") for h in self.hidden),  # type: ignore[index]
+            *((layer.scope, f"layer {layer.name!r}") for layer in graph.layers if layer.reads is not None),
+        ]:
+            inside = [s.split(" ")[0] for s in place if s != "scan"]
+            if inside:
+                raise NotImplementedError(
+                    f"the {what} lies inside a {inside[0]}, where node perturbation cannot follow its noise: take it out "
+                    f"of the {inside[0]}, or use another rule"
+                )
+
+    def objective(self, outputs, inputs, targets):
+        return mean_loss(self.net, self.loss, outputs, inputs, targets)
+
+    def estimates(self, params, inputs, targets, outputs, rng):
+        """lambda at the definition of each hidden signal, with the axes of the scans around it in front."""
+        net, graph = self.net, self.graph
+        batch = net.batch_size(inputs)
+        twice = doubled(net, params, inputs, graph)
+        frame = Frame()
+        handlers = (_Noise({h.name for h in self.hidden}, self.std, self.noise, rng),)
+        noisy, _ = graph.run(jax.tree.leaves(params), jax.tree.leaves(inputs), handlers=handlers, frame=frame)
+        losses = [self.loss(o, targets) for o in (noisy, outputs)]
+        difference = jnp.mean((losses[0] - losses[1]).reshape(batch, -1), axis=1) / self.std
+        found = {}
+        for h in self.hidden:
+            other = twice.hidden[graph.hidden.index(h)].root if twice else None
+            axis = find_batch_axis(h.root, other, batch)
+            if axis is None:
+                raise NotImplementedError(
+                    f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be told (batch "
+                    f"{batch}), so that its noise cannot be held against each example's loss: put the batch in front"
+                )
+            found[h.name] = frame.records[h.name] * _per_example(difference, axis, h)
+        return found
+
+    def sequential(self, params, feedback, inputs, targets, rng):
+        plan, graph = self.plan, self.graph
+        weights = {**feedback.fixed, **feedback.learned}
+        leaves, consts = jax.tree.leaves(inputs), graph.consts
+        taught = {
+            layer.site: layer
+            for layer in graph.layers
+            if layer.reads is not None and any(name in plan.entries for name in layer.parameters)
+        }
+        probes = {h.name: zeros_at(h.root) for h in self.hidden}
+        probes |= {f"{site} output": zeros_at(layer.output) for site, layer in taught.items()}
+
+        def clean(params, probes):
+            handlers = (_ArrivingAtHidden(), *self.net.handlers, _ArrivingAtLayers())
+            outputs, aux = plain_run(plan, jax.tree.leaves(params), weights, leaves, consts, handlers, Frame(probes))
+            return self.objective(outputs, inputs, targets), (outputs, aux)
+
+        (value, (outputs, aux)), (grads, arriving) = jax.value_and_grad(clean, argnums=(0, 1), has_aux=True)(
+            params, probes
+        )
+        lambdas = self.estimates(params, inputs, targets, outputs, rng)
+        n = self.net.batch_size(inputs)
+        residuals = {h.name: (n * arriving[h.name] - lambdas[h.name]).astype(h.root.aval.dtype) for h in self.hidden}
+
+        def stand_in(weights):
+            frame = Frame(residuals)
+            plain_run(plan, jax.tree.leaves(params), weights, leaves, consts, (_StandIn(set(taught)),), frame)
+            return frame.records
+
+        (db,) = jax.vjp(stand_in, weights)[1]({site: arriving[f"{site} output"] for site in taught})
+        head = (value, outputs, aux) if self.net.has_aux else (value, outputs)
+        statistics = {}
+        if not feedback.learned:
+            for site, layer in taught.items():
+                d = jnp.moveaxis(arriving[f"{site} output"], next(iter(layer.output_axes.values())), -1)
+                statistics[layer.name] = _covariance(n * d)
+        return head, grads, db, statistics
+
+    def direct(self, params, feedback, inputs, targets, rng):
+        plan, net = self.plan, self.net
+
+        def clean(params):
+            out = run_plan(plan, net, params, feedback, inputs)
+            outputs = out[0] if net.has_aux else out
+            return self.objective(outputs, inputs, targets), out
+
+        (value, out), grads = jax.value_and_grad(clean, has_aux=True)(params)
+        outputs = out[0] if net.has_aux else out
+        errors = jax.grad(lambda o: self.objective(o, inputs, targets), allow_int=True)(outputs)
+        lambdas = self.estimates(params, inputs, targets, outputs, rng)
+        n = net.batch_size(inputs)
+        weights = {**feedback.fixed, **feedback.learned}
+
+        def learn(e, estimate, b):
+            return jnp.tensordot(e.T.astype(b.dtype), n * project(e, b) - estimate, axes=1)
+
+        db, statistics = {}, {}
+        for name, landing in plan.landings.items():
+            e = sent_error(plan, landing.spec, output_error(plan, errors), weights)
+            taught = dataclasses.replace(landing, spec=dataclasses.replace(landing.spec, learn=learn))
+            db[name] = direct_feedback_gradient(taught, e, lambdas[name], weights[name])
+            statistics[name] = _covariance(n * e)
+        head = (value, *out) if net.has_aux else (value, out)
+        return head, grads, db, statistics
+
+
+def _covariance(d):
+    """sum d d^T over all but the last axis."""
+    d = d.reshape(-1, d.shape[-1]).astype(at_least_float32(d.dtype))
+    return d.T @ d
+
+
+def _per_example(numbers, axis: BatchAxis, hidden: Hidden):
+    """One number per example, spread over a hidden signal where it is defined."""
+    shape = hidden.root.aval.shape
+    rest = axis.rest(shape)
+    spread = jnp.broadcast_to(numbers.reshape(-1, *[1] * len(rest)), (numbers.shape[0], *rest))
+    spread = axis.restore(spread, shape).astype(hidden.root.aval.dtype)
+    return spread.reshape((1,) * len(hidden.loops) + shape)
+
+
+# ---------------------------------------------------------------------------------------------------- the handlers
+
+
+class _Noise(Handler):
+    """Adds noise to hidden signals, and records it."""
+
+    def __init__(self, names, std: float, noise: Callable, key):
+        self.names, self.std, self.noise, self.key = names, std, noise, key
+
+    def hidden(self, hidden, value, frame):
+        if hidden.mark or hidden.name not in self.names:
+            return value
+        key = jax.random.fold_in(self.key, zlib.crc32(hidden.name.encode()) & 0x7FFFFFFF)
+        for i in frame.index:
+            key = jax.random.fold_in(key, i)
+        for axis in sorted(varying_axes(jax.typeof(value))):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
+        return value + self.std * xi
+
+
+class _ArrivingAtHidden(Handler):
+    """Makes the error that arrives at hidden signals that of a probe too."""
+
+    def hidden(self, hidden, value, frame):
+        return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs and not hidden.mark else value
+
+
+class _ArrivingAtLayers(Handler):
+    """Makes the error that arrives at layers' outputs that of a probe too."""
+
+    def layer(self, layer, op, w, b, x, frame):
+        probe = frame.inputs.get(f"{layer.site} output")
+        return op(w, x) if probe is None else _probed(op(w, x), probe)
+
+
+@jax.custom_vjp
+def _probed(value, probe):
+    return value
+
+
+_probed.defvjp(lambda value, probe: (value, None), lambda _, error: (error, error))
+
+
+class _StandIn(Handler):
+    """Puts what is in `frame.inputs` in the place of hidden signals, and records what layers make of it with `b`."""
+
+    def __init__(self, sites):
+        self.sites = sites
+
+    def hidden(self, hidden, value, frame):
+        return value if hidden.mark else frame.inputs.get(hidden.name, value)
+
+    def layer(self, layer, op, w, b, x, frame):
+        if layer.site in self.sites:
+            frame.records[layer.site] = op.plain(b, x)
+        return op(w, x)
+
+
+# ---------------------------------------------------------------------------------------------------- least squares
+
+
+class _Rows:
+    """Feedback weights as `[..., size of d, size of what they bring]`, and the recursion for them."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.layers: dict[str, Any] = {}
+        if plan.landings:
+            return
+        for layer in plan.graph.layers:
+            if layer.reads is None:
+                continue
+            dense = layer.operation == "dot_general" and len(layer.weight.aval.shape) == 2
+            whole = layer.parameters == (layer.name,) and layer.weight.producer is None and not layer.scope
+            if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):
+                raise NotImplementedError(
+                    'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal no '
+                    f'other layer reads, which {layer.name!r} is not: take solver="sgd", or direct=True'
+                )
+            self.layers[layer.name] = layer
+
+    def of(self, name: str, b):
+        b = b.astype(at_least_float32(b.dtype))
+        if name in self.layers:
+            return b.T if self.layers[name].contracted == (0,) else b
+        lead = len(self.plan.landings[name].lengths)
+        return b.reshape(*b.shape[: lead + 1], -1)
+
+    def back(self, name: str, rows, like):
+        if name in self.layers and self.layers[name].contracted == (0,):
+            rows = rows.T
+        return rows.reshape(like.shape).astype(like.dtype)
+
+    def begin(self, drawn, ridge: float):
+        """The state before the first batch."""
+        state = {}
+        for name, b in drawn.items():
+            rows = self.of(name, b)
+            state[name] = {"b": b, "s": ridge * rows, "v": ridge * jnp.eye(rows.shape[-2], dtype=rows.dtype)}
+        return state
+
+    def step(self, name: str, state, gradient, covariance):
+        """Adds a batch: `gradient` is its sum of d (B^T d - lambda)^T, `covariance` that of d d^T."""
+        v = state["v"] + covariance.astype(state["v"].dtype)
+        rows = self.of(name, state["b"])
+        s = state["s"] + jnp.einsum("ij,...jk->...ik", v - state["v"], rows) - self.of(name, gradient)
+        solved = jnp.linalg.solve(v, s) if s.ndim == 2 else jax.vmap(lambda s: jnp.linalg.solve(v, s))(s)
+        return {"b": self.back(name, solved, state["b"]), "s": s, "v": v}

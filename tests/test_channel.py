@@ -1,0 +1,502 @@
+"""Modifiers against the references, in float64: alone, in pairs, on every family of rules, and in awkward networks."""
+
+import math
+import zlib
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import lrules
+from lrules.channel import quantize
+from tests import bridge
+from tests.reference import (
+    backman,
+    backprop,
+    channel,
+    direct,
+    feedback_alignment,
+    kolen_pollack,
+    losses,
+    nets,
+    quantise,
+    random_target_projection,
+    skipped_backprop,
+)
+from tests.rules.common import BATCH, NETS, agrees, by_name, draw, make, one_hot_mean, pull
+
+NONE = lrules.Feedback({}, {})
+
+
+# --------------------------------------------------------------------------------------------------------- the quantiser
+
+
+def integer_reference(x, bits, scale):
+    """Eq. 19 for a float, in whole numbers: x / alpha = n / d, and 2^k is nearest if 2^(2k - 1) <= (n / d)^2 < 2^(2k + 1)."""
+    if x == 0:
+        return 0.0
+    ratio = abs(Fraction(float(x)) / Fraction(float(scale)))
+    n, d = ratio.numerator, ratio.denominator
+    k = n.bit_length() - d.bit_length()
+    while 2 * n * n >= d * d * 4 ** (k + 1) if k + 1 >= 0 else 2 * n * n * 4 ** (-k - 1) >= d * d:
+        k += 1
+    while 2 * n * n < d * d * 4**k if k >= 0 else 2 * n * n * 4**-k < d * d:
+        k -= 1
+    return math.copysign(scale * 2.0 ** max(min(k, 0), 1 - bits), x)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_quantizer_is_the_integer_reference(dtype):
+    """At the ties' neighbours too: 2^(k - 1/2) is never a float, so its two neighbours round to either side."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        edges = np.asarray([2.0 ** (k - 0.5) for k in range(-12, 4)], dtype)
+        x = np.concatenate([edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(9)), 2.0 ** np.arange(-9.0, 3)])
+        x = np.concatenate([x, rng.normal(size=300) * 10.0 ** rng.uniform(-6, 3, size=300)]).astype(dtype)
+        x = np.concatenate([x, -x, [0.0, -0.0, np.inf]]).astype(dtype)
+        for bits in (1, 2, 5, 10):
+            for scale in (0.125, 2**-6, 1.0):
+                got = jax.jit(quantize, static_argnums=(1, 2))(x, bits, scale)
+                assert got.dtype == dtype
+                wanted = [scale if np.isinf(v) else integer_reference(v, bits, scale) for v in x]
+                np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted, dtype))
+                if dtype == np.float64:
+                    np.testing.assert_array_equal(np.asarray(quantize(x[:-1], bits, 0.3)), quantise.quantise(x[:-1], bits, 0.3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.integers(1, 12))
+def test_quantizer_on_any_float(x, bits):
+    assert float(quantize(jnp.float32(x), bits, 0.125)) == integer_reference(x, bits, 0.125)
+
+
+def test_quantizer_in_low_precision_and_at_nan():
+    x = jnp.asarray([0.1, -0.01, 0.0, 3.0], jnp.bfloat16)
+    got = quantize(x, 4, 0.125)
+    assert got.dtype == jnp.bfloat16 and got.tolist() == [0.125, -0.015625, 0.0, 0.125]
+    assert np.isnan(quantize(jnp.asarray(np.nan), 4, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("make_rule", "match"),
+    [
+        (lambda r: lrules.quantize_error(r, 0), "bits=0"),
+        (lambda r: lrules.quantize_update(r, 2.5), "bits=2.5"),
+        (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale=0.0"),
+        (lambda r: lrules.quantize_error(r, 3, at="input"), 'neither "hidden" nor "output"'),
+        (lambda r: lrules.drop_error(r, 1.0), "rate=1.0"),
+        (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
+    ],
+)
+def test_refusals(make_rule, match):
+    with pytest.raises(ValueError, match=match):
+        make_rule(lrules.backprop())
+
+
+def test_functions_have_to_keep_the_shape():
+    net, x, e = make("shallow")
+    rule = lrules.modify_error(lrules.backprop(), lambda signal, name, rng: signal[:1])
+    with pytest.raises(ValueError, match="has to keep the shape"):
+        pull(net, rule, NONE, x, e)
+
+
+# --------------------------------------------------------------------------------------------- rules and references
+
+
+def references(net, x):
+    """For each rule: the rule, its feedback, and its reference as `(x, e, **options)`."""
+    fa, dfa, kp = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.kolen_pollack()
+    (fa_feedback, b), (dfa_feedback, c), (kp_feedback, k) = draw(fa, net, x), draw(dfa, net, x), draw(kp, net, x)
+    return {
+        "backprop": (lrules.backprop(), NONE, lambda x, e, **o: backprop.gradients(net, x, e, **o)),
+        "alignment": (fa, fa_feedback, lambda x, e, **o: feedback_alignment.gradients(net, b, x, e, **o)),
+        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct.gradients(net, c, x, e, **o)),
+        "kolen_pollack": (kp, kp_feedback, lambda x, e, **o: kolen_pollack.gradients(net, k, x, e, **o)),
+        "skipped": (lrules.skipped_backprop(), NONE, lambda x, e, **o: skipped_backprop.gradients(net, x, e, **o)),
+        "backman": (lrules.backman(), NONE, lambda x, e, **o: backman.gradients(net, x, e, **o)),
+    }
+
+
+FAMILIES = ["backprop", "alignment", "direct", "kolen_pollack", "skipped", "backman"]
+
+
+def drop_masks(net, x, key, rate, dtype=np.float64):
+    """What `drop_error` draws from `rng`: a key per hidden signal, of the shape where it is defined."""
+    own = jax.random.split(key)[0]
+    trace, masks = nets.forward(net, x), [None]
+    for k in range(1, len(net)):
+        here = jax.random.fold_in(own, zlib.crc32(f"{k}/kernel".encode()) & 0x7FFFFFFF)
+        kept = jax.random.bernoulli(here, 1 - rate, trace.pooled[k - 1].shape)
+        masks.append(np.asarray(kept, dtype).reshape(trace.reads[k].shape))
+    return masks
+
+
+KEY = jax.random.key(9)
+MODIFIERS = {
+    "quantize": (lambda r: lrules.quantize_error(r, 3), lambda net, x, n: quantise.error(3, n)),
+    "sign": (lrules.sign_error, lambda net, x, n: channel.sign(n)),
+    "magnitude": (lrules.magnitude_error, lambda net, x, n: channel.magnitude(n)),
+    "drop": (lambda r: lrules.drop_error(r, 0.4), lambda net, x, n: channel.drop(drop_masks(net, x, KEY, 0.4), 0.4)),
+    "own": (
+        lambda r: lrules.modify_error(r, lambda signal, name, rng: jnp.tanh(signal)),
+        lambda net, x, n: channel.per_example(np.tanh, n),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["deep", "conv_max"])
+def test_each_modifier_on_each_rule(name, family):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        rule, feedback, reference = references(net, x)[family]
+        n = BATCH if rule.additive else 1
+        for modify, modified in MODIFIERS.values():
+            new = modify(rule)
+            rng = {"rng": KEY} if new.stochastic else {}
+            got = pull(net, new, feedback, x, e, **rng)
+            wanted = reference(x, e, modify=modified(net, x, n))
+            agrees(got, wanted)
+            if wanted.feedback is not None and family == "kolen_pollack":
+                bridge.close(got[1].learned, by_name(wanted.feedback))
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derivatives(name, family):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        rule, feedback, reference = references(net, x)[family]
+        agrees(pull(net, lrules.without_derivatives(rule), feedback, x, e), reference(x, e, derivative=nets.no_slope))
+        other = lambda name, z: np.ones_like(z) if name == "identity" else np.cos(z)  # noqa: E731
+        agrees(
+            pull(net, lrules.replace_derivative(rule, jnp.cos), feedback, x, e), reference(x, e, derivative=other)
+        )
+
+
+PAIRS = [("quantize", "drop"), ("drop", "quantize"), ("own", "quantize"), ("sign", "own"), ("magnitude", "drop")]
+
+
+@pytest.mark.parametrize("family", ["alignment", "direct", "skipped"])
+def test_pairs_of_modifiers(family):
+    """The outermost acts first."""
+    with jax.enable_x64(True):
+        net, x, e = make("conv_average")
+        rule, feedback, reference = references(net, x)[family]
+        for outer, inner in PAIRS:
+            new = MODIFIERS[outer][0](MODIFIERS[inner][0](rule))
+            rng = {"rng": KEY} if new.stochastic else {}
+            turns = channel.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
+            agrees(pull(net, new, feedback, x, e, **rng), reference(x, e, modify=turns))
+            without = lrules.without_derivatives(new)
+            agrees(
+                pull(net, without, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope)
+            )
+
+
+def test_two_drops_are_independent_and_split_the_key():
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        rule, feedback, reference = references(net, x)["direct"]
+        new = lrules.drop_error(lrules.drop_error(rule, 0.4), 0.3)
+        inner = jax.random.split(KEY)[1]
+        turns = channel.in_turn(
+            channel.drop(drop_masks(net, x, KEY, 0.3), 0.3), channel.drop(drop_masks(net, x, inner, 0.4), 0.4)
+        )
+        agrees(pull(net, new, feedback, x, e, rng=KEY), reference(x, e, modify=turns))
+
+
+def test_outermost_derivative_holds():
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        inner = lrules.replace_derivative(lrules.backprop(), jnp.cos)
+        bridge.close(
+            pull(net, lrules.without_derivatives(inner), NONE, x, e)[0],
+            pull(net, lrules.without_derivatives(lrules.backprop()), NONE, x, e)[0],
+        )
+
+
+@pytest.mark.parametrize("name", ["quantize", "sign"])
+def test_sum_in_place_of_mean(name):
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        rule, feedback, reference = references(net, x)["alignment"]
+        new = MODIFIERS[name][0](rule)
+        agrees(
+            pull(net, new, feedback, x, e * BATCH, reduction="sum"),
+            reference(x, e * BATCH, modify=MODIFIERS[name][1](net, x, 1)),
+        )
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_turning_the_error_round(name):
+    """Turns every update round, unless the sign is dropped."""
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        rule, feedback, _ = references(net, x)["direct"]
+        new = MODIFIERS[name][0](rule)
+        rng = {"rng": KEY} if new.stochastic else {}
+        got, turned = (pull(net, new, feedback, x, s * e, **rng)[0] for s in (1, -1))
+        sign = {"0": 1 if name == "magnitude" else -1, "1": -1}
+        bridge.close({k: jax.tree.map(lambda g, k=k: sign[k] * g, v) for k, v in got.items()}, turned)
+
+
+# ------------------------------------------------------------------------------------------------------- the output error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_output_error(family):
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        rule, feedback, reference = references(net, x)[family]
+        reduction = "mean" if rule.additive else "sum"
+        got = pull(net, lrules.quantize_error(rule, 2, scale=0.5, at="output"), feedback, x, e)
+        agrees(got, reference(x, quantise.output_error(e, 2, 0.5, reduction)))
+
+
+def test_quantised_output_error_of_rules_that_take_the_loss():
+    with jax.enable_x64(True):
+        net, x, _ = make("deep")
+        labels = np.array([0, 2, 1, 1, 0])
+        rule = lrules.random_target_projection()
+        feedback, listed = draw(rule, net, x)
+        new = lrules.quantize_error(rule, 2, scale=0.5, at="output")
+        loss = optax.softmax_cross_entropy_with_integer_labels
+        step = lrules.value_and_grad(bridge.apply_of(net), loss, new)
+        (value, _), grads = step(bridge.parameters(net), feedback, jnp.asarray(x), jnp.asarray(labels))
+        e = quantise.output_error(one_hot_mean(net, x, labels), 2, 0.5)
+        targets = losses.one_hot(labels, 3)
+        wanted = random_target_projection.gradients(net, listed, x, e, targets, sign=-1.0)
+        bridge.close(grads.params, bridge.kernels_and_biases(wanted))
+        outputs = nets.forward(net, x).outputs
+        np.testing.assert_allclose(value, losses.softmax_cross_entropy(outputs, targets)[0].mean())
+
+
+# ------------------------------------------------------------------------------------------------------------- the updates
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_quantised_updates(name, family):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        rule, feedback, reference = references(net, x)[family]
+        got = pull(net, lrules.quantize_update(rule, 4), feedback, x, e)
+        agrees(got, quantise.update(lambda net, x, e, i: reference(x, e), net, x, e, 4))
+        if family == "kolen_pollack":
+            kernels = {k: v["kernel"] for k, v in got[0].items()}
+            bridge.close(got[1].learned, {f"{k}/kernel": kernels[str(k)] for k in range(1, len(net))})
+        summed = pull(net, lrules.quantize_update(rule, 4), feedback, x, e * BATCH, reduction="sum")
+        bridge.close(summed[0], jax.tree.map(lambda g: g * BATCH, got[0]))
+
+
+@pytest.mark.parametrize("name", ["deep", "conv_max"])
+def test_quantised_updates_of_backman(name):
+    """c times the example's gradient, with c of the whole batch; nothing is divided by the batch."""
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        got = pull(net, lrules.quantize_update(lrules.backman(), 4), NONE, x, e)
+        whole = backman.gradients(net, x, e)
+        c = []
+        trace, signal, d = nets.forward(net, x), e, [None] * len(net)
+        for k in reversed(range(len(net))):
+            d[k] = nets.to_pre_activation(net, trace, k, signal)
+            c.insert(0, backman.coefficients(nets.kernel_gradient(net[k], trace.reads[k], d[k]), d[k]))
+            signal = nets.transpose(net[k], net[k].kernel * c[0], d[k], trace.reads[k].shape)
+        bridge.close(got[2], whole.inputs)
+        for k, layer in enumerate(net):
+            kernel = sum(
+                quantise.quantise(nets.kernel_gradient(layer, trace.reads[k][i : i + 1], d[k][i : i + 1]) * c[k], 4, 2**-6)
+                for i in range(BATCH)
+            )
+            bridge.close(got[0][str(k)]["kernel"], kernel)
+
+
+def test_quantised_updates_with_other_modifiers():
+    with jax.enable_x64(True):
+        net, x, e = make("conv_max")
+        for family in ("alignment", "direct"):
+            rule, feedback, reference = references(net, x)[family]
+            one = lambda net, x, e, i: reference(x, e, modify=quantise.error(3, 1))  # noqa: B023, E731
+            wanted = quantise.update(one, net, x, e, 4)
+            inside = lrules.quantize_error(lrules.quantize_update(rule, 4), 3)
+            outside = lrules.quantize_update(lrules.quantize_error(rule, 3), 4)
+            agrees(pull(net, inside, feedback, x, e), wanted)
+            agrees(pull(net, outside, feedback, x, e), wanted)
+
+
+def test_two_quantised_updates():
+    """The outermost first: 2 bits beside a larger scale, then 6 bits."""
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        rule = lrules.quantize_update(lrules.quantize_update(lrules.backprop(), 6), 2, scale=0.3)
+        got = pull(net, rule, NONE, x, e)
+        total = np.zeros_like(net[0].kernel)
+        for i in range(BATCH):
+            g = backprop.gradients(net, x[i : i + 1], e[i : i + 1] * BATCH).kernels[0]
+            total += quantise.quantise(quantise.quantise(g, 2, 0.3), 6, 2**-6) / BATCH
+        bridge.close(got[0]["0"]["kernel"], total)
+
+
+def awkward(p, tokens):
+    """An embedding, positions, a token of its own, normalisation, attention, and a loop over layers."""
+    h = jnp.take(p["embed"], tokens, axis=0) + p["position"][None]
+    h = jnp.concatenate([jnp.broadcast_to(p["token"], (len(h), 1, 4)), h], axis=1)
+    normal = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-3)
+    h = normal * p["scale"].reshape(1, 1, -1) + p["bias"].reshape(1, 1, -1)
+    q, k, v = (h @ p["qkv"][i] for i in range(3))
+    h = h + jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
+
+    def layer(h, w):
+        return jnp.tanh((h.reshape(-1, 4) @ w["w"] + w["b"].reshape(1, -1)).reshape(h.shape)), None
+
+    h = jax.lax.scan(layer, h, {"w": p["w"], "b": p["b"]})[0]
+    return h[:, 0] @ p["out"]
+
+
+def test_quantised_updates_of_an_awkward_network():
+    """Every example alone, quantised, summed: the same, where each parameter is used once per example."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = {
+            "embed": (7, 4), "position": (3, 4), "token": (4,), "scale": (4,), "bias": (4,), "qkv": (3, 4, 4),
+            "w": (2, 4, 4), "b": (2, 4), "out": (4, 2),
+        }  # fmt: skip
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+        tokens, e = jnp.asarray(rng.integers(0, 7, size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)) / 5)
+        f = lrules.transform(awkward, lrules.quantize_update(lrules.backprop(), 5))
+        got = jax.jit(lambda p: jax.vjp(lambda p: f(p, NONE, tokens), p)[1](e)[0])(params)
+        true = jax.jit(lambda p, t, e: jax.vjp(lambda p: awkward(p, t), p)[1](e)[0])
+        quantised = [
+            jax.tree.map(lambda g: quantise.quantise(g * 5, 5, 2**-6) / 5, true(params, tokens[i : i + 1], e[i : i + 1]))
+            for i in range(5)
+        ]
+        wanted = jax.tree.map(lambda *g: sum(g), *quantised)
+        wanted["token"] = true(params, tokens, e)["token"]  # joins the data by concatenation, neither bias nor scale
+        bridge.close(got, wanted)
+
+
+def test_memory_of_quantised_updates():
+    """Does not grow with batch x parameters."""
+    params = {"a": jnp.zeros((64, 256)), "b": jnp.zeros((256, 256)), "c": jnp.zeros((256, 10))}
+    apply = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    f = lrules.transform(apply, lrules.quantize_update(lrules.backprop(), 4))
+
+    def peak(batch):
+        grad = jax.jit(jax.grad(lambda p, x: (f(p, NONE, x) ** 2).mean()))
+        compiled = grad.lower(params, jnp.zeros((batch, 64))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    sizes = 4 * sum(p.size for p in params.values())
+    assert peak(128) < 8 * sizes
+    assert peak(128) - peak(8) < 120 * 4 * 1_500 * 4  # a few copies of the activations
+
+
+def test_a_batch_that_cannot_be_told_is_refused():
+    apply = lambda p, x: jax.lax.map(lambda row: jnp.tanh(row @ p["a"]) @ p["b"], x)  # noqa: E731
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    f = lrules.transform(apply, lrules.quantize_update(lrules.backprop(), 4))
+    with pytest.raises(NotImplementedError, match="cannot be told"):
+        f(params, NONE, jnp.ones((5, 3)))
+
+
+# -------------------------------------------------------------------------------------------------------- constructs
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["in"], p["w"])[0] @ p["out"]
+
+
+def test_each_iteration_of_a_loop_draws_its_own():
+    params = {"in": jnp.eye(4), "w": jnp.stack([jnp.eye(4)] * 3), "out": jnp.eye(4)}
+    seen = []
+
+    def fn(signal, name, rng):
+        jax.debug.callback(lambda s: seen.append(s), jax.random.uniform(rng, (), jnp.float32))
+        return signal
+
+    f = lrules.transform(scanned, lrules.modify_error(lrules.backprop(), fn, stochastic=True))
+    jax.grad(lambda p: f(p, NONE, jnp.ones((2, 4)), rng=KEY).sum())(params)["in"].block_until_ready()
+    jax.effects_barrier()
+    assert len(seen) == 4 and len({float(s) for s in seen}) == 4  # three iterations, and the signal that `out` reads
+
+
+@pytest.mark.parametrize("rule", [lrules.backprop(), lrules.direct_feedback_alignment(), lrules.skipped_backprop()])
+def test_modifiers_in_loops(rule):
+    """A scanned net gives what the same net unrolled gives."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in {"in": (3, 4), "w": (3, 4, 4), "out": (4, 2)}.items()}
+        x, e = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+        def unrolled(p, x):
+            h = x @ p["in"]
+            for w in p["w"]:
+                h = jnp.tanh(h @ w)
+            return h @ p["out"]
+
+        new = lrules.quantize_update(lrules.sign_error(lrules.replace_derivative(rule, jnp.cos)), 5)
+        feedback = rule.init(jax.random.key(0), scanned, params, x)
+        slices = {f"w#{i + 1}" if i else "w": feedback.fixed["w"][i] for i in range(3)} if feedback.fixed else {}
+        flat = lrules.Feedback(slices | {k: v for k, v in feedback.fixed.items() if k != "w"}, {})
+
+        def gradients(apply, feedback):
+            return jax.vjp(lambda p: lrules.transform(apply, new)(p, feedback, x), params)[1](e)[0]
+
+        bridge.close(gradients(scanned, feedback), gradients(unrolled, flat))
+
+
+@pytest.mark.parametrize("modify", [lrules.sign_error, lrules.quantize_error, lrules.quantize_update])
+def test_shard_map(modify):
+    """The mean over all devices: `axis_name` says over which axes it runs."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in {"a": (3, 4), "b": (4, 4), "c": (4, 2)}.items()}
+        params["bias"] = jnp.ones(4)
+        x, y = jnp.asarray(rng.normal(size=(8, 3))), jnp.asarray(rng.normal(size=(8, 2)))
+        apply = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"] + p["bias"][None]) @ p["b"]) @ p["c"]  # noqa: E731
+        bits = () if modify is lrules.sign_error else (3,)
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+        for rule in (lrules.feedback_alignment(), lrules.direct_feedback_alignment()):
+            feedback = rule.init(jax.random.key(0), apply, params, x)
+
+            def gradients(p, x, y, axis_name=None, rule=rule, feedback=feedback):
+                f = lrules.transform(apply, modify(rule, *bits, axis_name=axis_name))
+
+                def objective(p):
+                    mean = lrules.testing.half_squared_error(f(p, feedback, x), y).mean()
+                    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+                return jax.grad(objective)(p)
+
+            sharded = jax.shard_map(
+                lambda p, x, y, gradients=gradients: gradients(p, x, y, "data"),
+                mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(),
+            )  # fmt: skip
+            bridge.close(jax.jit(sharded)(params, x, y), gradients(params, x, y))
+
+
+def test_drops_differ_between_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    params = {"a": jnp.eye(16), "b": jnp.eye(16)}
+    f = lrules.transform(apply, lrules.drop_error(lrules.backprop(), 0.5))
+    inputs = jax.shard_map(
+        lambda p, x, k: jax.grad(lambda x: f(p, NONE, x, rng=k).sum())(x),
+        mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P("data"),
+    )(params, jnp.ones((4, 16)), KEY)  # fmt: skip
+    assert len({tuple(np.asarray(row) > 0) for row in inputs}) == 4
+
+
+def test_conformance():
+    """Modifiers as rules: one stack that has all of them, on the slowest and on the direct channel."""
+    for rule in (lrules.kolen_pollack(), lrules.direct_feedback_alignment(adaptive=True)):
+        rule = lrules.quantize_update(lrules.drop_error(lrules.quantize_error(rule, 5), 0.1), 5)
+        lrules.testing.check_rule(lrules.quantize_error(lrules.without_derivatives(rule), 6, at="output"))

@@ -1,0 +1,186 @@
+"""Mono-nets and monotone direct feedback alignment: the theorems, the constraint, the initialisers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lrules
+from lrules import monotone
+from tests import bridge
+from tests.reference import backprop
+from tests.reference import monotone as reference
+from tests.rules.common import NETS, agrees, draw, make, pull
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_reference(name):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        net = reference.lift(net)
+        rule = lrules.monotone_dfa()
+        feedback, listed = draw(rule, net, x)
+        assert all((b >= 0).all() for b in listed[1:])
+        agrees(pull(net, rule, feedback, x, e), reference.gradients(net, listed, x, e))
+
+
+INCREASING = ["tanh", "sigmoid", "relu", "softplus", "elu", "leaky_relu", "hard_tanh", "relu6"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.tuples(st.integers(1, 6), st.sampled_from(INCREASING)), min_size=1, max_size=4))
+def test_theorem_2(seed, hidden):
+    """One output, one example: every update agrees with its gradient in sign."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        sizes = (3, *(width for width, _ in hidden), 1)
+        net = bridge.random_dense(rng, sizes, [activation for _, activation in hidden])
+        net = [net[0], *(layer._replace(kernel=np.abs(layer.kernel)) for layer in net[1:])]
+        x, e = rng.normal(size=(1, 3)), rng.normal(size=(1, 1))
+        apply, params = bridge.apply_of(net), bridge.parameters(net)
+        rule = lrules.monotone_dfa()
+        feedback = rule.init(jax.random.key(seed % 1000), apply, params, jnp.asarray(x))
+        got = jax.vjp(lambda p: lrules.transform(apply, rule)(p, feedback, jnp.asarray(x)), params)[1](jnp.asarray(e))[0]
+        true = bridge.kernels_and_biases(backprop.gradients(net, x, e))
+        for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+            assert np.all(np.asarray(g) * t >= 0)
+            assert np.all((np.asarray(g) != 0) | (t == 0) | (np.abs(t) < 1e-300))
+
+
+def test_two_outputs_may_disagree():
+    """The counterexample of A.3: minus the gradient."""
+    apply = lambda p, x: jax.nn.relu(x @ p["first"]) @ p["second"]  # noqa: E731
+    params = {"first": jnp.eye(2), "second": jnp.asarray([[0.0, 1.0], [1.0, 0.0]])}
+    x, e = jnp.ones((1, 2)), jnp.asarray([[1.0, -1.0]])
+    feedback = lrules.Feedback({"second": jnp.eye(2)}, {})
+    got = jax.vjp(lambda p: lrules.transform(apply, lrules.monotone_dfa())(p, feedback, x), params)[1](e)[0]["first"]
+    gradient = jax.vjp(lambda p: apply(p, x), params)[1](e)[0]["first"]
+    np.testing.assert_array_equal(got, -gradient)
+    assert np.all(np.asarray(got)[0] == [1, -1])
+
+
+def test_from_sigmoid():
+    """A.1: twice the width, the same output."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        first, first_bias, second, second_bias = (rng.normal(size=s) * 3 for s in ((4, 7), 7, (7, 2), 2))
+        x = rng.normal(size=(50, 4)) * 3
+        wanted = 1 / (1 + np.exp(-(x @ first + first_bias))) @ second + second_bias
+        a, b, c, d = monotone.from_sigmoid(first, first_bias, second, second_bias)
+        assert a.shape == (4, 14) and bool((c >= 0).all())
+        np.testing.assert_allclose(np.tanh(x @ a + b) @ c + d, wanted, rtol=0, atol=1e-12)
+
+
+def nets_of_a_kind(kind):
+    """A network, parameters and inputs; which parameters are constrained."""
+    if kind == "dense":
+        net, x, _ = make("deep")
+        return bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x), ["1/kernel", "2/kernel", "3/kernel"]
+    if kind == "conv":
+        net, x, _ = make("conv_max")
+        return bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x), ["1/kernel", "2/kernel", "3/kernel"]
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(5, 3, rngs=rngs)
+            self.one, self.two = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.two(jnp.tanh(self.one(self.embed(tokens))))
+
+    net, params = lrules.from_nnx(Model(nnx.Rngs(0)))
+    return net, params, jnp.asarray([0, 3]), ["one/kernel", "two/kernel"]
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("kind", ["dense", "conv", "embedding"])
+@pytest.mark.parametrize("optimizer", [optax.sgd(1.0), optax.adam(0.3), optax.rmsprop(0.3)], ids=["sgd", "adam", "rms"])
+@pytest.mark.parametrize("rule", [lrules.monotone_dfa(), lrules.feedback_alignment(), lrules.backprop()])
+def test_constraint(kind, optimizer, rule):
+    """After any optimizer, under any rule: weights of all layers but the first stay at the bound or above."""
+    net, params, x, names = nets_of_a_kind(kind)
+    mask = monotone.constrained(net, params, x)
+    flat = jax.tree_util.tree_leaves_with_path(mask)
+    found = [jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on]
+    assert [name.removesuffix("/value") for name in found] == names
+    params = monotone.initialize(jax.random.key(0), net, params, x, monotone.uniform())
+    monotone.check(net if kind == "embedding" else (lambda p, x: jnp.tanh(lrules.Network(net)(p, x))), params, x) if (
+        kind == "embedding"
+    ) else None
+    chained = optax.chain(optimizer, monotone.constrain(net, params, x, bound=1e-6))
+    feedback, state = rule.init(jax.random.key(1), net, params, x), chained.init(params)
+    step = lrules.value_and_grad(net, lambda y, t: ((y - t) ** 2).sum(-1), rule)
+    y = jax.tree.map(lambda y: y + 100.0, lrules.Network(net)(params, x) if kind != "embedding" else net(params, x))
+
+    @jax.jit
+    def update(params, state):
+        grads = step(params, feedback, x, -y)[1]
+        updates, state = chained.update(grads.params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    before = jax.tree.leaves(params)
+    for _ in range(3):
+        params, state = update(params, state)
+    touched = 0
+    for old, new, on in zip(before, jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
+        if on:
+            assert bool((new >= 1e-6).all())
+            touched += int((new == jnp.float32(1e-6)).sum())
+    assert touched and any(bool((new < 0).any()) for new in jax.tree.leaves(params)) and len(before) == len(flat)
+
+
+def test_the_bound_holds_after_rounding():
+    """Where p + (bound - p) rounds below the bound, the update is the next one above."""
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    b = jnp.asarray(10.0 ** np.linspace(-6, 6, 2001), jnp.float32)[:, None]
+    params = {"a": jnp.ones((1, 2001)), "b": b}
+    positive = monotone.constrain(apply, params, jnp.ones((1, 1)))
+    updates, _ = positive.update({"a": params["a"], "b": -2 * b}, positive.init(params), params)
+    moved = np.asarray(optax.apply_updates(params, updates)["b"])
+    assert (moved >= np.float32(1e-6)).all() and (moved <= 1e-6 + 1e-7 * np.asarray(b)).all()
+    np.testing.assert_array_equal(updates["a"], params["a"])
+
+
+@pytest.mark.parametrize("init", [monotone.zeros, monotone.uniform(), monotone.absolute_normal()])
+def test_initialisers(init):
+    net, x, _ = make("conv_max")
+    apply, params = bridge.apply_of(net), bridge.parameters(net)
+    new = monotone.initialize(jax.random.key(0), apply, params, jnp.asarray(x), init)
+    for name, p in new.items():
+        assert (p["kernel"] is params[name]["kernel"]) == (name == "0") and p["bias"] is params[name]["bias"]
+        if name != "0":
+            kernel = np.asarray(p["kernel"])
+            assert kernel.shape == params[name]["kernel"].shape and (kernel >= 0).all()
+            if init is not monotone.zeros:
+                assert kernel.std() > 0
+    monotone.check(lambda p, x: apply(p, x), new, jnp.asarray(x))
+
+
+def test_uniform_bounds():
+    drawn = np.asarray(monotone.uniform()(jax.random.key(0), (3, 3, 4, 100)))
+    assert 1e-3 <= drawn.min() < 5e-3 and 0.16 < drawn.max() <= 1 / 6
+
+
+def test_refusals():
+    x = jnp.ones((2, 3))
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    params = {"a": -jnp.ones((3, 3)), "b": -jnp.ones((3, 1))}
+    with pytest.raises(ValueError, match="'b' has negative entries"):
+        monotone.check(apply, params, x)
+    good = monotone.initialize(jax.random.key(0), apply, params, x)
+    monotone.check(apply, good, x)
+    with pytest.raises(ValueError, match="'gelu' is not increasing"):
+        monotone.check(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], good, x)
+    with pytest.raises(ValueError, match="low < high"):
+        monotone.uniform(0.0)
+    with pytest.raises(ValueError, match="bound=-1"):
+        monotone.constrain(apply, params, x, bound=-1)
+    constraint = monotone.constrain(apply, params, x)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        constraint.update(params, constraint.init(params))
+    with pytest.raises(ValueError, match="weights of their own"):
+        monotone.constrained(lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"], params, x)
