@@ -1,9 +1,9 @@
 """Analysis: what a jaxpr's values depend on, and the layers, hidden signals and activations found in it.
 
-Every value is classed by what it depends on: parameters only, data only, both, or neither; classes in scan carries go to
-a fixpoint. A *layer* multiplies a value that depends on data by one that depends on parameters alone; the *hidden
-signal* that it reads is followed back through casts, reshapes and transposes to the tensor where it was defined. Uses of
-parameters that no rule can serve are kept as refusals, for the rule that meets them to raise.
+Every value is classed by what it depends on: parameters only, data only, both, or neither; classes in scan carries go
+to a fixpoint. A *layer* multiplies a value that depends on data by one that depends on parameters alone; the *hidden
+signal* that it reads is followed back through casts, reshapes and transposes to the tensor where it was defined. Uses
+of parameters that no rule can serve are kept as refusals, for the rule that meets them to raise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
@@ -506,7 +505,7 @@ class Analysis:
         )
         operand = ins[0] if len(ins) == 1 else None
         axes = view_axes(eqn, operand.aval.shape) if operand is not None and hasattr(operand.aval, "shape") else None
-        if axes is not None and value.both:
+        if operand is not None and axes is not None and value.both:
             value.source, value.view = operand, eqn
             if operand.product is not None:
                 value.product = (operand.product[0], _through(axes, operand.product[1]))
@@ -723,8 +722,8 @@ def _parameter_axes(eqn, ins: list[Value], axes):
                 numbers = eqn.params["dimension_numbers"]
                 new = [()] * ndim
                 batching = set(getattr(numbers, "operand_batching_dims", ()))
-                kept = [j for j in range(len(dims)) if j not in numbers.collapsed_slice_dims and j not in batching]
-                for d, j in zip(numbers.offset_dims, kept, strict=True):
+                whole = [j for j in range(len(dims)) if j not in numbers.collapsed_slice_dims and j not in batching]
+                for d, j in zip(numbers.offset_dims, whole, strict=True):
                     new[d] = dims[j]
                 gone = frozenset(a for j in (set(numbers.collapsed_slice_dims) | batching) for a in dims[j])
                 add(i, tuple(new), sliced | gone)

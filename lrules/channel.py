@@ -1,8 +1,8 @@
 """Modifiers: what may happen to the error on its way, or to the updates that it makes. Each maps a rule to a rule.
 
-They act at *hidden signals*, on all that arrives there, before the derivative of the activation below and before
-it goes further down. Of several modifiers the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)` quantises
-an error and then drops some of it.
+Those of the error act at *hidden signals*, on all that arrives there, before the derivative of the activation below and
+before it goes further down. Of several modifiers the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)`
+quantises an error and then drops some of it.
 
 Modifiers that are not linear act on the gradient of the per-example *sum*: an error that arrives as that of a mean over
 n examples is multiplied by n, modified, and divided by n. For rules whose gradient depends on the batch as a whole
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.analysis import varying_axes
-from lrules.network import BatchAxis, Handler, Network, doubled, find_batch_axis
+from lrules.network import BatchAxis, Graph, Handler, Network, doubled, find_batch_axis
 from lrules.rule import Rule, Sequential
 
 AxisName = str | Sequence[str] | None
@@ -66,7 +66,7 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
 def quantize_error(
     rule: Rule, bits: int, scale: float = 2**-3, at: str = "hidden", *, axis_name: AxisName = None
 ) -> Rule:
-    """Quantises the error to `2 ** bits` values, at each hidden signal or at the outputs before it is sent.
+    """Quantises the error to signed powers of two, at each hidden signal or at the outputs before it is sent.
 
     s_l <- alpha sign(s_l) 2^round(clip(log2 |s_l / alpha|, 1 - bits, 0)),  and 0 stays 0   (see `quantize`)
 
@@ -76,7 +76,7 @@ def quantize_error(
 
     Args:
       rule: the rule to modify.
-      bits: of each number sent.
+      bits: the number of magnitudes, the paper's bit width.
       scale: alpha, the largest magnitude.
       at: `"hidden"` or `"output"`.
       axis_name: as in `modify_error`.
@@ -329,19 +329,20 @@ class _Derivative(Handler):
 
 
 def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: AxisName = None) -> Rule:
-    """Quantises each example's weight update to `2 ** bits` values, before the sum over the batch.
+    """Quantises each example's weight update to signed powers of two, before the sum over the batch.
 
     dW_l = sum over examples of Q(delta_l h_{l-1}^T),  Q as in `quantize`
 
-    Every use of a weight is quantised on its own, and so are biases and scales where they meet the data; a scale that
-    meets only a statistic of the whole batch (as BatchNorm's in some models) has no update per example and keeps its
-    gradient. Learned sequential feedback, whose update is the same product, is quantised with it. Examples are taken one
-    by one: the memory does not grow with batch times parameters, the time does. Of BackMAN, c times the example's
-    gradient is quantised, with c from the unquantised gradient of the batch.
+    Every use of a weight is quantised on its own, and so are biases and scales where they meet the data. What meets a
+    statistic of the whole batch (as BatchNorm's scale in some models) has no update per example and keeps its gradient,
+    as does a parameter that joins the data otherwise, by concatenation. Learned sequential feedback, whose update is
+    the same product, is quantised too. Examples are taken one by one: the memory does not grow with batch times
+    parameters, the time does. Of BackMAN, c times the example's gradient is quantised, with c from the unquantised
+    gradient of the batch.
 
     Args:
       rule: the rule to modify.
-      bits: of each number in an example's update.
+      bits: the number of magnitudes, the paper's bit width.
       scale: alpha, the largest magnitude.
       axis_name: as in `modify_error`.
 
@@ -385,12 +386,11 @@ class _PerExample(Handler):
         for site, spec in plan.specs.items() if plan else ():
             if isinstance(spec, Sequential) and spec.gain is not None:
                 self.gains[site] = spec.gain
-        self.axes = {}
-        for layer, other in zip(graph.layers, twice.layers if twice else graph.layers, strict=True):
-            ends = [(layer.operand, other.operand), (layer.output, other.output)]
-            self.axes[layer.site] = [find_batch_axis(a, b if twice else None, batch) for a, b in ends]
-        for offset, other in zip(graph.offsets, twice.offsets if twice else graph.offsets, strict=True):
-            self.axes[offset.site] = [find_batch_axis(offset.output, other.output if twice else None, batch)]
+        values = [_meeting(g) for g in (graph, twice or graph)]
+        self.axes = {
+            site: [find_batch_axis(a, b if twice else None, batch) for a, b in zip(ends, values[1][site], strict=True)]
+            for site, ends in values[0].items()
+        }
 
     def then(self, fn: Callable) -> _PerExample:
         """The same with one more function, inside the others."""
@@ -407,8 +407,8 @@ class _PerExample(Handler):
         x_axis, y_axis = self.axes[layer.site]
         if x_axis is None or y_axis is None or len(jax.tree.leaves(x)) > 1:
             raise NotImplementedError(
-                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be told, so "
-                "its updates cannot be taken one example at a time: put the batch in front of what it reads"
+                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be told, "
+                "so its updates cannot be taken one example at a time: put the batch in front of what it reads"
             )
         gain, plain, run = self.gains.get(layer.site), op.plain, op.run
         fed = b is not w
@@ -467,6 +467,12 @@ class _PerExample(Handler):
         return meet(p, others)
 
 
+def _meeting(graph: Graph) -> dict[str, list[Any]]:
+    """What meets parameters and what comes of it, by site."""
+    layers = {layer.site: [layer.operand, layer.output] for layer in graph.layers}
+    return layers | {offset.site: [offset.output] for offset in graph.offsets}
+
+
 def _nothing(x):
     """Zeros like x, on the devices where x is."""
     return x - x if varying_axes(jax.typeof(x)) else jnp.zeros_like(x)
@@ -487,18 +493,18 @@ def _one(x, axis: BatchAxis):
 
 
 def quantize(x, bits: int, scale: float) -> jax.Array:
-    """The power of two nearest to |x / alpha| on the logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
+    """The power of two nearest to |x / alpha| on a logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
 
     Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
 
-    So `2 ** bits` values beside zero, none of magnitude above alpha, and what is small rounds up to the smallest. No
-    logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1), exactly.
-    The quotient is rounded to the precision of x, at least float32 (exact if alpha is a power of two). NaN stays NaN.
+    So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them. No
+    logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1), exactly
+    (never a tie: the square root of one half is no float). The quotient is rounded to the precision of x, at least float32 (exact if alpha is a power of two). NaN stays NaN.
 
     Args:
       x: an array.
-      bits: how many, at least 1.
-      scale: alpha.
+      bits: the number of magnitudes, at least 1.
+      scale: alpha, the largest of them.
 
     Returns:
       An array of the shape and dtype of x.

@@ -23,11 +23,13 @@ class Agreement(NamedTuple):
       angle: between them, in degrees; 90 where either is zero.
       sign_agreement: the fraction of entries, among those where the reference is not zero, whose signs agree.
       norm_ratio: the norm of the update over that of the reference.
+      relative_error: the norm of their difference over that of the reference.
     """
 
     angle: jax.Array
     sign_agreement: jax.Array
     norm_ratio: jax.Array
+    relative_error: jax.Array
 
 
 def compare(update: jax.Array, reference: jax.Array) -> Agreement:
@@ -61,7 +63,9 @@ def compare(update: jax.Array, reference: jax.Array) -> Agreement:
     counted = r != 0
     agree = jnp.sum((jnp.sign(u) == jnp.sign(r)) & counted) / jnp.maximum(jnp.sum(counted), 1)
     ratio = jnp.where(norm_r > 0, norm_u * scale_u / (jnp.where(norm_r > 0, norm_r, 1) * scale_r), jnp.inf)
-    return Agreement(angle, agree.astype(wide), jnp.where((norm_u == 0) & (norm_r == 0), jnp.ones_like(ratio), ratio))
+    ratio = jnp.where((norm_u == 0) & (norm_r == 0), jnp.ones_like(ratio), ratio)
+    error = jnp.where(norm_r > 0, jnp.linalg.norm(ratio * u_hat - r_hat), jnp.where(norm_u > 0, jnp.inf, 0.0))
+    return Agreement(angle, agree.astype(wide), ratio, error.astype(wide))
 
 
 def agreement(update: Pytree, reference: Pytree) -> dict[str, Agreement]:
@@ -78,7 +82,7 @@ def agreement(update: Pytree, reference: Pytree) -> dict[str, Agreement]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(agreement({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])})["w"].angle.round(3))
+      >>> round(float(agreement({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])})["w"].angle), 3)
       45.0
     """
     if not jax.tree.structure(update) == jax.tree.structure(reference):
@@ -119,8 +123,10 @@ def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]
       An `Agreement` per feedback weight, by name.
     """
     by_name = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    state = feedback.state if isinstance(feedback.state, dict) else {}
+    solved = {name: s["b"] for name, s in state.items() if isinstance(s, dict) and "b" in s}  # by least squares
     found = {}
-    for name, b in {**feedback.fixed, **feedback.learned}.items():
+    for name, b in {**feedback.fixed, **feedback.learned, **solved}.items():
         w = by_name.get(name)
         if w is not None and w.shape == b.shape:
             found[name] = compare(b, w)

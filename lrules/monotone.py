@@ -163,7 +163,9 @@ def constrain(
       Lechner (2020), section 4.
     """
     if bound < 0:
-        raise ValueError(f"bound={bound} lets weights of a mono-net become negative: give zero or a small positive number")
+        raise ValueError(
+            f"bound={bound} lets weights of a mono-net become negative: give zero or a small positive number"
+        )
     mask = constrained(net, params, inputs)
 
     def init(params):

@@ -767,7 +767,8 @@ def _direct_run(plan: Plan) -> Callable:
         pull, skips, feedback, targets, records = residuals
         errors, _ = cotangent
         sent: dict[Direct, Any] = {}
-        signals, feedback_grads = {}, {}
+        signals: dict[str, Any] = {}
+        feedback_grads: dict[str, Any] = {}
         for skip in skips:
             signals |= skip(errors)
         for name, landing in plan.landings.items():

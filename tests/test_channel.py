@@ -34,11 +34,11 @@ from tests.rules.common import BATCH, NETS, agrees, by_name, draw, make, one_hot
 NONE = lrules.Feedback({}, {})
 
 
-# --------------------------------------------------------------------------------------------------------- the quantiser
+# ---------------------------------------------------------------------------------------------------- the quantiser
 
 
 def integer_reference(x, bits, scale):
-    """Eq. 19 for a float, in whole numbers: x / alpha = n / d, and 2^k is nearest if 2^(2k - 1) <= (n / d)^2 < 2^(2k + 1)."""
+    """Eq. 19 in whole numbers: |x / alpha| = n / d, and 2^k is nearest if 2^(2k - 1) <= (n / d)^2 < 2^(2k + 1)."""
     if x == 0:
         return 0.0
     ratio = abs(Fraction(float(x)) / Fraction(float(scale)))
@@ -57,7 +57,9 @@ def test_quantizer_is_the_integer_reference(dtype):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         edges = np.asarray([2.0 ** (k - 0.5) for k in range(-12, 4)], dtype)
-        x = np.concatenate([edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(9)), 2.0 ** np.arange(-9.0, 3)])
+        x = np.concatenate(
+            [edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(9)), 2.0 ** np.arange(-9.0, 3)]
+        )
         x = np.concatenate([x, rng.normal(size=300) * 10.0 ** rng.uniform(-6, 3, size=300)]).astype(dtype)
         x = np.concatenate([x, -x, [0.0, -0.0, np.inf]]).astype(dtype)
         for bits in (1, 2, 5, 10):
@@ -67,7 +69,9 @@ def test_quantizer_is_the_integer_reference(dtype):
                 wanted = [scale if np.isinf(v) else integer_reference(v, bits, scale) for v in x]
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted, dtype))
                 if dtype == np.float64:
-                    np.testing.assert_array_equal(np.asarray(quantize(x[:-1], bits, 0.3)), quantise.quantise(x[:-1], bits, 0.3))
+                    np.testing.assert_array_equal(
+                        np.asarray(quantize(x[:-1], bits, 0.3)), quantise.quantise(x[:-1], bits, 0.3)
+                    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -175,9 +179,7 @@ def test_derivatives(name, family):
         rule, feedback, reference = references(net, x)[family]
         agrees(pull(net, lrules.without_derivatives(rule), feedback, x, e), reference(x, e, derivative=nets.no_slope))
         other = lambda name, z: np.ones_like(z) if name == "identity" else np.cos(z)  # noqa: E731
-        agrees(
-            pull(net, lrules.replace_derivative(rule, jnp.cos), feedback, x, e), reference(x, e, derivative=other)
-        )
+        agrees(pull(net, lrules.replace_derivative(rule, jnp.cos), feedback, x, e), reference(x, e, derivative=other))
 
 
 PAIRS = [("quantize", "drop"), ("drop", "quantize"), ("own", "quantize"), ("sign", "own"), ("magnitude", "drop")]
@@ -195,9 +197,7 @@ def test_pairs_of_modifiers(family):
             turns = channel.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
             agrees(pull(net, new, feedback, x, e, **rng), reference(x, e, modify=turns))
             without = lrules.without_derivatives(new)
-            agrees(
-                pull(net, without, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope)
-            )
+            agrees(pull(net, without, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope))
 
 
 def test_two_drops_are_independent_and_split_the_key():
@@ -247,7 +247,7 @@ def test_turning_the_error_round(name):
         bridge.close({k: jax.tree.map(lambda g, k=k: sign[k] * g, v) for k, v in got.items()}, turned)
 
 
-# ------------------------------------------------------------------------------------------------------- the output error
+# -------------------------------------------------------------------------------------------------- the output error
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,7 +278,7 @@ def test_quantised_output_error_of_rules_that_take_the_loss():
         np.testing.assert_allclose(value, losses.softmax_cross_entropy(outputs, targets)[0].mean())
 
 
-# ------------------------------------------------------------------------------------------------------------- the updates
+# ------------------------------------------------------------------------------------------------------- the updates
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -312,7 +312,9 @@ def test_quantised_updates_of_backman(name):
         bridge.close(got[2], whole.inputs)
         for k, layer in enumerate(net):
             kernel = sum(
-                quantise.quantise(nets.kernel_gradient(layer, trace.reads[k][i : i + 1], d[k][i : i + 1]) * c[k], 4, 2**-6)
+                quantise.quantise(
+                    nets.kernel_gradient(layer, trace.reads[k][i : i + 1], d[k][i : i + 1]) * c[k], 4, 2**-6
+                )
                 for i in range(BATCH)
             )
             bridge.close(got[0][str(k)]["kernel"], kernel)
@@ -374,7 +376,9 @@ def test_quantised_updates_of_an_awkward_network():
         got = jax.jit(lambda p: jax.vjp(lambda p: f(p, NONE, tokens), p)[1](e)[0])(params)
         true = jax.jit(lambda p, t, e: jax.vjp(lambda p: awkward(p, t), p)[1](e)[0])
         quantised = [
-            jax.tree.map(lambda g: quantise.quantise(g * 5, 5, 2**-6) / 5, true(params, tokens[i : i + 1], e[i : i + 1]))
+            jax.tree.map(
+                lambda g: quantise.quantise(g * 5, 5, 2**-6) / 5, true(params, tokens[i : i + 1], e[i : i + 1])
+            )
             for i in range(5)
         ]
         wanted = jax.tree.map(lambda *g: sum(g), *quantised)

@@ -22,7 +22,7 @@ def build(entry):
 @pytest.fixture(autouse=True)
 def _promotion(request):
     entry = request.getfixturevalue("entry")
-    if not (entry.foreign or entry.name.startswith(("linen", "nnx", "equinox"))):
+    if not entry.foreign:
         yield
     else:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -50,7 +50,8 @@ def same_forward(net, f, params, feedback, inputs):
     ours = jax.jit(f)(params, feedback, inputs)
     plain = jax.jit(net.__call__)(params, inputs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def outputs_of(net, out):

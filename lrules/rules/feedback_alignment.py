@@ -28,10 +28,9 @@ def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lrules import Network
-      >>> net = Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
-      >>> rule = feedback_alignment(adaptive=True)
-      >>> rule.init(jax.random.key(0), net, {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((1, 3))).learned.keys()
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> feedback = feedback_alignment(adaptive=True).init(jax.random.key(0), net, params, jnp.ones((1, 3)))
+      >>> feedback.learned.keys()
       dict_keys(['b'])
 
     References:

@@ -1,7 +1,7 @@
 """Monotone direct feedback alignment (Lechner 2020).
 
-delta_l = (B_l^T e) * f'(z_l), dW_l = delta_l h_{l-1}^T (Eq. 6), with B_l >= 0. In a mono-net (`lrules.monotone`) with one
-output, the update of every example then agrees in sign with its gradient (Theorem 2).
+delta_l = (B_l^T e) * f'(z_l), dW_l = delta_l h_{l-1}^T (Eq. 6), with B_l >= 0. In a mono-net (`lrules.monotone`) with
+one output, the update of every example then agrees in sign with its gradient (Theorem 2).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ and the feedback weights descend the squared distance between what they bring th
     sequential    B descends 1/2 |B_{l+1}^T e_{l+1} - lambda_l|^2,  e_l = (B_{l+1}^T e_{l+1}) * f'(z_l)    (Eq. 4)
     direct        B descends 1/2 |B_l^T e - lambda_l|^2,  e the output error                     (Corollary 1)
 
-The forward weights learn on the clean pass, with B in the place of W^T. The residual belongs to the hidden signal: it is
-all that arrives there together, minus the estimate, for each of the layers that read it. The gradient of B is a weight
+The forward weights learn on the clean pass, with B in the place of W^T. The residual belongs to the hidden signal: all
+that arrives there together, minus the estimate, for each of the layers that read it. The gradient of B is a weight
 gradient with the residual in the place of what the layer reads, <d, op(B, residual)>, so a third run of the network in
 which residuals stand in for the hidden signals gives it for layers of any kind; of that run nothing else is needed, and
 under `jit` nothing else is computed.
@@ -68,7 +68,7 @@ def node_perturbation(
 
     lambda_l = (L(xi) - L(0)) xi_l / std,  B_{l+1} descends 1/2 |B_{l+1}^T e_{l+1} - lambda_l|^2
 
-    Two forward passes; the noise is fresh at every step, from `rng=`. `value` and `outputs` are those of the clean pass.
+    Two forward passes; the noise is fresh at every step, from `rng=`; value and outputs are those of the clean pass.
     With `solver="sgd"` the feedback weights are learned ones: `grads.feedback` is their gradient, a mean over examples,
     for an optimizer and a learning rate of its own. With `"rls"` they are the least-squares solution for all batches so
     far: continue with `feedback._replace(state=grads.state)`. To let them settle before the forward weights move,
@@ -79,8 +79,8 @@ def node_perturbation(
       direct: bring the output error straight to every hidden signal, as direct feedback alignment does; else through
         every layer, as feedback alignment.
       solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything).
-      init: the initializer of the feedback weights, as in `feedback_alignment` and `direct_feedback_alignment`; default
-        `jax.nn.initializers.glorot_normal()`.
+      init: the initializer of the feedback weights, as in `feedback_alignment` and `direct_feedback_alignment`;
+        default `jax.nn.initializers.glorot_normal()`.
       noise: `(key, shape, dtype)` -> numbers of mean 0 and variance 1, such as `jax.random.rademacher`.
       ridge: the multiple of the identity that least squares start from.
       max_feedback_bytes: refuse to make more direct feedback than this.
@@ -124,8 +124,8 @@ def node_perturbation(
 
     def transform(net, *, reduction="mean"):
         raise ValueError(
-            "node_perturbation compares the losses of two forward passes: use lrules.value_and_grad(net, loss, rule) in "
-            "place of transform"
+            "node_perturbation compares the losses of two forward passes: use lrules.value_and_grad(net, loss, rule) "
+            "in place of transform"
         )
 
     def value_and_grad(net, loss):
@@ -171,8 +171,8 @@ class _Experiment:
             inside = [s.split(" ")[0] for s in place if s != "scan"]
             if inside:
                 raise NotImplementedError(
-                    f"the {what} lies inside a {inside[0]}, where node perturbation cannot follow its noise: take it out "
-                    f"of the {inside[0]}, or use another rule"
+                    f"the {what} lies inside a {inside[0]}, where node perturbation cannot follow its noise: take it "
+                    f"out of the {inside[0]}, or use another rule"
                 )
 
     def objective(self, outputs, inputs, targets):
@@ -194,8 +194,8 @@ class _Experiment:
             axis = find_batch_axis(h.root, other, batch)
             if axis is None:
                 raise NotImplementedError(
-                    f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be told (batch "
-                    f"{batch}), so that its noise cannot be held against each example's loss: put the batch in front"
+                    f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be told "
+                    f"(batch {batch}), so that its noise cannot be held against the losses: put the batch first"
                 )
             found[h.name] = frame.records[h.name] * _per_example(difference, axis, h)
         return found
@@ -358,8 +358,8 @@ class _Rows:
             whole = layer.parameters == (layer.name,) and layer.weight.producer is None and not layer.scope
             if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):
                 raise NotImplementedError(
-                    'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal no '
-                    f'other layer reads, which {layer.name!r} is not: take solver="sgd", or direct=True'
+                    'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal '
+                    f'no other layer reads, which {layer.name!r} is not: take solver="sgd", or direct=True'
                 )
             self.layers[layer.name] = layer
 

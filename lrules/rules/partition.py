@@ -58,8 +58,8 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
                     else "matches no layer"
                 )
                 raise ValueError(f"partition: {pattern!r} {why}; the layers are {listed}")
-        for name, pattern in first.items():
-            if pattern is None:
+        for name, match in first.items():
+            if match is None:
                 raise ValueError(f"partition: no pattern matches the layer {name!r}: add one, such as '.*', at the end")
 
         def choose(name: str):

@@ -64,8 +64,8 @@ def _as_outputs(targets, e):
     t = jnp.concatenate(parts, axis=1) if parts else jnp.zeros((batch, 0), e.dtype)
     if t.shape != e.shape:
         raise ValueError(
-            f"direct random target projection sends the targets in the place of the output error, but targets of shape "
-            f"{shapes} do not make {outputs} numbers per example: give classes, one-hot or real targets of the outputs' "
-            "shape"
+            f"direct random target projection sends the targets in the place of the output error, but targets of "
+            f"shape {shapes} do not make {outputs} numbers per example: give classes, one-hot or real targets of the "
+            "outputs' shape"
         )
     return t

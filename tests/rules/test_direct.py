@@ -87,7 +87,7 @@ def test_shared_along_time():
 
 
 def test_shared_along_a_recurrence():
-    """A loop over time: the error of a step reaches the hidden state of that step; adaptive feedback sums over steps."""
+    """A loop over time: the error of a step reaches the state of that step; adaptive feedback sums over steps."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         params = {k: jnp.asarray(rng.normal(size=s)) for k, s in {"i": (3, 4), "h": (4, 4), "o": (4, 2)}.items()}

@@ -504,11 +504,11 @@ def test_damped_activations_that_are_projections():
     rule = lrules.dual_propagation(alpha=1.0, adjoint=False, damping="contracting", iterations=2)
     for f in (jax.nn.relu, jax.nn.relu6, jax.nn.hard_tanh, lambda h: jnp.clip(h, 0, 1), lambda h: jnp.maximum(h, 0)):
         net = lambda p, x, f=f: f(x @ p["a"]) @ p["b"]  # noqa: E731
-        lrules.transform(net, rule)(params, NO_FEEDBACK, x)
+        jax.grad(lambda p, f=lrules.transform(net, rule): f(p, NO_FEEDBACK, x).sum())(params)
     for f in (jax.nn.hard_sigmoid, jax.nn.leaky_relu, jax.nn.gelu, lambda h: jnp.maximum(h, 0) * 2):
         net = lambda p, x, f=f: f(x @ p["a"]) @ p["b"]  # noqa: E731
         with pytest.raises(NotImplementedError, match="cannot be damped"):
-            lrules.transform(net, rule)(params, NO_FEEDBACK, x)
+            jax.grad(lambda p, f=lrules.transform(net, rule): f(p, NO_FEEDBACK, x).sum())(params)
 
 
 def test_describe_lists_activations():

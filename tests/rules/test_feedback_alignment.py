@@ -46,7 +46,7 @@ def test_same_optimizer_and_another():
 
 
 def test_linear_net_is_direct_with_the_products():
-    """In a linear net RBP with matrices C_i equals SRBP with their products; and one hidden layer needs no condition."""
+    """In a linear net RBP with matrices C_i equals SRBP with their products."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         net = bridge.random_dense(rng, (5, 6, 4, 3), ["identity", "identity"])
@@ -64,7 +64,9 @@ def test_one_hidden_layer_is_direct():
         rule = lrules.feedback_alignment()
         feedback, listed = draw(rule, net, x)
         skipped = lrules.Feedback({"1/kernel": jnp.asarray(listed[1].T)}, {})
-        bridge.close(pull(net, rule, feedback, x, e)[0], pull(net, lrules.direct_feedback_alignment(), skipped, x, e)[0])
+        bridge.close(
+            pull(net, rule, feedback, x, e)[0], pull(net, lrules.direct_feedback_alignment(), skipped, x, e)[0]
+        )
 
 
 RULES = {
@@ -130,9 +132,7 @@ def test_redrawn():
 def test_redrawn_direct():
     with jax.enable_x64(True):
         net, x, e = make("shallow")
-        rule = lrules.direct(
-            lambda e, b, targets, name: e @ b, init=jax.nn.initializers.glorot_normal(), redrawn=True
-        )
+        rule = lrules.direct(lambda e, b, targets, name: e @ b, init=jax.nn.initializers.glorot_normal(), redrawn=True)
         key = jax.random.key(5)
         kept = lrules.direct_feedback_alignment().init(
             key, bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x)

@@ -15,7 +15,9 @@ from tests.rules.common import NETS, agrees, draw, make, pull
 def test_reference(name):
     with jax.enable_x64(True):
         net, x, e = make(name)
-        agrees(pull(net, lrules.skipped_backprop(), lrules.Feedback({}, {}), x, e), skipped_backprop.gradients(net, x, e))
+        agrees(
+            pull(net, lrules.skipped_backprop(), lrules.Feedback({}, {}), x, e), skipped_backprop.gradients(net, x, e)
+        )
 
 
 def test_is_direct_feedback_by_the_products():
