@@ -140,7 +140,7 @@ def drop_error(rule: Rule, rate: float) -> Rule:
 
     Args:
       rule: the rule to modify.
-      rate: the probability with which an error is dropped.
+      rate: the probability with which an error is dropped, met to a precision of 2^-17.
 
     Returns:
       The modified rule; it needs `rng=`.
@@ -155,10 +155,17 @@ def drop_error(rule: Rule, rate: float) -> Rule:
         raise ValueError(f"rate={rate} is the probability with which errors are dropped: give a number in [0, 1)")
 
     def drop(signal, name, rng):
-        kept = jax.random.bernoulli(rng, 1 - rate, signal.shape)
-        return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
+        return jnp.where(_kept(rng, signal.shape, rate), signal / (1 - rate), jnp.zeros_like(signal))
 
     return modify_error(rule, drop, stochastic=True)
+
+
+def _kept(key, shape: tuple[int, ...], rate: float):
+    """True with probability 1 - rate, from 16 random bits each: half the time of drawing 32."""
+    last = shape[-1] if shape else 1
+    words = jax.random.bits(key, (*shape[:-1], -(-last // 2)), jnp.uint32)
+    drawn = jnp.concatenate([words & jnp.uint32(0xFFFF), words >> jnp.uint32(16)], axis=-1)[..., :last]
+    return (drawn >= jnp.uint32(round(rate * 2**16))).reshape(shape)
 
 
 class _AtHidden(Handler):
@@ -407,8 +414,8 @@ class _PerExample(Handler):
         x_axis, y_axis = self.axes[layer.site]
         if x_axis is None or y_axis is None or len(jax.tree.leaves(x)) > 1:
             raise NotImplementedError(
-                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be told, "
-                "so its updates cannot be taken one example at a time: put the batch in front of what it reads"
+                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "
+                "told, so its updates cannot be taken one example at a time: put the batch in front of what it reads"
             )
         gain, plain, run = self.gains.get(layer.site), op.plain, op.run
         fed = b is not w
@@ -497,9 +504,10 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
 
     Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
 
-    So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them. No
-    logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1), exactly
-    (never a tie: the square root of one half is no float). The quotient is rounded to the precision of x, at least float32 (exact if alpha is a power of two). NaN stays NaN.
+    So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them.
+    No logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1),
+    exactly (there is no tie, as no float squares to one half). The quotient is rounded to the precision of x, at least
+    float32; if alpha is a power of two, it is exact. NaN stays NaN.
 
     Args:
       x: an array.

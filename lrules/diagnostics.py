@@ -1,16 +1,18 @@
-"""How close a rule's update is to another: angles, signs, norms, and the alignment of feedback with forward weights.
+"""How close a rule's update is to another, how feedback aligns with forward weights, and how steep a network is.
 
 All functions are pure and may be called inside a jitted step.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lrules.network import parameter_name
+from lrules.network import Frame, Handler, Network, as_network, parameter_name
 from lrules.rule import Feedback, at_least_float32
 
 Pytree = Any
@@ -133,3 +135,125 @@ def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]
         elif w is not None and w.ndim == 2 and w.T.shape == b.shape:
             found[name] = compare(b, w.T)
     return found
+
+
+def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -> jax.Array:
+    """The spectral norm of the network with its activations left out: an estimate of its Lipschitz constant.
+
+    ||W_L ... W_2 W_1||_2, exactly, for a multilayer perceptron
+
+    Args:
+      net: the network; what lies between its activations should be linear (dense layers, convolutions, mean pooling).
+      params: the parameters.
+      inputs: one array, the batch in front; its first example says where what is not linear is linearised.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: the network has several inputs or outputs.
+
+    References:
+      Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), section 6.1, Table 1.
+    """
+    net = as_network(net)
+    leaves, axes = jax.tree.leaves(inputs), net.input_batch_axes(inputs)
+    if len(leaves) != 1 or axes[0] is None:
+        raise ValueError(f"lipschitz_product wants one input with a batch axis, but there are {len(leaves)} inputs")
+    one = jax.lax.slice_in_dim(leaves[0], 0, 1, axis=axes[0])
+    graph = net.graph(params, jax.tree.unflatten(jax.tree.structure(inputs), [one]))
+
+    def linear(x):
+        outputs, _ = graph.run(jax.tree.leaves(params), [x], handlers=(_LeftOut(),), frame=Frame())
+        if len(jax.tree.leaves(outputs)) != 1:
+            raise ValueError("lipschitz_product wants one output: wrap the network in a function that returns it")
+        return jnp.ravel(jax.tree.leaves(outputs)[0])
+
+    y, pull = jax.vjp(linear, one)
+    (rows,) = jax.vmap(pull)(jnp.eye(y.size, dtype=y.dtype))
+    return jnp.linalg.norm(rows.reshape(y.size, -1).astype(at_least_float32(y.dtype)), 2)
+
+
+def spectral_norms(net: Network | Callable, params: Pytree, inputs: Pytree, iterations: int = 50) -> dict[str, jax.Array]:
+    """The spectral norm of every dense layer and convolution, by power iterations; their product bounds that of the net.
+
+    Args:
+      net: the network.
+      params, inputs: as it takes them.
+      iterations: of each layer.
+
+    Returns:
+      A scalar per layer, by name (inside a loop, one per iteration). Biases do not count.
+    """
+    graph, frame = as_network(net).graph(params, inputs), Frame()
+    handler = _SpectralNorms(iterations)
+    graph.run(jax.tree.leaves(params), jax.tree.leaves(inputs), handlers=(handler,), frame=frame)
+    return {name.removesuffix(" norm"): norm for name, norm in frame.records.items()}
+
+
+class _LeftOut(Handler):
+    """Leaves out activations."""
+
+    activations = True
+
+    def activation(self, activation, fn, x, frame):
+        return x.astype(activation.output.aval.dtype)
+
+
+class _SpectralNorms(Handler):
+    """Records the spectral norm of layers."""
+
+    def __init__(self, iterations: int):
+        self.iterations = iterations
+
+    def layer(self, layer, op, w, b, x, frame):
+        if layer.operation in ("dot_general", "conv_general_dilated"):
+            frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.plain, w, self.iterations)
+        return op(w, x)
+
+
+def spectral_norm(layer, op: Callable, w, iterations: int):
+    """The largest singular value of a layer's linear map, the bias apart, by power iterations.
+
+    Args:
+      layer: the layer.
+      op: `(w, x) -> y`.
+      w: its weight.
+      iterations: how many.
+
+    Returns:
+      A scalar: an estimate from below.
+
+    Raises:
+      NotImplementedError: the layer is neither dense nor a convolution.
+    """
+    shape = list(layer.operand.aval.shape)
+    if layer.operation == "dot_general":
+        side = 1 if layer.weight_first else 0
+        contract, batch = layer.eqn.params["dimension_numbers"]
+        kept = {*contract[side], *batch[side]}
+    elif layer.operation == "conv_general_dilated":
+        kept = set(range(len(shape))) - {layer.eqn.params["dimension_numbers"].lhs_spec[0]}
+    else:
+        raise NotImplementedError(
+            f"the spectral norm of the layer {layer.name!r}, a {layer.operation}, is not known here"
+        )
+    shape = [n if i in kept else 1 for i, n in enumerate(shape)]
+    w = jax.lax.stop_gradient(w)
+    v = jax.random.normal(jax.random.key(zlib.crc32(layer.name.encode()) & 0x7FFFFFFF), shape, layer.operand.aval.dtype)
+
+    def apply(v):
+        u, pull = jax.vjp(lambda v: op(w, v), v)
+        return pull(u)[0]
+
+    def iterate(_, v):
+        v = apply(v)
+        norm = _norm(v)
+        return (v / jnp.where(norm > 0, norm, 1)).astype(v.dtype)
+
+    v = jax.lax.fori_loop(0, iterations, iterate, v / _norm(v).astype(v.dtype))
+    return _norm(op(w, v))
+
+
+def _norm(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))

@@ -130,14 +130,16 @@ def references(net, x):
 FAMILIES = ["backprop", "alignment", "direct", "kolen_pollack", "skipped", "backman"]
 
 
-def drop_masks(net, x, key, rate, dtype=np.float64):
-    """What `drop_error` draws from `rng`: a key per hidden signal, of the shape where it is defined."""
+def drop_masks(net, x, key, rate):
+    """What `drop_error` draws from `rng`: a key per hidden signal, 16 bits for each of its numbers."""
     own = jax.random.split(key)[0]
     trace, masks = nets.forward(net, x), [None]
     for k in range(1, len(net)):
         here = jax.random.fold_in(own, zlib.crc32(f"{k}/kernel".encode()) & 0x7FFFFFFF)
-        kept = jax.random.bernoulli(here, 1 - rate, trace.pooled[k - 1].shape)
-        masks.append(np.asarray(kept, dtype).reshape(trace.reads[k].shape))
+        *lead, last = trace.pooled[k - 1].shape
+        words = np.asarray(jax.random.bits(here, (*lead, (last + 1) // 2), jnp.uint32))
+        halves = np.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :last]
+        masks.append((halves >= round(rate * 2**16)).astype(np.float64).reshape(trace.reads[k].shape))
     return masks
 
 
@@ -210,6 +212,21 @@ def test_two_drops_are_independent_and_split_the_key():
             channel.drop(drop_masks(net, x, KEY, 0.3), 0.3), channel.drop(drop_masks(net, x, inner, 0.4), 0.4)
         )
         agrees(pull(net, new, feedback, x, e, rng=KEY), reference(x, e, modify=turns))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.75])
+def test_rate_of_drops(rate):
+    """As often as said, independently of each other, the rest scaled up."""
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    params = {"a": jnp.zeros((1, 301)), "b": jnp.ones((301, 1))}
+    f = lrules.transform(apply, lrules.drop_error(lrules.backprop(), rate), reduction="sum")
+    x = jnp.ones((101, 1))
+    per_example = jax.vmap(lambda x: jax.grad(lambda p: f(p, NONE, x, rng=KEY).sum())(params)["a"][0])(x[:1, None])
+    assert set(np.unique(np.round(per_example, 5))) <= {0.0, np.float32(round(1 / (1 - rate), 5))}
+    signal = jax.grad(lambda p: f(p, NONE, x, rng=KEY).sum())(params)["a"][0] * (1 - rate) / 101  # kept, of 101 each
+    assert abs(float(signal.mean()) - (1 - rate)) < 0.01
+    assert abs(float(signal.std()) - (rate * (1 - rate) / 101) ** 0.5) < 0.01
+    assert abs(float(np.corrcoef(signal[:150], signal[151:])[0, 1])) < 0.3 or rate == 0
 
 
 def test_outermost_derivative_holds():

@@ -58,3 +58,49 @@ def test_in_a_jitted_step():
     np.testing.assert_allclose(perfect["b"].angle, 0, atol=1e-3)
     np.testing.assert_allclose(perfect["b"].norm_ratio, 2, rtol=1e-6)
     np.testing.assert_allclose(perfect["c"].angle, 180, atol=1e-3)
+
+
+def test_relative_error():
+    got = diagnostics.compare(jnp.array([3.0, 1.0]), jnp.array([0.0, 5.0]))
+    np.testing.assert_allclose(got.relative_error, 1, rtol=1e-6)
+    assert diagnostics.compare(jnp.zeros(3), jnp.ones(3)).relative_error == 1
+    assert diagnostics.compare(jnp.zeros(3), jnp.zeros(3)).relative_error == 0
+    assert jnp.isinf(diagnostics.compare(jnp.ones(3), jnp.zeros(3)).relative_error)
+
+
+def test_lipschitz_product_of_an_mlp():
+    """The spectral norm of the product, biases and activations apart."""
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=s) for s in ((8, 6), (6, 5), (5, 3))]
+
+    def mlp(p, x):
+        for w, f in zip(p, (jax.nn.relu, jax.nn.gelu, lambda h: h), strict=True):
+            x = f(x @ w + 0.5)
+        return x
+
+    with jax.enable_x64(True):
+        got = jax.jit(lambda p, x: diagnostics.lipschitz_product(mlp, p, x))([jnp.asarray(w) for w in weights], jnp.ones((4, 8)))
+        np.testing.assert_allclose(got, np.linalg.norm(weights[0] @ weights[1] @ weights[2], 2), rtol=1e-10)
+        with pytest.raises(ValueError, match="one output"):
+            diagnostics.lipschitz_product(lambda p, x: (x @ p, x), jnp.ones((8, 2)), jnp.ones((4, 8)))
+
+
+def test_spectral_norms():
+    rng = np.random.default_rng(0)
+    params = {"conv": rng.normal(size=(3, 3, 2, 4)), "out": rng.normal(size=(3, 64)), "loop": rng.normal(size=(2, 3, 3))}
+
+    def conv(w, x):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def net(p, x):
+        h = jax.nn.relu(conv(p["conv"], x) + 1).reshape(x.shape[0], -1)
+        h = jnp.tanh((p["out"] @ h.T).T)
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["loop"])[0]
+
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, params)
+        got = jax.jit(lambda p: diagnostics.spectral_norms(net, p, jnp.ones((5, 4, 4, 2)), 300))(params)
+        matrix = jax.jacobian(lambda x: conv(params["conv"], x).ravel())(jnp.zeros((1, 4, 4, 2))).reshape(64, -1)
+        np.testing.assert_allclose(got["conv"], np.linalg.norm(matrix, 2), rtol=1e-6)
+        np.testing.assert_allclose(got["out"], np.linalg.norm(params["out"], 2), rtol=1e-6)
+        np.testing.assert_allclose(got["loop"], [np.linalg.norm(w, 2) for w in params["loop"]], rtol=1e-6)

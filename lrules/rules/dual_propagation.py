@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.activations import refuse_doubts
-from lrules.analysis import INLINED, Block, is_literal, scan_counts
+from lrules.analysis import INLINED, Block, is_literal, scan_counts, varying_axes
+from lrules.diagnostics import spectral_norm
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.rule import (
     Direct,
@@ -65,6 +65,8 @@ def dual_propagation(
     input_nudge: float | None = None,
     feedback: Rule | None = None,
     tolerance: float | None = None,
+    *,
+    axis_name: str | Sequence[str] | None = None,
 ) -> Rule:
     """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states in the place of derivatives.
 
@@ -94,6 +96,8 @@ def dual_propagation(
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
         `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
       tolerance: stop as soon as the residual is at most this.
+      axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does (that
+        of `value_and_grad` runs over one device's share).
 
     Returns:
       The rule. Under `lrules.transform` only with `output="once"`. It needs `rng=` if the order is `"random"`.
@@ -108,7 +112,9 @@ def dual_propagation(
       to 22, 44 to 50.
     """
     _check(alpha, beta, adjoint, iterations, order, output, damping, feedback)
-    options = _Options(alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance)
+    options = _Options(
+        alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance, axis_name
+    )
 
     def plan(net, graph, params, inputs) -> Plan:
         return _plan(options, net, graph, params, inputs)
@@ -135,7 +141,7 @@ def dual_propagation(
 
     def value_and_grad(net, loss):
         def fn(params, feedback, inputs, targets, *, rng=None):
-            network = _Dual(options, net, params, inputs, "mean")
+            network = _Dual(dataclasses.replace(options, axis_name=None), net, params, inputs, "mean")
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux, begin = network.begin(args)
             value, error = jax.value_and_grad(lambda o: mean_loss(net, loss, o, inputs, targets), allow_int=True)(
@@ -168,6 +174,7 @@ class _Options:
     input_nudge: float | None
     feedback: Rule | None
     tolerance: float | None
+    axis_name: str | Sequence[str] | None
 
 
 def _check(alpha, beta, adjoint, iterations, order, output, damping, feedback) -> None:
@@ -339,6 +346,8 @@ class _Dual:
         self.graph = graph = net.graph(params, inputs)
         self.plan = _plan(options, net, graph, params, inputs)
         self.batch = net.batch_size(inputs) if reduction == "mean" else 1
+        if reduction == "mean" and options.axis_name is not None:
+            self.batch *= int(jax.lax.psum(1, options.axis_name))
         nudged = [
             axis is not None and options.input_nudge is not None and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
             for x, axis in zip(jax.tree.leaves(inputs), net.input_batch_axes(inputs), strict=True)
@@ -513,7 +522,8 @@ class _Dual:
 
         def iteration(carry, key):
             new = step(carry, key)
-            return new, _residual(carry[0], new[0])
+            residual = _residual(carry[0], new[0])
+            return new, residual if options.axis_name is None else jax.lax.pmax(residual, options.axis_name)
 
         if options.tolerance is None or options.iterations == done:
             found = jnp.ones(done, dtype)
@@ -534,6 +544,8 @@ class _Dual:
             return i + 1, carry, found.at[i].set(residual)
 
         found = jnp.where(jnp.arange(options.iterations) < done, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
+        spread = varying_axes(jax.typeof(_residual(carry[0], carry[0]))) if options.axis_name is None else ()
+        found = jax.lax.pcast(found, tuple(sorted(spread)), to="varying") if spread else found
         count, carry, found = jax.lax.while_loop(more, body, (jnp.asarray(done), carry, found))
         return carry, {"residual": found, "iterations": count}
 
@@ -658,49 +670,6 @@ class _SpectralNorms(Handler):
         if layer.site in self.sites:
             frame.records[layer.site] = spectral_norm(layer, op.plain, w, POWER_ITERATIONS) ** 2
         return op(w, x)
-
-
-def spectral_norm(layer, op: Callable, w, iterations: int):
-    """The largest singular value of a layer's linear map, the bias apart, by power iterations.
-
-    Args:
-      layer: the layer.
-      op: `(w, x) -> y`.
-      w: its weight.
-      iterations: how many.
-
-    Returns:
-      A scalar: an estimate from below.
-
-    Raises:
-      NotImplementedError: the layer is neither dense nor a convolution.
-    """
-    shape = list(layer.operand.aval.shape)
-    if layer.operation == "dot_general":
-        side = 1 if layer.weight_first else 0
-        contract, batch = layer.eqn.params["dimension_numbers"]
-        kept = {*contract[side], *batch[side]}
-    elif layer.operation == "conv_general_dilated":
-        kept = set(range(len(shape))) - {layer.eqn.params["dimension_numbers"].lhs_spec[0]}
-    else:
-        raise NotImplementedError(
-            f"the spectral norm of the layer {layer.name!r}, a {layer.operation}, is not known here"
-        )
-    shape = [n if i in kept else 1 for i, n in enumerate(shape)]
-    w = jax.lax.stop_gradient(w)
-    v = jax.random.normal(jax.random.key(zlib.crc32(layer.name.encode()) & 0x7FFFFFFF), shape, layer.operand.aval.dtype)
-
-    def apply(v):
-        u, pull = jax.vjp(lambda v: op(w, v), v)
-        return pull(u)[0]
-
-    def iterate(_, v):
-        v = apply(v)
-        norm = _norm(v)
-        return (v / jnp.where(norm > 0, norm, 1)).astype(v.dtype)
-
-    v = jax.lax.fori_loop(0, iterations, iterate, v / _norm(v).astype(v.dtype))
-    return _norm(op(w, v))
 
 
 def _readers(graph: Graph) -> dict[str, list[Any]]:

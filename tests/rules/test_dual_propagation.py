@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import lrules
-from lrules.rules.dual_propagation import POWER_ITERATIONS, spectral_norm
+from lrules.diagnostics import spectral_norm
+from lrules.rules.dual_propagation import POWER_ITERATIONS
 from tests import bridge
 from tests.reference import backprop, losses, nets
 from tests.reference import dual_propagation as reference
@@ -540,3 +541,45 @@ def test_error_modifiers_compose():
     key = {"rng": jax.random.key(1)}
     dropped = [grads(lrules.drop_error(r, 0.5), **key) for r in (weak, lrules.backprop())]
     bridge.close(*dropped, 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- many devices
+
+SHARDED = {
+    "one sweep": {},
+    "sweeps": {"alpha": 0.2, "iterations": 3},
+    "until settled": {"alpha": 0.2, "iterations": 9, "tolerance": 1e-9},
+    "forward": {"alpha": 0.2, "iterations": 5, "order": "forward"},
+    "odd and even": {"alpha": 0.2, "iterations": 3, "order": "odd_even"},
+    "inputs too": {"alpha": 0.2, "iterations": 2, "input_nudge": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(name, check_vma):
+    """A mean over all devices' examples, and each device's share of it: the sum of the gradients is that of the batch."""
+    params, x, y = residual_case()
+    x, y = jnp.concatenate([x, x[:1]]), jnp.concatenate([y, y[:1]])
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def gradient(f, params, x, y):
+        return jax.grad(lambda p: half_squared(f(p, NO_FEEDBACK, x), y).sum() / 8)(params)
+
+    def shared(params, x, y):
+        f = lrules.transform(residual_net, lrules.dual_propagation(beta=0.2, **SHARDED[name], axis_name="data"))
+        grads = gradient(f, params, x, y)
+        return grads if check_vma else jax.lax.psum(grads, "data")
+
+    specs = {"in_specs": (spec(), spec("data"), spec("data")), "out_specs": spec(), "check_vma": check_vma}
+    got = jax.jit(jax.shard_map(shared, mesh=mesh, **specs))(params, x, y)
+    f = lrules.transform(residual_net, lrules.dual_propagation(beta=0.2, **SHARDED[name]))
+    bridge.close(got, jax.jit(lambda *args: gradient(f, *args))(params, x, y), 1e-6)
+
+    def means(params, x, y):
+        rule = lrules.dual_propagation(beta=0.2, **SHARDED[name])
+        _, grads = lrules.value_and_grad(residual_net, half_squared, rule)(params, NO_FEEDBACK, x, y)
+        return jax.tree.map(lambda g: g / 4, grads.params if check_vma else jax.lax.psum(grads.params, "data"))
+
+    bridge.close(jax.jit(jax.shard_map(means, mesh=mesh, **specs))(params, x, y), got, 1e-6)

@@ -1,0 +1,1 @@
+"""The papers' theorems, runnable: `python -m experiments.theory` checks and plots them all."""

@@ -1,0 +1,23 @@
+"""One measured claim."""
+
+from typing import NamedTuple
+
+
+class Check(NamedTuple):
+    """A claim of a paper, the figure that was measured for it, and the interval in which it holds."""
+
+    source: str  # paper and theorem
+    claim: str
+    measured: float
+    most: float = float("inf")
+    least: float = float("-inf")
+
+    @property
+    def holds(self) -> bool:
+        return self.least <= self.measured <= self.most
+
+    @property
+    def wanted(self) -> str:
+        """The interval in words."""
+        bounds = [f"> {self.least:g}"] * (self.least > -float("inf")) + [f"< {self.most:g}"] * (self.most < float("inf"))
+        return " and ".join(bounds)

@@ -1,0 +1,408 @@
+"""Learning dynamics of random backpropagation, averaged over the data, in continuous time (section 7).
+
+Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel, 2018.
+
+A linear network O = P I, P = A_L ... A_1, learns T from I by skipped random backpropagation. Eq. 81, with C_L = Id:
+
+    dA_i/dt = C_i (S_TI - P S_II) A_1^t ... A_{i-1}^t,    S_TI = E(T I^t),  S_II = E(I I^t)
+
+Shapes: A_i [N_i, N_{i-1}], C_i [N_i, N_L], S_TI [N_L, N_0], S_II [N_0, N_0]. All linear cases of the section are this
+system: chains have sizes 1, with a_i, c_i, alpha = E(TI) and beta = E(I^2) as [1, 1] matrices. Gradient descent, Eq. 84,
+has A_{i+1}^t ... A_L^t in place of C_i. Weights and feedback are tuples of arrays; feedback has one entry fewer.
+
+Everything takes and returns NumPy arrays and computes in float64.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpy.polynomial import Polynomial
+
+Weights = tuple[Any, ...]
+Field = Callable[..., Any]  # (state, *arguments) -> time derivative, of the structure of state
+
+
+class Flow(NamedTuple):
+    """A solution: `times` [T], `states` as the state with a leading time axis."""
+
+    times: np.ndarray
+    states: Any
+
+    @property
+    def last(self) -> Any:
+        return jax.tree.map(lambda x: x[-1], self.states)
+
+
+class Problem(NamedTuple):
+    """A linear network and what it has to learn."""
+
+    weights: Weights
+    feedback: Weights
+    ti: np.ndarray  # [N_L, N_0]
+    ii: np.ndarray  # [N_0, N_0]
+
+
+# ---------------------------------------------------------------------------------------------------- the linear system
+
+
+def srbp(weights: Weights, feedback: Weights, ti: Any, ii: Any) -> Weights:
+    """Skipped random backpropagation: dA_i/dt = C_i (S_TI - P S_II) A_1^t ... A_{i-1}^t (Eq. 81)."""
+    error = ti - product(weights) @ ii
+    signals = (*(c @ error for c in feedback), error)
+    below = [np.eye(ti.shape[1]), *(product(weights[:i]) for i in range(1, len(weights)))]
+    return tuple(s @ b.T for s, b in zip(signals, below, strict=True))
+
+
+def gradient_descent(weights: Weights, ti: Any, ii: Any) -> Weights:
+    """Gradient descent: dA_i/dt = A_{i+1}^t ... A_L^t (S_TI - P S_II) A_1^t ... A_{i-1}^t (Eq. 84)."""
+    return srbp(weights, tuple(product(weights[i:]).T for i in range(1, len(weights))), ti, ii)
+
+
+def product(matrices: Sequence[Any]) -> Any:
+    """A_n ... A_1."""
+    return functools.reduce(lambda below, a: a @ below, matrices)
+
+
+def skipped(feedback: Weights) -> Weights:
+    """The C of SRBP that makes it RBP with the matrices C_i [N_i, N_{i+1}]: C_i C_{i+1} ... C_{L-1} (Eq. 87)."""
+    return tuple(functools.reduce(lambda a, b: a @ b, feedback[i:]) for i in range(len(feedback)))
+
+
+def optimum(ti: np.ndarray, ii: np.ndarray) -> np.ndarray:
+    """The least squares solution S_TI S_II^-1 [N_L, N_0]."""
+    return np.linalg.solve(ii, ti.T).T
+
+
+def excess_error(weights: Weights, ti: np.ndarray, ii: np.ndarray) -> np.ndarray:
+    """E|T - P I|^2 / 2 above its minimum over all P; leading axes of the weights are kept."""
+    gap = product(weights) - optimum(ti, ii)
+    return 0.5 * np.einsum("...ij,jk,...ik->...", gap, ii, gap)
+
+
+def random_problem(seed: int, sizes: Sequence[int], *, feedback_sizes: str = "skipped") -> Problem:
+    """Normal weights and feedback of standard deviation 1/sqrt(fan-in), and moments of random data."""
+    rng = np.random.default_rng(seed)
+    inputs, outputs = sizes[0], sizes[-1]
+    weights = tuple(rng.normal(size=(n, m)) / np.sqrt(m) for m, n in zip(sizes, sizes[1:], strict=False))
+    above = sizes[2:] if feedback_sizes == "sequential" else [outputs] * (len(sizes) - 2)
+    feedback = tuple(rng.normal(size=(n, m)) / np.sqrt(m) for n, m in zip(sizes[1:-1], above, strict=True))
+    x = rng.normal(size=(20 * inputs, inputs))
+    t = x @ rng.normal(size=(inputs, outputs)) + 0.1 * rng.normal(size=(len(x), outputs))
+    return Problem(weights, feedback, t.T @ x / len(x), x.T @ x / len(x))
+
+
+def integrate(field: Field, state: Any, *arguments: Any, until: float = 500.0, points: int = 300) -> Flow:
+    """Solve dstate/dt = field(state, *arguments) from t = 0, by diffrax's Dopri8 to a relative error of 1e-10.
+
+    Args:
+      field: a function of the module; it is compiled once for each structure of its arguments.
+      state: arrays.
+      *arguments: arrays.
+      until: the last time.
+      points: how many times to keep: 0, and then evenly spaced logarithms from until / 10^5.
+    """
+    times = np.concatenate([[0.0], np.geomspace(1e-5 * until, until, points - 1)])
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (state, arguments))
+        solved, finite = _solve(field, *wide, times)
+        if not finite:
+            raise RuntimeError(f"{getattr(field, '__name__', field)} has no solution until t = {until:g}")
+        return Flow(times, jax.tree.map(np.asarray, solved))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(field, state, arguments, times):
+    flat, unflatten = ravel_pytree(state)  # one vector compiles in half the time of a tuple
+
+    def velocity(t, y, arguments):
+        return ravel_pytree(field(unflatten(y), *arguments))[0]
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(velocity),
+        diffrax.Dopri8(),
+        times[0],
+        times[-1],
+        None,
+        flat,
+        arguments,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-12),
+        max_steps=200_000,
+        throw=False,
+    )
+    return jax.vmap(unflatten)(solution.ys), jnp.isfinite(solution.ys).all()
+
+
+# ------------------------------------------------------------------------------------------- one dimension: Theorem 1
+
+
+def limit(velocity: Polynomial, start: float) -> float:
+    """Where dx/dt = velocity(x) goes from `start`: a root, or plus or minus infinity (Theorem 1).
+
+    To the next root in the direction of the velocity. Where there is none, the solution leaves in finite time; above the
+    last root that happens if the velocity is positive there (the paper prints the opposite).
+    """
+    speed = velocity(start)
+    if abs(speed) < 1e-14:
+        return start
+    roots = real_roots(velocity)
+    ahead = roots[roots > start] if speed > 0 else roots[roots < start]
+    if not len(ahead):
+        return float(np.copysign(np.inf, speed))
+    return float(ahead.min() if speed > 0 else ahead.max())
+
+
+def real_roots(polynomial: Polynomial) -> np.ndarray:
+    """The real roots, in increasing order, sharpened by Newton's method."""
+    found = np.roots(polynomial.coef[::-1])
+    roots = np.sort(found[np.abs(found.imag) < 1e-7 * (1 + np.abs(found))].real)
+    slope = polynomial.deriv()
+    for _ in range(3):
+        steep = np.abs(slope(roots)) > 1e-9
+        roots = roots - np.where(steep, polynomial(roots) / np.where(steep, slope(roots), 1), 0)
+    return roots
+
+
+# ---------------------------------------------------------------------------------------- chains: Theorems 2, 3 and 4
+
+
+def as_chain(values: Sequence[float]) -> Weights:
+    """Numbers as [1, 1] matrices."""
+    return tuple(np.full((1, 1), value, np.float64) for value in values)
+
+
+def chain_problem(start: Sequence[float], feedback: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> Problem:
+    """The chain A[1, ..., 1] with weights a_1 ... a_L and feedback c_1 ... c_{L-1} (Eq. 44)."""
+    return Problem(as_chain(start), as_chain(feedback), *as_chain((alpha, beta)))
+
+
+def chain_polynomials(start: Sequence[float], feedback: Sequence[float]) -> list[Polynomial]:
+    """Every a_i as a polynomial in a_1, of degree 2^(i-1): a_{i+1} = c_{i+1} / (2 c_i) a_i^2 + const (Eq. 48), c_L = 1."""
+    c = [*feedback, 1.0]
+    polynomials = [Polynomial([0.0, 1.0])]
+    for i in range(len(start) - 1):
+        ratio = c[i + 1] / (2 * c[i])
+        polynomials.append(ratio * polynomials[i] ** 2 + (start[i + 1] - ratio * start[i] ** 2))
+    return polynomials
+
+
+def chain_velocity(start: Sequence[float], feedback: Sequence[float], alpha: float, beta: float) -> Polynomial:
+    """da_1/dt = c_1 (alpha - beta P) as a polynomial in a_1, of degree 2^L - 1 (Eq. 42, 51)."""
+    return feedback[0] * (alpha - beta * functools.reduce(Polynomial.__mul__, chain_polynomials(start, feedback)))
+
+
+def chain_limit(start: Sequence[float], feedback: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
+    """The fixed point a [L] that a chain reaches from `start` (Theorems 2 to 4)."""
+    a = limit(chain_velocity(start, feedback, alpha, beta), start[0])
+    return np.array([p(a) for p in chain_polynomials(start, feedback)])
+
+
+def chain_gradient_limit(start: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
+    """The fixed point a [L] of gradient descent from positive weights, alpha > 0.
+
+    a_i^2 - a_1^2 is constant (Eq. 54), so s = a_1^2 solves prod_i (s + a_i(0)^2 - a_1(0)^2) = (alpha / beta)^2; all a_i
+    keep their signs, which singles out the largest root.
+    """
+    offsets = np.square(start) - start[0] ** 2
+    s = real_roots(Polynomial.fromroots(-offsets) - (alpha / beta) ** 2).max()
+    return np.sqrt(s + offsets)
+
+
+def chain_slope(a: Sequence[float], feedback: Sequence[float]) -> float:
+    """dP/dt over (alpha - beta P), sum_i c_i a_1 ... a_{i-1} prod_{k != i} a_k (Eq. 24, 37, 46).
+
+    At a fixed point, -beta times this is the rate of the linearised dynamics (Eq. 33): attracting where it is positive,
+    for A[1,1,1] where a_1^2 + c_1 a_2 > 0, outside the parabola of Eq. 28.
+    """
+    c = [*feedback, 1.0]
+    others = [np.prod([*a[:i], *a[i + 1 :]]) for i in range(len(a))]
+    return float(sum(c[i] * np.prod(a[:i]) * others[i] for i in range(len(a))))
+
+
+# ------------------------------------------------------------------------------ A[1,N,1] and A[N,1,N]: Theorems 5 and 6
+
+
+def expansive_limit(problem: Problem) -> Weights:
+    """The fixed point of A[1,N,1]: the root of a cubic in the first lower weight (Theorem 5).
+
+    a_i = c_i / c_1 a_1 + const (Eq. 61), b_i = a_i^2 / (2 c_i) + const (Eq. 59), da_1/dt = c_1 (alpha - beta sum a_i b_i).
+    """
+    (a0, b0), (c,) = (w.ravel() for w in problem.weights), (w.ravel() for w in problem.feedback)
+    alpha, beta = problem.ti.item(), problem.ii.item()
+    lower = [Polynomial([a0[i] - c[i] / c[0] * a0[0], c[i] / c[0]]) for i in range(len(c))]
+    upper = [a**2 / (2 * c[i]) + (b0[i] - a0[i] ** 2 / (2 * c[i])) for i, a in enumerate(lower)]
+    p = functools.reduce(Polynomial.__add__, (a * b for a, b in zip(lower, upper, strict=True)))
+    end = limit(c[0] * (alpha - beta * p), a0[0])
+    return np.array([[a(end)] for a in lower]), np.array([[b(end) for b in upper]])
+
+
+def compressive_limit(problem: Problem) -> Weights:
+    """The fixed point of A[N,1,M]: A = r C P*, with P* = S_TI S_II^-1 and r the positive root of a cubic (Theorem 6).
+
+    |C P*|^2 r^3 / 2 + K r = 1 has one, with K of Lemma 1; B = S_TI A^t / (A S_II A^t). The paper treats the autoencoder
+    with S_TI = S_II = Id, where A = r C, B = C^t / (r |C|^2) and P = C^t C / |C|^2. Not from an A(0) = -k C P* with k > 0
+    (see `compressive_line_limit`).
+    """
+    (a0, b0), (c,), ti, ii = problem
+    direction = c @ optimum(ti, ii)
+    r = real_roots(_compressive_cubic(a0, b0, c, direction)).max()
+    return _compressive_point(r * direction, ti, ii)
+
+
+def compressive_line_limit(problem: Problem) -> Weights:
+    """The fixed point of A[N,1,M] from A(0) = k C P*: A stays on that line.
+
+    The case that the proof of Theorem 6 calls easier. For k < 0 and K low enough it ends at a *negative* root of the
+    cubic, which the theorem does not foresee; from beside the line that point is unstable.
+    """
+    (a0, b0), (c,), ti, ii = problem
+    direction = c @ optimum(ti, ii)
+    k = (a0 @ direction.T).item() / (direction**2).sum()
+    return _compressive_point(limit(_compressive_cubic(a0, b0, c, direction), k) * direction, ti, ii)
+
+
+def _compressive_cubic(a0, b0, c, direction) -> Polynomial:
+    """dr/dt = 1 - (|C P*|^2 r^2 / 2 + K) r (Eq. 77, 79), K = C B - |A|^2 / 2 (Lemma 1)."""
+    k = (c @ b0).item() - 0.5 * (a0**2).sum()
+    return Polynomial([1.0, -k, 0.0, -0.5 * (direction**2).sum()])
+
+
+def _compressive_point(a, ti, ii) -> Weights:
+    return a, ti @ a.T / (a @ ii @ a.T)
+
+
+# ------------------------------------------------------------------------------ three layers: Lemma 1, Theorems 7 to 10
+
+
+def coupling(weights: Weights, feedback: Weights) -> np.ndarray:
+    """C A_2 + (C A_2)^t - A_1 A_1^t [..., N_1, N_1], constant along the flow (Eq. 92); for N_1 = 1 twice Lemma 1's K."""
+    (a1, a2), (c,) = weights, feedback
+    ca2 = c @ a2
+    return ca2 + np.swapaxes(ca2, -1, -2) - a1 @ np.swapaxes(a1, -1, -2)
+
+
+def balance(weights: Weights) -> list[np.ndarray]:
+    """A_{i+1}^t A_{i+1} - A_i A_i^t, constant under gradient descent (Eq. 85 and its transpose)."""
+    return [
+        np.swapaxes(above, -1, -2) @ above - below @ np.swapaxes(below, -1, -2)
+        for below, above in zip(weights, weights[1:], strict=False)
+    ]
+
+
+def decreasing(weights: Weights, feedback: Weights, ti: np.ndarray, ii: np.ndarray) -> np.ndarray:
+    """(C A_2)(C A_2)^t - A_1 (C P*)^t - (C P*) A_1^t [..., N_1, N_1], which never increases as a matrix (Eq. 109).
+
+    dV/dt = -2 U S_II U^t with U = C (P* - P). (Eq. 110 has the same quantity with two signs and S_II^-1 lost.)
+    """
+    (a1, a2), (c,) = weights, feedback
+    ca2, goal = c @ a2, c @ optimum(ti, ii)
+    cross = a1 @ goal.T
+    return ca2 @ np.swapaxes(ca2, -1, -2) - cross - np.swapaxes(cross, -1, -2)
+
+
+def isolation(a: np.ndarray) -> float:
+    """How far the solutions of Eq. 112 around (A, A^-1) are from a continuum: a smallest singular value (Theorem 10).
+
+    That of the linear map E -> (d(B + B^t - A A^t), d(A + A^t - B B^t)) with dA = E, dB = -B E B. Positive: the solution
+    is isolated, and A and B themselves converge.
+    """
+    b, n = np.linalg.inv(a), len(a)
+
+    def symmetric(x):
+        return x + x.T
+
+    columns = []
+    for e in np.eye(n * n).reshape(-1, n, n):
+        de = -b @ e @ b
+        columns.append(np.concatenate([symmetric(de - e @ a.T).ravel(), symmetric(e - de @ b.T).ravel()]))
+    return float(np.linalg.svd(np.array(columns).T, compute_uv=False)[-1])
+
+
+# ----------------------------------------------------------------------------------------- ---------- a power law: Theorem 12
+
+
+class Moments(NamedTuple):
+    """alpha = E(T I^mu), beta = E(I^2mu), gamma = E(T I), delta = E(I^(mu+1)), of positive inputs."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    delta: float
+
+
+def power_moments(inputs: np.ndarray, targets: np.ndarray, mu: float) -> Moments:
+    """The moments of data [n] (after Eq. 113)."""
+    alpha, beta = (targets * inputs**mu).mean(), (inputs ** (2 * mu)).mean()
+    return Moments(alpha, beta, (targets * inputs).mean(), (inputs ** (mu + 1)).mean())
+
+
+def power_srbp(state: Any, moments: Moments, c: Any, mu: Any) -> Any:
+    """O = a_2 (a_1 I)^mu, with the activation's derivative (Eq. 114).
+
+    da_1/dt = c mu a_1^(mu-1) (alpha - beta a_2 a_1^mu),  da_2/dt = a_1^mu (alpha - beta a_2 a_1^mu)
+    """
+    a1, a2 = state
+    error = moments.alpha - moments.beta * a2 * a1**mu
+    return c * mu * a1 ** (mu - 1) * error, a1**mu * error
+
+
+def power_srbp_without_derivative(state: Any, moments: Moments, c: Any, mu: Any) -> Any:
+    """The same without the derivative (Eq. 113).
+
+    da_1/dt = c (gamma - delta a_2 a_1^mu),  da_2/dt = a_1^mu (alpha - beta a_2 a_1^mu)
+    """
+    a1, a2 = state
+    return c * (moments.gamma - moments.delta * a2 * a1**mu), a1**mu * (moments.alpha - moments.beta * a2 * a1**mu)
+
+
+def power_gradient_descent(state: Any, moments: Moments, mu: Any) -> Any:
+    """Gradient descent: a_2 in place of c (Eq. 119)."""
+    return power_srbp(state, moments, state[1], mu)
+
+
+def power_limit(start: tuple[float, float], moments: Moments, c: float, mu: float) -> np.ndarray:
+    """The fixed point (a_1, a_2) from a_1(0) > 0, for alpha, beta, c > 0 (Theorem 12).
+
+    a_2 = a_1^2 / (2 c mu) + K (Eq. 115) and a_2 a_1^mu = alpha / beta: one positive root whatever K is. For mu = p/q it is
+    that of a polynomial of degree p + 2q in u = a_1^(1/q).
+    """
+    k = start[1] - start[0] ** 2 / (2 * c * mu)
+    a1 = _positive_power_root({2: 1 / (2 * c * mu), 0: k}, mu, moments.alpha / moments.beta)
+    return np.array([a1, a1**2 / (2 * c * mu) + k])
+
+
+def power_gradient_limit(start: tuple[float, float], moments: Moments, mu: float) -> np.ndarray:
+    """The fixed point (a_1, a_2) of gradient descent from positive weights: a_1^2 - mu a_2^2 is constant, as in Eq. 115."""
+    k = start[0] ** 2 - mu * start[1] ** 2
+    s = _positive_power_root({1: 1 / mu, 0: -k / mu}, mu, (moments.alpha / moments.beta) ** 2)
+    return np.sqrt([s, (s - k) / mu])
+
+
+def _positive_power_root(terms: dict[int, float], mu: float, value: float) -> float:
+    """The positive a with a^mu sum_n terms[n] a^n = value."""
+    ratio = Fraction(mu).limit_denominator(12)
+    p, q = ratio.numerator, ratio.denominator
+    coefficients = np.zeros(p + q * max(terms) + 1)
+    for n, coefficient in terms.items():
+        coefficients[p + q * n] = coefficient
+    coefficients[0] -= value
+    return float(real_roots(Polynomial(coefficients)).max() ** q)
+
+
+def power_fate_without_derivative(moments: Moments, c: float) -> tuple[float, float]:
+    """Where the system without derivative goes from positive weights, c > 0: (limit of a_1, limit of w = a_2 a_1^mu).
+
+    There is no fixed point unless alpha / beta = gamma / delta (after Eq. 113). The paper stops there; from the equations:
+    gamma / delta < alpha / beta: a_1 falls to 0, a_2 grows for ever, and w goes to gamma / delta, not the optimum;
+    gamma / delta > alpha / beta: a_1 grows for ever, at the rate c delta (gamma / delta - alpha / beta) in the end, and w
+    goes to the optimum alpha / beta.
+    """
+    best, other = moments.alpha / moments.beta, moments.gamma / moments.delta
+    return (0.0, other) if other < best else (np.inf, best)
