@@ -1,11 +1,12 @@
 """Time every learning rule against plain `jax.value_and_grad`: step time, compile time and compiled memory.
 
-    python -m experiments.benchmark --quick                          # small models: some three minutes on two cores
-    python -m experiments.benchmark                                  # a GPU, or patience
+    python -m experiments.benchmark --quick            # small models: some four minutes on two cores
+    python -m experiments.benchmark                    # the full models: for a GPU; an hour and more on two cores
     python -m experiments.benchmark --models=mlp --rules="feedback_alignment,backman(alpha=0.5)" --repeats=30
 
 A step is the loss and its gradient, jitted, without an optimizer. In each round every rule takes its turn next to the
-plain step; a ratio is the median over the rounds of rule over plain, with the quartiles. Memory is what the compiled
+plain step; a ratio is the median over the rounds of rule over plain, with the quartiles (those of plain over plain show
+how quiet the machine was). Memory is what the compiled
 step allocates, outputs and temporaries; feedback weights, which the user holds beside the parameters, are listed apart.
 Writes metrics.json, table.csv and benchmark.png.
 """
@@ -49,7 +50,7 @@ FULL = {
 QUICK = {
     "mlp": Case((28, 28, 1), 256, (500,) * 4),
     "lenet5": Case((32, 32, 3), 128),
-    "resnet18": Case((16, 16, 3), 8),
+    "resnet18": Case((8, 8, 3), 8),
 }
 
 
@@ -80,34 +81,45 @@ def benchmark(
     *,
     repeats: int,
     compile_repeats: int,
+    limit: float = math.inf,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """Measure rules on one model; returns a row for "plain" and for each rule, and why some rules refused the model.
 
-    `progress(1)` is called after each compilation and each timing.
+    No further round of compiling or of timing begins after `limit` seconds of it, one or three done. `progress(runs)`
+    is called after each compilation and each timing.
     """
     steps, refused = make_steps(make_model, case, chosen, seed)
     compiled: dict[str, Any] = {}
-    compile_times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(compile_repeats + 1):  # the first warms up
-        for name, step in _rotate(steps, round_):
-            compiled[name], seconds = compile_step(step)
-            compile_times[name].append(seconds)
-            progress(1)
-    step_times = time_pairs(compiled, steps, repeats, progress)
+
+    def compile_seconds(name: str) -> float:
+        compiled[name], seconds = compile_step(steps[name])
+        return seconds
+
+    def step_seconds(name: str) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out = compiled[name](*steps[name].arguments)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) / calls
+
+    compile_seconds("plain")  # to warm up
+    compiling = time_pairs(compile_seconds, list(steps), compile_repeats, 1, limit, progress)
     gradients = {name: compiled[name](*steps[name].arguments)[2].params for name in steps}
-    compile_seconds = {name: float(np.median(times[1:])) for name, times in compile_times.items()}
-    memory = {name: memory_bytes(c) for name, c in compiled.items()}
+    calls = 3
+    calls = max(1, math.ceil(0.05 / step_seconds("plain")))
+    stepping = time_pairs(step_seconds, list(steps), repeats, 3, limit, progress)
+
     rows = {}
+    memory = {name: memory_bytes(c) for name, c in compiled.items()}
     for name in steps:
-        own, plain = (np.array(times) for times in step_times[name])
-        ratio = own / plain
+        ratios = stepping[name][0] / stepping[name][1]
         rows[name] = Row(
-            float(np.median(own)),
-            (float(np.median(ratio)), float(np.quantile(ratio, 0.25)), float(np.quantile(ratio, 0.75))),
-            compile_seconds[name],
-            float(np.median(np.array(compile_times[name][1:]) / np.array(compile_times["plain"][1:]))),
+            float(np.median(stepping[name][0])),
+            (float(np.median(ratios)), float(np.quantile(ratios, 0.25)), float(np.quantile(ratios, 0.75))),
+            float(np.median(compiling[name][0])),
+            float(np.median(compiling[name][0] / compiling[name][1])),
             memory[name],
             memory[name] / memory["plain"],
             sum(leaf.nbytes for leaf in jax.tree.leaves(steps[name].arguments[1])),
@@ -163,30 +175,33 @@ def compile_step(step: Step) -> tuple[Any, float]:
 
 
 def time_pairs(
-    compiled: Mapping[str, Any], steps: Mapping[str, Step], repeats: int, progress: Callable[[int], Any]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """For each step its seconds and those of the plain step next to it, [repeats] each; which goes first alternates."""
+    seconds: Callable[[str], float],
+    names: Sequence[str],
+    repeats: int,
+    least: int,
+    limit: float,
+    progress: Callable[[int], Any],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each name its seconds, and those of "plain" right before or after, [rounds] each.
 
-    def seconds(name: str, calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = compiled[name](*steps[name].arguments)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / calls
-
-    for name in compiled:
-        seconds(name, 1)
-    calls = max(1, math.ceil(0.05 / seconds("plain", 3)))
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in compiled}
+    The rounds begin at different names, and which of a pair goes first alternates. After `limit` seconds no further
+    round begins, `least` done.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    end = time.perf_counter() + limit
     for round_ in range(repeats):
-        for name, _ in _rotate(compiled, round_):
-            order = (name, "plain") if round_ % 2 else ("plain", name)
-            pair = [seconds(who, calls) for who in order]
-            own, plain = pair if round_ % 2 else reversed(pair)
-            times[name][0].append(own)
-            times[name][1].append(plain)
+        if round_ >= least and time.perf_counter() > end:
+            progress((repeats - round_) * len(names))
+            break
+        for i in range(len(names)):
+            name = names[(i + round_) % len(names)]
+            if round_ % 2:
+                own, plain = seconds(name), seconds("plain")
+            else:
+                plain, own = seconds("plain"), seconds(name)
+            times[name].append((own, plain))
             progress(1)
-    return times
+    return {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in times.items()}
 
 
 def memory_bytes(compiled: Any) -> int:
@@ -195,32 +210,18 @@ def memory_bytes(compiled: Any) -> int:
     return stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
 
 
-def _rotate(items: Mapping[str, Any], by: int) -> list[tuple[str, Any]]:
-    pairs = list(items.items())
-    by %= len(pairs)
-    return pairs[by:] + pairs[:by]
-
-
 def table(rows: Mapping[str, Row]) -> str:
     """One model's rows as a Markdown table."""
-    plain = rows["plain"]
-    cells = [
-        (
-            "plain jax.value_and_grad",
-            f"{1e3 * plain.step_seconds:.2f} ms",
-            "",
-            f"{plain.compile_seconds:.2f} s",
-            _mebibytes(plain.memory_bytes),
-            "",
-        )
-    ]
+    cells = []
     for name, row in rows.items():
-        if name != "plain":
-            median, low, high = (f"{ratio:.3f}" for ratio in row.step_ratio)
-            compilation, memory = f"{row.compile_ratio:.2f}", f"{row.memory_ratio:.2f}"
-            feedback = _mebibytes(row.feedback_bytes) if row.feedback_bytes else "-"
-            cells.append((name, median, f"{low} to {high}", compilation, memory, feedback))
-    return cli.table(["rule", "step time", "quartiles", "compile time", "memory", "feedback weights"], cells)
+        median, low, high = (f"{ratio:.3f}" for ratio in row.step_ratio)
+        compilation, memory = f"{row.compile_ratio:.2f}", f"{row.memory_ratio:.2f}"
+        feedback = _mebibytes(row.feedback_bytes) if row.feedback_bytes else "-"
+        if name == "plain":
+            name, median = "plain jax.value_and_grad", f"{1e3 * row.step_seconds:.2f} ms"
+            compilation, memory = f"{row.compile_seconds:.2f} s", _mebibytes(row.memory_bytes)
+        cells.append((name, median, f"{low} to {high}", compilation, memory, feedback))
+    return cli.table(("rule", "step time", "quartiles", "compile time", "memory", "feedback weights"), cells)
 
 
 def _mebibytes(size: int) -> str:
@@ -234,10 +235,12 @@ def main() -> None:
     for name in names:
         if name not in cases:
             raise InputError(f"There is no model '{name}' in the benchmark: {nearest(name, cases)}")
+    repeats = FLAGS.repeats or (5 if FLAGS.quick else 20)
+    compile_repeats = FLAGS.compile_repeats or (1 if FLAGS.quick else 3)
     folder = cli.output_folder()
     results: dict[str, dict[str, Row]] = {}
     refusals: dict[str, dict[str, str]] = {}
-    each = (len(chosen) + 1) * (FLAGS.repeats + FLAGS.compile_repeats + 1)
+    each = (len(chosen) + 1) * (repeats + compile_repeats)
     with tqdm(total=each * len(names), unit="run") as bar:
         for name in names:
             bar.set_description(name)
@@ -247,8 +250,9 @@ def main() -> None:
                 ),
                 cases[name],
                 chosen,
-                repeats=FLAGS.repeats,
-                compile_repeats=FLAGS.compile_repeats,
+                repeats=repeats,
+                compile_repeats=compile_repeats,
+                limit=60 * FLAGS.minutes,
                 seed=FLAGS.seed,
                 progress=bar.update,
             )
@@ -288,8 +292,11 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "Smaller models and batches.")
     flags.DEFINE_list("models", None, f"Some of {', '.join(FULL)} (default: all).")
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule that needs no argument).")
-    flags.DEFINE_integer("repeats", 20, "Rounds of timing.", lower_bound=1)
-    flags.DEFINE_integer("compile_repeats", 3, "Rounds of compiling, after one to warm up.", lower_bound=1)
+    flags.DEFINE_integer("repeats", None, "Rounds of timing (default: 20, 5 with --quick).", lower_bound=1)
+    flags.DEFINE_integer("compile_repeats", None, "Rounds of compiling (default: 3, 1 with --quick).", lower_bound=1)
+    flags.DEFINE_float(
+        "minutes", 10, "Begin no further round of a model after this long (compiling: one done; timing: three)."
+    )
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "What the models compute in; parameters are float32."
     )

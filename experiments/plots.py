@@ -28,7 +28,8 @@ def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Fi
     right.set(xlabel="epoch", ylabel="angle to backprop (degrees)", ylim=(-3, None))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(0.5, 0.5 + max(len(records) for records in histories.values()))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.suptitle(title)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
     return figure

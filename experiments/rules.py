@@ -44,8 +44,9 @@ def _functions(names: Mapping[str, Any], module: str) -> dict[str, Factory]:
 
 
 def argument_free_rules() -> dict[str, lrules.Rule]:
-    """Every rule whose factory needs no argument, by the factory's name and in the order of `lrules.__all__`."""
-    return {name: factory() for name, factory in rules().items() if not _required(factory)}
+    """Every rule whose factory needs no argument, by the factory's name, backprop first."""
+    names = sorted(rules().items(), key=lambda item: item[0] != "backprop")
+    return {name: factory() for name, factory in names if not _required(factory)}
 
 
 def parse(expression: str) -> lrules.Rule:
@@ -121,6 +122,11 @@ def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
     if missing:
         example = ", ".join([*map(_text, args), *(f"{k}={_text(v)}" for k, v in options.items()), f"{missing[0]}=..."])
         raise InputError(f"{name} needs the option '{missing[0]}': write {name}({example}).")
+    modified = (args[0] if args else options["rule"]) if name in modifiers() else None
+    if modified is not None and not isinstance(modified, lrules.Rule):
+        raise InputError(
+            f"{name} modifies a rule, not {_text(modified)}: write the rule first, as in {name}(backprop)."
+        )
     try:
         return factory(*args, **options)
     except InputError:

@@ -280,7 +280,7 @@ def scan_counts(params) -> tuple[int, int]:
     """How many constants and carries a scan equation has."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"]  # JAX 0.12
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
     return len(consts), len(carry)
 
 

@@ -226,7 +226,8 @@ def test_rate_of_drops(rate):
     signal = jax.grad(lambda p: f(p, NONE, x, rng=KEY).sum())(params)["a"][0] * (1 - rate) / 101  # kept, of 101 each
     assert abs(float(signal.mean()) - (1 - rate)) < 0.01
     assert abs(float(signal.std()) - (rate * (1 - rate) / 101) ** 0.5) < 0.01
-    assert abs(float(np.corrcoef(signal[:150], signal[151:])[0, 1])) < 0.3 or rate == 0
+    if rate:
+        assert abs(float(np.corrcoef(signal[:150], signal[151:])[0, 1])) < 0.3
 
 
 def test_outermost_derivative_holds():

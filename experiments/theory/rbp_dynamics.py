@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from numpy.polynomial import Polynomial
 
 Weights = tuple[Any, ...]
-Field = Callable[..., Any]  # (state, *arguments) -> time derivative, of the structure of state
+Field = Callable[..., Any]  # a named function (state, *arguments) -> time derivative, of the structure of state
 
 
 class Flow(NamedTuple):
@@ -86,13 +86,17 @@ def excess_error(weights: Weights, ti: np.ndarray, ii: np.ndarray) -> np.ndarray
     return 0.5 * np.einsum("...ij,jk,...ik->...", gap, ii, gap)
 
 
-def random_problem(seed: int, sizes: Sequence[int], *, feedback_sizes: str = "skipped") -> Problem:
+def best_excess_error(ti: np.ndarray, ii: np.ndarray, rank: int) -> float:
+    """The least excess error of any P of a rank: half the squares of the other singular values of P* S_II^(1/2)."""
+    return float(0.5 * np.sum(np.linalg.svd(optimum(ti, ii) @ np.linalg.cholesky(ii), compute_uv=False)[rank:] ** 2))
+
+
+def random_problem(seed: int, sizes: Sequence[int]) -> Problem:
     """Normal weights and feedback of standard deviation 1/sqrt(fan-in), and moments of random data."""
     rng = np.random.default_rng(seed)
     inputs, outputs = sizes[0], sizes[-1]
     weights = tuple(rng.normal(size=(n, m)) / np.sqrt(m) for m, n in zip(sizes, sizes[1:], strict=False))
-    above = sizes[2:] if feedback_sizes == "sequential" else [outputs] * (len(sizes) - 2)
-    feedback = tuple(rng.normal(size=(n, m)) / np.sqrt(m) for n, m in zip(sizes[1:-1], above, strict=True))
+    feedback = tuple(rng.normal(size=(n, outputs)) / np.sqrt(outputs) for n in sizes[1:-1])
     x = rng.normal(size=(20 * inputs, inputs))
     t = x @ rng.normal(size=(inputs, outputs)) + 0.1 * rng.normal(size=(len(x), outputs))
     return Problem(weights, feedback, t.T @ x / len(x), x.T @ x / len(x))
@@ -113,7 +117,7 @@ def integrate(field: Field, state: Any, *arguments: Any, until: float = 500.0, p
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (state, arguments))
         solved, finite = _solve(field, *wide, times)
         if not finite:
-            raise RuntimeError(f"{getattr(field, '__name__', field)} has no solution until t = {until:g}")
+            raise RuntimeError(f"{field.__name__} has no solution until t = {until:g}, or takes 200,000 steps to reach it")
         return Flow(times, jax.tree.map(np.asarray, solved))
 
 
@@ -141,6 +145,11 @@ def _solve(field, state, arguments, times):
 
 
 # ------------------------------------------------------------------------------------------- one dimension: Theorem 1
+
+
+def polynomial_flow(x: Any, coefficients: Any) -> Any:
+    """dx/dt = sum_n coefficients[n] x^n."""
+    return functools.reduce(lambda total, k: total * x + k, coefficients[::-1])
 
 
 def limit(velocity: Polynomial, start: float) -> float:
@@ -184,24 +193,38 @@ def chain_problem(start: Sequence[float], feedback: Sequence[float], alpha: floa
 
 
 def chain_polynomials(start: Sequence[float], feedback: Sequence[float]) -> list[Polynomial]:
-    """Every a_i as a polynomial in a_1, of degree 2^(i-1): a_{i+1} = c_{i+1} / (2 c_i) a_i^2 + const (Eq. 48), c_L = 1."""
-    c = [*feedback, 1.0]
-    polynomials = [Polynomial([0.0, 1.0])]
-    for i in range(len(start) - 1):
-        ratio = c[i + 1] / (2 * c[i])
-        polynomials.append(ratio * polynomials[i] ** 2 + (start[i + 1] - ratio * start[i] ** 2))
+    """Every a_i as a polynomial, of degree 2^(i-1), in tau = integral of alpha - beta P (c_L = 1).
+
+    da_i/dtau = c_i a_1 ... a_{i-1} (Eq. 45). As a_1 = a_1(0) + c_1 tau, these are the paper's polynomials in a_1, from
+    c_i da_{i+1} = c_{i+1} a_i da_i (Eq. 47 to 49), without its divisions by c_i: for double precision that matters.
+    """
+    below, polynomials = Polynomial([1.0]), []
+    for a0, c in zip(start, [*feedback, 1.0], strict=True):
+        polynomials.append(a0 + c * below.integ())
+        below = below * polynomials[-1]
     return polynomials
 
 
 def chain_velocity(start: Sequence[float], feedback: Sequence[float], alpha: float, beta: float) -> Polynomial:
-    """da_1/dt = c_1 (alpha - beta P) as a polynomial in a_1, of degree 2^L - 1 (Eq. 42, 51)."""
-    return feedback[0] * (alpha - beta * functools.reduce(Polynomial.__mul__, chain_polynomials(start, feedback)))
+    """dtau/dt = alpha - beta P, of degree 2^L - 1 in tau (Eq. 42, 51)."""
+    return alpha - beta * functools.reduce(Polynomial.__mul__, chain_polynomials(start, feedback))
 
 
 def chain_limit(start: Sequence[float], feedback: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
     """The fixed point a [L] that a chain reaches from `start` (Theorems 2 to 4)."""
-    a = limit(chain_velocity(start, feedback, alpha, beta), start[0])
-    return np.array([p(a) for p in chain_polynomials(start, feedback)])
+    polynomials = chain_polynomials(start, feedback)
+    tau = limit(chain_velocity(start, feedback, alpha, beta), 0.0)
+    for _ in range(5):  # Newton's method on P itself: with five layers the expanded polynomial has lost some digits
+        a = np.array([p(tau) for p in polynomials])
+        tau += (alpha / beta - a.prod()) / chain_slope(a, feedback)
+    return np.array([p(tau) for p in polynomials])
+
+
+def chain_couplings(a: np.ndarray, feedback: Sequence[float]) -> np.ndarray:
+    """a_{i+1} - c_{i+1} / (2 c_i) a_i^2 [..., L - 1] of a [..., L]: constant, every weight a quadratic of the one below
+    (Eq. 48)."""
+    c = np.array([*feedback, 1.0])
+    return a[..., 1:] - c[1:] / (2 * c[:-1]) * a[..., :-1] ** 2
 
 
 def chain_gradient_limit(start: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
@@ -230,17 +253,16 @@ def chain_slope(a: Sequence[float], feedback: Sequence[float]) -> float:
 
 
 def expansive_limit(problem: Problem) -> Weights:
-    """The fixed point of A[1,N,1]: the root of a cubic in the first lower weight (Theorem 5).
+    """The fixed point of A[1,N,1]: the root of a cubic (Theorem 5).
 
-    a_i = c_i / c_1 a_1 + const (Eq. 61), b_i = a_i^2 / (2 c_i) + const (Eq. 59), da_1/dt = c_1 (alpha - beta sum a_i b_i).
+    With tau = integral of alpha - beta P: a_i = a_i(0) + c_i tau, b_i = b_i(0) + integral of a_i, P = sum a_i b_i (Eq. 57).
     """
     (a0, b0), (c,) = (w.ravel() for w in problem.weights), (w.ravel() for w in problem.feedback)
-    alpha, beta = problem.ti.item(), problem.ii.item()
-    lower = [Polynomial([a0[i] - c[i] / c[0] * a0[0], c[i] / c[0]]) for i in range(len(c))]
-    upper = [a**2 / (2 * c[i]) + (b0[i] - a0[i] ** 2 / (2 * c[i])) for i, a in enumerate(lower)]
+    lower = [Polynomial([a, c_i]) for a, c_i in zip(a0, c, strict=True)]
+    upper = [b + a.integ() for a, b in zip(lower, b0, strict=True)]
     p = functools.reduce(Polynomial.__add__, (a * b for a, b in zip(lower, upper, strict=True)))
-    end = limit(c[0] * (alpha - beta * p), a0[0])
-    return np.array([[a(end)] for a in lower]), np.array([[b(end) for b in upper]])
+    tau = limit(problem.ti.item() - problem.ii.item() * p, 0.0)
+    return np.array([[a(tau)] for a in lower]), np.array([[b(tau) for b in upper]])
 
 
 def compressive_limit(problem: Problem) -> Weights:
@@ -305,6 +327,19 @@ def decreasing(weights: Weights, feedback: Weights, ti: np.ndarray, ii: np.ndarr
     ca2, goal = c @ a2, c @ optimum(ti, ii)
     cross = a1 @ goal.T
     return ca2 @ np.swapaxes(ca2, -1, -2) - cross - np.swapaxes(cross, -1, -2)
+
+
+def lower_layer_bound(problem: Problem) -> float:
+    """A number that |A_1| never exceeds (Theorem 7, its proof with explicit constants).
+
+    With f = |A_1|^2, g = |C S_TI|, K the coupling, l and L the extreme eigenvalues of S_II and r the rank of A_1 at most:
+    df/dt <= 2 g sqrt(f) + |K| L f - l f^2 / r, so f cannot rise above the root of the right-hand side.
+    """
+    (a1, _), (c,), ti, ii = problem
+    least, most = np.linalg.eigvalsh(ii)[[0, -1]]
+    k = np.linalg.norm(coupling(problem.weights, problem.feedback), 2)
+    cubic = Polynomial([-2 * np.linalg.norm(c @ ti), -k * most, 0.0, least / min(a1.shape)])
+    return float(max(np.linalg.norm(a1), real_roots(cubic).max()))
 
 
 def isolation(a: np.ndarray) -> float:

@@ -77,6 +77,8 @@ def dual_propagation(
     (`"forward_backward"`: on the way up and on the way down). In `grads.report` of `value_and_grad` are, per iteration,
     the `residual`, the largest change of s+ and s- relative to their difference (it falls to zero where the states
     converge, and stays of order 1 where they do not; 1 by definition in the first), and how many `iterations` ran.
+    States have the precision of their activation: in half precision the difference of two is mostly rounding unless
+    beta is large.
 
     Args:
       alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to

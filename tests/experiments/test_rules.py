@@ -28,6 +28,8 @@ def test_every_factory_without_a_required_argument_is_found():
         "feedback_alignment(init=normal(0.1))",
         "feedback_alignment(init=zeros)",
         "feedback_alignment(init=orthogonal)",
+        "drop_error(feedback_alignment, rate=0.5)",
+        "sign_error(quantize_error(rule=backman(alpha=0.1), bits=5))",
     ],
 )
 def test_expression_is_a_rule(expression):
@@ -56,6 +58,11 @@ def test_list_is_split_outside_brackets():
         ("backprop(rate=1)", ["backprop has no option 'rate'", "it takes none"]),
         ("backman(1.0, alpha=1.0)", ["backman", "alpha"]),
         ("partition", ["partition needs the option 'rules'", "partition(rules=...)"]),
+        ("drop_error(rate=0.5)", ["drop_error needs the option 'rule'"]),
+        ("drop_error(0.5, backprop)", ["drop_error modifies a rule, not 0.5", "drop_error(backprop"]),
+        ("drop_error(backprop)", ["drop_error needs the option 'rate'", "rate=..."]),
+        ("drop_error(backprop, rate=2.0)", ["drop_error: ", "2.0"]),
+        ("backman(1.0, None, 3)", ["backman", "3"]),
         ("partition({'.*': bakman})", ["did you mean 'backman'?"]),
         ("backman(alpha=1.0", ["malformed", "backman(alpha=1.0)"]),
         ("", ["malformed"]),

@@ -1,5 +1,6 @@
 """Dual propagation against explicit states, and what it refuses."""
 
+import functools
 import itertools
 
 import jax
@@ -14,6 +15,8 @@ from lrules.rules.dual_propagation import POWER_ITERATIONS
 from tests import bridge
 from tests.reference import backprop, losses, nets
 from tests.reference import dual_propagation as reference
+from tests.zoo import ZOO
+from tests.zoo import loss as zoo_loss
 
 NO_FEEDBACK = lrules.Feedback({}, {})
 
@@ -310,6 +313,51 @@ def test_skip_connections(order):
     bridge.close(grads(order, rng, alpha=0.4, beta=0.05, iterations=40).params, settled.params, 1e-6)
 
 
+@pytest.mark.foreign
+@pytest.mark.parametrize(
+    "name", ["nnx_lenet5", "nnx_transformer", "linen_lstm", "weight_normalisation", "vmapped_batch_last", "fori_loop"]
+)
+def test_models_of_the_zoo(name):
+    """In float32, at beta 1/100: the gradient to a per cent."""
+    with jax.enable_x64(False):
+        net, params, inputs = ZOO[name].build()[:3]
+        f = lrules.transform(net, lrules.dual_propagation(beta=1e-2))
+        got = jax.jit(jax.grad(lambda p: zoo_loss(f(p, NO_FEEDBACK, inputs)).mean()))(params)
+        want = jax.jit(jax.grad(lambda p: zoo_loss(net(p, inputs)).mean()))(params)
+        floor = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(want))
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, atol=1e-2 * float(jnp.abs(w).max()) + 1e-3 * floor)
+
+
+def vgg16(params, x):
+    """13 convolutions of 3x3, max-pooling after the 2nd, 4th, 7th, 10th and 13th, three dense layers (Table 3)."""
+    for k in range(13):
+        dims = ("NHWC", "HWIO", "NHWC")
+        x = jax.nn.relu(jax.lax.conv_general_dilated(x, params[f"conv{k}"], (1, 1), "SAME", dimension_numbers=dims))
+        if k in (1, 3, 6, 9, 12):
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = x.reshape(x.shape[0], -1)
+    for k in range(2):
+        x = jax.nn.relu(x @ params[f"fc{k}"])
+    return x @ params["out"]
+
+
+def test_vgg16_takes_sixteen_passes():
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    shapes = {f"conv{k}": (3, 3, *io) for k, io in enumerate(itertools.pairwise(widths))}
+    shapes |= {"fc0": (512, 512), "fc1": (512, 512), "out": (512, 10)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 32, 32, 3), (2, 10)))
+
+    def step(params, x, y, iterations):
+        rule = lrules.dual_propagation(0.0, 0.01, order="forward", iterations=iterations)
+        return lrules.value_and_grad(vgg16, optax.softmax_cross_entropy, rule)(params, NO_FEEDBACK, x, y)[1]
+
+    assert jax.eval_shape(functools.partial(step, iterations=16), params, x, y).params == params
+    with pytest.raises(ValueError, match="has 16"):
+        jax.eval_shape(functools.partial(step, iterations=15), params, x, y)
+
+
 def test_random_order_follows_its_key():
     """State by state, in the order of the key, with the reference's own way of renewing one state."""
     net, x = dense()
@@ -499,17 +547,22 @@ def test_refused_activations(construct, message):
         lrules.value_and_grad(apply, half_squared, lrules.dual_propagation())(params, NO_FEEDBACK, x, y)
 
 
+def gradient_of_sum(net, rule, params, x):
+    f = lrules.transform(net, rule)
+    return jax.grad(lambda p: f(p, NO_FEEDBACK, x).sum())(params)
+
+
 def test_damped_activations_that_are_projections():
     x = jnp.ones((5, 3))
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
     rule = lrules.dual_propagation(alpha=1.0, adjoint=False, damping="contracting", iterations=2)
     for f in (jax.nn.relu, jax.nn.relu6, jax.nn.hard_tanh, lambda h: jnp.clip(h, 0, 1), lambda h: jnp.maximum(h, 0)):
         net = lambda p, x, f=f: f(x @ p["a"]) @ p["b"]  # noqa: E731
-        jax.grad(lambda p, f=lrules.transform(net, rule): f(p, NO_FEEDBACK, x).sum())(params)
+        gradient_of_sum(net, rule, params, x)
     for f in (jax.nn.hard_sigmoid, jax.nn.leaky_relu, jax.nn.gelu, lambda h: jnp.maximum(h, 0) * 2):
         net = lambda p, x, f=f: f(x @ p["a"]) @ p["b"]  # noqa: E731
         with pytest.raises(NotImplementedError, match="cannot be damped"):
-            jax.grad(lambda p, f=lrules.transform(net, rule): f(p, NO_FEEDBACK, x).sum())(params)
+            gradient_of_sum(net, rule, params, x)
 
 
 def test_describe_lists_activations():
@@ -558,7 +611,7 @@ SHARDED = {
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(name, check_vma):
-    """A mean over all devices' examples, and each device's share of it: the sum of the gradients is that of the batch."""
+    """A mean over all devices' examples, each device with its share of it: gradients sum to that of the batch."""
     params, x, y = residual_case()
     x, y = jnp.concatenate([x, x[:1]]), jnp.concatenate([y, y[:1]])
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -1,0 +1,227 @@
+"""Dual propagation as a relaxation, and its fixed-point iteration in closed form (section 4, appendices D, E and G).
+
+Hoier, Zach: Two tales of single-phase contrastive Hebbian learning, 2024.
+
+A network is a nested minimisation, s_k = argmin E_k(s_k, s_{k-1}), with a loss on top (Eq. 11). ~alpha is 1 - alpha.
+
+    AROVR   J = min_{s+} max_{s-} alpha l(s+) + ~alpha l(s-) + (E(s+) - E(s-)) / beta        (Eq. 15)
+    SPROVR  J = min_{s+} max_{s-} l(alpha s+ + ~alpha s-)    + (E(s+) - E(s-)) / beta        (Eq. 10)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+# ------------------------------------------------------------------------------- one level: Propositions 4.1 and 4.2
+
+
+def arovr(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    """Eq. 15 over a finite set of states, for which loss and energy [..., states] are given.
+
+    Minimum and maximum are independent of each other. The proofs of Propositions 4.1 and 4.2 use nothing but that s+ and
+    s- are optimal, so they hold on any set, for any numbers.
+    """
+    return (alpha * loss + energy / beta).min(-1) - (energy / beta - (1 - alpha) * loss).min(-1)
+
+
+def sprovr(loss: Callable[[Any], Any], states: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> float:
+    """Eq. 10 over a finite set of real states [n] with energies [n]: min over s+ of max over s-.
+
+    Below AROVR where the loss is convex, and the same at alpha 0 and 1 (after Proposition 4.2).
+    """
+    value = loss(alpha * states[:, None] + (1 - alpha) * states) + (energy[:, None] - energy) / beta
+    return value.max(1).min(0)
+
+
+def adversarial(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    """l(s*), s* = argmin E - ~alpha beta l [..., states] (Eq. 13), of which AROVR is a relaxation: never above it."""
+    worst = (energy - (1 - alpha) * beta * loss).argmin(-1)
+    return np.take_along_axis(loss, worst[..., None], -1)[..., 0]
+
+
+# ------------------------------------------------------------------------------------------ many levels: Corollary 4.3
+
+
+def layer_energy(weight: Any, potential: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """E(s, below) = G(s) - s . (below W), weight [in, out]; its minimiser is f(below W) with f = (G')^-1 (after Eq. 1)."""
+    return lambda s, below: potential(s) - s @ (below @ weight)
+
+
+POTENTIALS: dict[str, Callable[[Any], Any]] = {  # G by activation f
+    "identity": lambda s: 0.5 * (s**2).sum(),
+    "tanh": lambda s: (s * jnp.arctanh(s) + 0.5 * jnp.log1p(-(s**2))).sum(),
+    "sigmoid": lambda s: (s * jnp.log(s) + (1 - s) * jnp.log1p(-s)).sum(),
+}
+
+
+def dp_objective(
+    loss: Callable, energies: Sequence[Callable], plus: Sequence, minus: Sequence, inputs: Any, alpha: Any, beta: Any
+) -> Any:
+    """L^DP before min and max (Eq. 1): alpha l(s+_L) + ~alpha l(s-_L) + sum_k (E_k(s+_k, sbar) - E_k(s-_k, sbar)) / beta.
+
+    Args:
+      loss: of the outputs [N_L].
+      energies: E_k(s_k, s_{k-1}), k = 1 ... L.
+      plus, minus: s+_k and s-_k [N_k], k = 1 ... L.
+      inputs: s_0 [N_0].
+      alpha, beta: numbers.
+    """
+    mean = [inputs, *(alpha * p + (1 - alpha) * m for p, m in zip(plus, minus, strict=True))]
+    gaps = [e(p, below) - e(m, below) for e, p, m, below in zip(energies, plus, minus, mean[:-1], strict=True)]
+    return alpha * loss(plus[-1]) + (1 - alpha) * loss(minus[-1]) + sum(gaps) / beta
+
+
+def arovr_step(objective: Callable, energy: Callable, plus: Any, minus: Any, alpha: Any, beta: Any) -> Callable:
+    """Relax the level below an objective(s) by AROVR: a function of the level below that one (Eq. 15)."""
+    outer = alpha * objective(plus) + (1 - alpha) * objective(minus)
+    return lambda below: outer + (energy(plus, below) - energy(minus, below)) / beta
+
+
+def sprovr_step(objective: Callable, energy: Callable, plus: Any, minus: Any, alpha: Any, beta: Any) -> Callable:
+    """Relax the level below an objective(s) by SPROVR: a function of the level below that one (Eq. 10)."""
+    outer = objective(alpha * plus + (1 - alpha) * minus)
+    return lambda below: outer + (energy(plus, below) - energy(minus, below)) / beta
+
+
+def relaxed_from_outermost(
+    loss: Callable, energies: Sequence[Callable], plus: Sequence, minus: Sequence, inputs: Any, alpha: Any, beta: Any
+) -> Any:
+    """AROVR on the outermost level and SPROVR on all others; Corollary 4.3: the same as `dp_objective`."""
+    objective, step = loss, arovr_step
+    for energy, p, m in reversed(list(zip(energies, plus, minus, strict=True))):
+        objective, step = step(objective, energy, p, m, alpha, beta), sprovr_step
+    return objective(inputs)
+
+
+# -------------------------------------------------------------------------- the iteration in closed form: appendix G
+
+
+class Quadratic(NamedTuple):
+    """min l(y), y = argmin F(y) - y^t W z, z = argmin G(z) - z^t x, all three quadratic (Eq. 51, 52), beta within l.
+
+    l = y^t H_l y / 2 + b_l^t y; F with h_f, b_f; G with h_g, b_g; y [n], z [m], weight W [n, m].
+    """
+
+    h_l: np.ndarray
+    b_l: np.ndarray
+    h_f: np.ndarray
+    b_f: np.ndarray
+    h_g: np.ndarray
+    b_g: np.ndarray
+    weight: np.ndarray
+    x: np.ndarray
+
+
+def random_quadratic(seed: int, n: int = 4, m: int = 6, *, beta: float = 0.5, scale: float = 1.0) -> Quadratic:
+    """Positive definite H_F and H_G around the identity, H_l around beta; the weights' spectral norm is `scale`."""
+    rng = np.random.default_rng(seed)
+
+    def definite(size: int) -> np.ndarray:
+        a = rng.normal(size=(size, size)) / np.sqrt(size)
+        return 0.8 * np.eye(size) + 0.2 * a @ a.T
+
+    weight = rng.normal(size=(n, m))
+    weight *= scale / np.linalg.norm(weight, 2)
+    h_l, h_f, h_g = beta * definite(n), definite(n), definite(m)
+    return Quadratic(h_l, rng.normal(size=n), h_f, rng.normal(size=n), h_g, rng.normal(size=m), weight, rng.normal(size=m))
+
+
+def arovr_outputs(q: Quadratic, alpha: float, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y+ and y- under AROVR: argmin alpha l + F - y^t W z and argmin -~alpha l + F - y^t W z (Eq. 54)."""
+
+    def minimiser(step):
+        return np.linalg.solve(q.h_f + step * q.h_l, q.weight @ z - q.b_f - step * q.b_l)
+
+    return minimiser(alpha), minimiser(alpha - 1)
+
+
+def sprovr_outputs(q: Quadratic, alpha: float, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y+ and y- under SPROVR: the two stationary conditions of Eq. 64, solved together."""
+    down = 1 - alpha
+    system = np.block(
+        [[alpha * alpha * q.h_l + q.h_f, alpha * down * q.h_l], [down * alpha * q.h_l, down * down * q.h_l - q.h_f]]
+    )
+    drive = q.weight @ z - q.b_f
+    plus, minus = np.split(np.linalg.solve(system, np.concatenate([drive - alpha * q.b_l, -drive - down * q.b_l])), 2)
+    return plus, minus
+
+
+def arovr_signal(q: Quadratic, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """M [n, n] and v [n] of y+ - y- = M W z + v under AROVR: v = -M b_F - M' b_l (Eq. 55 to 59, with signs mended).
+
+    M = -(H_F + alpha H_l)^-1 H_l (H_F - ~alpha H_l)^-1 (Eq. 58) and M' = alpha (H_F + alpha H_l)^-1 + ~alpha (H_F -
+    ~alpha H_l)^-1 = (H_F + alpha H_l)^-1 H_F (H_F - ~alpha H_l)^-1: the paper subtracts the two terms of M'.
+    """
+    lower, upper = np.linalg.inv(q.h_f + alpha * q.h_l), np.linalg.inv(q.h_f - (1 - alpha) * q.h_l)
+    m = -lower @ q.h_l @ upper
+    return m, -m @ q.b_f - lower @ q.h_f @ upper @ q.b_l
+
+
+def sprovr_signal(q: Quadratic, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """M and v of y+ - y- = M W z + v under SPROVR (Eq. 68, 69): M = -H_F^-1 H_l ((2 alpha - 1) H_l + H_F)^-1."""
+    tilt = 2 * alpha - 1
+    m = -np.linalg.solve(q.h_f, q.h_l @ np.linalg.inv(tilt * q.h_l + q.h_f))
+    return m, -m @ (tilt * q.b_l + q.b_f) - np.linalg.solve(q.h_f, q.b_l)
+
+
+def signal_strength(alpha: float, beta: float) -> tuple[float, float]:
+    """|M| for H_F = I, H_l = beta I: (AROVR, SPROVR), the second never larger where beta < 1 / ~alpha (Eq. 60, 70)."""
+    return beta / ((1 + alpha * beta) * (1 - (1 - alpha) * beta)), beta / (1 + (2 * alpha - 1) * beta)
+
+
+def iterate(q: Quadratic, outputs: Callable, alpha: float, inner: float, steps: int) -> np.ndarray:
+    """zbar [steps + 1, m] from the clean z: y+ and y- by `outputs(q, alpha, zbar)`, then z+ and z- (Eq. 61).
+
+    z+ = g(x + alpha' W^t (y+ - y-)), z- = g(x - ~alpha' W^t (y+ - y-)), g(a) = H_G^-1 (a - b_G), zbar = alpha' z+ + ~alpha'
+    z-, with alpha' = `inner`.
+    """
+    path = [np.linalg.solve(q.h_g, q.x - q.b_g)]
+    for _ in range(steps):
+        plus, minus = outputs(q, alpha, path[-1])
+        down = q.weight.T @ (plus - minus)
+        high, low = (np.linalg.solve(q.h_g, q.x - q.b_g + step * down) for step in (inner, inner - 1))
+        path.append(inner * high + (1 - inner) * low)
+    return np.array(path)
+
+
+def fixed_point(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: float) -> np.ndarray:
+    """zbar [m] with zbar = H_G^-1 (x - b_G + (2 alpha' - 1) W^t (M W zbar + v)) (Eq. 62, 72)."""
+    m, v = signal
+    tilt = 2 * inner - 1
+    return np.linalg.solve(q.h_g - tilt * q.weight.T @ m @ q.weight, q.x - q.b_g + tilt * q.weight.T @ v)
+
+
+def contraction(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: float) -> float:
+    """By what factor an iteration brings zbar nearer to the fixed point in the end: the spectral radius of Eq. 62 and 72.
+
+    Zero for alpha' = 1/2, whatever the weights; else proportional to |W|^2, and the iteration fails above 1.
+    """
+    step = (2 * inner - 1) * np.linalg.solve(q.h_g, q.weight.T @ signal[0] @ q.weight)
+    return float(np.abs(np.linalg.eigvals(step)).max())
+
+
+def network_gradient(
+    lower: np.ndarray, upper: np.ndarray, x: np.ndarray, targets: np.ndarray, alpha: float, beta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weight gradients of dual propagation in a linear network O = x A B under half squared error, in closed form.
+
+    Appendix G with H_F = H_G = Id, H_l = beta Id, b_l = -beta y and alpha' = alpha. Batch mean of minus
+    (s+ - s-) sbar^t / beta, for A [in, hidden] and B [hidden, out]; x [batch, in], targets [batch, out].
+    """
+    n, m = upper.shape[1], upper.shape[0]
+    gradients = np.zeros_like(lower), np.zeros_like(upper)
+    for inputs, target in zip(x, targets, strict=True):
+        q = Quadratic(
+            beta * np.eye(n), -beta * target, np.eye(n), np.zeros(n), np.eye(m), np.zeros(m), upper.T, inputs @ lower
+        )
+        m_matrix, v = signal = arovr_signal(q, alpha)
+        z = fixed_point(q, signal, alpha)
+        difference = m_matrix @ upper.T @ z + v
+        gradients[0][...] -= np.outer(inputs, upper @ difference) / beta / len(x)
+        gradients[1][...] -= np.outer(z, difference) / beta / len(x)
+    return gradients
+
+
+SIGNALS = {"AROVR": (arovr_outputs, arovr_signal), "SPROVR": (sprovr_outputs, sprovr_signal)}

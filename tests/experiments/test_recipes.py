@@ -1,0 +1,131 @@
+"""The recipes against the references, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lrules
+from experiments import recipes
+from tests import bridge
+from tests.reference import backprop, channel, direct, feedback_alignment, nets
+from tests.rules.common import BATCH, agrees, draw, make, pull
+
+NONE = lrules.Feedback({}, {})
+
+
+def test_mixed_channel():
+    """Layer 3 reads the projected error; from there it goes down by feedback alignment, through one layer or more."""
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        rule = recipes.mixed_channel("3/kernel")
+        feedback, listed = draw(rule, net, x)
+        below = feedback_alignment.gradients(net[:3], listed[:3], x, e @ listed[3])
+        got = pull(net, rule, feedback, x, e)[0]
+        for k in range(3):
+            bridge.close(got[str(k)]["kernel"], below.kernels[k])
+        bridge.close(got["3"]["kernel"], backprop.gradients(net, x, e).kernels[3])
+
+
+def test_nonlinear_channel():
+    with jax.enable_x64(True):
+        net, x, e = make("conv_max")
+        rule = recipes.nonlinear_channel()
+        feedback, listed = draw(rule, net, x)
+        agrees(
+            pull(net, rule, feedback, x, e),
+            direct.gradients(net, listed, x, e, modify=channel.per_example(np.tanh, BATCH)),
+        )
+
+
+def test_averaged_matrices():
+    """The averaged matrix brings the average of the signals that its draws would bring."""
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        rule = recipes.averaged_matrices(4, jax.nn.initializers.normal(1.0))
+        feedback, listed = draw(rule, net, x)
+        agrees(pull(net, rule, feedback, x, e), feedback_alignment.gradients(net, listed, x, e))
+        one, four = (lrules.feedback.averaged(n, jax.nn.initializers.normal(1.0)) for n in (1, 4))
+        spread = [float(init(jax.random.key(0), (100, 100)).std()) for init in (one, four)]
+        np.testing.assert_allclose(spread, [1, 0.5], rtol=0.05)
+
+
+@pytest.mark.parametrize("concordant", [False, True])
+def test_redrawn(concordant):
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        rule = recipes.redrawn_concordant() if concordant else recipes.redrawn()
+        seen = []
+        for seed in (0, 1):
+            key = jax.random.key(seed)
+            _, listed = draw(lrules.feedback_alignment(), net, x, seed)
+            if concordant:
+                listed = [
+                    None,
+                    *(np.abs(b) * np.sign(layer.kernel) for b, layer in zip(listed[1:], net[1:], strict=True)),
+                ]
+            got = pull(net, rule, NONE, x, e, rng=key)
+            agrees(got, feedback_alignment.gradients(net, listed, x, e))
+            seen.append(np.asarray(got[0]["0"]["kernel"]))
+        assert not np.allclose(*seen)
+        if concordant:
+            same = lrules.sign_symmetry("random")
+            bridge.close(pull(net, same, NONE, x, e, rng=key)[0], got[0])
+
+
+def test_redrawn_direct():
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        _, listed = draw(lrules.direct_feedback_alignment(), net, x, 3)
+        got = pull(net, recipes.redrawn_direct(), NONE, x, e, rng=jax.random.key(3))
+        agrees(got, direct.gradients(net, listed, x, e))
+
+
+def test_cascaded():
+    """Signals sent step by step, as the cascade says, arrive as by the one matrix."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        names, sizes = ["a", "b", "c"], {"a": (2, 3), "b": (4,), "c": (5,)}
+        straight = {n: rng.normal(size=(2, *sizes[n])) for n in names}
+        pairs = [(u, v) for i, v in enumerate(names) for u in names[i + 1 :]]
+        between = {(u, v): rng.normal(size=(*sizes[u], *sizes[v])) for u, v in pairs}
+        e = rng.normal(size=(6, 2))
+        total = recipes.cascade(names, straight, between)
+        signals = {}
+        for n in reversed(names):
+            signals[n] = np.tensordot(e, straight[n], axes=1)
+            for above in names[names.index(n) + 1 :]:
+                signals[n] = signals[n] + np.tensordot(signals[above], between[above, n], axes=len(sizes[above]))
+            bridge.close(np.tensordot(e, total[n], axes=1), signals[n])
+
+
+def test_cascaded_in_a_net():
+    with jax.enable_x64(True):
+        net, x, e = make("conv_max")
+        rule = recipes.cascaded()
+        feedback, listed = draw(rule, net, x)
+        plain, _ = draw(lrules.direct_feedback_alignment(), net, x)
+        bridge.close(feedback.fixed["3/kernel"], plain.fixed["3/kernel"])
+        assert not np.allclose(feedback.fixed["1/kernel"], plain.fixed["1/kernel"])
+        agrees(pull(net, rule, feedback, x, e), direct.gradients(net, listed, x, e))
+
+
+def test_weight_by_weight():
+    with jax.enable_x64(True):
+        net, x, _ = make("shallow")
+        apply, params, rule = bridge.apply_of(net), bridge.parameters(net), recipes.weight_by_weight()
+        feedback = rule.init(jax.random.key(0), apply, params, jnp.asarray(x))
+        targets = np.ones((BATCH, 3))
+        step = lrules.value_and_grad(apply, lrules.testing.half_squared_error, rule)
+        got = step(params, feedback, jnp.asarray(x), jnp.asarray(targets))[1].params
+        trace = nets.forward(net, x)
+        e = (trace.outputs - targets) / BATCH
+        names = [
+            jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        c = np.asarray(feedback.fixed[str(names.index("0/kernel"))])
+        slope = 1 - np.tanh(trace.pre[0]) ** 2
+        bridge.close(got["0"]["kernel"], np.einsum("kji,bk,bi,bj->ji", c, e, slope, x))
+        bridge.close(got["1"]["kernel"], backprop.gradients(net, x, e).kernels[1])
+        with pytest.raises(ValueError, match="value_and_grad"):
+            lrules.transform(apply, rule)
