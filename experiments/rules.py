@@ -83,8 +83,8 @@ def _value(node: ast.expr) -> Any:
             return _named(name)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
             return _call(name, [_value(a) for a in args], {str(k.arg): _value(k.value) for k in keywords})
-        case ast.Dict(keys=keys, values=values) if all(keys):
-            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+            return {ast.literal_eval(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
             return [_value(element) for element in elements]
     try:
@@ -122,11 +122,9 @@ def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
     if missing:
         example = ", ".join([*map(_text, args), *(f"{k}={_text(v)}" for k, v in options.items()), f"{missing[0]}=..."])
         raise InputError(f"{name} needs the option '{missing[0]}': write {name}({example}).")
-    modified = (args[0] if args else options["rule"]) if name in modifiers() else None
-    if modified is not None and not isinstance(modified, lrules.Rule):
-        raise InputError(
-            f"{name} modifies a rule, not {_text(modified)}: write the rule first, as in {name}(backprop)."
-        )
+    first = args[0] if args else options.get("rule")
+    if name in modifiers() and not isinstance(first, lrules.Rule):
+        raise InputError(f"{name} modifies a rule, not {_text(first)}: write the rule first, as in {name}(backprop).")
     try:
         return factory(*args, **options)
     except InputError:

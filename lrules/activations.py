@@ -197,8 +197,10 @@ def _is_statistic(value) -> bool:
     name = eqn.primitive.name
     if name.startswith(("reduce_", "cumsum", "cumprod", "cumlogsumexp")) and not name.startswith("reduce_window"):
         return name != "reduce_precision"
-    mixed = [v for v in value.operands if v.both]
-    return bool(mixed) and (name in VIEWS or is_elementwise(eqn)) and all(map(_is_statistic, mixed))
+    if value.statistic is None:  # kept: values are shared by many
+        mixed = [v for v in value.operands if v.both]
+        value.statistic = bool(mixed) and (name in VIEWS or is_elementwise(eqn)) and all(map(_is_statistic, mixed))
+    return value.statistic
 
 
 def _nonlinear(eqn, value) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from lrules import products
 from lrules.activations import MARK, UNMARK, Doubt, call_name, find_regions, is_atom
 
 
@@ -127,8 +128,8 @@ class Value:
     """What is known of one value of the jaxpr, at one place in the call tree.
 
     `axes` maps a parameter (by index) to the parameter's axes that each dimension of the value holds, and the axes that
-    were sliced away; it serves fan-in and fan-out. `varies` are the dimensions along which a value made of parameters
-    is not merely broadcast. `product` are those along which a product of parameters and data varies with the former.
+    were sliced away; it serves fan-in and fan-out. `varies` are the dimensions along which the value is not merely
+    broadcast (None: all). `products` tells of weights times data in it, see `products.py`.
     """
 
     aval: Any
@@ -140,11 +141,14 @@ class Value:
     operands: tuple[Value, ...] = ()
     place: tuple[Block, Any] | None = None  # the block and variable where it is defined
     axes: dict[int, tuple[tuple[tuple[int, ...], ...], frozenset[int]]] = dataclasses.field(default_factory=dict)
-    varies: frozenset[int] = frozenset()
+    varies: frozenset[int] | None = None
     loops: frozenset = frozenset()
     carried: bool = False
-    product: tuple[frozenset[int], frozenset[int]] | None = None  # (parameters, dimensions)
+    products: tuple[products.Product, ...] = ()
+    table: bool = False  # holds, for each example, a matrix looked up in a parameter
+    network: bool = False  # made of parameters by products with constants, as a network's output may be
     hidden: Hidden | None = None
+    statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     layer: Layer | None = None  # the layer whose output this is
 
     @property
@@ -155,6 +159,13 @@ class Value:
     @property
     def both(self) -> bool:
         return bool(self.params) and self.data
+
+    @property
+    def spread(self) -> frozenset[int]:
+        """The dimensions along which it is not merely broadcast."""
+        if self.varies is not None:
+            return self.varies
+        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n > 1)
 
     @property
     def shadowed(self) -> bool:
@@ -340,16 +351,23 @@ class Analysis:
                 "use it from outside the loop, or give it backprop() in a partition",
             )
             return
+        if w.network and eqn.primitive.name in ("gather", "dynamic_slice"):
+            self.refuse(
+                w.params,
+                "rows are looked up in a value that the network computes from the parameter {name} and constants "
+                "alone, so that its layers cannot be seen: look up the constants first, or pass them as inputs, or give that "
+                "parameter backprop() in a partition",
+            )
+            return
         if self.silent:
             return
         order = sorted(w.params, key=lambda i: (self.rank_at_use(w, i) < 2, i))
         names = tuple(self.names[i] for i in order)
-        uses = sum(layer.name == names[0] for layer in self.layers)
         layer = Layer(
             name=names[0],
             parameters=names,
             operation=eqn.primitive.name,
-            site=names[0] + (f"#{uses + 1}" if uses else ""),
+            site=_unique(names[0], {other.site for other in self.layers}),
             contracted=tuple(contracted),
             output_axes=output_axes,
             weight=w,
@@ -369,9 +387,9 @@ class Analysis:
         root, views = x.root()
         if mark or root.hidden is None:
             block, variable = root.place  # type: ignore[misc]
-            taken = sum(h.name.split("#")[0] == name for h in self.hidden)
+            kin = {h.name for h in self.hidden if h.mark == mark}
             hidden = Hidden(
-                name=name + (f"#{taken + 1}" if taken else ""),
+                name=_unique(name, kin),
                 root=root,
                 views=views,
                 reader=x,
@@ -399,8 +417,7 @@ class Analysis:
         regions, doubts = find_regions(block)
         self.doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in doubts]
         for region in regions:
-            uses = sum(a.name == region.name for a in self.activations)
-            site = region.name + (f"#{uses + 1}" if uses else "")
+            site = _unique(region.name, {a.site for a in self.activations})
             source, output = block.value(region.root), block.value(region.output)
             region.activation = Activation(region.name, site, block.scope, source, output)
             self.activations.append(region.activation)
@@ -457,11 +474,14 @@ class Analysis:
         outs = self.generic(eqn, ins)
         if index in block.layers:
             outs[0].layer = block.layers[index]
+            outs[0].products = ()
+            outs[0].table = name in ("gather", "dynamic_slice") and len(block.layers[index].output_axes) > 1
             block.layers[index].output = outs[0]
         elif params and data and not self.silent and name in ELEMENTWISE:
             self.add_offset(block, index, ins, outs[0])
-        self.products(eqn, ins, outs)
-        if name == "name" and ins[0].both and not self.silent:
+        self.sums(block, eqn, ins)
+        marked = name == "name" and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
+        if marked and not self.silent and not self.sealed:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)
         return outs
 
@@ -507,29 +527,30 @@ class Analysis:
         axes = view_axes(eqn, operand.aval.shape) if operand is not None and hasattr(operand.aval, "shape") else None
         if operand is not None and axes is not None and value.both:
             value.source, value.view = operand, eqn
-            if operand.product is not None:
-                value.product = (operand.product[0], _through(axes, operand.product[1]))
+        value.varies = _varying(eqn, ins, aval, axes)
         if value.pure:
             value.axes = _parameter_axes(eqn, ins, axes)
-            value.varies = _varying(eqn, ins, aval, axes)
+            meets = eqn.primitive.name in ("dot_general", "conv_general_dilated") and not all(v.pure for v in ins)
+            value.network = meets or any(v.network for v in ins)
+        elif value.both:
+            found = products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes)
+            value.products = tuple(found)
+            value.table = any(v.table for v in ins) and (axes is not None or eqn.primitive.name in products.LINEAR)
         return value
 
-    def products(self, eqn, ins: list[Value], outs: list[Value]):
-        """Refuses a product of weights and data that is summed by hand."""
-        name = eqn.primitive.name
-        if name == "mul" and len(ins) == 2:
-            pure = [v for v in ins if v.pure and v.varies]
-            if len(pure) == 1 and any(v.data for v in ins):
-                outs[0].product = (pure[0].params, pure[0].varies)
-        elif name == "reduce_sum" and ins[0].product is not None:
-            weights, dims = ins[0].product
-            if dims & set(eqn.params["axes"]):
-                what = (
-                    "the parameter {name} is multiplied by data elementwise and the product is summed, a layer "
-                    "written by hand: write it as a dot product (jnp.dot, jnp.einsum), or give that parameter "
-                    "backprop() in a partition"
-                )
-                self.refuse(weights, what)
+    def sums(self, block: Block, eqn, ins: list[Value]):
+        """Refuses products of weights and data that are summed by hand."""
+        if by_hand := products.summed(eqn, ins, block):
+            self.refuse(by_hand, products.BY_HAND)
+        if eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][0][0]:
+            for value, other in (ins, ins[::-1]):
+                if value.table and other.both:
+                    self.refuse(
+                        value.params,
+                        "a matrix looked up in the parameter {name} for each example is multiplied by what depends on "
+                        "parameters, which no rule can tell from data: compute all and select (einsum with one-hot "
+                        "weights), or give that parameter backprop() in a partition",
+                    )
 
     # -- constructs
 
@@ -563,11 +584,13 @@ class Analysis:
         for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):
             value.operands = (ins[n_consts + i], outs[i])
         results = []
+        for inner in outs[:n_carry]:
+            if summed := frozenset().union(*(p.params for p in inner.products if p.outer and key in p.weight.loops)):
+                self.refuse(summed, products.BY_HAND)
         for i, (inner, out) in enumerate(zip(outs, eqn.outvars, strict=True)):
             params, data = carry[i] if i < n_carry else (inner.params, inner.data)
             result = Value(out.aval, params, data, producer=eqn, operands=(inner,), loops=inner.loops - {key})
             result.carried = result.pure and (i < n_carry or inner.carried)
-            result.varies = frozenset(range(len(getattr(out.aval, "shape", ())))) if result.pure else frozenset()
             results.append(result)
         return results
 
@@ -620,6 +643,13 @@ class Analysis:
         ]
 
 
+def _unique(name: str, taken: set[str]) -> str:
+    """The name, with `#2`, `#3`, ... where it is taken."""
+    if name not in taken:
+        return name
+    return next(new for n in range(2, len(taken) + 3) if (new := f"{name}#{n}") not in taken)
+
+
 def multiplication(eqn, ins: list[Value]):
     """The weight, operand, contracted weight axes and output axes of a layer; None if the equation is none."""
     name = eqn.primitive.name
@@ -670,7 +700,7 @@ def _slice(value: Value, aval, key) -> Value:
     axes = {}
     for i, (dims, sliced) in value.axes.items():
         axes[i] = (dims[1:], sliced | frozenset(dims[0]))
-    varies = frozenset(d - 1 for d in value.varies if d > 0)
+    varies = frozenset(d - 1 for d in value.spread if d > 0)
     return Value(
         aval, value.params, value.data, axes=axes, varies=varies, operands=(value,),
         loops=value.loops | ({key} if not value.data else set()), carried=value.carried,
@@ -685,12 +715,12 @@ def _varying(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     name = eqn.primitive.name
     full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n > 1)
     if axes is not None:
-        return _through(axes, ins[0].varies) & full
+        return _through(axes, ins[0].spread) & full
     if name == "broadcast_in_dim":
         dims = eqn.params["broadcast_dimensions"]
-        return frozenset(dims[i] for i in ins[0].varies)
+        return frozenset(dims[i] for i in ins[0].spread)
     if name in ELEMENTWISE:
-        return frozenset().union(*(v.varies for v in ins)) & full
+        return frozenset().union(*(v.spread for v in ins)) & full
     return full
 
 

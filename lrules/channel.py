@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.analysis import varying_axes
-from lrules.network import BatchAxis, Graph, Handler, Network, doubled, find_batch_axis
+from lrules.batch import BatchAxis, doubled, find_batch_axis
+from lrules.network import Graph, Handler, Network
 from lrules.rule import Rule, Sequential
 
 AxisName = str | Sequence[str] | None
@@ -452,7 +453,7 @@ class _PerExample(Handler):
         if axis is None:
             return op(p, others)
         shape = offset.output.aval.shape
-        kept = {i + len(shape) - jnp.ndim(p) for i in offset.value.varies}
+        kept = {i + len(shape) - jnp.ndim(p) for i in offset.value.spread}
 
         @jax.custom_vjp
         def meet(p, others):

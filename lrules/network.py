@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +30,6 @@ from lrules.analysis import (
     Value,
     bind,
     is_literal,
-    reshape_groups,
     scan_counts,
     varying_axes,
 )
@@ -78,7 +75,6 @@ class Network:
 
         def flat(param_leaves, input_leaves):
             if double:
-                axes = self.input_batch_axes(inputs)
                 input_leaves = [
                     x if a is None else jax.lax.concatenate([x, x], a % jnp.ndim(x))
                     for x, a in zip(input_leaves, axes, strict=True)
@@ -90,8 +86,14 @@ class Network:
             trees[:] = [out_tree, aux_tree, len(out_leaves)]
             return out_leaves, aux_leaves
 
+        if len(set(names)) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise ValueError(f"two parameters are named {twice!r}: rename one, since rules and feedback go by names")
+        axes = self.input_batch_axes(inputs)
         closed = jax.make_jaxpr(flat)([leaf for _, leaf in paths], leaves)
-        return Graph(closed, names, len(leaves), *trees)
+        # What has no batch (state, keys, masks) is no data: a weight that it changes stays a weight.
+        batched = [a is not None or all(other is None for other in axes) for a in axes]
+        return Graph(closed, names, batched, *trees)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
         """The batch axis of each leaf of `inputs`."""
@@ -232,8 +234,8 @@ class Frame:
 class Graph:
     """A traced network: its layers, hidden signals and activations, and the running of it."""
 
-    def __init__(self, closed, names: Sequence[str], n_inputs: int, out_tree, aux_tree, n_outputs: int):
-        self.closed, self.names, self.n_inputs = closed, list(names), n_inputs
+    def __init__(self, closed, names: Sequence[str], batched: Sequence[bool], out_tree, aux_tree, n_outputs: int):
+        self.closed, self.names = closed, list(names)
         self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
@@ -247,7 +249,7 @@ class Graph:
             )
             for i, aval in enumerate(self.param_avals)
         ]
-        ins += [Value(v.aval, data=True) for v in invars[len(names) :]]
+        ins += [Value(v.aval, data=b) for v, b in zip(invars[len(names) :], batched, strict=True)]
         self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
@@ -511,79 +513,3 @@ def _nest_offset(handler: Handler, offset: Offset, run, frame: Frame):
 
 def _nest_activation(handler: Handler, activation: Activation, run, frame: Frame):
     return lambda x: handler.activation(activation, run, x, frame)
-
-
-# ------------------------------------------------------------------------------------------------------ batch axes
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchAxis:
-    """Where the batch lies in a tensor: axis `axis`, of size `before * batch * after` if merged with others."""
-
-    axis: int
-    before: int = 1
-    after: int = 1
-
-    def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape without the batch, a merged axis taken apart."""
-        middle = [n for n in (self.before, self.after) if n > 1]
-        return (*shape[: self.axis], *middle, *shape[self.axis + 1 :])
-
-    def restore(self, x, shape: Sequence[int]):
-        """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
-        x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
-        return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
-
-
-def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
-    shape = a.aval.shape
-    if b is None or len(b.aval.shape) != len(shape):
-        candidates = [i for i, n in enumerate(shape) if n == batch]
-        return BatchAxis(candidates[0]) if len(candidates) == 1 else None
-    grown = [i for i, (m, n) in enumerate(zip(shape, b.aval.shape, strict=True)) if n != m]
-    if len(grown) != 1 or b.aval.shape[grown[0]] != 2 * shape[grown[0]]:
-        return None
-    (axis,) = grown
-    if shape[axis] == batch:
-        return BatchAxis(axis)
-    return _merge_order(a, b, axis, batch)
-
-
-def _merge_order(a: Value, b: Value, axis: int, batch: int) -> BatchAxis | None:
-    """In which order the batch was merged with other axes, from the reshape that did it."""
-    size, stack = a.aval.shape[axis], [(a, b)]
-    seen: set[int] = set()
-    while stack:
-        u, v = stack.pop()
-        if id(u) in seen or len(seen) > 10_000:
-            continue
-        seen.add(id(u))
-        if u.producer is not None and u.producer.primitive.name == "reshape":
-            (before_u,), (before_v,) = u.operands, v.operands
-            for left, right in reshape_groups(before_u.aval.shape, u.aval.shape):
-                if len(left) > 1 and any(u.aval.shape[j] == size for j in right):
-                    grown = [i for i in left if before_u.aval.shape[i] != before_v.aval.shape[i]]
-                    if len(grown) == 1 and before_u.aval.shape[grown[0]] == batch:
-                        before = math.prod(before_u.aval.shape[i] for i in left if i < grown[0])
-                        after = math.prod(before_u.aval.shape[i] for i in left if i > grown[0])
-                        if before * batch * after == size:
-                            return BatchAxis(axis, before, after)
-        if len(u.operands) == len(v.operands):
-            for p, q in zip(u.operands, v.operands, strict=True):
-                shapes = getattr(p.aval, "shape", ()), getattr(q.aval, "shape", ())
-                if p.data and len(shapes[0]) == len(shapes[1]) and shapes[0] != shapes[1]:
-                    stack.append((p, q))
-    return None
-
-
-def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
-    """The network traced at twice the batch; None where the model does not trace so or comes out different."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            twice = net.graph(params, inputs, double=True)
-    except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
-        return None
-    same = [h.name for h in twice.hidden] == [h.name for h in graph.hidden]
-    return twice if same and len(twice.outs) == len(graph.outs) else None

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import Hidden, Layer, bind
-from lrules.network import BatchAxis, Frame, Graph, Handler, Network, as_network, doubled, find_batch_axis
+from lrules.analysis import Hidden, Layer, bind, varying_axes
+from lrules.batch import BatchAxis, doubled, find_batch_axis
+from lrules.network import Frame, Graph, Handler, Network, as_network
 
 Pytree = Any
 Initializer = Callable[..., jax.Array]
@@ -64,7 +65,7 @@ class Rule(NamedTuple):
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None where that of `transform` serves.
       stochastic: needs `rng=`.
       additive: the gradient of a batch is the sum of those of its parts, up to their weights in the objective.
-      plan: `(net, graph, inputs) -> Plan`, what the rule does where; None for a rule of another kind.
+      plan: `(net, graph, params, inputs) -> Plan`, what the rule does where; None for a rule of another kind.
       layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
     """
 
@@ -105,6 +106,7 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
       >>> f(jnp.eye(2), Feedback({}, {}), jnp.zeros((1, 2))).shape
       (1, 2)
     """
+    _check_call(net, rule)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction={reduction!r} is neither "mean" nor "sum"')
     inner = rule.transform(as_network(net), reduction=reduction)
@@ -134,6 +136,7 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
       ValueError: the loss has another batch than the inputs, or `rng` is missing or superfluous.
       NotImplementedError: the network holds a construct that the rule cannot serve.
     """
+    _check_call(net, rule)
     net = as_network(net)
     if rule.value_and_grad is None:
         inner = grad_of_transform(rule.transform(net, reduction="mean"), net, loss)
@@ -181,6 +184,15 @@ def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, tar
             f"outputs have shape {', '.join(map(str, shapes))}: return one loss per example, [batch] or [batch, ...]"
         )
     return jnp.mean(losses)
+
+
+def _check_call(net, rule) -> None:
+    """The network and the rule stand where they should."""
+    if not isinstance(rule, Rule):
+        hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
+        raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
+    if isinstance(net, Rule) or not callable(net):
+        raise TypeError(f"the network is a {type(net).__name__}: give a Network, or a function apply(params, inputs)")
 
 
 def at_least_float32(dtype) -> Any:
@@ -299,6 +311,12 @@ class Landing:
     shared: tuple[tuple[str, int], ...] = ()
     dtype: Any = jnp.float32
 
+    def axes_named(self) -> str:
+        """The shape of the feedback weights, as `3 iterations x 10 outputs x (128,)`."""
+        n = len(self.lengths)
+        scans = "".join(f"{length} iterations x " for length in self.lengths)
+        return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize if self.spec.init is not None else 0
@@ -397,6 +415,11 @@ class Plan:
 
     def check(self, feedback: Feedback) -> None:
         """Feedback must have been made for this rule, network and shapes."""
+        if not isinstance(feedback, Feedback):
+            raise TypeError(
+                f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: make it with "
+                "rule.init(key, net, params, inputs)"
+            )
         given = {**feedback.fixed, **feedback.learned}
         wanted = self.feedback_shapes()
         remedy = "make it anew with rule.init(key, net, params, inputs)"
@@ -506,6 +529,10 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
     dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
     contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
     free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
+    if layer.operation == "dot_general":  # members of an ensemble, heads: each is a matrix of its own
+        batch = layer.eqn.params["dimension_numbers"][1][0 if layer.weight_first else 1]
+        members = {a for d in batch if d < len(dims) for a in dims[d]} - contracted
+        free, sliced = free - members, sliced | members
     lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
     if lost:  # an axis summed away on the way (a factorised weight): it faces the side that is not seen
         (contracted if free and not contracted else free).update(lost)
@@ -547,7 +574,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                     f"at={pattern!r} matches no hidden signal and no marked tensor; there are {_listed(names)}"
                 )
         for hidden in graph.hidden:
-            if hidden.mark and _matches(spec.at, hidden.name):
+            landed = any(other.root is hidden.root for other, _ in chosen)  # one feedback for one tensor
+            if hidden.mark and not landed and _matches(spec.at, hidden.name):
                 if len(directs) > 1:
                     raise ValueError(
                         f"the mark {hidden.name!r} belongs to no layer, so a partition of several direct rules "
@@ -559,6 +587,9 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                         "cannot land: mark one outside"
                     )
                 chosen.append((hidden, spec))
+    for i, (hidden, _) in enumerate(chosen):
+        if any(other.name == hidden.name for other, _ in chosen[:i]):
+            raise ValueError(f"a mark and a layer are both named {hidden.name!r}: give the mark another name")
     if all(spec.signal is None for _, spec in chosen):
         plan.landings = {hidden.name: Landing(hidden, spec) for hidden, spec in chosen}
         return
@@ -570,8 +601,9 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
     for aval, axis in zip(avals, plan.output_axes, strict=True):
         if jnp.issubdtype(aval.dtype, jnp.inexact) and (axis is None or axis.before * axis.after > 1):
             raise ValueError(
-                f"an output of shape {aval.shape} has no batch axis of {batch} examples: direct feedback needs one "
-                "error per example, so return outputs [batch, ...], or return what has no batch as aux (has_aux=True)"
+                f"an output of shape {aval.shape} has no batch axis, of {batch} examples in the order of the inputs, "
+                "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or return "
+                "what has no batch as aux (has_aux=True)"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
@@ -590,9 +622,9 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         axis = find_batch_axis(hidden.reader, other, batch)
         if axis is None:
             raise ValueError(
-                f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot be "
-                f"told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where feedback "
-                "lands"
+                f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
+                f"be told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where "
+                "feedback lands"
             )
         lengths = tuple(length for length, own in hidden.loops if own)
         shared = _shared_places(plan, hidden, spec, axis)
@@ -781,11 +813,17 @@ def _direct_run(plan: Plan) -> Callable:
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
-        grads[1] = {**grads[1], **feedback_grads}
+        grads[1] = {**grads[1], **{name: _whole(g, feedback[name]) for name, g in feedback_grads.items()}}
         return (*grads, None)
 
     run.defvjp(forward, backward)
     return run
+
+
+def _whole(grad, b):
+    """Sums a feedback gradient over the devices that share the feedback weight, as the transpose of using it would."""
+    axes = tuple(sorted(varying_axes(jax.typeof(grad)) - varying_axes(jax.typeof(b))))
+    return jax.lax.psum(grad, axes) if axes else grad
 
 
 def output_error(plan: Plan, errors: Pytree) -> jax.Array:
@@ -1003,6 +1041,13 @@ def direct(
       The rule.
     """
     where = None if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    for pattern in where or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"at={pattern!r} is no regular expression: {error}") from None
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
+        raise ValueError(f"rank={rank} is no number of directions to send: give an integer of at least 1, or None")
     axes = [shared_axes] if isinstance(shared_axes, int) else list(shared_axes)
     pairs = tuple((a, None) if isinstance(a, int) else (a[0], a[1]) for a in axes)
     if redrawn and learn is not None:
@@ -1062,7 +1107,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     graph = net.graph(params, inputs)
     plan = rule.plan(net, graph, params, inputs) if rule.plan else None
     landings = plan.landings if plan else {}
-    reached = feedback_reach(graph, {landing.hidden for landing in landings.values()})
+    reached = feedback_reach(graph, {landing.hidden: landing.spec.lands for landing in landings.values()})
     layers = []
     for layer in graph.layers:
         spec = plan.specs[layer.site] if plan else rule.layer
@@ -1073,7 +1118,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
                 "weight": tuple(layer.weight.aval.shape),
                 "rule": _treatment(spec, layer, plan),
                 "reads": layer.reads.name if layer.reads else "(data)",
-                "reached by": ", ".join(reached[layer.site]),
+                "reached by": ", ".join(reached[layer.site]) or "(nothing)",
             }
         )
     hidden = []
@@ -1087,7 +1132,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
             {
                 "hidden signal": h.name,
                 "shape": tuple(shape),
-                "feedback": landing.shape if has and landing else "-",
+                "feedback": landing.axes_named() if has and landing else "-",
                 "bytes": landing.nbytes if has and landing else 0,
             }
         )
@@ -1106,7 +1151,7 @@ def _treatment(spec, layer: Layer, plan) -> str:
     return "backprop" if isinstance(spec, Plain) else "own"
 
 
-def feedback_reach(graph: Graph, stops: set[Hidden]) -> dict[str, list[str]]:
+def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list[str]]:
     """For each layer, where the error that reaches it comes from: the output, or landings of direct feedback."""
     reach: dict[str, list[str]] = {layer.site: [] for layer in graph.layers}
     stop_of: dict[int, list[str]] = {}
@@ -1124,7 +1169,7 @@ def feedback_reach(graph: Graph, stops: set[Hidden]) -> dict[str, list[str]]:
                 reach[value.layer.site].append(source)
             stack += [(v, False) for v in (*value.operands, *([value.source] if value.source else []))]
 
-    for hidden in sorted(stops, key=lambda h: graph.hidden.index(h)):
+    for hidden in sorted((h for h, lands in stops.items() if lands), key=graph.hidden.index):
         spread(hidden.root, hidden.name, set(), True)
     for out in graph.outs[: graph.n_outputs]:
         spread(out, "output", set(), False)

@@ -19,8 +19,9 @@ def check_rule(rule: Rule, net: Network | None = None, params: Pytree = None, in
 
     The forward pass stays as it is, bit for bit; gradients have the parameters' structure, shapes and dtypes, and are
     finite, dead units included; `jit`, `vmap` over seeds and `scan` over steps agree with plain calls; the second step
-    does not compile again; `init` works under `eval_shape` and returns buffers of its own; `rng` is asked for exactly by
-    stochastic rules; an error that is zero at the outputs moves no forward weight, unless the rule is stochastic or needs the targets.
+    does not compile again; `init` works under `eval_shape` and returns buffers of its own; `rng` is asked for exactly
+    by stochastic rules; an error that is zero at the outputs moves no forward weight, unless the rule is stochastic or
+    needs the targets.
 
     Args:
       rule: the rule.
@@ -143,14 +144,16 @@ def _check_rng(rule, net, params, feedback, inputs, targets) -> None:
 def _check_gradients(params, feedback, grads) -> None:
     assert jax.tree.structure(grads.params) == jax.tree.structure(params), "gradients have another structure"
     for g, p in _zip(grads.params, params):
-        assert g.shape == p.shape and g.dtype == p.dtype, f"a gradient is {g.dtype}{g.shape}, its parameter {p.dtype}{p.shape}"
+        kinds = f"{g.dtype}{g.shape}", f"{p.dtype}{p.shape}"
+        assert kinds[0] == kinds[1], f"a gradient is {kinds[0]}, its parameter {kinds[1]}"
         assert jnp.all(jnp.isfinite(g)), "a gradient is not finite"
     assert any(bool(jnp.any(g)) for g in jax.tree.leaves(grads.params)), "all gradients are zero"
     assert jax.tree.structure(grads.feedback) == jax.tree.structure(feedback.learned), (
         "grads.feedback has another structure than feedback.learned"
     )
     for g, b in _zip(grads.feedback, feedback.learned):
-        assert g.shape == b.shape and g.dtype == b.dtype, "a feedback gradient has another shape or dtype than its weight"
+        same = g.shape == b.shape and g.dtype == b.dtype
+        assert same, "a feedback gradient has another shape or dtype than its weight"
         assert jnp.all(jnp.isfinite(g)), "a feedback gradient is not finite"
     assert jax.tree.structure(grads.state) == jax.tree.structure(feedback.state), "grads.state has another structure"
 
@@ -167,7 +170,8 @@ def _check_vmap(rule, net, params, inputs, targets, step) -> None:
     together = jax.jit(jax.vmap(one))(many, feedbacks, rng)
     for i in range(2):
         alone = jax.jit(one)(*jax.tree.map(lambda x: x[i], (many, feedbacks, rng)))  # noqa: B023
-        _same(jax.tree.map(lambda x: x[i], together), alone, "vmap over seeds changes the gradients", tolerance=1e-4)  # noqa: B023
+        picked = jax.tree.map(lambda x: x[i], together)  # noqa: B023
+        _same(picked, alone, "vmap over seeds changes the gradients", tolerance=1e-4)
 
 
 def _check_scan(step, params, feedback, inputs, targets, rng) -> None:

@@ -186,7 +186,7 @@ def test_closed_over_arrays():
 
 
 def test_marks_and_at():
-    """`at=` chooses where feedback lands: by name, or at a marked tensor; between landings error flows as in backprop."""
+    """`at=` chooses where feedback lands, by name or at a mark; between landings error flows as in backprop."""
 
     def marked(p, x):
         h = lrules.hidden(jnp.tanh(x @ p["a"]), "first")

@@ -57,7 +57,8 @@ def build(architecture, seed):
             h = h if skip is None else h + kept[skip]
             kept.append(h)
         if last == "conv":
-            h = jnp.tanh(jax.lax.conv_general_dilated(h, p["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))
+            numbers = ("NWC", "WIO", "NWC")
+            h = jnp.tanh(jax.lax.conv_general_dilated(h, p["conv"], (1,), "SAME", dimension_numbers=numbers))
         if last == "scan":
             h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["scan"])
         return h.reshape(len(x), -1) @ p["out"]
@@ -77,7 +78,7 @@ def gradient(apply, rule, feedback, params, x, t):
 @SETTINGS
 @hypothesis.given(architectures(), st.integers(0, 2**16))
 def test_backprop_layer_by_layer_is_the_gradient(architecture, seed):
-    """A sequential rule that hands on what backprop hands on gives `jax.grad`; so does FA with the weights as feedback."""
+    """Handing on what backprop hands on, layer by layer, gives `jax.grad`; so does FA with the weights as feedback."""
     with jax.enable_x64(True):
         apply, params, x, t = build(architecture, seed)
         wanted = jax.jit(jax.grad(lambda p: half_square(apply(p, x), t).mean()))(params)

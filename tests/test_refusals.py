@@ -36,7 +36,8 @@ def refused(apply, *words, rule=FA, error=NotImplementedError, params=W, inputs=
 
 def test_parameter_in_a_carry():
     def apply(p, x):
-        (h, _), _ = lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (x @ p["a"], p["b"]), None, length=2)
+        step = lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None)  # noqa: E731
+        (h, _), _ = lax.scan(step, (x @ p["a"], p["b"]), None, length=2)
         return h @ p["c"]
 
     refused(apply, "'b'", "carry", "xs")
@@ -247,3 +248,183 @@ def test_partition():
         lrules.partition({".*": FA._replace(layer=None)})
     with pytest.raises(ValueError, match="no rules"):
         lrules.partition({})
+
+
+# ------------------------------------------------------------------------ weights and layers in disguise: never silent
+
+
+def zero_below(apply, params, inputs=X, rule=None):
+    """With feedback of zero nothing arrives below a hidden signal: the parameter `a` gets no gradient."""
+    rule = rule or lrules.feedback_alignment(init=jax.nn.initializers.zeros)
+    feedback = rule.init(KEY, apply, params, inputs)
+    f = lrules.transform(apply, rule)
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(f(p, feedback, inputs))))(params)
+    assert feedback.fixed and not jnp.any(grads["a"])
+
+
+def test_weights_that_meet_what_has_no_batch():
+    """A weight masked by a key, a mask or a flag among the inputs stays a weight."""
+
+    def masked(p, inputs):
+        x, key = inputs
+        keep = jax.random.bernoulli(key, 0.5, p["b"].shape).astype(jnp.float32)
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ (p["b"] * keep)) @ p["c"]
+
+    zero_below(lrules.Network(masked, batch_axes=(0, None)), W, (X, KEY))
+
+    def chosen(p, inputs):
+        x, task = inputs
+        return jnp.tanh(x @ p["a"]) @ p["tasks"][task]
+
+    params = {"a": W["a"], "tasks": jnp.ones((2, 6, 3))}
+    zero_below(lrules.Network(chosen, batch_axes=(0, None)), params, (X, jnp.asarray(1)))
+
+
+H = lambda p, x: jnp.tanh(x @ p["a"])  # noqa: E731
+BY_HAND = {
+    "scaled": lambda h, w: (0.5 * (h[:, :, None] * w[None])).sum(1),
+    "mean": lambda h, w: (h[:, :, None] * w[None]).mean(1),
+    "masked": lambda h, w: jnp.sum(h[:, :, None] * w[None], 1, where=(jnp.arange(6) < 5)[None, :, None]),
+    "dot_without_contraction": lambda h, w: jnp.einsum("bi,ij->bij", h, w).sum(1),
+    "summed_by_a_dot": lambda h, w: jnp.einsum("bij,i->bj", h[:, :, None] * w[None], jnp.ones(6)),
+    "cumsum": lambda h, w: jnp.cumsum(h[:, :, None] * w[None], 1)[:, -1],
+    "row_by_row": lambda h, w: sum(h[:, i : i + 1] * w[i][None] for i in range(6)),
+    "in_a_loop": lambda h, w: lax.fori_loop(
+        0, 6, lambda i, s: s + lax.dynamic_slice_in_dim(h, i, 1, 1) * w[i][None], jnp.zeros((4, 3))
+    ),
+    "shifts": lambda h, w: sum(jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * w[i, 0] for i in range(3)),
+    "fourier": lambda h, w: jnp.fft.irfft(jnp.fft.rfft(h) * jnp.fft.rfft(w[:, 0])[None], n=6),
+    "quotient": lambda h, w: (h[:, :, None] / w[None]).sum(1),
+    "outer": lambda h, w: jnp.trace(jnp.tensordot(h, w, 0), axis1=1, axis2=2),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_products_summed_by_hand(name):
+    for rule in (FA, DFA, BACKMAN):
+        refused(lambda p, x: BY_HAND[name](H(p, x), p["c"]), "'c'", "summed", "einsum", rule=rule)
+
+
+def test_scales_are_no_products_summed_by_hand():
+    """Normalisations without bias, mixing with a previous token, gated pooling, scaled residuals: all served."""
+
+    def norm(x, scale):
+        x = x - x.mean(-1, keepdims=True)
+        return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale[None]
+
+    params = {**W, "g": jnp.ones(6)}
+    zero_below(lambda p, x: norm(norm(x @ p["a"], p["g"]), p["g"]) @ p["c"], params)
+    zero_below(lambda p, x: (H(p, x) * p["g"][None] + jnp.roll(H(p, x), 1, 1) * (1 - p["g"][None])) @ p["c"], params)
+    zero_below(lambda p, x: ((H(p, x) * p["g"][None]).mean(-1, keepdims=True) * H(p, x)) @ p["c"], params)
+    zero_below(lambda p, x: (x @ p["a"] + H(p, x) * p["g"][None]) @ p["c"], params)
+
+
+def test_matrices_looked_up_for_each_example():
+    def experts(p, inputs):
+        x, index = inputs
+        return jnp.einsum("bi,bio->bo", H(p, x), p["experts"][index])
+
+    params = {"a": W["a"], "experts": jnp.ones((3, 6, 3))}
+    refused(experts, "'experts'", "looked up", "one-hot", params=params, inputs=(X, jnp.arange(4) % 3))
+
+
+def test_inputs_closed_over():
+    nodes, graph = jnp.ones((7, 5)), jnp.ones((7, 7))
+    refused(
+        lambda p, ids: (graph @ jnp.tanh(graph @ nodes @ p["a"]) @ p["c"])[ids],
+        "looked up", "pass them as inputs", inputs=jnp.arange(3),
+    )  # fmt: skip
+
+
+def test_two_parameters_of_one_name():
+    params = {"v": {"w": jnp.ones((5, 3))}, "v/w": jnp.ones((3, 3))}
+    refused(lambda p, x: x @ p["v"]["w"] @ p["v/w"], "two parameters", "'v/w'", error=ValueError, params=params)
+
+
+T = 3
+SEQUENCES = jax.random.normal(KEY, (4, T, 5))
+
+
+def reached(apply, params, x):
+    """The examples that get a signal when only example 0 is wrong."""
+    feedback = DFA.init(KEY, apply, params, x)
+    y, pull = jax.vjp(lambda x: lrules.transform(apply, DFA)(params, feedback, x), x)
+    (d,) = pull(jnp.zeros_like(y).at[0].set(1.0))
+    return [i for i in range(len(x)) if jnp.any(d[i])]
+
+
+def test_merged_axes_keep_the_order_of_the_examples():
+    def batch_first(p, x):
+        return jnp.tanh(H(p, x.reshape(-1, 5)) @ p["b"]).reshape(-1, T, 6).mean(1) @ p["c"]
+
+    def time_first(p, x):
+        h = jnp.tanh(H(p, x.transpose(1, 0, 2).reshape(-1, 5)) @ p["b"])
+        return h.reshape(T, -1, 6).mean(0) @ p["c"]
+
+    for apply in (batch_first, time_first):
+        for x in (SEQUENCES, SEQUENCES[:1]):
+            assert reached(apply, {k: v * 0.1 for k, v in W.items()}, x) == [0]
+
+
+def test_examples_in_another_order():
+    """Where examples were concatenated, reversed or sorted, direct feedback would reach the wrong ones: refused."""
+
+    def steps_in_turn(p, x):
+        e = H(p, x.reshape(-1, 5)).reshape(-1, T, 6)
+        e = jnp.concatenate([e[:, t] for t in range(T)], 0)
+        return jnp.tanh(e @ p["b"]).reshape(T, -1, 6).mean(0) @ p["c"]
+
+    def reversed_inside(p, x):
+        return (jnp.tanh(H(p, x[:, 0])[::-1] @ p["b"]) @ p["c"])[::-1]
+
+    def sorted_inside(p, x):
+        order = jnp.argsort(x[:, 0, 0])
+        return (jnp.tanh(H(p, x[:, 0])[order] @ p["b"]) @ p["c"])[jnp.argsort(order)]
+
+    for apply in (steps_in_turn, reversed_inside, sorted_inside):
+        refused(apply, "batch", rule=DFA, error=ValueError, inputs=SEQUENCES)
+        FA.init(KEY, apply, W, SEQUENCES)
+
+
+def test_a_model_of_one_batch_size():
+    def fixed(p, x):  # traces at no other batch; the features are as many as the examples
+        e = jnp.tanh(x.reshape(4 * T, 5) @ p["e"])
+        return (e @ p["f"]).reshape(4, T, -1).mean(1)
+
+    params = {"e": jnp.ones((5, 4)), "f": jnp.ones((4, 2))}
+    refused(fixed, "cannot be told", rule=DFA, error=ValueError, params=params, inputs=SEQUENCES)
+
+    def microbatches(p, x):
+        return jnp.concatenate([H(p, x[i : i + 2]) @ p["c"] for i in range(0, len(x), 2)])
+
+    refused(microbatches, "another batch size", rule=DFA, error=ValueError)
+
+
+def test_wrong_calls():
+    with pytest.raises(TypeError, match="call its factory first"):
+        lrules.transform(mlp, lrules.feedback_alignment)
+    with pytest.raises(TypeError, match="the order is"):
+        lrules.value_and_grad(mlp, FA, NONE)
+    with pytest.raises(TypeError, match="not an lrules.Rule|the network is a Rule"):
+        lrules.transform(FA, mlp)
+    with pytest.raises(TypeError, match="the feedback is a dict.*rule.init"):
+        lrules.transform(mlp, FA)(W, {}, X)
+    with pytest.raises(ValueError, match="no regular expression"):
+        lrules.direct_feedback_alignment(at="(")
+
+
+def test_marks_beside_layers():
+    """A mark on a tensor that a layer reads is the same signal; marks on integers and in loops are no landings."""
+
+    def apply(p, x):
+        h = lrules.hidden(H(p, x), "m")
+        return jnp.tanh(h @ p["b"]) @ p["c"]
+
+    everywhere = lrules.direct_feedback_alignment(at=".*")
+    assert set(everywhere.init(KEY, apply, W, X).fixed) == {"b", "c"}
+
+    def integer(p, x):
+        top = lrules.hidden(jnp.argmax(H(p, x), -1), "m")
+        return jnp.tanh(H(p, x) @ p["b"]) @ p["c"] + jax.nn.one_hot(top, 3)
+
+    refused(integer, "'m' matches no hidden signal", rule=lrules.direct_feedback_alignment(at="m"), error=ValueError)

@@ -9,7 +9,8 @@ update; what it wants is a large norm of its output connections after that updat
     U_i(b) = || (w^{l+1} + g^{l+1 t} a^l(b))_{:i} ||,    in the last layer U_i(b) = -loss    (Eq. 3)
 
 Theorems 3.2 and 3.3: its best response approaches its BackMAN update as alpha -> 0, *if g^{l+1} does not respond to b*.
-The paper calls that response marginal; it is not (`responding=True` measures it).
+The paper calls that response marginal. `responding=True` measures it: it does not vanish with alpha (mean cosine some
+0.9), and with the width slowly at best.
 
 Weights have their output neurons or filters last: [in, out], or [height, width, in, out] of an image [n, h, w, in].
 """
@@ -26,15 +27,21 @@ import lrules
 
 
 class Net(NamedTuple):
-    """Layers a_l = f(op(w_l, a_{l-1})), the last one without f, and a loss of the whole batch; hashable."""
+    """Layers a_l = f(op(w_l, a_{l-1})), the last one without f; hashable."""
 
     op: Callable[[Any, Any], Any]
-    activation: Callable[[Any], Any]
-    loss: Callable[[Any], Any]
+    activation: Callable[[Any], Any] = jax.nn.relu
+
+
+class Data(NamedTuple):
+    """The whole batch."""
+
+    inputs: Any  # [n, ...]
+    targets: Any  # the shape of the outputs
 
 
 class Responses(NamedTuple):
-    """Neurons' best responses beside their BackMAN updates, one entry per neuron of a layer."""
+    """Neurons' best responses beside their BackMAN updates, one entry per live neuron of a layer."""
 
     cosine: np.ndarray
     length: np.ndarray  # |best response| / |BackMAN update|
@@ -50,32 +57,35 @@ def conv(w: Any, x: Any) -> Any:
     return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def forward(net: Net, weights: tuple, x: Any) -> tuple[list, list]:
+def loss(outputs: Any, targets: Any) -> Any:
+    """Half the mean squared distance."""
+    return 0.5 * ((outputs - targets) ** 2).sum() / len(targets)
+
+
+def forward(net: Net, weights: tuple, inputs: Any) -> tuple[list, list]:
     """(what each layer reads, pre-activations)."""
-    reads, pre = [x], []
+    reads, pre = [inputs], []
     for w in weights:
         pre.append(net.op(w, reads[-1]))
         reads.append(net.activation(pre[-1]))
     return reads[:-1], pre
 
 
-def outputs(net: Net, weights: tuple, x: Any) -> Any:
-    """The network as a function, for `lrules`."""
-    return forward(net, weights, x)[1][-1]
-
-
-def updates(net: Net, weights: tuple, x: Any, alpha: Any) -> tuple[list, list]:
+@functools.partial(jax.jit, static_argnums=0)
+def updates(net: Net, weights: tuple, data: Data, alpha: Any) -> tuple[list, list]:
     """Algorithms 1 and 2: (g, weight updates g^t a), both by layer; alpha None has c = 1.
 
     r^L = -dloss/dz^L, c_i = alpha / ||(r^t a)_i||, g = r diag(c), r^{l-1} = op(w, .)^t g * f'(z^{l-1})    (Eq. 5 to 9)
     """
-    reads, pre = forward(net, weights, x)
-    r = -jax.grad(net.loss)(pre[-1])
+    reads, pre = forward(net, weights, data.inputs)
+    r = -jax.grad(loss)(pre[-1], data.targets)
     gs, changes = [], []
     for layer in reversed(range(len(weights))):
         raw = weight_signal(net, weights[layer], reads[layer], r)
-        norm = jnp.sqrt((raw**2).sum(tuple(range(raw.ndim - 1)), keepdims=True))
-        c = jnp.ones_like(norm) if alpha is None else alpha / jnp.where(norm > 0, norm, 1)
+        squares = (raw**2).sum(tuple(range(raw.ndim - 1)), keepdims=True)
+        alive = squares > 0
+        norm = jnp.sqrt(jnp.where(alive, squares, 1))
+        c = jnp.ones_like(norm) if alpha is None else jnp.where(alive, alpha / norm, 0)
         gs.append(r * c)
         changes.append(raw * c)
         if layer:
@@ -89,86 +99,86 @@ def weight_signal(net: Net, w: Any, a: Any, g: Any) -> Any:
     return jax.vjp(lambda w: net.op(w, a), w)[1](g)[0]
 
 
-def utility(net: Net, weights: tuple, x: Any, alpha: Any, layer: int, unit: Any, response: Any, frozen: Any) -> Any:
-    """U_i(b) of neuron `unit` of a layer (Eq. 2, 3, 12); g^{l+1} as given in `frozen`, or responding where that is None."""
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(net: Net, weights: tuple, data: Data) -> tuple:
+    """The gradient of the loss."""
+    return jax.grad(lambda w: loss(forward(net, w, data.inputs)[1][-1], data.targets))(weights)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def library_gradient(net: Net, weights: tuple, data: Data, alpha: float) -> tuple:
+    """What `lrules.backman(alpha)` gives as the gradient of the loss."""
+    f = lrules.transform(lambda w, inputs: forward(net, w, inputs)[1][-1], lrules.backman(alpha))
+    return jax.grad(lambda w: loss(f(w, lrules.Feedback({}, {}), data.inputs), data.targets))(weights)
+
+
+def utility(net: Net, weights: tuple, data: Data, alpha: Any, layer: int, unit: Any, response: Any, frozen: Any) -> Any:
+    """U_i(b) of neuron `unit` of a layer (Eq. 2, 3, 12), with g^{l+1} as in `frozen`, responding where that is None."""
     moved = tuple(w.at[..., unit].add(response) if i == layer else w for i, w in enumerate(weights))
-    reads, pre = forward(net, moved, x)
+    reads, pre = forward(net, moved, data.inputs)
     if layer == len(weights) - 1:
-        return -net.loss(pre[-1])
-    g = (updates(net, moved, x, alpha)[0] if frozen is None else frozen)[layer + 1]
+        return -loss(pre[-1], data.targets)
+    g = (updates(net, moved, data, alpha)[0] if frozen is None else frozen)[layer + 1]
     above = weights[layer + 1] + weight_signal(net, weights[layer + 1], reads[layer + 1], g)
     return jnp.sqrt((above[..., unit, :] ** 2).sum())
 
 
 @functools.partial(jax.jit, static_argnames=("net", "layer", "responding", "steps"))
-def _best_responses(net, weights, x, alpha, layer, responding, steps):
+def _best_responses(net, weights, data, alpha, layer, responding, steps):
     """Projected gradient ascent on U over the ball |b| <= alpha, from b = 0, for every neuron of the layer."""
-    frozen = None if responding else updates(net, weights, x, alpha)[0]
+    frozen = None if responding else updates(net, weights, data, alpha)[0]
 
     def best(unit):
-        gradient = jax.grad(lambda b: utility(net, weights, x, alpha, layer, unit, b, frozen))
+        uphill = jax.grad(lambda b: utility(net, weights, data, alpha, layer, unit, b, frozen))
         start = jnp.zeros_like(weights[layer][..., 0])
-        rate = 2 * alpha / jnp.sqrt((gradient(start) ** 2).sum())
+        slope = jnp.sqrt((uphill(start) ** 2).sum())
+        rate = jnp.where(slope > 0, 2 * alpha / slope, 0)
 
         def step(_, b):
-            b = b + rate * gradient(b)
+            b = b + rate * uphill(b)
             return b * jnp.minimum(1, alpha / jnp.sqrt((b**2).sum()))
 
         return jax.lax.fori_loop(0, steps, step, start)
 
-    return jax.vmap(best)(jnp.arange(weights[layer].shape[-1]))  # [units, ...]
+    return jax.lax.map(best, jnp.arange(weights[layer].shape[-1]))  # [units, ...]; vmap takes far longer to compile
 
 
 def best_responses(
-    net: Net, weights: tuple, x: np.ndarray, alpha: float, layer: int, *, responding: bool = False, steps: int = 50
+    net: Net, weights: tuple, data: Data, alpha: float, layer: int, *, responding: bool = False, steps: int = 50
 ) -> Responses:
-    """Best responses of all neurons of a layer, one at a time, against the updates of `lrules.backman(alpha)`.
+    """Best responses of a layer's neurons, one at a time, against their updates by BackMAN.
+
+    Dead neurons, whose update is zero, are left out: the theorems do not speak of them.
 
     Args:
-      net, weights, x: the network and its whole batch.
+      net, weights, data: the network and its whole batch.
       alpha: every neuron's limit.
       layer: counted from 0.
       responding: let g^{l+1} follow the neuron's response, in place of the theorems' assumption.
       steps: of projected gradient ascent.
     """
     with jax.enable_x64(True):
-        weights, x = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (weights, x))
-        best = np.asarray(_best_responses(net, weights, x, jnp.float64(alpha), layer, responding, steps))
-        update = -np.asarray(library_gradient(net, weights, x, alpha)[layer])
+        weights, data, limit = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (weights, data, alpha))
+        best = np.asarray(_best_responses(net, weights, data, limit, layer, responding, steps))
+        update = np.asarray(updates(net, weights, data, limit)[1][layer])
     best = best.reshape(len(best), -1)
     update = np.moveaxis(update, -1, 0).reshape(len(best), -1)
+    alive = np.abs(update).max(1) > 0
+    best, update = best[alive], update[alive]
     norms = np.linalg.norm(best, axis=1), np.linalg.norm(update, axis=1)
     return Responses((best * update).sum(1) / (norms[0] * norms[1]), norms[0] / norms[1])
 
 
-def library_gradient(net: Net, weights: tuple, x: Any, alpha: float) -> Any:
-    """What `lrules.backman(alpha)` gives as the gradient of the loss."""
-    f = lrules.transform(functools.partial(outputs, net), lrules.backman(alpha))
-    return jax.grad(lambda w: net.loss(f(w, lrules.Feedback({}, {}), x)))(weights)
-
-
-def random_dense(seed: int, sizes: tuple[int, ...] = (6, 8, 7, 4), examples: int = 24) -> tuple[Net, tuple, np.ndarray]:
-    """A ReLU net, its weights, and inputs [examples, in]; squared error to random targets."""
+def random_dense(seed: int, sizes: tuple[int, ...] = (6, 8, 7, 4), examples: int = 24) -> tuple[Net, tuple, Data]:
+    """A ReLU net, its weights, inputs [examples, in] and targets [examples, out], all normal."""
     rng = np.random.default_rng(seed)
     weights = tuple(rng.normal(size=(m, n)) * np.sqrt(2 / m) for m, n in zip(sizes, sizes[1:], strict=False))
-    return Net(dense, jax.nn.relu, _Loss(seed, (examples, sizes[-1]))), weights, rng.normal(size=(examples, sizes[0]))
+    return Net(dense), weights, Data(*(rng.normal(size=(examples, n)) for n in (sizes[0], sizes[-1])))
 
 
-def random_conv(seed: int, examples: int = 12) -> tuple[Net, tuple, np.ndarray]:
-    """A ReLU net of three convolutions, the last one over the whole map, and images [examples, 6, 6, 2]."""
+def random_conv(seed: int, examples: int = 12) -> tuple[Net, tuple, Data]:
+    """A ReLU net of three convolutions, the last one over the whole map, images [examples, 6, 6, 2] and targets."""
     rng = np.random.default_rng(seed)
     shapes = (3, 3, 2, 5), (3, 3, 5, 4), (2, 2, 4, 3)
     weights = tuple(rng.normal(size=s) * np.sqrt(2 / np.prod(s[:-1])) for s in shapes)
-    loss = _Loss(seed, (examples, 1, 1, 3))
-    return Net(conv, jax.nn.relu, loss), weights, rng.normal(size=(examples, 6, 6, 2))
-
-
-class _Loss(NamedTuple):
-    """Half the mean squared distance to random targets; hashable, as jit's static arguments have to be."""
-
-    seed: int
-    shape: tuple[int, ...]
-
-    def __call__(self, z):
-        targets = np.random.default_rng([self.seed, 1]).normal(size=self.shape)
-        return 0.5 * ((z - targets) ** 2).sum() / self.shape[0]
+    return Net(conv), weights, Data(rng.normal(size=(examples, 6, 6, 2)), rng.normal(size=(examples, 1, 1, 3)))

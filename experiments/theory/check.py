@@ -19,5 +19,6 @@ class Check(NamedTuple):
     @property
     def wanted(self) -> str:
         """The interval in words."""
-        bounds = [f"> {self.least:g}"] * (self.least > -float("inf")) + [f"< {self.most:g}"] * (self.most < float("inf"))
-        return " and ".join(bounds)
+        below = [f"> {self.least:g}"] if self.least > -float("inf") else []
+        above = [f"< {self.most:g}"] if self.most < float("inf") else []
+        return " and ".join(below + above)

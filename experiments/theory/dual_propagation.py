@@ -17,16 +17,16 @@ import numpy as np
 # ------------------------------------------------------------------------------- one level: Propositions 4.1 and 4.2
 
 
-def arovr(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+def arovr(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> Any:
     """Eq. 15 over a finite set of states, for which loss and energy [..., states] are given.
 
-    Minimum and maximum are independent of each other. The proofs of Propositions 4.1 and 4.2 use nothing but that s+ and
-    s- are optimal, so they hold on any set, for any numbers.
+    Minimum and maximum are independent of each other. The proofs of Propositions 4.1 and 4.2 use nothing but that s+
+    and s- are optimal, so they hold on any set, for any numbers.
     """
     return (alpha * loss + energy / beta).min(-1) - (energy / beta - (1 - alpha) * loss).min(-1)
 
 
-def sprovr(loss: Callable[[Any], Any], states: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> float:
+def sprovr(loss: Callable[[Any], Any], states: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> Any:
     """Eq. 10 over a finite set of real states [n] with energies [n]: min over s+ of max over s-.
 
     Below AROVR where the loss is convex, and the same at alpha 0 and 1 (after Proposition 4.2).
@@ -45,7 +45,7 @@ def adversarial(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float)
 
 
 def layer_energy(weight: Any, potential: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """E(s, below) = G(s) - s . (below W), weight [in, out]; its minimiser is f(below W) with f = (G')^-1 (after Eq. 1)."""
+    """E(s, below) = G(s) - s . (below W), weight [in, out]; minimal at f(below W) with f = (G')^-1 (after Eq. 1)."""
     return lambda s, below: potential(s) - s @ (below @ weight)
 
 
@@ -59,7 +59,9 @@ POTENTIALS: dict[str, Callable[[Any], Any]] = {  # G by activation f
 def dp_objective(
     loss: Callable, energies: Sequence[Callable], plus: Sequence, minus: Sequence, inputs: Any, alpha: Any, beta: Any
 ) -> Any:
-    """L^DP before min and max (Eq. 1): alpha l(s+_L) + ~alpha l(s-_L) + sum_k (E_k(s+_k, sbar) - E_k(s-_k, sbar)) / beta.
+    """L^DP before min and max (Eq. 1).
+
+    alpha l(s+_L) + ~alpha l(s-_L) + sum_k (E_k(s+_k, sbar_{k-1}) - E_k(s-_k, sbar_{k-1})) / beta
 
     Args:
       loss: of the outputs [N_L].
@@ -125,7 +127,8 @@ def random_quadratic(seed: int, n: int = 4, m: int = 6, *, beta: float = 0.5, sc
     weight = rng.normal(size=(n, m))
     weight *= scale / np.linalg.norm(weight, 2)
     h_l, h_f, h_g = beta * definite(n), definite(n), definite(m)
-    return Quadratic(h_l, rng.normal(size=n), h_f, rng.normal(size=n), h_g, rng.normal(size=m), weight, rng.normal(size=m))
+    b_l, b_f, b_g, x = (rng.normal(size=size) for size in (n, n, m, m))
+    return Quadratic(h_l, b_l, h_f, b_f, h_g, b_g, weight, x)
 
 
 def arovr_outputs(q: Quadratic, alpha: float, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,8 +177,8 @@ def signal_strength(alpha: float, beta: float) -> tuple[float, float]:
 def iterate(q: Quadratic, outputs: Callable, alpha: float, inner: float, steps: int) -> np.ndarray:
     """zbar [steps + 1, m] from the clean z: y+ and y- by `outputs(q, alpha, zbar)`, then z+ and z- (Eq. 61).
 
-    z+ = g(x + alpha' W^t (y+ - y-)), z- = g(x - ~alpha' W^t (y+ - y-)), g(a) = H_G^-1 (a - b_G), zbar = alpha' z+ + ~alpha'
-    z-, with alpha' = `inner`.
+    z+ = g(x + alpha' W^t (y+ - y-)), z- = g(x - ~alpha' W^t (y+ - y-)), g(a) = H_G^-1 (a - b_G), and
+    zbar = alpha' z+ + ~alpha' z-, with alpha' = `inner`.
     """
     path = [np.linalg.solve(q.h_g, q.x - q.b_g)]
     for _ in range(steps):
@@ -194,7 +197,7 @@ def fixed_point(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: floa
 
 
 def contraction(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: float) -> float:
-    """By what factor an iteration brings zbar nearer to the fixed point in the end: the spectral radius of Eq. 62 and 72.
+    """By what factor an iteration brings zbar nearer to the fixed point in the end: spectral radius of Eq. 62 and 72.
 
     Zero for alpha' = 1/2, whatever the weights; else proportional to |W|^2, and the iteration fails above 1.
     """

@@ -7,8 +7,8 @@ A linear network O = P I, P = A_L ... A_1, learns T from I by skipped random bac
     dA_i/dt = C_i (S_TI - P S_II) A_1^t ... A_{i-1}^t,    S_TI = E(T I^t),  S_II = E(I I^t)
 
 Shapes: A_i [N_i, N_{i-1}], C_i [N_i, N_L], S_TI [N_L, N_0], S_II [N_0, N_0]. All linear cases of the section are this
-system: chains have sizes 1, with a_i, c_i, alpha = E(TI) and beta = E(I^2) as [1, 1] matrices. Gradient descent, Eq. 84,
-has A_{i+1}^t ... A_L^t in place of C_i. Weights and feedback are tuples of arrays; feedback has one entry fewer.
+system: chains have sizes 1, with a_i, c_i, alpha = E(TI) and beta = E(I^2) as [1, 1] matrices. Gradient descent
+(Eq. 84) has A_{i+1}^t ... A_L^t in place of C_i. Weights and feedback are tuples of arrays; feedback has one fewer.
 
 Everything takes and returns NumPy arrays and computes in float64.
 """
@@ -25,7 +25,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpy.polynomial import Polynomial
 
+MOST_STEPS = 200_000
+
 Weights = tuple[Any, ...]
+Vector = Sequence[float] | np.ndarray
 Field = Callable[..., Any]  # a named function (state, *arguments) -> time derivative, of the structure of state
 
 
@@ -117,7 +120,7 @@ def integrate(field: Field, state: Any, *arguments: Any, until: float = 500.0, p
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (state, arguments))
         solved, finite = _solve(field, *wide, times)
         if not finite:
-            raise RuntimeError(f"{field.__name__} has no solution until t = {until:g}, or takes 200,000 steps to reach it")
+            raise RuntimeError(f"{field.__name__} has no solution until t = {until:g}, or takes {MOST_STEPS} steps")
         return Flow(times, jax.tree.map(np.asarray, solved))
 
 
@@ -138,7 +141,7 @@ def _solve(field, state, arguments, times):
         arguments,
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-12),
-        max_steps=200_000,
+        max_steps=MOST_STEPS,
         throw=False,
     )
     return jax.vmap(unflatten)(solution.ys), jnp.isfinite(solution.ys).all()
@@ -155,8 +158,8 @@ def polynomial_flow(x: Any, coefficients: Any) -> Any:
 def limit(velocity: Polynomial, start: float) -> float:
     """Where dx/dt = velocity(x) goes from `start`: a root, or plus or minus infinity (Theorem 1).
 
-    To the next root in the direction of the velocity. Where there is none, the solution leaves in finite time; above the
-    last root that happens if the velocity is positive there (the paper prints the opposite).
+    To the next root in the direction of the velocity. Where there is none, the solution leaves in finite time; above
+    the last root that happens if the velocity is positive there (the paper prints the opposite).
     """
     speed = velocity(start)
     if abs(speed) < 1e-14:
@@ -182,17 +185,17 @@ def real_roots(polynomial: Polynomial) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- chains: Theorems 2, 3 and 4
 
 
-def as_chain(values: Sequence[float]) -> Weights:
+def as_chain(values: Vector) -> Weights:
     """Numbers as [1, 1] matrices."""
     return tuple(np.full((1, 1), value, np.float64) for value in values)
 
 
-def chain_problem(start: Sequence[float], feedback: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> Problem:
+def chain_problem(start: Vector, feedback: Vector, alpha: float = 1.0, beta: float = 1.0) -> Problem:
     """The chain A[1, ..., 1] with weights a_1 ... a_L and feedback c_1 ... c_{L-1} (Eq. 44)."""
     return Problem(as_chain(start), as_chain(feedback), *as_chain((alpha, beta)))
 
 
-def chain_polynomials(start: Sequence[float], feedback: Sequence[float]) -> list[Polynomial]:
+def chain_polynomials(start: Vector, feedback: Vector) -> list[Polynomial]:
     """Every a_i as a polynomial, of degree 2^(i-1), in tau = integral of alpha - beta P (c_L = 1).
 
     da_i/dtau = c_i a_1 ... a_{i-1} (Eq. 45). As a_1 = a_1(0) + c_1 tau, these are the paper's polynomials in a_1, from
@@ -205,12 +208,12 @@ def chain_polynomials(start: Sequence[float], feedback: Sequence[float]) -> list
     return polynomials
 
 
-def chain_velocity(start: Sequence[float], feedback: Sequence[float], alpha: float, beta: float) -> Polynomial:
+def chain_velocity(start: Vector, feedback: Vector, alpha: float, beta: float) -> Polynomial:
     """dtau/dt = alpha - beta P, of degree 2^L - 1 in tau (Eq. 42, 51)."""
     return alpha - beta * functools.reduce(Polynomial.__mul__, chain_polynomials(start, feedback))
 
 
-def chain_limit(start: Sequence[float], feedback: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
+def chain_limit(start: Vector, feedback: Vector, alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
     """The fixed point a [L] that a chain reaches from `start` (Theorems 2 to 4)."""
     polynomials = chain_polynomials(start, feedback)
     tau = limit(chain_velocity(start, feedback, alpha, beta), 0.0)
@@ -220,14 +223,14 @@ def chain_limit(start: Sequence[float], feedback: Sequence[float], alpha: float 
     return np.array([p(tau) for p in polynomials])
 
 
-def chain_couplings(a: np.ndarray, feedback: Sequence[float]) -> np.ndarray:
+def chain_couplings(a: np.ndarray, feedback: Vector) -> np.ndarray:
     """a_{i+1} - c_{i+1} / (2 c_i) a_i^2 [..., L - 1] of a [..., L]: constant, every weight a quadratic of the one below
     (Eq. 48)."""
     c = np.array([*feedback, 1.0])
     return a[..., 1:] - c[1:] / (2 * c[:-1]) * a[..., :-1] ** 2
 
 
-def chain_gradient_limit(start: Sequence[float], alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
+def chain_gradient_limit(start: Vector, alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
     """The fixed point a [L] of gradient descent from positive weights, alpha > 0.
 
     a_i^2 - a_1^2 is constant (Eq. 54), so s = a_1^2 solves prod_i (s + a_i(0)^2 - a_1(0)^2) = (alpha / beta)^2; all a_i
@@ -238,7 +241,7 @@ def chain_gradient_limit(start: Sequence[float], alpha: float = 1.0, beta: float
     return np.sqrt(s + offsets)
 
 
-def chain_slope(a: Sequence[float], feedback: Sequence[float]) -> float:
+def chain_slope(a: Vector, feedback: Vector) -> float:
     """dP/dt over (alpha - beta P), sum_i c_i a_1 ... a_{i-1} prod_{k != i} a_k (Eq. 24, 37, 46).
 
     At a fixed point, -beta times this is the rate of the linearised dynamics (Eq. 33): attracting where it is positive,
@@ -255,7 +258,7 @@ def chain_slope(a: Sequence[float], feedback: Sequence[float]) -> float:
 def expansive_limit(problem: Problem) -> Weights:
     """The fixed point of A[1,N,1]: the root of a cubic (Theorem 5).
 
-    With tau = integral of alpha - beta P: a_i = a_i(0) + c_i tau, b_i = b_i(0) + integral of a_i, P = sum a_i b_i (Eq. 57).
+    With tau = integral of alpha - beta P, a_i = a_i(0) + c_i tau and db_i/dtau = a_i (Eq. 57), so P is a cubic of tau.
     """
     (a0, b0), (c,) = (w.ravel() for w in problem.weights), (w.ravel() for w in problem.feedback)
     lower = [Polynomial([a, c_i]) for a, c_i in zip(a0, c, strict=True)]
@@ -269,8 +272,8 @@ def compressive_limit(problem: Problem) -> Weights:
     """The fixed point of A[N,1,M]: A = r C P*, with P* = S_TI S_II^-1 and r the positive root of a cubic (Theorem 6).
 
     |C P*|^2 r^3 / 2 + K r = 1 has one, with K of Lemma 1; B = S_TI A^t / (A S_II A^t). The paper treats the autoencoder
-    with S_TI = S_II = Id, where A = r C, B = C^t / (r |C|^2) and P = C^t C / |C|^2. Not from an A(0) = -k C P* with k > 0
-    (see `compressive_line_limit`).
+    with S_TI = S_II = Id, where A = r C, B = C^t / (r |C|^2) and P = C^t C / |C|^2. Not from an A(0) = -k C P* with
+    k > 0 (see `compressive_line_limit`).
     """
     (a0, b0), (c,), ti, ii = problem
     direction = c @ optimum(ti, ii)
@@ -304,7 +307,7 @@ def _compressive_point(a, ti, ii) -> Weights:
 
 
 def coupling(weights: Weights, feedback: Weights) -> np.ndarray:
-    """C A_2 + (C A_2)^t - A_1 A_1^t [..., N_1, N_1], constant along the flow (Eq. 92); for N_1 = 1 twice Lemma 1's K."""
+    """C A_2 + (C A_2)^t - A_1 A_1^t [..., N_1, N_1], constant in time (Eq. 92); for N_1 = 1 twice the K of Lemma 1."""
     (a1, a2), (c,) = weights, feedback
     ca2 = c @ a2
     return ca2 + np.swapaxes(ca2, -1, -2) - a1 @ np.swapaxes(a1, -1, -2)
@@ -332,7 +335,7 @@ def decreasing(weights: Weights, feedback: Weights, ti: np.ndarray, ii: np.ndarr
 def lower_layer_bound(problem: Problem) -> float:
     """A number that |A_1| never exceeds (Theorem 7, its proof with explicit constants).
 
-    With f = |A_1|^2, g = |C S_TI|, K the coupling, l and L the extreme eigenvalues of S_II and r the rank of A_1 at most:
+    With f = |A_1|^2, g = |C S_TI|, K the coupling, l and L the extreme eigenvalues of S_II, r the largest rank of A_1:
     df/dt <= 2 g sqrt(f) + |K| L f - l f^2 / r, so f cannot rise above the root of the right-hand side.
     """
     (a1, _), (c,), ti, ii = problem
@@ -345,8 +348,8 @@ def lower_layer_bound(problem: Problem) -> float:
 def isolation(a: np.ndarray) -> float:
     """How far the solutions of Eq. 112 around (A, A^-1) are from a continuum: a smallest singular value (Theorem 10).
 
-    That of the linear map E -> (d(B + B^t - A A^t), d(A + A^t - B B^t)) with dA = E, dB = -B E B. Positive: the solution
-    is isolated, and A and B themselves converge.
+    That of the linear map E -> (d(B + B^t - A A^t), d(A + A^t - B B^t)) with dA = E, dB = -B E B. Positive: the
+    solution is isolated, and A and B themselves converge.
     """
     b, n = np.linalg.inv(a), len(a)
 
@@ -360,7 +363,7 @@ def isolation(a: np.ndarray) -> float:
     return float(np.linalg.svd(np.array(columns).T, compute_uv=False)[-1])
 
 
-# ----------------------------------------------------------------------------------------- ---------- a power law: Theorem 12
+# --------------------------------------------------------------------------------------------- a power law: Theorem 12
 
 
 class Moments(NamedTuple):
@@ -405,8 +408,8 @@ def power_gradient_descent(state: Any, moments: Moments, mu: Any) -> Any:
 def power_limit(start: tuple[float, float], moments: Moments, c: float, mu: float) -> np.ndarray:
     """The fixed point (a_1, a_2) from a_1(0) > 0, for alpha, beta, c > 0 (Theorem 12).
 
-    a_2 = a_1^2 / (2 c mu) + K (Eq. 115) and a_2 a_1^mu = alpha / beta: one positive root whatever K is. For mu = p/q it is
-    that of a polynomial of degree p + 2q in u = a_1^(1/q).
+    a_2 = a_1^2 / (2 c mu) + K (Eq. 115) and a_2 a_1^mu = alpha / beta: one positive root whatever K is. For mu = p/q it
+    is that of a polynomial of degree p + 2q in u = a_1^(1/q). (From a_1(0) = 0 and mu > 1 nothing moves.)
     """
     k = start[1] - start[0] ** 2 / (2 * c * mu)
     a1 = _positive_power_root({2: 1 / (2 * c * mu), 0: k}, mu, moments.alpha / moments.beta)
@@ -414,7 +417,7 @@ def power_limit(start: tuple[float, float], moments: Moments, c: float, mu: floa
 
 
 def power_gradient_limit(start: tuple[float, float], moments: Moments, mu: float) -> np.ndarray:
-    """The fixed point (a_1, a_2) of gradient descent from positive weights: a_1^2 - mu a_2^2 is constant, as in Eq. 115."""
+    """The fixed point (a_1, a_2) of gradient descent from positive weights, where a_1^2 - mu a_2^2 is constant."""
     k = start[0] ** 2 - mu * start[1] ** 2
     s = _positive_power_root({1: 1 / mu, 0: -k / mu}, mu, (moments.alpha / moments.beta) ** 2)
     return np.sqrt([s, (s - k) / mu])
@@ -432,12 +435,11 @@ def _positive_power_root(terms: dict[int, float], mu: float, value: float) -> fl
 
 
 def power_fate_without_derivative(moments: Moments, c: float) -> tuple[float, float]:
-    """Where the system without derivative goes from positive weights, c > 0: (limit of a_1, limit of w = a_2 a_1^mu).
+    """Where the system without derivative goes from positive weights, c > 0: limits of (da_1/dt, w = a_2 a_1^mu).
 
-    There is no fixed point unless alpha / beta = gamma / delta (after Eq. 113). The paper stops there; from the equations:
+    There is no fixed point unless alpha / beta = gamma / delta (after Eq. 113), where the paper stops. But:
     gamma / delta < alpha / beta: a_1 falls to 0, a_2 grows for ever, and w goes to gamma / delta, not the optimum;
-    gamma / delta > alpha / beta: a_1 grows for ever, at the rate c delta (gamma / delta - alpha / beta) in the end, and w
-    goes to the optimum alpha / beta.
+    gamma / delta > alpha / beta: a_1 grows for ever, in the end linearly, and w goes to the optimum alpha / beta.
     """
     best, other = moments.alpha / moments.beta, moments.gamma / moments.delta
-    return (0.0, other) if other < best else (np.inf, best)
+    return (0.0, other) if other < best else (c * moments.delta * (other - best), best)

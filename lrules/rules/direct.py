@@ -64,8 +64,6 @@ def direct_feedback_alignment(
       Nokland: Direct feedback alignment provides learning in deep neural networks (2016).
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2, 3.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} leaves nothing to send: give at least 1, or None for the error as it is")
     return direct(
         lambda e, b, targets, name: project(e, b),
         init=init or jax.nn.initializers.glorot_normal(),

@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.analysis import Hidden, varying_axes
-from lrules.network import BatchAxis, Frame, Graph, Handler, Network, as_network, doubled, find_batch_axis, zeros_at
+from lrules.batch import BatchAxis, doubled, find_batch_axis
+from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.rule import (
     Direct,
     Feedback,

@@ -16,8 +16,8 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
     is formed. Sequential rules (backprop among them) that read one hidden signal add up there.
 
     Args:
-      rules: regular expressions (`re.search` on the name, as `lrules.describe` prints it) to rules; the first match
-        wins.
+      rules: regular expressions (`re.search` on the name of the layer's parameter: what `lrules.describe` prints,
+        without `#2` and the like) to rules; the first match wins.
 
     Returns:
       The rule.

@@ -1,0 +1,198 @@
+"""Where the batch lies in a tensor: found by tracing a network at twice the batch, and back through what made it.
+
+An axis that doubles with the batch holds it. Direct feedback brings each example its own error, so the order counts
+too: the axis is followed back, through what keeps order, to the inputs. Where it was merged with others, as in
+`[batch * time]`, the reshape that did so tells how; where examples were reversed, sorted, gathered or concatenated
+along it, nothing can be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lrules.activations import is_atom
+from lrules.analysis import ELEMENTWISE, Value, reshape_groups, view_axes
+from lrules.network import Graph, Network
+
+Pytree = Any
+MOVES = {"rev", "sort", "concatenate", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice", "slice",
+         "pad", "stack"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchAxis:
+    """Where the batch lies in a tensor: axis `axis`, of size `before * batch * after` if merged with others."""
+
+    axis: int
+    before: int = 1
+    after: int = 1
+
+    def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape without the batch, a merged axis taken apart."""
+        middle = [n for n in (self.before, self.after) if n > 1]
+        return (*shape[: self.axis], *middle, *shape[self.axis + 1 :])
+
+    def restore(self, x, shape: Sequence[int]):
+        """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
+        x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
+        return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
+
+
+class Moved(Exception):
+    """Examples were put into another order."""
+
+
+def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
+    """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
+    shape = a.aval.shape
+    if b is None:  # the model takes no other batch: the only axis that can hold it
+        candidates = [i for i, n in enumerate(shape) if n and n % batch == 0]
+        return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
+    axis = _grown(a, b)
+    if axis is None:
+        return None
+    try:
+        order = _order(a, b, axis, batch)
+    except Moved:
+        return None
+    if order is not None and order[0] * batch * order[1] == shape[axis]:
+        return BatchAxis(axis, *order)
+    return BatchAxis(axis) if shape[axis] == batch else None
+
+
+def _grown(a: Value, b: Value) -> int | None:
+    """The one axis that doubles with the batch."""
+    if len(a.aval.shape) != len(b.aval.shape):
+        return None
+    grown = [i for i, (m, n) in enumerate(zip(a.aval.shape, b.aval.shape, strict=True)) if n != m]
+    return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
+
+
+def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
+    """`(before, after)`, the sizes merged with the batch in front of it and behind; None where it cannot be told.
+
+    Raises:
+      Moved: the examples do not lie in the order of the inputs.
+    """
+    before, after = 1, 1
+    while a.producer is not None or a.operands:
+        if a.producer is None:  # a slice of what is scanned, the start of a carry, a shard_map's operand
+            u, v = a.operands[0], b.operands[0]
+            step = (u, v, axis + len(u.aval.shape) - len(a.aval.shape), (1, 1))
+            step = step if _grown(u, v) == step[2] else None
+        else:
+            step = _back(a.producer, a, b, axis)
+        if step is None:
+            break
+        a, b, axis, (front, behind) = step
+        before, after = before * front, after * behind
+    return (before, after) if a.aval.shape[axis] == batch else None
+
+
+def _back(eqn, a: Value, b: Value, axis: int):
+    """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
+    name = eqn.primitive.name
+    if len(a.operands) != len(b.operands):
+        return None
+    pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
+
+    def to(u, v, i, front=1, behind=1):
+        return (u, v, i, (front, behind)) if _grown(u, v) == i else None
+
+    if name == "reshape" and len(pairs) == 1:
+        ((u, v),) = pairs
+        for left, right in reshape_groups(v.aval.shape, b.aval.shape):
+            if axis in right:
+                i = _grown(u, v)
+                if i not in left or math.prod(a.aval.shape[j] for j in right if j != axis) != 1:
+                    return None
+                front = math.prod(u.aval.shape[j] for j in left if j < i)
+                return to(u, v, i, front, math.prod(u.aval.shape[j] for j in left if j > i))
+        return None
+    axes = view_axes(eqn, a.operands[0].aval.shape) if len(a.operands) == 1 and pairs else None
+    if axes is not None:
+        return to(*pairs[0], axes[axis][0]) if len(axes[axis]) == 1 else None
+    if name == "broadcast_in_dim" and pairs:
+        held = list(eqn.params["broadcast_dimensions"])
+        return to(*pairs[0], held.index(axis)) if axis in held else None
+    if name in ELEMENTWISE or is_atom(eqn, a.operands) or name in ("custom_jvp_call", "custom_vjp_call"):
+        same = [(u, v) for u, v in pairs if len(u.aval.shape) == len(a.aval.shape) and _grown(u, v) == axis]
+        return to(*same[0], axis) if same else None
+    if name == "dot_general":
+        _, batched = eqn.params["dimension_numbers"]
+        contracted, _ = eqn.params["dimension_numbers"]
+        for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+            free = [d for d in range(len(u.aval.shape)) if d not in contracted[k] and d not in batched[k]]
+            start = len(batched[0]) if k == 0 else len(a.aval.shape) - len(free)
+            where = dict(enumerate(batched[k])) | dict(enumerate(free, start))
+            if axis in where and u.data and _grown(u, v) == where[axis]:
+                return to(u, v, where[axis])
+        return None
+    if name == "conv_general_dilated":
+        spec = eqn.params["dimension_numbers"]
+        return to(a.operands[0], b.operands[0], spec.lhs_spec[0]) if axis == spec.out_spec[0] else None
+    if name.startswith(("reduce_window", "cum")) and pairs:
+        return to(*pairs[0], axis)
+    if name.startswith(("reduce_", "argm")) and len(pairs) == 1 and "axes" in eqn.params:
+        kept = [d for d in range(len(pairs[0][0].aval.shape)) if d not in eqn.params["axes"]]
+        return to(*pairs[0], kept[axis])
+    if name == "scan" and len(pairs) == 1:  # a stacked output, or the last carry
+        return to(*pairs[0], axis - len(a.aval.shape) + len(pairs[0][0].aval.shape))
+    if name == "gather":
+        return _back_gather(eqn, a, b, axis, to)
+    if name in MOVES and pairs:
+        along = {"concatenate": "dimension", "sort": "dimension", "rev": "dimensions", "stack": "axis"}.get(name)
+        moved = eqn.params[along] if along else None
+        if name == "stack":
+            return None if axis == moved else to(*pairs[0], axis - (axis > moved))
+        if moved == axis or (isinstance(moved, tuple) and axis in moved) or name.startswith("scatter"):
+            raise Moved
+        same = [(u, v) for u, v in pairs if _grown(u, v) == axis]
+        if not same:
+            raise Moved
+        return to(*same[0], axis)
+    return None
+
+
+def _back_gather(eqn, a: Value, b: Value, axis: int, to):
+    """Through a gather: the axis is one of the operand's whole axes, or one of the indices'."""
+    numbers = eqn.params["dimension_numbers"]
+    (operand, indices), (operand_b, indices_b) = a.operands, b.operands
+    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
+    if axis in numbers.offset_dims:
+        dims = range(len(operand.aval.shape))
+        whole = [d for d in dims if d not in numbers.collapsed_slice_dims and d not in batching]
+        d = whole[numbers.offset_dims.index(axis)]
+        return to(operand, operand_b, d) if operand.data and d not in numbers.start_index_map else None
+    if not operand.data:  # an embedding
+        held = [d for d in range(len(a.aval.shape)) if d not in numbers.offset_dims]
+        return to(indices, indices_b, held.index(axis)) if indices.data else None
+    if indices.data and len(numbers.start_index_map) == 1 and not batching:
+        raise Moved  # examples looked up by data, as in h[order]
+    return None
+
+
+def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
+    """The network traced at twice the batch; None where the model does not trace so.
+
+    Raises:
+      ValueError: it traces, and comes out as another network.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twice = net.graph(params, inputs, double=True)
+    except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
+        return None
+    if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
+        raise ValueError(
+            "the network has other layers at another batch size, so direct feedback cannot tell the examples apart: "
+            "write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
+        )
+    return twice
