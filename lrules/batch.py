@@ -84,8 +84,8 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
     while a.producer is not None or a.operands:
         if a.producer is None:  # a slice of what is scanned, the start of a carry, a shard_map's operand
             u, v = a.operands[0], b.operands[0]
-            step = (u, v, axis + len(u.aval.shape) - len(a.aval.shape), (1, 1))
-            step = step if _grown(u, v) == step[2] else None
+            outer = axis + len(u.aval.shape) - len(a.aval.shape)
+            step = (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
         else:
             step = _back(a.producer, a, b, axis)
         if step is None:
@@ -147,10 +147,11 @@ def _back(eqn, a: Value, b: Value, axis: int):
     if name == "gather":
         return _back_gather(eqn, a, b, axis, to)
     if name in MOVES and pairs:
-        along = {"concatenate": "dimension", "sort": "dimension", "rev": "dimensions", "stack": "axis"}.get(name)
-        moved = eqn.params[along] if along else None
         if name == "stack":
-            return None if axis == moved else to(*pairs[0], axis - (axis > moved))
+            new = eqn.params["axis"]
+            return None if axis == new else to(*pairs[0], axis - (axis > new))
+        along = {"concatenate": "dimension", "sort": "dimension", "rev": "dimensions"}.get(name)
+        moved = eqn.params[along] if along else None
         if moved == axis or (isinstance(moved, tuple) and axis in moved) or name.startswith("scatter"):
             raise Moved
         same = [(u, v) for u, v in pairs if _grown(u, v) == axis]

@@ -602,8 +602,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         if jnp.issubdtype(aval.dtype, jnp.inexact) and (axis is None or axis.before * axis.after > 1):
             raise ValueError(
                 f"an output of shape {aval.shape} has no batch axis, of {batch} examples in the order of the inputs, "
-                "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or return "
-                "what has no batch as aux (has_aux=True)"
+                "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or "
+                "return what has no batch as aux (has_aux=True)"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0

@@ -184,9 +184,11 @@ def relaxations() -> Figure:
         convergence.plot([], [], color=COLOURS[i], label=rf"$\alpha'$ = {inner:g}")
     convergence.set(xlabel="iteration", ylabel="distance from the closed form", yscale="log", ylim=(1e-16, 1e5))
     convergence.set_title("Appendix G: |W| = 1.2 (solid) and 3 (dashed)")
+    convergence.legend(loc=(0.02, 0.08), fontsize="x-small", frameon=False)
+    for axis in (by_alpha, by_beta, strength):
+        axis.legend(fontsize="x-small", frameon=False, ncols=2)
     for axis in (by_alpha, by_beta, strength, convergence):
         axis.title.set_fontsize("medium")
-        axis.legend(fontsize="x-small", frameon=False, ncols=2)
         axis.grid(alpha=0.3)
     return figure
 
