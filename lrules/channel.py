@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrules.activations import refuse_doubts
 from lrules.analysis import varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network
@@ -282,12 +283,16 @@ def replace_derivative(rule: Rule, g: Callable) -> Rule:
     Returns:
       The modified rule.
 
+    Raises:
+      NotImplementedError: at use: a nonlinearity is not recognised as an activation.
+
     Example:
       >>> import lrules
       >>> triangular = replace_derivative(lrules.backprop(), lambda z: jnp.maximum(1 - abs(z), 0))
     """
 
     def push(net, params, inputs, scale, key):
+        refuse_doubts(net.graph(params, inputs).doubts)
         replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
         return net if replaced else net.pushing(_Derivative(g))
 

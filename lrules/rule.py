@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from lrules.analysis import Hidden, Layer, bind, varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
@@ -783,13 +785,18 @@ def _direct_run(plan: Plan) -> Callable:
     def run(params, feedback, inputs, consts, handlers, targets):
         return plain_run(plan, params, feedback, inputs, consts, handlers, Frame())
 
-    def forward(params, feedback, inputs, consts, handlers, targets):
-        def network(params, feedback, inputs, consts, handlers):
+    def forward(*args):
+        # Only what is differentiated is: data may come from what has no reverse mode, such as a while loop.
+        wanted = any(leaf.perturbed for leaf in jax.tree.leaves(args[2:5]))
+        params, feedback, inputs, consts, handlers, targets = jax.tree.map(lambda leaf: leaf.value, args)
+
+        def network(params, feedback, inputs=inputs, consts=consts, handlers=handlers):
             frame = Frame()
             outputs, aux = plain_run(plan, params, feedback, inputs, consts, handlers, frame)
             return (outputs, frame.records), aux
 
-        (outputs, records), pull, aux = jax.vjp(network, params, feedback, inputs, consts, handlers, has_aux=True)
+        differentiated = (params, feedback, inputs, consts, handlers) if wanted else (params, feedback)
+        (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
         learns = any(landing.spec.learn is not None for landing in plan.landings.values())
         channels = dict.fromkeys(landing.spec.channel for landing in plan.landings.values() if landing.spec.channel)
         skips = [channel(plan, params, inputs, consts, records) for channel in channels]
@@ -797,7 +804,7 @@ def _direct_run(plan: Plan) -> Callable:
 
     def backward(residuals, cotangent):
         pull, skips, feedback, targets, records = residuals
-        errors, _ = cotangent
+        errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
         signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
@@ -814,10 +821,18 @@ def _direct_run(plan: Plan) -> Callable:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
         grads[1] = {**grads[1], **{name: _whole(g, feedback[name]) for name, g in feedback_grads.items()}}
-        return (*grads, None)
+        return (*grads, *[None] * (6 - len(grads)))
 
-    run.defvjp(forward, backward)
+    run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _is_zero(x) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _instantiate(x):
+    return np.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
 def _whole(grad, b):

@@ -522,3 +522,25 @@ def test_conformance():
     for rule in (lrules.kolen_pollack(), lrules.direct_feedback_alignment(adaptive=True)):
         rule = lrules.quantize_update(lrules.drop_error(lrules.quantize_error(rule, 5), 0.1), 5)
         lrules.testing.check_rule(lrules.quantize_error(lrules.without_derivatives(rule), 6, at="output"))
+
+
+@pytest.mark.parametrize("rule", [lrules.skipped_backprop(), lrules.without_derivatives(lrules.backprop())])
+def test_activations_that_are_not_recognised_are_refused(rule):
+    """As it is where a square may be one; the model says which it is."""
+    params, x = {"a": jnp.eye(3), "b": jnp.eye(3)}, jnp.ones((2, 3))
+    gradients = {}
+    for name, bent in {
+        "unmarked": jnp.square,
+        "activation": lrules.activation(jnp.square),
+        "none": lrules.not_activation(jnp.square),
+    }.items():
+        apply = lambda p, x, bent=bent: jnp.tanh(bent(x @ p["a"]) @ p["b"]) @ p["b"]  # noqa: E731
+        f = lrules.transform(apply, rule)
+        if name == "unmarked":
+            with pytest.raises(NotImplementedError, match="not recognised as an activation"):
+                f(params, NONE, x)
+        else:
+            gradients[name] = jax.grad(lambda p, f=f: f(p, NONE, x).sum())(params)["a"]
+    # SBP keeps a layer's own derivative either way; without derivatives, what counts as an activation loses it.
+    same = bool(np.allclose(gradients["activation"], gradients["none"]))
+    assert same == (rule.layer is not None)

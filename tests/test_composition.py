@@ -210,3 +210,36 @@ def test_marks_and_at():
     e = (marked(params, X) - Y) / len(X)
     slope = 1 - jnp.tanh(X @ params["a"]) ** 2
     bridge.close(a["a"], X.T @ ((e @ one.fixed["b"]) * slope), 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_learned_feedback_under_shard_map(check_vma):
+    """The gradient of learned direct feedback sums over devices as that of the parameters does."""
+    rule = lrules.direct_feedback_alignment(adaptive=True)
+    feedback = rule.init(jax.random.key(1), mlp, W, X)
+    reference = jax.jit(lrules.value_and_grad(mlp, half_square, rule))(W, feedback, X, Y)[1].feedback
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = lrules.transform(mlp, rule)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
+    )
+    def gradient(params, feedback, x, y):
+        grads = jax.grad(lambda fb: half_square(f(params, fb, x), y).sum() / len(X))(feedback).learned
+        return grads if check_vma else jax.lax.psum(grads, "data")
+
+    bridge.close(jax.jit(gradient)(W, feedback, X, Y), reference, 1e-5)
+
+
+def test_data_without_a_reverse_mode():
+    """Data may be prepared by what JAX cannot differentiate backwards: only what is asked for is differentiated."""
+
+    def apply(p, x):
+        _, x = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, x))
+        return mlp(p, x)
+
+    for rule in (lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.backman()):
+        feedback = rule.init(jax.random.key(1), apply, W, X)
+        grads = jax.jit(lrules.value_and_grad(apply, half_square, rule))(W, feedback, X, Y)[1].params
+        again = lrules.value_and_grad(mlp, half_square, rule)(W, feedback, jnp.sin(jnp.sin(jnp.sin(X))), Y)[1].params
+        bridge.close(grads, again, 1e-5)

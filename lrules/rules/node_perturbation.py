@@ -389,5 +389,20 @@ class _Rows:
         v = state["v"] + covariance.astype(state["v"].dtype)
         rows = self.of(name, state["b"])
         s = state["s"] + jnp.einsum("ij,...jk->...ik", v - state["v"], rows) - self.of(name, gradient)
-        solved = jnp.linalg.solve(v, s) if s.ndim == 2 else jax.vmap(lambda s: jnp.linalg.solve(v, s))(s)
-        return {"b": self.back(name, solved, state["b"]), "s": s, "v": v}
+        width, columns = v.shape[0], jnp.moveaxis(s, -2, 0)
+        solved = _solve(v, columns.reshape(width, -1)).reshape(columns.shape)
+        return {"b": self.back(name, jnp.moveaxis(solved, 0, -2), state["b"]), "s": s, "v": v}
+
+
+def _solve(v, s):
+    """V^-1 S for a positive definite V, by elimination, which needs no pivots then.
+
+    A call of LAPACK, as `jnp.linalg.solve` makes, stalls for seconds in jitted training loops on CPUs of a few cores.
+    """
+    width = v.shape[0]
+
+    def eliminate(i, rows):
+        pivot = rows[i] / rows[i, i]
+        return (rows - jnp.outer(rows[:, i], pivot)).at[i].set(pivot)
+
+    return jax.lax.fori_loop(0, width, eliminate, jnp.concatenate([v, s], axis=1))[:, width:]

@@ -14,8 +14,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lrules.activations import refuse_doubts
 from lrules.network import Frame, Handler
-from lrules.rule import Plan, Rule, direct
+from lrules.rule import Direct, Plan, Rule, layerwise
 
 
 def skipped_backprop() -> Rule:
@@ -29,14 +30,25 @@ def skipped_backprop() -> Rule:
     Returns:
       The rule; it needs no feedback. It costs what backprop costs, up to a second pass over the activations.
 
+    Raises:
+      NotImplementedError: at `init` or use: a nonlinearity is not recognised as an activation, or a layer lies inside
+        a `cond` or `shard_map`.
+
     References:
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 3.
     """
-    return direct(None, channel=_channel)
+    spec = Direct(None, channel=_channel)
+
+    def choose_for(graph):
+        refuse_doubts(graph.doubts)
+        return lambda name: spec
+
+    return layerwise(choose_for, layer=spec)
 
 
 def _channel(plan: Plan, params, inputs, consts, records):
     """The pullback from the outputs to the hidden signals `records`, through a network whose activations are linear."""
+    refuse_doubts(plan.graph.doubts)
     handler = _Linear(set(records))
 
     def network(records):
