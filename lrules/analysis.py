@@ -355,8 +355,8 @@ class Analysis:
             self.refuse(
                 w.params,
                 "rows are looked up in a value that the network computes from the parameter {name} and constants "
-                "alone, so that its layers cannot be seen: look up the constants first, or pass them as inputs, or give "
-                "that parameter backprop() in a partition",
+                "alone, so that its layers cannot be seen: look up the constants first, or pass them as inputs, or "
+                "give that parameter backprop() in a partition",
             )
             return
         if self.silent:

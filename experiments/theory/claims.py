@@ -145,7 +145,7 @@ def compressive(seeds: Seeds, size: int = 4) -> list[Check]:
         Check(source, "autoencoder: distance from the cubic's root", max(same), most=1e-7),
         Check(source, "autoencoder: distance of P from C^t C / C C^t", max(goal), most=1e-7),
         Check(source, "any S_TI, S_II: distance from the cubic's root (added)", max(general), most=1e-6),
-        Check(source, "any S_TI, S_II: mean error over best of rank 1, less 1 (added)", float(np.mean(above)), least=0.1),
+        Check(source, "any S_TI, S_II: mean error / rank 1's best, less 1 (added)", float(np.mean(above)), least=0.1),
         Check(source, "A(0) = -3 C: distance from a negative root (exception)", max(line), most=1e-7),
         Check(source, "beside that line: distance from the positive root", max(back), most=1e-6),
     ]
