@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ help:
 	@echo "make format      let ruff sort imports and mend what it can"
 	@echo "make test-slow   the slow tests"
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
-	@echo "make bench       time and memory of every rule"
+	@echo "make bench       time and memory of every rule (an hour on two cores; BENCH_ARGS=--quick: minutes)"
 	@echo "make clean       remove the environments and caches"
 
 # The stamp is made last, so that an interrupted install is done again.
@@ -42,7 +43,7 @@ demo: install
 	$(BIN)/python -m experiments.compare
 
 bench: install
-	$(BIN)/python -m experiments.benchmark
+	$(BIN)/python -m experiments.benchmark $(BENCH_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -640,7 +640,7 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
         ones = jax.tree.map(jnp.ones_like, outputs)
         return jax.jvp(gradient, (outputs,), (ones,))[1]
 
-    if any(out.params for out in Network(lambda o, _: curvature(o)).graph(outputs, ()).outs):
+    if _depends(Network(lambda o, _: curvature(o)).graph(outputs, ()).outs):
         raise ValueError(
             'output="squared_error" has a closed form for squared errors alone, and this loss is not quadratic in the '
             'outputs: take a squared error of the outputs, or output="refreshed"'
@@ -657,6 +657,22 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
         return jax.tree.map(leaf, gradient(outputs), curvature(outputs))
 
     return exact
+
+
+def _depends(values) -> bool:
+    """Whether values depend on parameters, x^0 (as older versions of JAX differentiate squares) not counted."""
+    seen: set[int] = set()
+    stack = [value for value in values if value.params]
+    while stack:
+        value = stack.pop()
+        eqn = value.producer
+        if id(value) in seen or (eqn is not None and eqn.primitive.name == "integer_pow" and eqn.params["y"] == 0):
+            continue
+        if not value.operands:
+            return True
+        seen.add(id(value))
+        stack += [operand for operand in value.operands if operand.params]
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------- the damping
