@@ -1,10 +1,12 @@
 """Learning rules by name: `backman(alpha=1.0)`, `drop_error(feedback_alignment, rate=0.5)`.
 
 An expression is parsed with `ast` and never evaluated as code: it may hold names and calls of the rules and modifiers
-that lrules exports and of weight initialisers, and Python literals. A bare name is a call without arguments.
+that lrules exports, by their names there or in the papers (`srbp`), and of weight initialisers, and Python literals. A
+bare name is a call without arguments.
 """
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +17,25 @@ import lrules
 from experiments.errors import InputError, nearest
 
 Factory = Callable[..., Any]
+
+# What the papers call them.
+PAPER_NAMES: dict[str, Factory] = {
+    "bp": lrules.backprop,
+    "fa": lrules.feedback_alignment,
+    "rbp": lrules.feedback_alignment,
+    "arbp": functools.partial(lrules.feedback_alignment, adaptive=True),
+    "dfa": lrules.direct_feedback_alignment,
+    "srbp": lrules.direct_feedback_alignment,
+    "asrbp": functools.partial(lrules.direct_feedback_alignment, adaptive=True),
+    "sbp": lrules.skipped_backprop,
+    "usf": lrules.sign_symmetry,
+    "brsf": functools.partial(lrules.sign_symmetry, magnitude="random"),
+    "frsf": functools.partial(lrules.sign_symmetry, magnitude="fixed"),
+    "kp": lrules.kolen_pollack,
+    "drtp": lrules.random_target_projection,
+    "mdfa": lrules.monotone_dfa,
+    "dp": lrules.dual_propagation,
+}
 
 
 def rules() -> dict[str, Factory]:
@@ -103,9 +124,9 @@ def _named(name: str) -> Any:
 
 
 def _factory(name: str) -> Factory:
-    known = initialisers() | modifiers() | rules()
+    known = initialisers() | modifiers() | rules() | PAPER_NAMES
     if name not in known:
-        raise InputError(f"There is no rule '{name}': {nearest(name, rules() | modifiers())}")
+        raise InputError(f"There is no rule '{name}': {nearest(name, rules() | modifiers() | PAPER_NAMES)}")
     return known[name]
 
 

@@ -92,3 +92,15 @@ def test_wrong_expression_is_told_in_a_sentence(expression, words):
 def test_malformed_list(expressions):
     with pytest.raises(InputError, match="malformed"):
         rules.select(expressions)
+
+
+@pytest.mark.parametrize("name", rules.PAPER_NAMES)
+def test_names_of_the_papers(name):
+    assert isinstance(rules.parse(name), lrules.Rule)
+    assert isinstance(rules.parse(f"sign_error({name})"), lrules.Rule)
+
+
+def test_a_name_of_the_papers_takes_options():
+    assert isinstance(rules.parse("quantize_error(srbp(max_feedback_bytes=1000), bits=2)"), lrules.Rule)
+    with pytest.raises(InputError, match="did you mean"):
+        rules.parse("arpb")
