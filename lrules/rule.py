@@ -485,7 +485,12 @@ def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose
                 _check_whole_batch(layer)
             if spec.init is not None and layer.reads is not None:
                 for entry in layer_entries(graph, layer, spec):
-                    entries.setdefault(graph.names[entry.index], entry)
+                    name = graph.names[entry.index]
+                    if entries.setdefault(name, entry).spec is not spec:
+                        raise ValueError(
+                            f"the parameter {name!r} is used by layers under two rules with feedback, of which each "
+                            f"would draw its own: give the layer {layer.name!r} the rule of the other"
+                        )
         if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
             construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
             raise NotImplementedError(

@@ -428,3 +428,23 @@ def test_marks_beside_layers():
         return jnp.tanh(H(p, x) @ p["b"]) @ p["c"] + jax.nn.one_hot(top, 3)
 
     refused(integer, "'m' matches no hidden signal", rule=lrules.direct_feedback_alignment(at="m"), error=ValueError)
+
+
+def test_one_parameter_under_two_rules():
+    """A parameter that two layers of different names share has one feedback: their rules must be one."""
+
+    def shared(p, x):
+        h = H(p, x)
+        return jnp.tanh(h @ (p["b"] @ p["u"])) @ (p["b"] @ p["v"])
+
+    params = {"a": W["a"], "b": jnp.ones((6, 6)), "u": jnp.ones((6, 6)), "v": jnp.ones((6, 3))}
+    names = [row["layer"] for row in lrules.describe(shared, FA, params, X).layers]
+    assert names == ["a", "b", "b#2"]  # named after the first of their parameters
+    lrules.partition({"b": FA, ".*": lrules.feedback_alignment()}).init(KEY, shared, params, X)
+
+    def crossed(p, x):
+        return jnp.tanh(H(p, x) @ (p["b"] @ p["u"])) @ (p["A"] @ p["u"].T @ p["v"])
+
+    params["A"] = jnp.ones((6, 6))
+    rule = lrules.partition({"A": FA, ".*": lrules.feedback_alignment()})
+    refused(crossed, "'u'", "two rules", rule=rule, error=ValueError, params=params)
