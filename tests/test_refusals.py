@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import lrules
 
@@ -448,3 +449,37 @@ def test_one_parameter_under_two_rules():
     params["A"] = jnp.ones((6, 6))
     rule = lrules.partition({"A": FA, ".*": lrules.feedback_alignment()})
     refused(crossed, "'u'", "two rules", rule=rule, error=ValueError, params=params)
+
+
+@pytest.mark.parametrize(("check_vma", "weight", "words"), [(False, P(), "check_vma=True"), (True, P("d"), "split")])
+def test_backman_inside_a_shard_map_of_the_network(check_vma, weight, words):
+    """It needs the gradient of the whole batch: refused where the mesh hides it, or where the weight is split."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = P(None, "d") if weight == P("d") else P("d")
+
+    def apply(p, x):
+        def inner(w, h):
+            return jax.lax.psum(h @ w, "d") if weight == P("d") else h @ w
+
+        out = P() if weight == P("d") else P("d")
+        mapped = jax.shard_map(inner, mesh=mesh, in_specs=(weight, data), out_specs=out, check_vma=check_vma)
+        return jnp.tanh(mapped(p["b"], H(p, x))) @ p["c"]
+
+    refused(apply, "'b'", words, "partition", rule=BACKMAN)
+    FA.init(KEY, apply, W, X)
+
+
+def test_feedback_of_an_ensemble_is_drawn_per_member():
+    """One model written with a batch of weights has feedback of the scale of each member."""
+    params = {"a": jnp.ones((8, 5, 32)), "b": jnp.ones((8, 32, 32))}
+
+    def apply(p, x):
+        return jnp.einsum("ebi,eij->ebj", jnp.tanh(jnp.einsum("bi,eij->ebj", x, p["a"])), p["b"]).mean(0)
+
+    drawn = FA.init(KEY, apply, params, X).fixed["b"]
+    assert 0.9 < float(drawn.std()) * 32**0.5 < 1.1
+
+
+def test_describe_says_where_nothing_arrives():
+    rows = lrules.describe(mlp, lrules.last_layer_only(), W, X).layers
+    assert [row["reached by"] for row in rows] == ["(nothing)", "(nothing)", "output"]
