@@ -216,7 +216,6 @@ class Block:
         return self.values[atom]
 
 
-LAYERS = {"dot_general", "conv_general_dilated", "gather", "dynamic_slice"}
 ELEMENTWISE = {
     "add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "nextafter", "and", "or", "xor", "eq",
     "ne", "lt", "gt", "le", "ge", "select_n", "clamp", "complex", "igamma", "igammac", "regularized_incomplete_beta",
