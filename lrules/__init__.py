@@ -17,8 +17,10 @@ from lrules.channel import (
     sign_error,
     without_derivatives,
 )
+from lrules.constructors import direct, sequential
+from lrules.description import describe
 from lrules.network import Network
-from lrules.rule import Feedback, Gradients, Rule, describe, direct, sequential, transform, value_and_grad
+from lrules.rule import Feedback, Gradients, Rule, transform, value_and_grad
 from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only
 from lrules.rules.direct import direct_feedback_alignment

@@ -30,7 +30,8 @@ from lrules.activations import refuse_doubts
 from lrules.analysis import varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network
-from lrules.rule import Rule, Sequential
+from lrules.plan import Sequential
+from lrules.rule import Rule
 
 AxisName = str | Sequence[str] | None
 

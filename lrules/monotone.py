@@ -21,7 +21,8 @@ import optax
 
 from lrules.feedback import absolute
 from lrules.network import Graph, Network, as_network
-from lrules.rule import Entry, Initializer, Sequential, layer_entries
+from lrules.plan import Entry, Sequential, layer_entries
+from lrules.rule import Initializer
 
 Pytree = Any
 BOUND = 1e-6

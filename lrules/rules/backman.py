@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.analysis import varying_axes
-from lrules.rule import Rule, at_least_float32, sequential
+from lrules.constructors import sequential
+from lrules.rule import Rule, at_least_float32
 
 DEAD = 1e-15
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import jax
 
+from lrules.constructors import direct
 from lrules.network import Frame
-from lrules.rule import Feedback, Plain, Rule, direct
+from lrules.plan import Plain
+from lrules.rule import Feedback, Rule
 
 
 def backprop() -> Rule:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lrules.rule import Initializer, Rule, direct
+from lrules.constructors import direct
+from lrules.rule import Initializer, Rule
 
 
 def project(e, b):

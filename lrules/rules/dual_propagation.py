@@ -32,18 +32,9 @@ from lrules.activations import refuse_doubts
 from lrules.analysis import INLINED, Block, is_literal, scan_counts, varying_axes
 from lrules.diagnostics import spectral_norm
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
-from lrules.rule import (
-    Direct,
-    Feedback,
-    Gradients,
-    Plan,
-    Rule,
-    at_least_float32,
-    check_params,
-    make_plan,
-    mean_loss,
-    plain_run,
-)
+from lrules.plan import Direct, Plan, make_plan
+from lrules.rule import Feedback, Gradients, Rule, at_least_float32, check_params, mean_loss
+from lrules.running import plain_run
 
 Number = float | Mapping[str, float]
 State = dict[str, dict[str, Any]]  # by site: plus, minus, and what arrived from above

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import jax
 
-from lrules.rule import Initializer, Rule, sequential
+from lrules.constructors import sequential
+from lrules.rule import Initializer, Rule
 
 
 def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:

@@ -32,25 +32,10 @@ import jax.numpy as jnp
 from lrules.analysis import Hidden, varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
-from lrules.rule import (
-    Direct,
-    Feedback,
-    Gradients,
-    Initializer,
-    Plan,
-    Rule,
-    Sequential,
-    at_least_float32,
-    check_params,
-    direct_feedback_gradient,
-    make_plan,
-    mean_loss,
-    output_error,
-    plain_run,
-    run_plan,
-    sent_error,
-)
+from lrules.plan import Direct, Plan, Sequential, make_plan
+from lrules.rule import Feedback, Gradients, Initializer, Rule, at_least_float32, check_params, mean_loss
 from lrules.rules.direct import project
+from lrules.running import direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
 
 SOLVERS = ("sgd", "rls")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from lrules.constructors import layerwise
 from lrules.network import Graph
-from lrules.rule import Direct, Plain, Rule, layerwise
+from lrules.plan import Direct, Plain
+from lrules.rule import Rule
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lrules.rule import Initializer, Rule, direct
+from lrules.constructors import direct
+from lrules.rule import Initializer, Rule
 from lrules.rules.direct import project
 
 

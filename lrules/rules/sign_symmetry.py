@@ -8,7 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lrules.rule import Initializer, Rule, sequential
+from lrules.constructors import sequential
+from lrules.rule import Initializer, Rule
 
 MAGNITUDES = ("unit", "random", "fixed")
 

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from lrules.activations import refuse_doubts
+from lrules.constructors import layerwise
 from lrules.network import Frame, Handler
-from lrules.rule import Direct, Plan, Rule, layerwise
+from lrules.plan import Direct, Plan
+from lrules.rule import Rule
 
 
 def skipped_backprop() -> Rule:

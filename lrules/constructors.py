@@ -1,0 +1,149 @@
+"""The two constructors from which most rules are made, `sequential` and `direct`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lrules.network import Graph, as_network
+from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
+from lrules.rule import Feedback, Initializer, Rule, check_params, grad_of_transform
+from lrules.running import run_plan
+
+
+def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags) -> Rule:
+    """A rule that is said layer by layer.
+
+    Args:
+      choose_for: from a traced network to the rule of each layer, by name.
+      layer: that rule where it is the same for all.
+      **flags: `additive` and the like, see `Rule`.
+    """
+    needs_targets = flags.pop("targets", False)
+
+    def plan(net, graph, params, inputs) -> Plan:
+        return make_plan(net, graph, params, inputs, choose_for(graph))
+
+    def init(key, net, params, inputs) -> Feedback:
+        net = as_network(net)
+        check_params(params)
+        return plan(net, net.graph(params, inputs), params, inputs).init(key, jax.tree.leaves(params))
+
+    def run(net, params, feedback, inputs, targets, rng):
+        graph = net.graph(params, inputs)
+        made = plan(net, graph, params, inputs)
+        return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
+
+    def transform(net, *, reduction="mean"):
+        if needs_targets:
+            raise ValueError(
+                "this rule needs the targets: use lrules.value_and_grad(net, loss, rule) in place of transform"
+            )
+
+        def f(params, feedback, inputs, *, rng=None):
+            return run(net, params, feedback, inputs, None, rng)
+
+        return f
+
+    def value_and_grad(net, loss):
+        def f(params, feedback, inputs, *, rng=None, targets=None):
+            return run(net, params, feedback, inputs, targets, rng)
+
+        return grad_of_transform(f, net, loss, pass_targets=True)
+
+    return Rule(init, transform, value_and_grad if needs_targets else None, plan=plan, layer=layer, **flags)
+
+
+def sequential(
+    backward: Callable[..., tuple[Any, Any, Any]],
+    *,
+    init: Initializer | None = None,
+    learned: bool = False,
+    redrawn: bool = False,
+    whole_batch: bool = False,
+    gain: Callable[..., Any] | None = None,
+) -> Rule:
+    """A rule in which error passes through every layer, as `backward` says.
+
+    Args:
+      backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`. The layer computes `y = op(w, x)`; `d` is the error that
+        arrives at `y`, of its shape; `b` the feedback weight in the place of `w`, of its shape (None without `init`).
+        `dw` is the layer's weight gradient, `dx` what goes down, of the shape of `x`; `db` the gradient of learned
+        feedback, else None. `jax.vjp(op, w, x)[1](d)` gives backpropagation's `(dw, dx)`.
+      init: the initializer of the feedback weights, as in `jax.nn.initializers`; None if the rule has none.
+      learned: whether `db` trains the feedback weights.
+      redrawn: draw the feedback weights anew at every step, from `rng=`, in place of keeping them.
+      whole_batch: whether the gradient depends on the batch as a whole (then the rule is not additive).
+      gain: `(op, w, x, d, layer) -> c` if `dw` is c times the gradient of backprop, for modifiers that form it per
+        example; None if c is 1.
+
+    Returns:
+      The rule.
+
+    Example:
+      >>> def backward(op, w, b, x, d, layer):
+      ...     dw, dx = jax.vjp(op, w, x)[1](d)
+      ...     return dw, 0.5 * dx, None
+      >>> halved = sequential(backward)
+    """
+    if redrawn and learned:
+        raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learned=")
+    spec = Sequential(backward, init, learned, redrawn, whole_batch, gain)
+    return layerwise(lambda graph: lambda name: spec, layer=spec, additive=not whole_batch, stochastic=redrawn)
+
+
+def direct(
+    signal: Callable[..., Any] | None,
+    *,
+    init: Initializer | None = None,
+    learn: Callable[..., Any] | None = None,
+    redrawn: bool = False,
+    at: str | Sequence[str] | None = None,
+    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    rank: int | None = None,
+    channel: Callable[..., Callable[..., Any]] | None = None,
+    targets: bool = False,
+    max_feedback_bytes: int = 2**30,
+) -> Rule:
+    """A rule that brings the output error straight to every hidden signal.
+
+    Args:
+      signal: `(e, b, targets, name) -> [batch, *hidden]`, the cotangent of the hidden signal `name`, from the output
+        error `e` `[batch, outputs]` and the feedback weight `b` `[outputs, *hidden]` (None without `init`). None stops
+        the error at every hidden signal.
+      init: the initializer of the feedback weights, drawn as `[hidden size, outputs]`; None if the rule has none.
+      learn: `(e, h, b) -> db`, the gradient of the feedback weight from the hidden signal `h` `[batch, *hidden]`; None
+        for fixed feedback.
+      redrawn: draw the feedback weights anew at every step, from `rng=`, in place of keeping them.
+      at: where feedback lands in place of every hidden signal: regular expressions that names of hidden signals or of
+        tensors marked with `lrules.hidden` match.
+      shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
+        time in `[batch, time, classes]`. The corresponding axis of the hidden signals is that of the same number, or a
+        loop of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise. `e`,
+        `b` and the hidden signals then come without these axes.
+      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent; `e` is then
+        `[batch, rank]`.
+      channel: in place of `signal`, see `Direct`.
+      targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
+      max_feedback_bytes: refuse to make more feedback than this.
+
+    Returns:
+      The rule.
+    """
+    where = None if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    for pattern in where or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"at={pattern!r} is no regular expression: {error}") from None
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
+        raise ValueError(f"rank={rank} is no number of directions to send: give an integer of at least 1, or None")
+    axes = [shared_axes] if isinstance(shared_axes, int) else list(shared_axes)
+    pairs = tuple((a, None) if isinstance(a, int) else (a[0], a[1]) for a in axes)
+    if redrawn and learn is not None:
+        raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
+    spec = Direct(signal, init, learn, redrawn, where, pairs, rank, channel, targets, max_feedback_bytes)
+    return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)

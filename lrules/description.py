@@ -1,0 +1,131 @@
+"""What a rule does to a network, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lrules.analysis import Hidden, Layer
+from lrules.network import Graph, Network, as_network
+from lrules.plan import Direct, Plain, Sequential
+from lrules.rule import Pytree, Rule
+
+
+class Description(NamedTuple):
+    """What a rule does to a network; prints as a table.
+
+    Attributes:
+      layers: a row per layer: name, operation, weight shape, what the rule does, the hidden signal read, and the
+        feedbacks that reach the layer.
+      hidden: a row per hidden signal: name, shape without the batch, shape of its feedback, bytes.
+      activations: names of the activations found.
+      feedback_bytes: of all feedback weights.
+    """
+
+    layers: list[dict[str, Any]]
+    hidden: list[dict[str, Any]]
+    activations: list[str]
+    feedback_bytes: int
+
+    def __str__(self) -> str:
+        lines = _table(self.layers, ("layer", "operation", "weight", "rule", "reads", "reached by"))
+        if self.hidden:
+            lines += ["", *_table(self.hidden, ("hidden signal", "shape", "feedback", "bytes"))]
+        lines += ["", f"feedback: {self.feedback_bytes:,} bytes"]
+        return "\n".join(lines)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    cells = [list(columns)] + [[str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
+    """What the rule does to each layer, and which feedback reaches it.
+
+    Args:
+      net: the network.
+      rule: the rule.
+      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+
+    Returns:
+      A `Description`: print it, or read its rows.
+
+    Raises:
+      ValueError, NotImplementedError: what `rule.init` would raise.
+    """
+    net = as_network(net)
+    graph = net.graph(params, inputs)
+    plan = rule.plan(net, graph, params, inputs) if rule.plan else None
+    landings = plan.landings if plan else {}
+    reached = feedback_reach(graph, {landing.hidden: landing.spec.lands for landing in landings.values()})
+    layers = []
+    for layer in graph.layers:
+        spec = plan.specs[layer.site] if plan else rule.layer
+        layers.append(
+            {
+                "layer": layer.site,
+                "operation": layer.operation,
+                "weight": tuple(layer.weight.aval.shape),
+                "rule": _treatment(spec, layer, plan),
+                "reads": layer.reads.name if layer.reads else "(data)",
+                "reached by": ", ".join(reached[layer.site]) or "(nothing)",
+            }
+        )
+    hidden = []
+    for h in graph.hidden:
+        landing = landings.get(h.name)
+        if h.mark and landing is None:
+            continue
+        shape = landing.axis.rest(h.reader.aval.shape) if landing and landing.axis else h.reader.aval.shape
+        has = landing is not None and landing.spec.init is not None
+        hidden.append(
+            {
+                "hidden signal": h.name,
+                "shape": tuple(shape),
+                "feedback": landing.axes_named() if has and landing else "-",
+                "bytes": landing.nbytes if has and landing else 0,
+            }
+        )
+    total = 0
+    if plan:
+        for shape, dtype, _ in plan.feedback_shapes().values():
+            total += math.prod(shape) * jnp.dtype(dtype).itemsize
+    return Description(layers, hidden, [a.site for a in graph.activations], total)
+
+
+def _treatment(spec, layer: Layer, plan) -> str:
+    if isinstance(spec, Sequential):
+        return "sequential" + (", feedback" if plan and set(layer.parameters) & set(plan.entries) else "")
+    if isinstance(spec, Direct):
+        return "direct"
+    return "backprop" if isinstance(spec, Plain) else "own"
+
+
+def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list[str]]:
+    """For each layer, where the error that reaches it comes from: the output, or landings of direct feedback."""
+    reach: dict[str, list[str]] = {layer.site: [] for layer in graph.layers}
+    stop_of: dict[int, list[str]] = {}
+    for hidden in stops:
+        stop_of.setdefault(id(hidden.root), []).append(hidden.name)
+
+    def spread(value, source: str, seen: set[int], start: bool):
+        stack = [(value, start)]
+        while stack:
+            value, first = stack.pop()
+            if id(value) in seen or (id(value) in stop_of and not first):
+                continue
+            seen.add(id(value))
+            if value.layer is not None and source not in reach[value.layer.site]:
+                reach[value.layer.site].append(source)
+            stack += [(v, False) for v in (*value.operands, *([value.source] if value.source else []))]
+
+    for hidden in sorted((h for h, lands in stops.items() if lands), key=graph.hidden.index):
+        spread(hidden.root, hidden.name, set(), True)
+    for out in graph.outs[: graph.n_outputs]:
+        spread(out, "output", set(), False)
+    return reach

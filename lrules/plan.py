@@ -1,0 +1,503 @@
+"""Plans: what a rule does at each layer and each hidden signal of one traced network, settled before it runs.
+
+What a rule does at a layer is a `LayerRule`: `Plain`, `Sequential` or `Direct`. Feedback weights follow from it: an
+`Entry` for each parameter that sequential feedback stands in for, a `Landing` for each place where direct feedback
+arrives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.analysis import Hidden, Layer
+from lrules.batch import BatchAxis, doubled, find_batch_axis
+from lrules.network import Graph, Network
+from lrules.rule import Feedback, Initializer, Pytree
+
+# ---------------------------------------------------------------------------------------------- what happens at a layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain:
+    """Backpropagation at this layer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequential:
+    """Error passes through this layer, and `backward` says how.
+
+    Attributes:
+      backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`.
+      init: the initializer of the feedback weights; None where there are none (then `b` is None).
+      learned: whether `db` trains the feedback weights.
+      redrawn: whether the feedback weights are drawn anew at every step.
+      whole_batch: whether the gradient depends on the batch as a whole, so that it must be summed over devices.
+      gain: `(op, w, x, d, layer) -> c`, where the weight gradient is c times that of backprop; None for 1.
+    """
+
+    backward: Callable[..., tuple[Any, Any, Any]]
+    init: Initializer | None = None
+    learned: bool = False
+    redrawn: bool = False
+    whole_batch: bool = False
+    gain: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Direct:
+    """The output error comes straight to the hidden signal that this layer reads.
+
+    Attributes:
+      signal: `(e, b, targets, name) -> cotangent`; None where nothing arrives.
+      init: the initializer of the feedback weights; None where there are none (then `b` is None).
+      learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed ones.
+      redrawn: whether the feedback weights are drawn anew at every step.
+      at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
+      shared_axes: pairs of an axis of the outputs and the axis of the hidden signals that corresponds to it (None: of
+        the same number): one feedback weight serves all positions.
+      rank: of the error that is sent, brought to it by one more feedback weight, `outputs`; None: as it is.
+      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+        cotangent of each hidden signal at its definition, by name.
+      targets: whether `signal` needs the targets.
+      max_feedback_bytes: what the feedback weights of one rule may take.
+    """
+
+    signal: Callable[..., Any] | None
+    init: Initializer | None = None
+    learn: Callable[..., Any] | None = None
+    redrawn: bool = False
+    at: tuple[str, ...] | None = None
+    shared_axes: tuple[tuple[int, int | None], ...] = ()
+    rank: int | None = None
+    channel: Callable[..., Callable[..., Any]] | None = None
+    targets: bool = False
+    max_feedback_bytes: int = 2**30
+
+    @property
+    def lands(self) -> bool:
+        """Whether anything arrives at all."""
+        return self.signal is not None or self.channel is not None
+
+
+LayerRule = Plain | Sequential | Direct
+
+
+@dataclasses.dataclass(frozen=True)
+class Landing:
+    """One place where direct feedback arrives.
+
+    Attributes:
+      hidden: the hidden signal.
+      spec: what the rule brings there.
+      axis: the batch axis, as the reader sees it.
+      shape: of the feedback weights, `[*lengths, outputs, *hidden]`.
+      lengths: of the scans whose iterations have feedback weights of their own.
+      shared: where the shared axes of the outputs lie in the hidden signal: its axis without the batch, or the loop.
+      dtype: of the feedback weights.
+    """
+
+    hidden: Hidden
+    spec: Direct
+    axis: BatchAxis | None = None
+    shape: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    shared: tuple[tuple[str, int], ...] = ()
+    dtype: Any = jnp.float32
+
+    def axes_named(self) -> str:
+        """The shape of the feedback weights, as `3 iterations x 10 outputs x (128,)`."""
+        n = len(self.lengths)
+        scans = "".join(f"{length} iterations x " for length in self.lengths)
+        return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize if self.spec.init is not None else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One sequential feedback weight: it stands in for a parameter.
+
+    Attributes:
+      index: of the parameter among the leaves.
+      shape, dtype: those of the parameter.
+      spec: the rule of the layer.
+      fan_in, fan_out, sliced: the parameter's axes that are summed over, that are not, and that a loop runs over.
+      spatial: the axes of a convolution's window.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: Sequential
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    sliced: tuple[int, ...]
+    spatial: tuple[int, ...] = ()
+
+    def draw(self, key, weight) -> jax.Array:
+        """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart.
+
+        Initializers with an argument `weight` get the parameter, in the same layout.
+        """
+        sizes = [[self.shape[i] for i in axes] for axes in (self.sliced, self.spatial, self.fan_in, self.fan_out)]
+        shape = (*sizes[1], math.prod(sizes[2]), math.prod(sizes[3]))
+        init = self.spec.init
+        assert init is not None
+        count = math.prod(sizes[0])
+        order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
+        if "weight" in inspect.signature(init).parameters:
+            weights = jax.lax.stop_gradient(jnp.transpose(weight, order)).reshape(count, *shape)
+            draw = lambda k, w: init(k, shape, self.dtype, weight=w)  # noqa: E731
+        else:
+            weights = None
+            draw = lambda k, _: init(k, shape, self.dtype)  # noqa: E731
+        if self.sliced:
+            drawn = jax.vmap(draw)(jax.random.split(key, count), weights)
+        else:
+            drawn = draw(key, None if weights is None else weights[0])
+        inverse = [order.index(i) for i in range(len(order))]
+        return drawn.reshape([self.shape[i] for i in order]).transpose(inverse)
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """What a rule does at each layer and each hidden signal of one traced network."""
+
+    graph: Graph
+    specs: dict[str, LayerRule]  # by site
+    entries: dict[str, Entry]  # sequential feedback, by parameter
+    landings: dict[str, Landing]  # direct feedback, by hidden signal
+    batch: int | None = None
+    output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
+    reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
+
+    @property
+    def shadows(self) -> bool:
+        return any(isinstance(s, Sequential) and s.init is not None for s in self.specs.values())
+
+    def feedback_shapes(self, *, redrawn: bool = False) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
+        """Shape, dtype and whether it is learned, of each feedback weight; or of those redrawn at every step."""
+        shapes = {}
+        for name, e in self.entries.items():
+            if e.spec.redrawn == redrawn:
+                shapes[name] = (e.shape, e.dtype, e.spec.learned)
+        for name, landing in self.landings.items():
+            if landing.spec.init is not None and landing.spec.redrawn == redrawn:
+                shapes[name] = (landing.shape, landing.dtype, landing.spec.learn is not None)
+        for name, (spec, shape, dtype) in self.reduced.items():
+            if spec.redrawn == redrawn:
+                shapes[name] = (shape, dtype, False)
+        return shapes
+
+    def init(self, key, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
+        """Draws the feedback weights, each from a key of its own name."""
+        fixed: dict[str, jax.Array] = {}
+        learned: dict[str, jax.Array] = {}
+        for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
+            k = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+            if name in self.entries:
+                drawn = self.entries[name].draw(k, params[self.entries[name].index])
+            elif name in self.landings:
+                drawn = _draw_direct(self.landings[name], k)
+            else:
+                drawn = self.reduced[name][0].init(k, shape[::-1], dtype).T  # type: ignore[misc]
+            (learned if is_learned else fixed)[name] = drawn
+        return Feedback(fixed, learned)
+
+    def check(self, feedback: Feedback) -> None:
+        """Feedback must have been made for this rule, network and shapes."""
+        if not isinstance(feedback, Feedback):
+            raise TypeError(
+                f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: make it with "
+                "rule.init(key, net, params, inputs)"
+            )
+        given = {**feedback.fixed, **feedback.learned}
+        wanted = self.feedback_shapes()
+        remedy = "make it anew with rule.init(key, net, params, inputs)"
+        if missing := sorted(set(wanted) - set(given)):
+            raise ValueError(
+                f"the feedback has no entry {missing[0]!r}, so it is not of this rule and network: {remedy}"
+            )
+        if extra := sorted(set(given) - set(wanted)):
+            raise ValueError(
+                f"the feedback has an entry {extra[0]!r} for which this rule and network have no use: {remedy}"
+            )
+        for name, (shape, _, _) in wanted.items():
+            if jnp.shape(given[name]) != tuple(shape):
+                raise ValueError(
+                    f"the feedback {name!r} has shape {jnp.shape(given[name])}, but this network needs "
+                    f"{tuple(shape)}: {remedy}"
+                )
+
+
+def _draw_direct(landing: Landing, key) -> jax.Array:
+    n = len(landing.lengths)
+    outputs, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
+
+    def draw(k):
+        return landing.spec.init(k, (size, outputs), landing.dtype).T.reshape(landing.shape[n:])  # type: ignore[misc]
+
+    if not n:
+        return draw(key)
+    return jax.vmap(draw)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
+
+
+# ------------------------------------------------------------------------------------------------------ making a plan
+
+
+def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose: Callable[[str], LayerRule]) -> Plan:
+    """Settles what a rule does where, and refuses what it cannot serve.
+
+    Args:
+      net, graph, params, inputs: the network, traced on these.
+      choose: the rule of a layer, by name.
+
+    Raises:
+      ValueError: no layer was found, or the rules of one hidden signal disagree.
+      NotImplementedError: a construct cannot be served.
+    """
+    for refusal in graph.refusals:
+        if any(not isinstance(choose(graph.names[i]), Plain) for i in refusal.parameters):
+            raise NotImplementedError(refusal.sentence)
+    if not graph.layers:
+        raise ValueError(
+            "no layer found: the network never multiplies something that depends on its inputs by a parameter "
+            "(dot_general or conv_general_dilated); check that the parameters and inputs are the function's arguments "
+            "and not closed over"
+        )
+    specs = {layer.site: choose(layer.name) for layer in graph.layers}
+    entries: dict[str, Entry] = {}
+    for layer in graph.layers:
+        spec = specs[layer.site]
+        if isinstance(spec, Sequential):
+            if spec.whole_batch:
+                _check_whole_batch(layer)
+            if spec.init is not None and layer.reads is not None:
+                for entry in layer_entries(graph, layer, spec):
+                    name = graph.names[entry.index]
+                    if entries.setdefault(name, entry).spec is not spec:
+                        raise ValueError(
+                            f"the parameter {name!r} is used by layers under two rules with feedback, of which each "
+                            f"would draw its own: give the layer {layer.name!r} the rule of the other"
+                        )
+        if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
+            construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
+            raise NotImplementedError(
+                f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a "
+                f"sequential rule for it (partition), or take the layer out of the {construct}"
+            )
+    plan = Plan(graph, specs, entries, {})
+    _plan_landings(plan, net, params, inputs)
+    return plan
+
+
+def _bare(scope: Sequence[str]) -> list[str]:
+    return [s.split(" ")[0] for s in scope]
+
+
+def _check_whole_batch(layer: Layer) -> None:
+    if "shard_map unchecked" in layer.scope:
+        raise NotImplementedError(
+            f"the layer {layer.name!r} lies inside a shard_map with check_vma=False, where it cannot be seen over "
+            "which devices the batch is spread: set check_vma=True, or use another rule for it (partition)"
+        )
+    if layer.owned:
+        raise NotImplementedError(
+            f"the parameter {layer.name!r} is itself split over the mesh axes {sorted(layer.owned)} inside a "
+            "shard_map, so its neurons' norms would need a sum that depends on how: use another rule for it (partition)"
+        )
+
+
+def _feedback_parameters(graph: Graph, layer: Layer) -> list[int]:
+    """The parameters of a layer's weight that get feedback: matrices, or vectors where there are only those."""
+    indices = sorted(layer.weight.params)
+    ranks = {i: len(graph.param_avals[i].shape) - len(layer.weight.axes.get(i, ((), ()))[1]) for i in indices}
+    return [i for i in indices if ranks[i] >= 2] or indices
+
+
+def layer_entries(graph: Graph, layer: Layer, spec: Sequential) -> list[Entry]:
+    """What sequential feedback there is to a layer: one entry per parameter matrix of its weight."""
+    return [_entry(graph, layer, i, spec) for i in _feedback_parameters(graph, layer)]
+
+
+def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
+    aval = graph.param_avals[i]
+    dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
+    contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
+    free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
+    if layer.operation == "dot_general":  # members of an ensemble, heads: each is a matrix of its own
+        batch = layer.eqn.params["dimension_numbers"][1][0 if layer.weight_first else 1]
+        members = {a for d in batch if d < len(dims) for a in dims[d]} - contracted
+        free, sliced = free - members, sliced | members
+    lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
+    if lost:  # an axis summed away on the way (a factorised weight): it faces the side that is not seen
+        (contracted if free and not contracted else free).update(lost)
+    spatial: tuple[int, ...] = ()
+    if layer.operation == "conv_general_dilated" and all(len(held) == 1 for held in dims):
+        rhs = layer.eqn.params["dimension_numbers"].rhs_spec
+        spatial = tuple(dims[d][0] for d in rhs[2:])
+        contracted -= set(spatial)
+    return Entry(
+        i, tuple(aval.shape), aval.dtype, spec,
+        tuple(sorted(contracted)), tuple(sorted(free)), tuple(sorted(sliced)), spatial,
+    )  # fmt: skip
+
+
+def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> None:
+    graph = plan.graph
+    directs = list(dict.fromkeys(s for s in plan.specs.values() if isinstance(s, Direct)))
+    chosen: list[tuple[Hidden, Direct]] = []
+    for hidden in graph.hidden:
+        if hidden.mark:
+            continue
+        specs = {id(plan.specs[layer.site]): plan.specs[layer.site] for layer in hidden.readers}
+        if any(isinstance(s, Direct) for s in specs.values()) and len(specs) > 1:
+            readers = ", ".join(repr(layer.name) for layer in hidden.readers)
+            raise ValueError(
+                f"the layers {readers} read one hidden signal, {hidden.name!r}, under rules that disagree on what "
+                "arrives there: give them the same direct rule, or sequential rules"
+            )
+        (spec,) = list(specs.values())[:1]
+        if isinstance(spec, Direct) and (spec.at is None or _matches(spec.at, hidden.name)):
+            chosen.append((hidden, spec))
+    for spec in directs:
+        if spec.at is None:
+            continue
+        names = [h.name for h in graph.hidden]
+        for pattern in spec.at:
+            if not any(re.search(pattern, name) for name in names):
+                raise ValueError(
+                    f"at={pattern!r} matches no hidden signal and no marked tensor; there are {_listed(names)}"
+                )
+        for hidden in graph.hidden:
+            landed = any(other.root is hidden.root for other, _ in chosen)  # one feedback for one tensor
+            if hidden.mark and not landed and _matches(spec.at, hidden.name):
+                if len(directs) > 1:
+                    raise ValueError(
+                        f"the mark {hidden.name!r} belongs to no layer, so a partition of several direct rules "
+                        "cannot tell whose feedback lands there: use one direct rule, or name hidden signals in at="
+                    )
+                if {"cond", "shard_map"} & set(_bare(hidden.root.place[0].scope)):  # type: ignore[index]
+                    raise NotImplementedError(
+                        f"the tensor marked {hidden.name!r} lies inside a cond or shard_map, where direct feedback "
+                        "cannot land: mark one outside"
+                    )
+                chosen.append((hidden, spec))
+    for i, (hidden, _) in enumerate(chosen):
+        if any(other.name == hidden.name for other, _ in chosen[:i]):
+            raise ValueError(f"a mark and a layer are both named {hidden.name!r}: give the mark another name")
+    if all(spec.signal is None for _, spec in chosen):
+        plan.landings = {hidden.name: Landing(hidden, spec) for hidden, spec in chosen}
+        return
+    plan.batch = batch = net.batch_size(inputs)
+    twice = doubled(net, params, inputs, graph)
+    outs = range(graph.n_outputs)
+    plan.output_axes = [find_batch_axis(graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs]
+    avals = [graph.outs[i].aval for i in outs]
+    for aval, axis in zip(avals, plan.output_axes, strict=True):
+        if jnp.issubdtype(aval.dtype, jnp.inexact) and (axis is None or axis.before * axis.after > 1):
+            raise ValueError(
+                f"an output of shape {aval.shape} has no batch axis, of {batch} examples in the order of the inputs, "
+                "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or "
+                "return what has no batch as aux (has_aux=True)"
+            )
+    outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
+    total = 0
+    sizes = {spec: outputs for spec in directs}
+    for spec in directs:
+        if spec.shared_axes:
+            sizes[spec] = outputs // math.prod(_shared_sizes(plan, spec))
+        if spec.rank is not None and spec.signal is not None:
+            name = "outputs" + (f"#{len(plan.reduced) + 1}" if plan.reduced else "")
+            dtype = next(a.dtype for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
+            plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
+            total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
+            sizes[spec] = spec.rank
+    for hidden, spec in chosen:
+        other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
+        axis = find_batch_axis(hidden.reader, other, batch)
+        if axis is None:
+            raise ValueError(
+                f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
+                f"be told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where "
+                "feedback lands"
+            )
+        lengths = tuple(length for length, own in hidden.loops if own)
+        shared = _shared_places(plan, hidden, spec, axis)
+        positions = {place for kind, place in shared if kind == "axis"}
+        rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
+        shape = (*lengths, sizes[spec], *rest)
+        dtype = _feedback_dtype(graph, hidden)
+        landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype)
+        plan.landings[hidden.name] = landing
+        total += landing.nbytes
+        if total > spec.max_feedback_bytes:
+            raise ValueError(
+                f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
+                f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, let feedback land at fewer "
+                "places (at=), or share it along axes (shared_axes=)"
+            )
+
+
+def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
+    """The sizes of the shared axes of the outputs."""
+    aval, axis = plan.graph.outs[0].aval, plan.output_axes[0]
+    if plan.graph.n_outputs != 1 or axis is None:
+        raise ValueError("shared_axes= wants outputs that are one array: this network returns several, or none")
+    for out, _ in spec.shared_axes:
+        if not 0 <= out < len(aval.shape) or out == axis.axis:
+            raise ValueError(
+                f"shared_axes={out} is no axis of the outputs {aval.shape} beside the batch: count from 0, with the "
+                "batch, as in shared_axes=1 for the time of [batch, time, classes]"
+            )
+    return [aval.shape[out] for out, _ in spec.shared_axes]
+
+
+def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) -> tuple[tuple[str, int], ...]:
+    """Where the shared axes of the outputs lie in a hidden signal."""
+    if not spec.shared_axes:
+        return ()
+    shape = hidden.reader.aval.shape
+    axes = [*range(axis.axis), *([axis.axis] * sum(n > 1 for n in (axis.before, axis.after)))]
+    axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
+    rest, places = axis.rest(shape), []
+    for (out, within), size in zip(spec.shared_axes, _shared_sizes(plan, spec), strict=True):
+        loops = [i for i, (n, own) in enumerate(hidden.loops) if n == size and not own]
+        same = [i for i, a in enumerate(axes) if a == (out if within is None else within) and rest[i] == size]
+        merged = [i for i, a in enumerate(axes) if a == axis.axis and rest[i] == size]
+        found = [("axis", i) for i in same] if within is not None else [
+            *(("loop", i) for i in loops), *(("axis", i) for i in (*same, *merged))
+        ]  # fmt: skip
+        found = [place for place in found if place not in places]
+        if not found:
+            raise ValueError(
+                f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of the "
+                f"outputs, of size {size}: name it, shared_axes=[({out}, its axis)], or leave that signal out (at=)"
+            )
+        places.append(found[0])
+    return tuple(places)
+
+
+def _feedback_dtype(graph: Graph, hidden: Hidden):
+    if hidden.readers:
+        return graph.param_avals[min(hidden.readers[0].weight.params)].dtype
+    return hidden.reader.aval.dtype
+
+
+def _matches(patterns: Sequence[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) if names else "none"

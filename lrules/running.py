@@ -1,0 +1,251 @@
+"""Running a network under a plan: the same outputs, differentiated as the rule says.
+
+Sequential rules are a `custom_vjp` around each layer, direct ones one `custom_vjp` around the whole network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from lrules.analysis import Hidden, Layer, bind, varying_axes
+from lrules.network import Frame, Handler, Network
+from lrules.plan import Direct, Landing, Plan, Sequential
+from lrules.rule import Feedback, Pytree
+
+
+class _RuleHandler(Handler):
+    """The rule's own handler: the layers of sequential rules, and the landings of direct ones."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def layer(self, layer: Layer, op, w, b, x, frame: Frame):
+        spec = self.plan.specs[layer.site]
+        if not isinstance(spec, Sequential):
+            return op(w, x)
+        return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
+
+    def hidden(self, hidden: Hidden, value, frame: Frame):
+        landing = self.plan.landings.get(hidden.name)
+        if landing is None or landing.hidden is not hidden:
+            return value
+        if landing.spec.lands:
+            frame.records[hidden.name] = value
+        return jax.lax.stop_gradient(value)
+
+
+def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
+    @jax.custom_vjp
+    def multiply(w, b, x):
+        return op(w, x)
+
+    def forward(w, b, x):
+        return op(w, x), (w, b, x)
+
+    def backward(residuals, d):
+        w, b, x = residuals
+        dw, dx, db = spec.backward(op, w, b, x, d, layer)
+        return dw, db, dx if _floating(x) else None
+
+    multiply.defvjp(forward, backward)
+    return multiply
+
+
+def _floating(x) -> bool:
+    return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(x))
+
+
+def run_plan(
+    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
+) -> Any:
+    """Runs the network under a plan; what comes out differentiates as the rule says."""
+    plan.check(feedback)
+    weights = {**feedback.fixed, **feedback.learned}
+    if rng is not None:
+        weights |= plan.init(rng, jax.tree.leaves(params), redrawn=True).fixed
+    args = (
+        jax.tree.leaves(params),
+        weights,
+        jax.tree.leaves(inputs),
+        plan.graph.consts,
+        net.handlers,
+        targets,
+    )
+    if any(landing.spec.lands for landing in plan.landings.values()):
+        outputs, aux = _direct_run(plan)(*args)
+    else:
+        outputs, aux = plain_run(plan, *args[:5], Frame())
+    return (outputs, aux) if net.has_aux else outputs
+
+
+def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
+    shadow = None
+    if plan.shadows:
+        names = plan.graph.names
+        shadow = [
+            feedback[name] if name in plan.entries else jax.lax.stop_gradient(p)
+            for name, p in zip(names, params, strict=True)
+        ]
+    own = _RuleHandler(plan)
+    return plan.graph.run(params, inputs, consts=consts, feedback=shadow, handlers=(own, *handlers), frame=frame)
+
+
+def _direct_run(plan: Plan) -> Callable:
+    """The whole network as one function whose backward pass brings the output error to every landing at once."""
+
+    @jax.custom_vjp
+    def run(params, feedback, inputs, consts, handlers, targets):
+        return plain_run(plan, params, feedback, inputs, consts, handlers, Frame())
+
+    def forward(*args):
+        # Only what is differentiated is: data may come from what has no reverse mode, such as a while loop.
+        wanted = any(leaf.perturbed for leaf in jax.tree.leaves(args[2:5]))
+        params, feedback, inputs, consts, handlers, targets = jax.tree.map(lambda leaf: leaf.value, args)
+
+        def network(params, feedback, inputs=inputs, consts=consts, handlers=handlers):
+            frame = Frame()
+            outputs, aux = plain_run(plan, params, feedback, inputs, consts, handlers, frame)
+            return (outputs, frame.records), aux
+
+        differentiated = (params, feedback, inputs, consts, handlers) if wanted else (params, feedback)
+        (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
+        learns = any(landing.spec.learn is not None for landing in plan.landings.values())
+        channels = dict.fromkeys(landing.spec.channel for landing in plan.landings.values() if landing.spec.channel)
+        skips = [channel(plan, params, inputs, consts, records) for channel in channels]
+        return (outputs, aux), (pull, skips, feedback, targets, records if learns else None)
+
+    def backward(residuals, cotangent):
+        pull, skips, feedback, targets, records = residuals
+        errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
+        sent: dict[Direct, Any] = {}
+        signals: dict[str, Any] = {}
+        feedback_grads: dict[str, Any] = {}
+        for skip in skips:
+            signals |= skip(errors)
+        for name, landing in plan.landings.items():
+            spec, b = landing.spec, feedback.get(name)
+            if spec.signal is None:
+                continue
+            if spec not in sent:
+                sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
+            signals[name] = _land(landing, sent[spec], b, targets)
+            if spec.learn is not None:
+                feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
+        grads = list(pull((errors, signals)))
+        grads[1] = {**grads[1], **{name: _whole(g, feedback[name]) for name, g in feedback_grads.items()}}
+        return (*grads, *[None] * (6 - len(grads)))
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run
+
+
+def _is_zero(x) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _instantiate(x):
+    return np.zeros(x.shape, x.dtype) if _is_zero(x) else x
+
+
+def _whole(grad, b):
+    """Sums a feedback gradient over the devices that share the feedback weight, as the transpose of using it would."""
+    axes = tuple(sorted(varying_axes(jax.typeof(grad)) - varying_axes(jax.typeof(b))))
+    return jax.lax.psum(grad, axes) if axes else grad
+
+
+def output_error(plan: Plan, errors: Pytree) -> jax.Array:
+    """The cotangent of the outputs, flattened per example: `[batch, outputs]`."""
+    flat = []
+    for error, axis in zip(jax.tree.leaves(errors), plan.output_axes, strict=True):
+        if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
+            flat.append(jnp.moveaxis(error, axis.axis, 0).reshape(plan.batch, -1))
+    dtype = jnp.result_type(*[x.dtype for x in flat]) if len({x.dtype for x in flat}) == 1 else jnp.float32
+    return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
+
+
+def sent_error(plan: Plan, spec: Direct, e, feedback):
+    """The output error as it is sent: shared axes in front, `[*shared, batch, outputs]`, its rank reduced."""
+    if spec.shared_axes:
+        (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
+        e = e.reshape(plan.batch, *(n for i, n in enumerate(aval.shape) if i != batch_axis))
+        axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
+        e = jnp.moveaxis(e, axes, range(len(axes)))
+        e = e.reshape(*e.shape[: len(axes) + 1], -1)
+    for name, (owner, _, _) in plan.reduced.items():
+        if owner is spec:
+            e = jnp.tensordot(e.astype(feedback[name].dtype), feedback[name], axes=1)
+    return e
+
+
+def _land(landing: Landing, e, b, targets):
+    """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
+    hidden, shared, axis = landing.hidden, landing.shared, landing.axis
+    assert axis is not None and landing.spec.signal is not None
+    turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
+    places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
+
+    def signal(e, b):  # [*shared, batch, *hidden without shared axes]
+        return landing.spec.signal(e, b, targets, hidden.name)  # type: ignore[misc]
+
+    for _ in shared:
+        signal = jax.vmap(signal, in_axes=(0, None))
+
+    def define(s):
+        return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
+
+    for _ in turns:
+        define = jax.vmap(define)
+
+    def arrive(b):
+        s = jnp.moveaxis(signal(e, b), turns, range(len(turns)))
+        front = [len(turns) + k for k in range(len(places))]
+        return define(jnp.moveaxis(s, front, [len(turns) + 1 + place for place in places.values()]))
+
+    for _ in landing.lengths:
+        arrive = jax.vmap(arrive)
+    out = arrive(b)
+    order = [i for i, (_, own) in enumerate(hidden.loops) if own] + [shared[i][1] for i in turns]
+    out = jnp.moveaxis(out, range(len(order)), [sorted(order).index(i) for i in order])
+    lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
+    out = out.reshape(*lead, *out.shape[len(order) :])
+    return jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
+
+
+def direct_feedback_gradient(landing: Landing, e, record, b):
+    """The gradient of one direct feedback weight, summed over the scans and positions that share it."""
+    hidden, shared, axis = landing.hidden, landing.shared, landing.axis
+    assert axis is not None and landing.spec.learn is not None
+    n = len(hidden.loops)
+
+    def seen(value):  # as the reader sees it, the batch in front
+        for eqn in hidden.views:
+            (value,) = bind(eqn, [value])
+        shape = hidden.reader.aval.shape
+        value = value.reshape((*shape[: axis.axis], axis.before, -1, axis.after, *shape[axis.axis + 1 :]))
+        return jnp.moveaxis(value, axis.axis + 1, 0).reshape(-1, *axis.rest(shape))
+
+    for _ in range(n):
+        seen = jax.vmap(seen)
+    where = [place if kind == "loop" else n + 1 + place for kind, place in shared]
+    own = [i for i, (_, own) in enumerate(hidden.loops) if own]
+    others = [i for i in range(n) if i not in own and i not in where]
+    h = seen(record).astype(b.dtype)
+    h = jnp.moveaxis(h, [*own, *others, *where], range(len(own) + len(others) + len(where)))
+
+    def summed(learn, in_axes):
+        return lambda *args: jax.vmap(learn, in_axes)(*args).sum(0)
+
+    learn = landing.spec.learn
+    for _ in shared:
+        learn = summed(learn, (0, 0, None))
+    for _ in others:
+        learn = summed(learn, (None, 0, None))
+    for _ in own:
+        learn = jax.vmap(learn, (None, 0, 0))
+    return learn(e, h, b)
