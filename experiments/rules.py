@@ -1,8 +1,9 @@
 """Learning rules by name: `backman(alpha=1.0)`, `drop_error(feedback_alignment, rate=0.5)`.
 
 An expression is parsed with `ast` and never evaluated as code: it may hold names and calls of the rules and modifiers
-that lrules exports, by their names there or in the papers (`srbp`), and of weight initialisers, and Python literals. A
-bare name is a call without arguments.
+that lrules exports, by their names there or in the papers (`srbp`), of the rules of `recipes.py` and of weight
+initialisers, names of elementwise functions (`tanh`, `derivative(tanh)`), and Python literals. A bare name is a call
+without arguments.
 """
 
 import ast
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import lrules
+from experiments import models, recipes
 from experiments.errors import InputError, nearest
 
 Factory = Callable[..., Any]
@@ -37,6 +40,9 @@ PAPER_NAMES: dict[str, Factory] = {
     "dp": lrules.dual_propagation,
 }
 
+# Elementwise functions, for options that want one: `replace_derivative(srbp, derivative(sigmoid))`.
+FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = models.ACTIVATIONS | {"sign": jnp.sign, "abs": jnp.abs}
+
 
 def rules() -> dict[str, Factory]:
     """Every rule factory that lrules exports, by name."""
@@ -46,6 +52,19 @@ def rules() -> dict[str, Factory]:
 def modifiers() -> dict[str, Factory]:
     """Every modifier (a function from a rule to a rule) that lrules exports, by name."""
     return _functions(_exports(), "lrules.channel")
+
+
+def recipe_rules() -> dict[str, Factory]:
+    """Every rule of `recipes.py`, by name."""
+    found = _functions(vars(recipes), "experiments.recipes")
+    return {name: f for name, f in found.items() if inspect.signature(f).return_annotation is lrules.Rule}
+
+
+def derivative(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The derivative of an elementwise function."""
+    if not callable(f):
+        raise ValueError(f"{_text(f)} is no function: {nearest(str(f), FUNCTIONS)}")
+    return lambda z: jax.jvp(f, (z,), (jnp.ones_like(z),))[1]
 
 
 def initialisers() -> dict[str, Factory]:
@@ -82,6 +101,14 @@ def parse(expression: str) -> lrules.Rule:
     return rule
 
 
+def modified(expression: str) -> str | None:
+    """The rule that an expression modifies, as text: `fa` of `sign_error(fa)`; None where it is no modifier."""
+    match ast.parse(expression, mode="eval").body:
+        case ast.Call(func=ast.Name(id=name), args=[rule, *_]) if name in modifiers():
+            return ast.unparse(rule)
+    return None
+
+
 def select(expressions: str | None) -> dict[str, lrules.Rule]:
     """Rules by their own text: those of a comma-separated list, by default every rule that needs no argument."""
     if not expressions:
@@ -116,7 +143,9 @@ def _value(node: ast.expr) -> Any:
 
 
 def _named(name: str) -> Any:
-    """A bare name: an initialiser as it is where it takes a key itself (`zeros`), anything else called."""
+    """A bare name: a function as it is, and an initialiser that takes a key itself (`zeros`); all else is called."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
     factory = _factory(name)
     if next(iter(inspect.signature(factory).parameters), None) == "key":
         return factory
@@ -124,9 +153,10 @@ def _named(name: str) -> Any:
 
 
 def _factory(name: str) -> Factory:
-    known = initialisers() | modifiers() | rules() | PAPER_NAMES
+    named = recipe_rules() | modifiers() | rules() | PAPER_NAMES
+    known = initialisers() | {"derivative": derivative} | named
     if name not in known:
-        raise InputError(f"There is no rule '{name}': {nearest(name, rules() | modifiers() | PAPER_NAMES)}")
+        raise InputError(f"There is no rule '{name}': {nearest(name, [*named, *FUNCTIONS])}")
     return known[name]
 
 

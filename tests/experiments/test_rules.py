@@ -30,6 +30,12 @@ def test_every_factory_without_a_required_argument_is_found():
         "feedback_alignment(init=orthogonal)",
         "drop_error(feedback_alignment, rate=0.5)",
         "sign_error(quantize_error(rule=backman(alpha=0.1), bits=5))",
+        'mixed_channel("layers/2")',
+        "nonlinear_channel(srbp, fn=sigmoid)",
+        "averaged_matrices(4)",
+        "redrawn(init=sparse(3))",
+        "sign_error(cascaded)",
+        "replace_derivative(backprop, derivative(tanh))",
     ],
 )
 def test_expression_is_a_rule(expression):
@@ -41,6 +47,13 @@ def test_options_reach_the_rule():
     params, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((5, 3))
     feedback = rules.parse("feedback_alignment(init=constant(7.0))").init(jax.random.key(0), net, params, x)
     assert (feedback.fixed["b"] == 7).all()
+
+
+def test_functions_reach_the_rule():
+    f = lrules.transform(lambda w, x: jnp.tanh(x @ w), rules.parse("replace_derivative(backprop, derivative(sigmoid))"))
+    w, x = jnp.ones((1, 1)), jnp.full((1, 1), 0.3)
+    gradient = jax.grad(lambda w: f(w, lrules.Feedback({}, {}), x).sum())(w)
+    assert jnp.allclose(gradient, 0.3 * jax.nn.sigmoid(0.3) * jax.nn.sigmoid(-0.3))
 
 
 def test_list_is_split_outside_brackets():
@@ -78,6 +91,10 @@ def test_list_is_split_outside_brackets():
         ("(lambda: backprop)()", ["cannot stand in a rule"]),
         ("[backprop for _ in 'ab']", ["cannot stand in a rule"]),
         ("backprop\n.x", ["malformed"]),
+        ("replace_derivative(backprop, derivative(tahn))", ["no rule 'tahn'", "did you mean 'tanh'?"]),
+        ("replace_derivative(backprop, derivative(2.0))", ["derivative: 2.0 is no function", "tanh"]),
+        ("mixed_channel", ["mixed_channel needs the option 'long_range'"]),
+        ("cascade", ["no rule 'cascade'", "did you mean 'cascaded'?"]),
         ("(" * 500 + "backprop" + ")" * 500, ["malformed"]),
     ],
 )
@@ -92,6 +109,11 @@ def test_wrong_expression_is_told_in_a_sentence(expression, words):
 def test_malformed_list(expressions):
     with pytest.raises(InputError, match="malformed"):
         rules.select(expressions)
+
+
+def test_modified_rule():
+    assert rules.modified("drop_error(fa(init=normal(0.1)), 0.5)") == "fa(init=normal(0.1))"
+    assert rules.modified("backprop") is None and rules.modified("partition({'.*': backprop})") is None
 
 
 @pytest.mark.parametrize("name", rules.PAPER_NAMES)
