@@ -727,7 +727,8 @@ def _check_projection(site: str, fn: Callable, x) -> None:
         with jax.ensure_compile_time_eval():
             parts = [np.resize(grid[i : i + max(size, 1)], x.shape) for i in range(0, len(grid), max(size, 1))]
             points = [np.asarray(jnp.asarray(part, x.dtype), np.float64) for part in parts]
-            values = [np.asarray(fn(jnp.asarray(part, x.dtype)), np.float64) for part in parts]
+            known = jax.jit(fn)  # without, a custom_jvp under vmap gives a tracer even for known numbers
+            values = [np.asarray(known(jnp.asarray(part, x.dtype)), np.float64) for part in parts]
     except jax.errors.JAXTypeError:
         raise NotImplementedError(
             f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot "

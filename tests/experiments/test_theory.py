@@ -243,7 +243,7 @@ def test_scaled_relaxation_needs_a_loss_that_is_not_negative():
     assert 0.5 * dp.arovr(constant, energy, 0.5, 0.5) > 1.0 * dp.arovr(constant, energy, 0.5, 1.0)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.7, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.7, 1.0])
 def test_dual_propagation_makes_its_objective_stationary(alpha):
     """At the states of Eq. 2 and 3 the objective of Eq. 1 is stationary, and its weight gradient is the rule's."""
     rng = np.random.default_rng(0)

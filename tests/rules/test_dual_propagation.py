@@ -565,6 +565,22 @@ def test_damped_activations_that_are_projections():
             gradient_of_sum(net, rule, params, x)
 
 
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.hard_tanh, lambda h: jnp.clip(h, 0, 1)])
+def test_damped_under_vmap(activation):
+    """Many seeds at once, as experiments train them."""
+    seeds = jax.random.split(jax.random.key(0), 3)
+    params = {"a": jax.vmap(lambda k: jax.random.normal(k, (3, 4)))(seeds), "b": jnp.ones((3, 4, 2))}
+    rule = lrules.dual_propagation(alpha=1.0, adjoint=False, damping="contracting", iterations=2)
+
+    def gradient(params):
+        net = lambda p, x: activation(x @ p["a"]) @ p["b"]  # noqa: E731
+        return gradient_of_sum(net, rule, params, jnp.ones((5, 3)))
+
+    together = jax.jit(jax.vmap(gradient))(params)
+    for i in range(3):
+        bridge.close(jax.tree.map(lambda g, i=i: g[i], together), gradient(jax.tree.map(lambda p, i=i: p[i], params)))
+
+
 def test_describe_lists_activations():
     params, x, _ = residual_case()
     text = lrules.describe(residual_net, lrules.dual_propagation(), params, x)
