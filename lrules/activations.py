@@ -2,8 +2,10 @@
 
 Names come first: a `custom_jvp` function (relu) or a named `jit` (silu) with an elementwise body is one activation.
 Otherwise an activation is a maximal run of elementwise equations with one root and one output that holds a nonlinear
-primitive: gelu is one activation, not the tanh inside it. A lone exp, log, root, power or quotient is none (softmax,
-exp(logvar / 2)), nor is what normalisations do to means and variances. What may be meant as an activation and is none
+primitive: gelu is one activation, not the tanh inside it. Factors and terms before and after it are none of it, so that
+0.1 * tanh(z / 2) is treated as 0.1 * relu(z / 2) is, unless they may belong to a formula: 1 / (1 + exp(-z)). A lone
+exp, log, root, power or quotient is none (softmax, exp(logvar / 2)), nor is what normalisations do to means and
+variances. What may be meant as an activation and is none
 by these rules, a square that a layer reads or a maximum of two values, is kept as a `Doubt`, which rules that need
 activations refuse; `activation` and `not_activation` settle it.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LINEAR = {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "pvary",
           "stop_gradient", "real", "imag", "mul"}  # fmt: skip
@@ -66,6 +69,28 @@ def not_activation(fn: Callable) -> Callable:
       The same function under a name that the library recognises.
     """
     return _named(fn, UNMARK)
+
+
+def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
+    """Points from -8 to 8 and two far ones, in increasing order, and what an activation makes of them.
+
+    Args:
+      fn: the activation, as handlers get it.
+      like: what it acts on, of whose shape and dtype it is asked.
+
+    Raises:
+      jax.errors.JAXTypeError: it uses numbers that are not known when the network is traced.
+    """
+    grid = np.concatenate([[-1e4], np.linspace(-8, 8, 65), [1e4]])
+    size = max(int(np.prod(like.shape)), 1)
+    known = jax.jit(fn)  # without, a custom_jvp under vmap gives a tracer even for known numbers
+    points, values = [], []
+    for i in range(0, len(grid), size):
+        with jax.ensure_compile_time_eval():
+            part = jnp.asarray(np.resize(grid[i : i + size], like.shape), like.dtype)
+            points.append(np.asarray(part, np.float64).ravel())
+            values.append(np.asarray(known(part), np.float64).ravel())
+    return np.concatenate(points)[: len(grid)], np.concatenate(values)[: len(grid)]
 
 
 def _named(fn: Callable, prefix: str) -> Callable:
@@ -290,8 +315,10 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
                 fresh = [i for i in indices if i not in needed and output(i) in wanted and output(i) not in cuts]
                 needed.update(fresh)
                 stack += fresh
-            start = candidates[last][0] if isinstance(key, tuple) else key
-            region = _region(block, start, sorted(needed))
+            start, kept = candidates[last][0] if isinstance(key, tuple) else key, sorted(needed)
+            if not isinstance(key, tuple):
+                start, kept = _trimmed(block, start, kept, candidates)
+            region = _region(block, start, kept)
             if isinstance(region, Region):
                 found.append(region)
             elif region is not None:
@@ -304,6 +331,36 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
         and len(eqn.outvars) == 1 and value(eqn.outvars[0]).both and _bends(eqn, value)
     ]  # fmt: skip
     return sorted(found, key=lambda region: region.indices[-1]), doubts
+
+
+def _trimmed(block, start, indices: list[int], candidates) -> tuple[Any, list[int]]:
+    """The region without the factors and terms at its ends, unless they may belong to a formula."""
+    eqns = block.jaxpr.eqns
+
+    def affine(index):
+        operands, eqn = candidates[index], eqns[index]
+        linear = eqn.primitive.name in LINEAR or (eqn.primitive.name == "div" and eqn.invars[0] is operands[0])
+        return linear and len(operands) == 1
+
+    def formula(index):
+        return eqns[index].primitive.name in NOT_ALONE - {"mul"}
+
+    front, value, readers = 0, start, indices  # how many lead to the first that bends
+    while len(readers := [i for i in indices if value in candidates[i]]) == 1 and affine(readers[0]):
+        front, value = front + 1, eqns[readers[0]].outvars[0]
+        if readers[0] == indices[-1]:
+            return start, indices
+    if all(map(formula, readers)):  # but the number by which a mean divides is none of it
+        producer = block.value(start).producer
+        mean = producer is not None and producer.primitive.name in ("reduce_sum", "reduce_window_sum")
+        front = int(mean and front > 0 and eqns[indices[0]].primitive.name in ("div", "mul"))
+    for i in indices[:front]:
+        start = eqns[i].outvars[0]
+    indices = back = indices[front:]
+    while len(back) > 1 and affine(back[-1]):
+        operand = candidates[back[-1]][0]
+        back = back[: 1 + next(n for n, i in enumerate(back) if eqns[i].outvars[0] is operand)]
+    return start, indices if formula(back[-1]) else back
 
 
 def _region(block, start, indices) -> Region | Doubt | None:

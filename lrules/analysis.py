@@ -547,8 +547,8 @@ class Analysis:
                     self.refuse(
                         value.params,
                         "a matrix looked up in the parameter {name} for each example is multiplied by what depends on "
-                        "parameters, which no rule can tell from data: compute all and select (einsum with one-hot "
-                        "weights), or give that parameter backprop() in a partition",
+                        "parameters, which no rule can tell from data: multiply by every one of them and select "
+                        "among the products, or give that parameter backprop() in a partition",
                     )
 
     # -- constructs

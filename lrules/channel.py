@@ -31,7 +31,7 @@ from lrules.analysis import varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network
 from lrules.plan import Sequential
-from lrules.rule import Rule
+from lrules.rule import Rule, at_least_float32, require_rule
 
 AxisName = str | Sequence[str] | None
 
@@ -47,8 +47,8 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
     Args:
       rule: the rule to modify.
       fn: `(signal, name, rng) -> signal` of the same shape. `signal` is of the shape of the hidden tensor where it is
-        defined, the batch included, on the scale of the per-example sum; `name` is the hidden signal's; `rng` a key of
-        its own (None unless `stochastic`).
+        defined, the batch included, on the scale of the per-example sum and in float32 at least; `name` is the hidden
+        signal's; `rng` a key of its own (None unless `stochastic`).
       stochastic: whether `fn` needs `rng`; the rule then asks for `rng=` at every step.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does.
 
@@ -59,6 +59,9 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
       >>> import lrules
       >>> clipped = modify_error(lrules.feedback_alignment(), lambda signal, name, rng: signal.clip(-1, 1))
     """
+
+    if not callable(fn):
+        raise TypeError(f"modify_error: fn={fn!r} is no function: give one, (signal, name, rng) -> signal")
 
     def push(net, params, inputs, scale, key):
         return net.pushing(_AtHidden(fn, scale, key))
@@ -154,8 +157,8 @@ def drop_error(rule: Rule, rate: float) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 6.1.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate={rate} is the probability with which errors are dropped: give a number in [0, 1)")
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"rate={rate!r} is the probability with which errors are dropped: give a number in [0, 1)")
 
     def drop(signal, name, rng):
         return jnp.where(_kept(rng, signal.shape, rate), signal / (1 - rate), jnp.zeros_like(signal))
@@ -190,13 +193,13 @@ class _AtHidden(Handler):
 
         def backward(key, error):
             rng = None if key is None else jax.random.wrap_key_data(key)
-            new = fn(error * scale, name, rng)
+            new = fn(_scaled(error, scale), name, rng)
             if new.shape != error.shape:
                 raise ValueError(
                     f"modify_error: the function made a signal of shape {new.shape} of one of shape {error.shape} at "
                     f"the hidden signal {name!r}: it has to keep the shape"
                 )
-            return new.astype(error.dtype) / scale, None
+            return (new / scale).astype(error.dtype), None
 
         identity.defvjp(lambda value, key: (value, key), backward)
         return identity(value, None if self.key is None else self.key_here(hidden, value, frame))
@@ -214,12 +217,17 @@ class _AtHidden(Handler):
 def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
     """The rule, sent a function of the output error."""
 
+    require_rule(rule)
+
     def mark(outputs, scale):
         @jax.custom_vjp
         def identity(y):
             return y
 
-        identity.defvjp(lambda y: (y, None), lambda _, error: (fn(error * scale).astype(error.dtype) / scale,))
+        def backward(_, error):
+            return ((fn(_scaled(error, scale)) / scale).astype(error.dtype),)
+
+        identity.defvjp(lambda y: (y, None), backward)
         floating = lambda y: jnp.issubdtype(jnp.result_type(y), jnp.inexact)  # noqa: E731
         return jax.tree.map(lambda y: identity(y) if floating(y) else y, outputs)
 
@@ -292,6 +300,9 @@ def replace_derivative(rule: Rule, g: Callable) -> Rule:
       >>> triangular = replace_derivative(lrules.backprop(), lambda z: jnp.maximum(1 - abs(z), 0))
     """
 
+    if not callable(g):
+        raise TypeError(f"replace_derivative: g={g!r} is no function: give one of the pre-activation, elementwise")
+
     def push(net, params, inputs, scale, key):
         refuse_doubts(net.graph(params, inputs).doubts)
         replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
@@ -333,7 +344,13 @@ class _Derivative(Handler):
             return y
 
         def backward(x, error):
-            return None, (error.astype(x.dtype) * g(x)).astype(x.dtype)
+            slope = jnp.asarray(g(x))
+            if slope.shape != x.shape:
+                raise ValueError(
+                    f"replace_derivative: the function made {slope.shape} of a pre-activation of shape {x.shape} at "
+                    f"the activation {activation.site!r}: it has to be elementwise"
+                )
+            return None, (error.astype(x.dtype) * slope).astype(x.dtype)
 
         replaced.defvjp(lambda y, x: (y, x), backward)
         return replaced(jax.lax.stop_gradient(fn(x)), x)
@@ -373,7 +390,7 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     _check_quantizer(bits, scale)
 
     def push(net, params, inputs, scale_, key):
-        fn = lambda g: quantize(g * scale_, bits, scale) / scale_  # noqa: E731
+        fn = lambda g: quantize(_scaled(g, scale_), bits, scale) / scale_  # noqa: E731
         if any(isinstance(handler, _PerExample) for handler in net.handlers):
             both = (h.then(fn) if isinstance(h, _PerExample) else h for h in net.handlers)
             return dataclasses.replace(net, handlers=tuple(both))
@@ -440,15 +457,16 @@ class _PerExample(Handler):
                 if c is None:
                     return jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)[1](d)
                 (g,) = jax.vjp(lambda w: plain(w, x), w)[1](d)
-                return (g.astype(c.dtype) * c).astype(w.dtype), db
+                return g.astype(c.dtype) * c, db
 
             def example(total, slices):
                 x, d = slices
                 found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), x), _one(d, y_axis))
-                return jax.tree.map(lambda t, g: t + self.changed(g), total, found), None
+                return jax.tree.map(lambda t, g: t + self.changed(g).astype(t.dtype), total, found), None
 
             split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)
-            (dw, db), _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
+            totals, _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
+            dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
             return dw, db, dx
 
         multiply.defvjp(lambda w, b, x: (multiply(w, b, x), (w, b, x)), backward)
@@ -470,11 +488,12 @@ class _PerExample(Handler):
             wide, spread = jax.vjp(lambda p: jnp.broadcast_to(p, shape), p)
             g, d_others = jax.vjp(op, wide, others)[1](d)
             g = _to_front(g, axis)
+            narrow, g = g.dtype, g.astype(at_least_float32(g.dtype))
             origin = [*range(axis.axis), axis.axis, axis.axis, *range(axis.axis + 1, len(shape))]
             summed = [1 + k for k, i in enumerate(origin) if i not in kept]  # along these p is merely broadcast
             total = self.changed(g.sum(summed, keepdims=True)).sum(0, keepdims=True)
             total = jnp.pad(total, [(0, n - m) for n, m in zip(g.shape, total.shape, strict=True)])
-            (dp,) = spread(jnp.moveaxis(total, 0, axis.axis + 1).reshape(shape))
+            (dp,) = spread(jnp.moveaxis(total, 0, axis.axis + 1).reshape(shape).astype(narrow))
             return dp, d_others
 
         meet.defvjp(lambda p, others: (op(p, others), (p, others)), backward)
@@ -488,8 +507,9 @@ def _meeting(graph: Graph) -> dict[str, list[Any]]:
 
 
 def _nothing(x):
-    """Zeros like x, on the devices where x is."""
-    return x - x if varying_axes(jax.typeof(x)) else jnp.zeros_like(x)
+    """Zeros like x, on the devices where x is, to sum up in."""
+    wide = at_least_float32(x.dtype)
+    return (x - x).astype(wide) if varying_axes(jax.typeof(x)) else jnp.zeros_like(x, wide)
 
 
 def _to_front(x, axis: BatchAxis):
@@ -548,13 +568,18 @@ def _root_half(dtype) -> Any:
 
 
 def _check_quantizer(bits: int, scale: float) -> None:
-    if not (isinstance(bits, int) and bits >= 1):
+    if isinstance(bits, bool) or not (isinstance(bits, int) and bits >= 1):
         raise ValueError(f"bits={bits!r} is no number of bits: give a whole number from 1 on")
     if not scale > 0:
         raise ValueError(f"scale={scale!r} is the largest magnitude of a quantised number: give a positive one")
 
 
 # ------------------------------------------------------------------------------------------------- making modifiers
+
+
+def _scaled(error, scale: float):
+    """The error times the batch, which half precision might not hold."""
+    return error.astype(at_least_float32(error.dtype)) * scale
 
 
 def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> float:
@@ -566,6 +591,7 @@ def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName
 
 def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
     """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
+    require_rule(rule)
 
     def serve(net, inner, reduction):
         def f(params, feedback, inputs, *targets, rng=None):

@@ -134,6 +134,8 @@ def direct(
       The rule.
     """
     where = None if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    if where == ():
+        raise ValueError("at= names no place for feedback to land: name some, or leave it out for every hidden signal")
     for pattern in where or ():
         try:
             re.compile(pattern)

@@ -34,7 +34,8 @@ class Description(NamedTuple):
         lines = _table(self.layers, ("layer", "operation", "weight", "rule", "reads", "reached by"))
         if self.hidden:
             lines += ["", *_table(self.hidden, ("hidden signal", "shape", "feedback", "bytes"))]
-        lines += ["", f"feedback: {self.feedback_bytes:,} bytes"]
+        lines += ["", f"activations: {', '.join(self.activations) or 'none'}"]
+        lines += [f"feedback: {self.feedback_bytes:,} bytes"]
         return "\n".join(lines)
 
 

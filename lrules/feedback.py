@@ -32,7 +32,8 @@ def sparse(n: float, rescale: bool = False) -> Initializer:
       Baldi, Sadowski, Lu (2018), Figures 3 and 4.
     """
     if n < 0 or (rescale and n == 0):
-        raise ValueError(f"sparse(n={n}): n counts neurons that are reached, so give a positive number")
+        least = "above 0" if rescale else "from 0 on"
+        raise ValueError(f"sparse(n={n}): n counts neurons that are reached, so give a number {least}")
 
     def init(key, shape, dtype=jnp.float32):
         p = min(n / math.prod(shape[:-1]), 1.0)
@@ -135,8 +136,8 @@ def averaged(n: int, init: Initializer | None = None) -> Initializer:
       Baldi, Sadowski, Lu (2018), sections 3 and 6.1.
     """
     inner = init or jax.nn.initializers.glorot_normal()
-    if n < 1:
-        raise ValueError(f"averaged(n={n}): give at least one draw")
+    if not (isinstance(n, int) and n >= 1):
+        raise ValueError(f"averaged(n={n!r}): give a whole number of draws, one or more")
 
     def averaged_init(key, shape, dtype=jnp.float32):
         return jax.vmap(lambda k: inner(k, shape, dtype))(jax.random.split(key, n)).mean(0)

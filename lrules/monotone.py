@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lrules.activations import sampled
 from lrules.feedback import absolute
-from lrules.network import Graph, Network, as_network
+from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Entry, Sequential, layer_entries
 from lrules.rule import Initializer
 
 Pytree = Any
 BOUND = 1e-6
+PROBES = 4
 
 
 zeros: Initializer = jax.nn.initializers.zeros  # the paper's best start for all activations but ReLU
@@ -177,26 +180,43 @@ def constrain(
             raise ValueError("monotone.constrain needs the parameters: optimizer.update(grads, state, params)")
 
         def lift(positive, u, p):
-            if not positive:
+            if not positive or _left_out(u) or _left_out(p):
                 return u
-            floor = jnp.asarray(bound, p.dtype)
+            wide = max(p.dtype, u.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+            floor = jnp.asarray(bound, p.dtype).astype(wide)
+            p, u = p.astype(wide), u.astype(wide)
             lifted = jnp.where(p + u < floor, floor - p, u)  # p + (floor - p) may round to just below the floor
             return jnp.where(p + lifted < floor, jnp.nextafter(lifted, jnp.full_like(lifted, jnp.inf)), lifted)
 
-        flat = jax.tree.map(lift, jax.tree.leaves(mask), jax.tree.leaves(updates), jax.tree.leaves(params))
-        return jax.tree.unflatten(jax.tree.structure(updates), flat), state
+        leaves = [jax.tree.leaves(tree, is_leaf=_left_out) for tree in (mask, updates, params)]
+        if len({len(each) for each in leaves}) > 1:
+            raise ValueError(
+                f"monotone.constrain was made for {len(leaves[0])} parameters and is given {len(leaves[1])} updates of "
+                f"{len(leaves[2])} parameters: make it from the parameters that the optimizer is given"
+            )
+        lifted = [lift(*each) for each in zip(*leaves, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_left_out), lifted), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _left_out(leaf) -> bool:
+    """What stands for a parameter that `optax.masked` and the like leave to others."""
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
 def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
     """Checks that a network is a mono-net.
 
+    Activations are asked at 67 points from -10,000 to 10,000; what lies between them and the layers (a sign turned
+    round, a subtraction) by the gradient of the outputs at what each layer computes, moved at random four times.
+
     Args:
-      net, params, inputs: the network and what it takes.
+      net, params, inputs: the network and what it takes, arrays.
 
     Raises:
-      ValueError: a weight above the first layer is negative, or an activation decreases somewhere, and which.
+      ValueError: a weight above the first layer is negative, an activation decreases somewhere, or an output falls
+        where what a layer computes rises; and which.
     """
     net = as_network(net)
     graph = net.graph(params, inputs)
@@ -207,11 +227,48 @@ def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
                 f"the weight {graph.names[index]!r} has negative entries and does not belong to the first layer: start "
                 "from monotone.initialize and chain monotone.constrain after the optimizer"
             )
-    for activation in graph.activations:
-        if activation.name in ("gelu", "silu", "swish", "mish", "hard_silu", "hard_swish"):
+    layers = [layer for layer in graph.layers if not set(layer.scope) - {"scan"}]
+
+    def total(probes):
+        handlers = (_Increasing(), *net.handlers)
+        outputs, _ = graph.run(leaves, jax.tree.leaves(inputs), handlers=handlers, frame=Frame(probes))
+        return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
+
+    for k in jax.random.split(jax.random.key(0), PROBES):
+        zeros = {f"{layer.site} output": zeros_at(layer.output) for layer in layers}
+        keys = dict(zip(zeros, jax.random.split(k, len(zeros)), strict=True))
+        probes = {name: z + 3 * jax.random.normal(keys[name], z.shape, z.dtype) for name, z in zeros.items()}
+        slopes = jax.grad(total)(probes)
+        for layer in layers:
+            if bool(jnp.any(slopes[f"{layer.site} output"] < 0)):
+                raise ValueError(
+                    f"an output may fall where what the layer {layer.name!r} computes rises, though no weight above is "
+                    "negative: something between them turns the sign round; take that out"
+                )
+
+
+class _Increasing(Handler):
+    """Refuses activations that decrease, and adds a probe to what each layer computes."""
+
+    activations = True
+
+    def activation(self, activation, fn, x, frame):
+        try:
+            points, values = sampled(fn, x)
+        except jax.errors.JAXTypeError:
+            return fn(x)  # it uses numbers that are not known here: the probes tell
+        where = np.diff(values) < -1e-6 * np.maximum(1, np.abs(values[1:]))
+        if where.any():
+            at = points[:-1][where][0]
             raise ValueError(
-                f"the activation {activation.site!r} is not increasing: use one that is, such as tanh, sigmoid or relu"
+                f"the activation {activation.site!r} decreases, at {at:g}: use one that increases everywhere, such as "
+                "tanh, sigmoid or relu"
             )
+        return fn(x)
+
+    def layer(self, layer, op, w, b, x, frame):
+        probe = frame.inputs.get(f"{layer.site} output")
+        return op(w, x) if probe is None else op(w, x) + probe
 
 
 def from_sigmoid(first: Any, first_bias: Any, second: Any, second_bias: Any) -> tuple[Any, Any, Any, Any]:

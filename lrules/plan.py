@@ -217,11 +217,6 @@ class Plan:
 
     def check(self, feedback: Feedback) -> None:
         """Feedback must have been made for this rule, network and shapes."""
-        if not isinstance(feedback, Feedback):
-            raise TypeError(
-                f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: make it with "
-                "rule.init(key, net, params, inputs)"
-            )
         given = {**feedback.fixed, **feedback.learned}
         wanted = self.feedback_shapes()
         remedy = "make it anew with rule.init(key, net, params, inputs)"
@@ -233,7 +228,12 @@ class Plan:
             raise ValueError(
                 f"the feedback has an entry {extra[0]!r} for which this rule and network have no use: {remedy}"
             )
-        for name, (shape, _, _) in wanted.items():
+        for name, (shape, _, learned) in wanted.items():
+            if name in (feedback.fixed if learned else feedback.learned):
+                raise ValueError(
+                    f"the feedback {name!r} is {'fixed' if learned else 'learned'}, and this rule "
+                    f"{'learns it' if learned else 'keeps it as it is'}, so it is another rule's: {remedy}"
+                )
             if jnp.shape(given[name]) != tuple(shape):
                 raise ValueError(
                     f"the feedback {name!r} has shape {jnp.shape(given[name])}, but this network needs "

@@ -110,6 +110,7 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
     def f(params, feedback, inputs, *, rng=None):
         check_rng(rule, rng)
         check_params(params)
+        require_feedback(feedback)
         return inner(params, feedback, inputs, rng=rng)
 
     return f
@@ -142,6 +143,7 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
     def fn(params, feedback, inputs, targets, *, rng=None):
         check_rng(rule, rng)
         check_params(params)
+        require_feedback(feedback)
         return inner(params, feedback, inputs, targets, rng=rng)
 
     return fn
@@ -184,11 +186,25 @@ def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, tar
 
 def _check_call(net, rule) -> None:
     """The network and the rule stand where they should."""
+    require_rule(rule)
+    if isinstance(net, Rule) or not callable(net):
+        raise TypeError(f"the network is a {type(net).__name__}: give a Network, or a function apply(params, inputs)")
+
+
+def require_rule(rule) -> None:
+    """A rule is a `Rule`, not the factory that makes it."""
     if not isinstance(rule, Rule):
         hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
         raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
-    if isinstance(net, Rule) or not callable(net):
-        raise TypeError(f"the network is a {type(net).__name__}: give a Network, or a function apply(params, inputs)")
+
+
+def require_feedback(feedback) -> None:
+    """Feedback is a `Feedback`, empty for rules that need none."""
+    if not isinstance(feedback, Feedback):
+        raise TypeError(
+            f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: make it with "
+            "rule.init(key, net, params, inputs)"
+        )
 
 
 def at_least_float32(dtype) -> Any:

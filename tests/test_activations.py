@@ -203,6 +203,67 @@ def test_leaky_relu_with_a_learned_slope_is_doubted():
     assert net.graph(params, x).doubts
 
 
+BENDS = {
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
+    "gelu": nn.gelu,
+    "exact gelu": lambda x: nn.gelu(x, approximate=False),
+    "maximum": lambda x: jnp.maximum(x, 0),
+    "clip": lambda x: jnp.clip(x, -1, 1),
+    "where": lambda x: jnp.where(x > 0, x, 0.1 * x),
+}
+
+
+@pytest.mark.parametrize("name", BENDS)
+def test_factors_and_terms_around_are_none_of_it(name):
+    """Without f' there remain the factors, the same for all activations; and the true f' gives the gradient."""
+    f, x = BENDS[name], jax.random.normal(jax.random.key(0), (4, 3))
+    params = {"a": jax.random.normal(jax.random.key(1), (3, 5)), "b": jax.random.normal(jax.random.key(2), (5, 2))}
+
+    def gradient(around, rule):
+        net = lrules.transform(lambda p, x: around(jnp.dot(x, p["a"])) @ p["b"], rule)
+        return jax.grad(lambda p: net(p, lrules.Feedback({}, {}), x).sum())(params)["a"]
+
+    bare, true = (rule(lrules.backprop()) for rule in (lrules.without_derivatives, lambda rule: rule))
+    slope = lambda z: jax.vmap(jax.vmap(jax.grad(f)))(z)  # noqa: E731
+    for around, factor in (
+        (lambda z: 0.1 * f(z), 0.1),
+        (lambda z: f(z / 3), 1 / 3),
+        (lambda z: f(z + 1), 1),
+        (lambda z: 1 - f(2 * z) / 4, -0.5),
+    ):
+        np.testing.assert_allclose(gradient(around, bare), factor * gradient(lambda z: z, true), rtol=1e-5)
+        by_slope = gradient(around, lrules.replace_derivative(lrules.backprop(), slope))
+        np.testing.assert_allclose(by_slope, gradient(around, true), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("f", [jnp.tanh, nn.relu, lambda x: 1 / (1 + jnp.exp(-x))])
+def test_the_factor_of_average_pooling_is_none_of_it(f):
+    x, params = jnp.ones((2, 4, 4, 1)), {"k": jnp.ones((3, 3, 1, 2)), "b": jnp.ones((8, 3))}
+
+    def gradient(rule):
+        def apply(p, x):
+            layout = ("NHWC", "HWIO", "NHWC")
+            h = jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=layout)
+            return f(linen.avg_pool(h, (2, 2), (2, 2))).reshape(2, -1) @ p["b"]
+
+        net = lrules.transform(apply, rule)
+        return jax.grad(lambda p: net(p, lrules.Feedback({}, {}), x).sum())(params)["k"]
+
+    slope = lambda z: jax.jvp(f, (z,), (jnp.ones_like(z),))[1]  # noqa: E731
+    by_slope = gradient(lrules.replace_derivative(lrules.backprop(), slope))
+    np.testing.assert_allclose(by_slope, gradient(lrules.backprop()), rtol=1e-5)
+
+
+def test_a_sigmoid_by_hand_keeps_its_sign():
+    """The minus of exp(-x) belongs to the formula."""
+    f = lrules.transform(lambda w, x: 1 / (1 + jnp.exp(-(x @ w))), lrules.without_derivatives(lrules.backprop()))
+    w, x = jnp.ones((3, 1)), jnp.ones((1, 3))
+    assert (jax.grad(lambda w: f(w, lrules.Feedback({}, {}), x).sum())(w) == 1).all()
+
+
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_pooling_before_the_activation(pool):
     model = linen.Sequential([

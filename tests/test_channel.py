@@ -94,7 +94,9 @@ def test_quantizer_in_low_precision_and_at_nan():
         (lambda r: lrules.quantize_update(r, 2.5), "bits=2.5"),
         (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale=0.0"),
         (lambda r: lrules.quantize_error(r, 3, at="input"), 'neither "hidden" nor "output"'),
+        (lambda r: lrules.quantize_update(r, True), "bits=True"),
         (lambda r: lrules.drop_error(r, 1.0), "rate=1.0"),
+        (lambda r: lrules.drop_error(r, "half"), "rate='half'"),
         (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
     ],
 )
@@ -103,11 +105,27 @@ def test_refusals(make_rule, match):
         make_rule(lrules.backprop())
 
 
+@pytest.mark.parametrize(
+    ("make_rule", "match"),
+    [
+        (lambda: lrules.sign_error(lrules.backprop), "call its factory first"),
+        (lambda: lrules.quantize_error(lrules.backprop, 2, at="output"), "call its factory first"),
+        (lambda: lrules.modify_error(lrules.backprop(), None), "fn=None is no function"),
+        (lambda: lrules.replace_derivative(lrules.backprop(), 1.0), "g=1.0 is no function"),
+    ],
+)
+def test_what_is_no_rule_and_no_function(make_rule, match):
+    with pytest.raises(TypeError, match=match):
+        make_rule()
+
+
 def test_functions_have_to_keep_the_shape():
     net, x, e = make("shallow")
     rule = lrules.modify_error(lrules.backprop(), lambda signal, name, rng: signal[:1])
     with pytest.raises(ValueError, match="has to keep the shape"):
         pull(net, rule, NONE, x, e)
+    with pytest.raises(ValueError, match="made .. of a pre-activation .* it has to be elementwise"):
+        pull(net, lrules.replace_derivative(lrules.backprop(), lambda z: z.sum()), NONE, x, e)
 
 
 # --------------------------------------------------------------------------------------------- rules and references
@@ -418,6 +436,35 @@ def test_memory_of_quantised_updates():
     sizes = 4 * sum(p.size for p in params.values())
     assert peak(128) < 8 * sizes
     assert peak(128) - peak(8) < 120 * 4 * 1_500 * 4  # a few copies of the activations
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_quantised_updates_are_summed_in_float32(dtype):
+    """4,096 updates of 2^-6: in half precision such a sum stands still at 512 or 4,096 of them."""
+    f = lrules.transform(lambda p, x: x @ p["w"] + p["b"], lrules.quantize_update(lrules.backprop(), bits=3))
+    params = {"w": jnp.ones((1, 1), dtype), "b": jnp.ones((1, 1), dtype)}
+    x = jnp.ones((8192, 1), dtype)
+    got = jax.grad(lambda p: f(p, NONE, x).astype(jnp.float32).mean())(params)
+    assert [float(g[0, 0]) for g in got.values()] == [2**-6] * 2 and got["w"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [lrules.sign_error(lrules.backprop()), lrules.quantize_error(lrules.backprop(), 3, at="output"),
+     lrules.dual_propagation()],
+)  # fmt: skip
+def test_a_batch_larger_than_half_precision(rule):
+    """float16 ends at 65,504."""
+    f = lrules.transform(lambda p, x: jnp.tanh(x @ p["a"]) @ p["c"], rule)
+    params = {"a": jnp.ones((1, 1), jnp.float16), "c": jnp.ones((1, 1), jnp.float16)}
+
+    def gradient(batch):
+        x = jnp.ones((batch, 1), jnp.float16)
+        return jax.grad(lambda p: f(p, NONE, x).astype(jnp.float32).mean())(params)["a"]
+
+    small, large = gradient(1024), gradient(2**16 + 1024)
+    np.testing.assert_allclose(large, small, rtol=0.1)  # subnormal numbers
+    assert float(small[0, 0]) > 0.01
 
 
 def test_a_batch_that_cannot_be_told_is_refused():

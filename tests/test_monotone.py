@@ -141,6 +141,70 @@ def test_the_bound_holds_after_rounding():
     np.testing.assert_array_equal(updates["a"], params["a"])
 
 
+@pytest.mark.foreign  # optax adds the two
+def test_the_bound_holds_in_mixed_precision():
+    """Weights in bfloat16, updates in float32."""
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    b = jnp.abs(jax.random.normal(jax.random.key(0), (50, 40), jnp.bfloat16))
+    params = {"a": jnp.ones((3, 50), jnp.bfloat16), "b": b}
+    positive = monotone.constrain(apply, params, jnp.ones((1, 3), jnp.bfloat16))
+    down = jax.tree.map(lambda p: -jnp.ones(p.shape, jnp.float32), params)
+    updates, _ = positive.update(down, positive.init(params), params)
+    moved = optax.apply_updates(params, updates)["b"]
+    assert moved.dtype == jnp.bfloat16 and (moved >= jnp.asarray(1e-6, jnp.bfloat16)).all()
+
+
+def test_constraint_inside_masks():
+    """Where a part of the parameters is left to others."""
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    positive = monotone.constrain(apply, params, jnp.ones((1, 3)))
+    parts = {"trained": optax.chain(optax.sgd(2.0), positive), "fixed": optax.set_to_zero()}
+    optimizer = optax.multi_transform(parts, {"a": "fixed", "b": "trained"})
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["b"], 1e-6, rtol=0.05)
+    np.testing.assert_array_equal(moved["a"], params["a"])
+    with pytest.raises(ValueError, match="was made for 2 parameters and is given 1 updates of 1"):
+        positive.update({"b": params["b"]}, positive.init(params), {"b": params["b"]})
+
+
+DECREASING = {
+    "cos": jnp.cos,
+    "abs": jnp.abs,
+    "silu": jax.nn.silu,
+    "minus": lambda z: -z,
+    "one minus tanh": lambda z: 1 - jnp.tanh(z),
+    "minus relu": lambda z: -jax.nn.relu(z),
+    "relu of minus": lambda z: jax.nn.relu(-z),
+    "exp of minus": lambda z: jnp.exp(-z),
+    "square": lambda z: z**2,
+}
+INCREASING = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "softplus": jax.nn.softplus,
+    "selu": jax.nn.selu,
+    "scaled": lambda z: 1.7 * jnp.tanh(0.6 * z) - 1,
+    "by hand": lambda z: 1 / (1 + jnp.exp(-z)),
+}
+
+
+@pytest.mark.parametrize("name", [*DECREASING, *INCREASING])
+def test_check_of_activations(name):
+    f = (DECREASING | INCREASING)[name]
+    shapes = {"a": (5, 6), "b": (6, 4), "c": (4, 1)}
+    params = {k: jax.random.uniform(jax.random.key(i), s) for i, (k, s) in enumerate(shapes.items())}
+    apply = lambda p, x: f(f(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    x = jax.random.normal(jax.random.key(3), (8, 5))
+    if name in INCREASING:
+        monotone.check(apply, params, x)
+    else:
+        with pytest.raises(ValueError, match="decreases, at|turns the sign round"):
+            monotone.check(apply, params, x)
+
+
 @pytest.mark.parametrize("init", [monotone.zeros, monotone.uniform(), monotone.absolute_normal()])
 def test_initialisers(init):
     net, x, _ = make("conv_max")
@@ -169,7 +233,7 @@ def test_refusals():
         monotone.check(apply, params, x)
     good = monotone.initialize(jax.random.key(0), apply, params, x)
     monotone.check(apply, good, x)
-    with pytest.raises(ValueError, match="'gelu' is not increasing"):
+    with pytest.raises(ValueError, match="'gelu' decreases, at -4.75"):
         monotone.check(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], good, x)
     with pytest.raises(ValueError, match="low < high"):
         monotone.uniform(0.0)

@@ -201,6 +201,17 @@ def test_feedback_of_another_network():
         lrules.transform(mlp, DFA)(W, feedback, X)
 
 
+def test_feedback_that_another_rule_would_learn():
+    fixed = FA.init(KEY, mlp, W, X)
+    learned = lrules.kolen_pollack().init(KEY, mlp, W, X)
+    with pytest.raises(ValueError, match="is fixed, and this rule learns it.*make it anew"):
+        lrules.transform(mlp, lrules.kolen_pollack())(W, fixed, X)
+    with pytest.raises(ValueError, match="is learned, and this rule keeps it as it is"):
+        lrules.transform(mlp, FA)(W, learned, X)
+    with pytest.raises(TypeError, match="the feedback is a NoneType, not an lrules.Feedback"):
+        lrules.transform(mlp, lrules.backprop())(W, None, X)
+
+
 def test_rng():
     feedback = FA.init(KEY, mlp, W, X)
     with pytest.raises(ValueError, match="no randomness: leave rng= out"):
@@ -221,6 +232,11 @@ def test_rule_that_needs_the_targets():
 def test_feedback_above_the_limit():
     rule = lrules.direct_feedback_alignment(max_feedback_bytes=100)
     refused(mlp, "144 bytes", "max_feedback_bytes", "at=", "shared_axes", rule=rule, error=ValueError)
+
+
+def test_nowhere_to_land():
+    with pytest.raises(ValueError, match="at= names no place"):
+        lrules.direct_feedback_alignment(at=[])
 
 
 def test_options():
@@ -326,7 +342,7 @@ def test_matrices_looked_up_for_each_example():
         return jnp.einsum("bi,bio->bo", H(p, x), p["experts"][index])
 
     params = {"a": W["a"], "experts": jnp.ones((3, 6, 3))}
-    refused(experts, "'experts'", "looked up", "one-hot", params=params, inputs=(X, jnp.arange(4) % 3))
+    refused(experts, "'experts'", "looked up", "select among", params=params, inputs=(X, jnp.arange(4) % 3))
 
 
 def test_inputs_closed_over():
@@ -483,3 +499,5 @@ def test_feedback_of_an_ensemble_is_drawn_per_member():
 def test_describe_says_where_nothing_arrives():
     rows = lrules.describe(mlp, lrules.last_layer_only(), W, X).layers
     assert [row["reached by"] for row in rows] == ["(nothing)", "(nothing)", "output"]
+    text = str(lrules.describe(mlp, FA, W, X))
+    assert "activations: tanh, tanh#2" in text and "feedback: 216 bytes" in text

@@ -17,7 +17,9 @@ def kolen_pollack(init: Initializer | None = None) -> Rule:
 
     The rule gives the update; the decay is the optimizer's. Run the same optimizer with the same decay (as
     `optax.add_decayed_weights` before `optax.sgd`) on `params` and on `feedback.learned`. Without decay the difference
-    stays what it was at the start, and the rule is that of adaptive random backpropagation (weight matching).
+    stays what it was at the start, and the rule is that of adaptive random backpropagation (weight matching). Where a
+    model computes its weight from parameters (weight normalisation), the two get the gradients of two such computations
+    and their differences may shrink or grow without decay, too.
 
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`, applied to each layer's
