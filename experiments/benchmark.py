@@ -6,8 +6,8 @@
 
 A step is the loss and its gradient, jitted, without an optimizer. In each round every rule takes its turn next to the
 plain step; a ratio is the median over the rounds of rule over plain, with the quartiles (those of plain over plain show
-how quiet the machine was). Memory is what the compiled
-step allocates, outputs and temporaries; feedback weights, which the user holds beside the parameters, are listed apart.
+how quiet the machine was). A modifier is also held against the rule that it modifies. Memory is what the compiled step
+allocates, outputs and temporaries; feedback weights, which the user holds beside the parameters, are listed apart.
 Writes metrics.json, table.csv and benchmark.png.
 """
 
@@ -45,13 +45,33 @@ class Case(NamedTuple):
 FULL = {
     "mlp": Case((28, 28, 1), 1024, (2000,) * 4),
     "lenet5": Case((32, 32, 3), 1024),
+    "vgg16": Case((32, 32, 3), 64),
     "resnet18": Case((32, 32, 3), 64),
 }
 QUICK = {
     "mlp": Case((28, 28, 1), 256, (500,) * 4),
     "lenet5": Case((32, 32, 3), 128),
+    "vgg16": Case((32, 32, 3), 4),
     "resnet18": Case((8, 8, 3), 8),
 }
+
+
+# What is timed by default, besides every rule that needs no argument.
+FURTHER = (
+    "arbp",
+    "asrbp",
+    "dual_propagation(iterations=2)",
+    "dual_propagation(iterations=5)",
+    "node_perturbation(std=0.01)",
+    "node_perturbation(std=0.01, direct=True)",
+    "quantize_error(feedback_alignment, bits=5)",
+    "drop_error(feedback_alignment, rate=0.5)",
+    "sign_error(feedback_alignment)",
+    "magnitude_error(feedback_alignment)",
+    "without_derivatives(feedback_alignment)",
+    "quantize_error(direct_feedback_alignment, bits=5)",
+    "drop_error(direct_feedback_alignment, rate=0.5)",
+)
 
 
 class Step(NamedTuple):
@@ -62,10 +82,14 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One rule on one model. Ratios are to plain `jax.value_and_grad`: (median, lower quartile, upper quartile)."""
+    """One rule on one model. Ratios are to plain `jax.value_and_grad`: (median, lower quartile, upper quartile).
+
+    `over_rule` is the median ratio of a modifier's step time to that of the rule that it modifies.
+    """
 
     step_seconds: float
     step_ratio: tuple[float, float, float]
+    over_rule: float | None
     compile_seconds: float
     compile_ratio: float
     memory_bytes: int
@@ -113,11 +137,13 @@ def benchmark(
 
     rows = {}
     memory = {name: memory_bytes(c) for name, c in compiled.items()}
+    ratios = {name: own / plain for name, (own, plain) in stepping.items()}
     for name in steps:
-        ratios = stepping[name][0] / stepping[name][1]
+        rule = rules.modified(name)
         rows[name] = Row(
             float(np.median(stepping[name][0])),
-            (float(np.median(ratios)), float(np.quantile(ratios, 0.25)), float(np.quantile(ratios, 0.75))),
+            tuple(np.quantile(ratios[name], (0.5, 0.25, 0.75)).tolist()),
+            float(np.median(ratios[name] / ratios[rule])) if rule in ratios else None,
             float(np.median(compiling[name][0])),
             float(np.median(compiling[name][0] / compiling[name][1])),
             memory[name],
@@ -220,8 +246,10 @@ def table(rows: Mapping[str, Row]) -> str:
         if name == "plain":
             name, median = "plain jax.value_and_grad", f"{1e3 * row.step_seconds:.2f} ms"
             compilation, memory = f"{row.compile_seconds:.2f} s", _mebibytes(row.memory_bytes)
-        cells.append((name, median, f"{low} to {high}", compilation, memory, feedback))
-    return cli.table(("rule", "step time", "quartiles", "compile time", "memory", "feedback weights"), cells)
+        over = "-" if row.over_rule is None else f"{row.over_rule:.3f}"
+        cells.append((name, median, f"{low} to {high}", over, compilation, memory, feedback))
+    header = ("rule", "step time", "quartiles", "over its rule", "compile time", "memory", "feedback weights")
+    return cli.table(header, cells)
 
 
 def _mebibytes(size: int) -> str:
@@ -229,7 +257,7 @@ def _mebibytes(size: int) -> str:
 
 
 def main() -> None:
-    chosen = rules.select(FLAGS.rules)
+    chosen = rules.select(FLAGS.rules or ",".join([*rules.argument_free_rules(), *FURTHER]))
     cases = QUICK if FLAGS.quick else FULL
     names: Sequence[str] = FLAGS.models or list(cases)
     for name in names:
@@ -291,7 +319,7 @@ def write(
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "Smaller models and batches.")
     flags.DEFINE_list("models", None, f"Some of {', '.join(FULL)} (default: all).")
-    flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule that needs no argument).")
+    flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule, and some variants).")
     flags.DEFINE_integer("repeats", None, "Rounds of timing (default: 20, 5 with --quick).", lower_bound=1)
     flags.DEFINE_integer("compile_repeats", None, "Rounds of compiling (default: 3, 1 with --quick).", lower_bound=1)
     flags.DEFINE_float(

@@ -46,6 +46,22 @@ def define_training_flags(*, epochs: int, seeds: int, output: str) -> None:
     flags.DEFINE_string("optimizer", "adam", f"One of {', '.join(OPTIMIZERS)} (momentum: SGD with 0.9).")
     flags.DEFINE_string("schedule", "cosine", "Learning rate: constant, cosine (to 0), or halfway (x0.1 half-way).")
     flags.DEFINE_float("weight_decay", 0.0, "This much of each weight is added to its gradient.", lower_bound=0)
+    flags.DEFINE_integer(
+        "warmup_epochs",
+        0,
+        "Epochs before --epochs in which feedback alone is trained, of rules that learn it or keep statistics for it.",
+        lower_bound=0,
+    )
+    flags.DEFINE_float(
+        "feedback_learning_rate",
+        None,
+        "Of learned feedback weights, constant in the warm-up (default: the learning rate).",
+        lower_bound=0,
+    )
+    flags.DEFINE_float(
+        "fgsm", 0.0, "Train on inputs moved by so much against the network (FGSM, by backprop).", lower_bound=0
+    )
+    flags.DEFINE_float("attack", 0.0, "Measure accuracy on test inputs moved so, too (0: do not).", lower_bound=0)
     flags.DEFINE_integer("seeds", seeds, "How many seeds to train at once.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
     flags.DEFINE_bool("check_nan", False, "Stop with an error when the loss becomes NaN or Inf.")
@@ -58,25 +74,46 @@ def dataset_from_flags() -> data.Dataset:
     return data.hold_out(dataset, FLAGS.validation, seed=FLAGS.seed) if FLAGS.validation else dataset
 
 
-def task_from_flags(dataset: data.Dataset) -> loop.Task:
-    """The model that the flags ask for, fitted to the data."""
-    options = {"widths": positive_integers("widths", FLAGS.widths), "activation": FLAGS.activation}
-    return loop.task(lambda rngs: models.build(FLAGS.model, dataset.shape, dataset.classes, rngs=rngs, **options))
+def task_from_flags(
+    dataset: data.Dataset, loss: loop.Loss = loop.cross_entropy, *, widths: str = "widths"
+) -> loop.Task:
+    """The model that the flags ask for, fitted to the data; `widths` names the flag that holds them."""
+    options = {"widths": positive_integers(widths, getattr(FLAGS, widths)), "activation": FLAGS.activation}
+    return loop.task(lambda rngs: models.build(FLAGS.model, dataset.shape, dataset.classes, rngs=rngs, **options), loss)
 
 
-def optimizer_from_flags(rate: float, dataset: data.Dataset) -> optax.GradientTransformation:
-    """The optimizer, schedule and weight decay that the flags ask for, at a learning rate."""
+def run_options() -> dict[str, Any]:
+    """What the flags say of a `loop.Run`, whatever its model, rule and optimizer."""
+    return {
+        "seeds": range(FLAGS.seed, FLAGS.seed + FLAGS.seeds),
+        "batch_size": FLAGS.batch_size,
+        "fgsm": FLAGS.fgsm,
+        "attack": FLAGS.attack,
+        "check_nan": FLAGS.check_nan,
+    }
+
+
+def optimizer_from_flags(rate: float, dataset: data.Dataset) -> loop.Optimizers:
+    """The optimizers, schedule and weight decay that the flags ask for, at a learning rate of the forward weights."""
     if FLAGS.optimizer not in OPTIMIZERS:
         raise InputError(f"There is no optimizer '{FLAGS.optimizer}': {nearest(FLAGS.optimizer, OPTIMIZERS)}")
     if FLAGS.schedule not in SCHEDULES:
         raise InputError(f"There is no schedule '{FLAGS.schedule}': {nearest(FLAGS.schedule, SCHEDULES)}")
     steps = FLAGS.epochs * loop.steps_per_epoch(dataset, FLAGS.batch_size)
-    schedule: Any = {
-        "constant": rate,
-        "cosine": optax.cosine_decay_schedule(rate, steps),
-        "halfway": optax.piecewise_constant_schedule(rate, {steps // 2: 0.1}),
-    }[FLAGS.schedule]
-    return optax.chain(optax.add_decayed_weights(FLAGS.weight_decay), OPTIMIZERS[FLAGS.optimizer](schedule))
+
+    def make(rate: float, warmup: int) -> optax.GradientTransformation:
+        schedule: Any = {
+            "constant": optax.constant_schedule(rate),
+            "cosine": optax.cosine_decay_schedule(rate, steps),
+            "halfway": optax.piecewise_constant_schedule(rate, {steps // 2: 0.1}),
+        }[FLAGS.schedule]
+        if warmup:  # the schedule begins where the forward weights' does
+            schedule = optax.join_schedules([optax.constant_schedule(rate), schedule], [warmup])
+        return optax.chain(optax.add_decayed_weights(FLAGS.weight_decay), OPTIMIZERS[FLAGS.optimizer](schedule))
+
+    feedback_rate = rate if FLAGS.feedback_learning_rate is None else FLAGS.feedback_learning_rate
+    warmup = FLAGS.warmup_epochs * loop.steps_per_epoch(dataset, FLAGS.batch_size)
+    return loop.Optimizers(make(rate, 0), make(feedback_rate, warmup))
 
 
 def positive_integers(flag: str, values: Iterable[str]) -> list[int]:
@@ -211,7 +248,8 @@ def write_results(
 ) -> None:
     """Write metrics.json (with settings and provenance), curves.csv (one row a rule, seed and epoch), curves.png."""
     write_json(folder / "metrics.json", provenance_and_settings(FLAGS.seed) | dict(results))
-    figures = ("train_loss", "test_loss", "accuracy", "angle")
+    attacked = any(record.attacked is not None for records in histories.values() for record in records)
+    figures = ("train_loss", "test_loss", "accuracy", "angle", *(["attacked"] if attacked else []))
     rows = [
         (name, FLAGS.seed + i, record.epoch, *(float(getattr(record, figure)[i]) for figure in figures))
         for name, records in histories.items()

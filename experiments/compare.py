@@ -31,12 +31,17 @@ def compare(
     task: loop.Task,
     dataset: data.Dataset,
     chosen: Rules,
-    optimizers: Mapping[str, optax.GradientTransformation],
+    optimizers: Mapping[str, optax.GradientTransformation | loop.Optimizers],
     *,
     epochs: int,
+    warmup_epochs: int = 0,
+    watch: Callable[[str, loop.Run], Any] | None = None,
     **options: Any,
 ) -> tuple[Histories, dict[str, str]]:
     """Train under each rule, in turns; `options` are those of `loop.Run`.
+
+    Rules with learned feedback warm it up first; all rules then train their forward weights for the same `epochs`.
+    `watch(name, run)` is called before the first of these and after each.
 
     Returns the epochs by rule, and for each rule that cannot train this model the sentence in which it refused.
     """
@@ -50,10 +55,19 @@ def compare(
         except loop.Refused as error:
             refused[name] = str(error)
     histories: Histories = {name: [] for name in runs}
+    if warmup_epochs:
+        for name in (bar := tqdm([name for name in runs if runs[name].learns_feedback], desc="warm-up", unit="rule")):
+            bar.set_postfix_str(name)
+            runs[name].warm_up(warmup_epochs)
+    if watch:
+        for name, run in runs.items():
+            watch(name, run)
     with tqdm(total=epochs * len(runs), unit="epoch", desc="training") as bar:
         for epoch in range(1, epochs + 1):
             for name, run in runs.items():
                 histories[name].append(run.epoch())
+                if watch:
+                    watch(name, run)
                 bar.set_postfix_str(f"epoch {epoch}/{epochs}, {name}: {histories[name][-1].accuracy.mean():.1%}")
                 bar.update()
     return histories, refused
@@ -90,12 +104,7 @@ def main() -> None:
     folder = cli.output_folder()
     dataset = cli.dataset_from_flags()
     task = cli.task_from_flags(dataset)
-    options = {
-        "epochs": FLAGS.epochs,
-        "seeds": range(FLAGS.seed, FLAGS.seed + FLAGS.seeds),
-        "batch_size": FLAGS.batch_size,
-        "check_nan": FLAGS.check_nan,
-    }
+    options = {"epochs": FLAGS.epochs, "warmup_epochs": FLAGS.warmup_epochs} | cli.run_options()
     best = sweep(task, dataset, chosen, rates, cli.optimizer_from_flags, **options) if rates else {}
     rate = {name: best.get(name, FLAGS.learning_rate) for name in chosen}
     optimizers = {name: cli.optimizer_from_flags(rate[name], dataset) for name in chosen}
@@ -122,14 +131,18 @@ def main() -> None:
 
 def table(results: Mapping[str, Mapping[str, Any]], histories: Histories) -> str:
     """The figures of the last epoch as a Markdown table, mean ± sd over the seeds."""
-    header = ("rule", "test accuracy (%)", "angle to backprop (°)", "step time / backprop", "learning rate")
+    attacked = any("attacked" in results[name] for name in histories)
+    header = ["rule", "test accuracy (%)", "angle to backprop (°)", "step time / backprop", "learning rate"]
     rows = []
     for name in histories:
         r = results[name]
         accuracy = f"{100 * r['accuracy']:.2f} ± {100 * r['accuracy_sd']:.2f}"
         angle = f"{r['angle']:.1f} ± {r['angle_sd']:.1f}"
-        rows.append((name, accuracy, angle, f"{r['step_time_ratio']:.2f}", f"{r['learning_rate']:g}"))
-    return cli.table(header, rows)
+        row = [name, accuracy, angle, f"{r['step_time_ratio']:.2f}", f"{r['learning_rate']:g}"]
+        if attacked:
+            row.insert(2, f"{100 * r['attacked']:.2f} ± {100 * r['attacked_sd']:.2f}")
+        rows.append(row)
+    return cli.table([*header[:2], "under attack (%)", *header[2:]] if attacked else header, rows)
 
 
 if __name__ == "__main__":

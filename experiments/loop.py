@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 
 import lrules
+from experiments import adversarial
 from experiments.data import Dataset, scale
 from experiments.errors import InputError
 
@@ -30,14 +31,27 @@ Loss = Callable[[Array, Array], Array]
 cross_entropy: Loss = optax.softmax_cross_entropy_with_integer_labels
 
 
+def squared_error(outputs: Array, labels: Array) -> Array:
+    """Half the squared distance to the one-hot target: (outputs [batch, classes], labels [batch]) -> [batch]."""
+    return 0.5 * jnp.sum(jnp.square(outputs - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)), -1)
+
+
 class Task(NamedTuple):
     """A model and its loss as pure functions, compiled once for every rule; `[seeds]` marks a leading axis of seeds."""
 
     net: lrules.Network  # (params, (state, x [batch, ...])) -> (logits [batch, classes], new state), in training mode
     loss: Loss
     init: Callable[..., tuple[PyTree, PyTree]]  # keys [seeds] -> (params, state) [seeds]
-    evaluate: Callable[..., tuple[Array, Array]]  # (params, state, x, y) -> (losses, hits) [seeds, batch]
+    # (params, state, x, y, epsilon=0.0) -> (losses, hits) [seeds, batch], under an FGSM attack of that size
+    evaluate: Callable[..., tuple[Array, Array]]
     backprop: Callable[..., PyTree]  # (params, state, x, y) -> gradient [seeds]
+
+
+class Optimizers(NamedTuple):
+    """One for the forward weights, one for learned feedback; each has a state of its own."""
+
+    params: optax.GradientTransformation
+    feedback: optax.GradientTransformation
 
 
 class Carry(NamedTuple):
@@ -46,7 +60,7 @@ class Carry(NamedTuple):
     params: PyTree
     state: PyTree  # of the model, such as the statistics of BatchNorm
     feedback: lrules.Feedback
-    optimizer: PyTree
+    optimizer: tuple[PyTree, PyTree]  # states of the two `Optimizers`
 
 
 class Record(NamedTuple):
@@ -58,6 +72,7 @@ class Record(NamedTuple):
     accuracy: np.ndarray
     angle: np.ndarray  # degrees between the rule's update and backprop's on a fixed batch
     seconds: float
+    attacked: np.ndarray | None = None  # accuracy under attack, where the run asks for it
 
 
 class Refused(InputError):
@@ -76,40 +91,68 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
         split: Any = nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))), nnx.Param, ...)
         return split[1], split[2]
 
-    def evaluate(params: PyTree, state: PyTree, x: Array, y: Array) -> tuple[Array, Array]:
-        outputs = nnx.merge(evaluating, params, state, copy=True)(scale(x))
-        return loss(outputs, y), outputs.argmax(-1) == y
+    def evaluate(params: PyTree, state: PyTree, x: Array, y: Array, epsilon: float = 0.0) -> tuple[Array, Array]:
+        def one_seed(params: PyTree, state: PyTree) -> tuple[Array, Array]:
+            def model(x: Array) -> Array:
+                return nnx.merge(evaluating, params, state, copy=True)(x)
+
+            outputs = model(adversarial.fgsm(lambda x: loss(model(x), y), scale(x), epsilon))
+            return loss(outputs, y), outputs.argmax(-1) == y
+
+        return jax.vmap(one_seed)(params, state)
 
     def backprop(params: PyTree, state: PyTree, x: Array, y: Array) -> PyTree:
         return value_and_grad(params, lrules.Feedback({}, {}), (state, scale(x)), y)[1].params
 
-    over_seeds = (0, 0, None, None)
     return Task(
         net,
         loss,
         jax.jit(jax.vmap(init)),
-        jax.jit(jax.vmap(evaluate, over_seeds)),
-        jax.jit(jax.vmap(backprop, over_seeds)),
+        jax.jit(evaluate, static_argnames="epsilon"),
+        jax.jit(jax.vmap(backprop, (0, 0, None, None))),
     )
 
 
 def make_step(
-    task: Task, rule: lrules.Rule, optimizer: optax.GradientTransformation
+    task: Task,
+    rule: lrules.Rule,
+    optimizer: optax.GradientTransformation | Optimizers,
+    *,
+    fgsm: float = 0.0,
+    warmup: bool = False,
 ) -> Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]:
-    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss); learned feedback is optimized too."""
+    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss); learned feedback is optimized too.
+
+    Args:
+      task, rule: what is trained, and how.
+      optimizer: the same for forward and learned feedback weights, or `Optimizers`.
+      fgsm: train on inputs moved by so much against the present network, along its plain gradient.
+      warmup: only the feedback and its optimizer move; all else stays, the forward optimizer and BatchNorm's averages
+        included.
+    """
+    optimizers = as_optimizers(optimizer)
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
     def step(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Carry, Array]:
+        x = adversarial.fgsm(lambda x: task.loss(task.net(carry.params, (carry.state, x))[0], y), x, fgsm)
         (value, _, state), grads = value_and_grad(
             carry.params, carry.feedback, (carry.state, x), y, rng=key if rule.stochastic else None
         )
-        trained = carry.params, carry.feedback.learned
-        updates, optimizer_state = optimizer.update((grads.params, grads.feedback), carry.optimizer, trained)
-        params, learned = optax.apply_updates(trained, updates)
-        feedback = carry.feedback._replace(learned=learned, state=grads.state)
-        return Carry(params, state, feedback, optimizer_state), value
+        params, learned = carry.params, carry.feedback.learned
+        forward_state, feedback_state = carry.optimizer
+        updates, feedback_state = optimizers.feedback.update(grads.feedback, feedback_state, learned)
+        feedback = carry.feedback._replace(learned=optax.apply_updates(learned, updates), state=grads.state)
+        if warmup:
+            return carry._replace(feedback=feedback, optimizer=(forward_state, feedback_state)), value
+        updates, forward_state = optimizers.params.update(grads.params, forward_state, params)
+        return Carry(optax.apply_updates(params, updates), state, feedback, (forward_state, feedback_state)), value
 
     return step
+
+
+def as_optimizers(optimizer: optax.GradientTransformation | Optimizers) -> Optimizers:
+    """One optimizer serves both."""
+    return optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, optimizer)
 
 
 class Run:
@@ -121,37 +164,35 @@ class Run:
         rule: lrules.Rule,
         data: Dataset,
         *,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | Optimizers,
         seeds: Sequence[int] = (0,),
         batch_size: int = 32,
         augment: Callable[[Array, Array], Array] | None = None,  # (key, x [batch, ...]) -> x
+        fgsm: float = 0.0,
+        attack: float = 0.0,
         check_nan: bool = False,
         probe: int = 256,
     ):
-        """Initialise and compile. `probe` training examples measure the angle, `check_nan` makes NaN an error."""
+        """Initialise and compile. `probe` training examples measure the angle, `check_nan` makes NaN an error.
+
+        `fgsm` is the step of adversarial training, `attack` that of the attack under which accuracy is measured too.
+        """
+        for epsilon in (fgsm, attack):
+            adversarial.check(epsilon)
+        self.attack = float(attack)
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
         self.steps, self.epochs = steps_per_epoch(data, batch_size), 0
         self._task, self._keys = task, jax.vmap(jax.random.key)(jnp.asarray(self.seeds))
         self._train_set = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
         self._test_set = jnp.asarray(data.x_test), jnp.asarray(data.y_test)
         self._probe = self._train_set[0][:probe], self._train_set[1][:probe]
-        step = make_step(task, rule, optimizer)
+        self._make_step = functools.partial(make_step, task, rule, optimizer, fgsm=fgsm)
+        self._augment, optimizers = augment, as_optimizers(optimizer)
         value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
         def init(key: Array, params: PyTree, state: PyTree, x: Array) -> tuple[lrules.Feedback, PyTree]:
             feedback = rule.init(jax.random.fold_in(key, 1), task.net, params, (state, scale(x)))
-            return feedback, optimizer.init((params, feedback.learned))
-
-        def train(carry: Carry, key: Array, order: Array, start: Array, stop: Array, x: Array, y: Array):
-            def body(i: Array, loop: tuple[Carry, Array]) -> tuple[Carry, Array]:
-                carry, total = loop
-                inputs, keys = scale(x[order[i]]), jax.random.split(jax.random.fold_in(key, i))
-                inputs = augment(keys[0], inputs) if augment else inputs
-                carry, value = step(carry, keys[1], inputs, y[order[i]])
-                return carry, total + value
-
-            begin = carry, jnp.zeros(())
-            return jax.lax.fori_loop(start, stop, body, begin) if self._looped else body(start, begin)
+            return feedback, (optimizers.params.init(params), optimizers.feedback.init(feedback.learned))
 
         def to_backprop(carry: Carry, key: Array, truth: PyTree, x: Array, y: Array) -> Array:
             rng = key if rule.stochastic else None
@@ -166,48 +207,88 @@ class Run:
         self.carry = Carry(params, state, feedback, optimizer_state)
         convolves = any(leaf.ndim > 4 for leaf in jax.tree.leaves(params))  # [seeds, height, width, in, out]
         self._looped = jax.default_backend() != "cpu" or not convolves
-        keys, order = self._shuffle()
-        jitted = jax.jit(jax.vmap(train, (0, 0, 0, None, None, None, None)), donate_argnums=0)
-        self._train = _refusing(jitted.lower)(self.carry, keys, order, 0, self.steps, *self._train_set).compile()
-        self._angle = jax.jit(jax.vmap(to_backprop, (0, 0, 0, None, None)))
+        self._train = self._compile(self._make_step())
+        self._angle = jax.jit(jax.vmap(jax.jit(to_backprop), (0, 0, 0, None, None)))  # each rule is traced for one seed
         self.compile_seconds = time.perf_counter() - start
 
-    def _shuffle(self) -> tuple[Array, Array]:
-        """This epoch's keys [seeds] and orders of examples [seeds, steps, batch]."""
-        return _shuffle(self._keys, self.epochs, len(self._train_set[0]), self.steps, self.batch_size)
+    def _compile(self, step: Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]) -> Callable[..., Any]:
+        """Steps `start` to `stop` of an epoch: (carry, keys, order, start, stop, x, y) -> (carry, summed losses)."""
 
-    def epoch(self, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> Record:
-        """Train one epoch and evaluate; `advance(steps)` is called after each of about `parts` parts."""
-        keys, order = self._shuffle()
-        self.epochs += 1
+        def train(carry: Carry, key: Array, order: Array, start: Array, stop: Array, x: Array, y: Array):
+            def body(i: Array, loop: tuple[Carry, Array]) -> tuple[Carry, Array]:
+                carry, total = loop
+                inputs, keys = scale(x[order[i]]), jax.random.split(jax.random.fold_in(key, i))
+                inputs = self._augment(keys[0], inputs) if self._augment else inputs
+                carry, value = step(carry, keys[1], inputs, y[order[i]])
+                return carry, total + value
+
+            begin = carry, jnp.zeros(())
+            return jax.lax.fori_loop(start, stop, body, begin) if self._looped else body(start, begin)
+
+        jitted = jax.jit(jax.vmap(train, (0, 0, 0, None, None, None, None)), donate_argnums=0)
+        return _refusing(jitted.lower)(self.carry, *self._shuffle(), 0, self.steps, *self._train_set).compile()
+
+    def _shuffle(self, *, warmup: int | None = None) -> tuple[Array, Array]:
+        """This epoch's keys [seeds] and orders of examples [seeds, steps, batch]; a warm-up's epochs have their own."""
+        purpose, epoch = (2, self.epochs) if warmup is None else (3, warmup)
+        return _shuffle(self._keys, purpose, epoch, len(self._train_set[0]), self.steps, self.batch_size)
+
+    def _steps(self, train: Callable[..., Any], shuffled: tuple[Array, Array], parts: int, advance: Any) -> Array:
+        """One pass over the training set; the summed losses."""
         size = -(-self.steps // parts) if self._looped else 1
         total = jnp.zeros(len(self.seeds))
-        begin = time.perf_counter()
         for start in range(0, self.steps, size):
             stop = min(start + size, self.steps)
-            self.carry, losses = self._train(self.carry, keys, order, start, stop, *self._train_set)
+            self.carry, losses = train(self.carry, *shuffled, start, stop, *self._train_set)
             total += losses
             if self.check_nan:
                 self._check(total)
             if advance:
                 jax.block_until_ready(losses)
                 advance(stop - start)
-        jax.block_until_ready(total)
+        return jax.block_until_ready(total)
+
+    @property
+    def learns_feedback(self) -> bool:
+        """Whether there is anything that a warm-up would train."""
+        return bool(jax.tree.leaves((self.carry.feedback.learned, self.carry.feedback.state)))
+
+    def warm_up(self, epochs: int, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> None:
+        """Train the feedback alone for some epochs, which do not count as such; nothing for a rule that learns none.
+
+        The batches of the epochs that follow are those that they would be without.
+        """
+        if epochs and self.learns_feedback:
+            train = self._compile(self._make_step(warmup=True))
+            for epoch in range(epochs):
+                self._steps(train, self._shuffle(warmup=epoch), parts, advance)
+
+    def epoch(self, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> Record:
+        """Train one epoch and evaluate; `advance(steps)` is called after each of about `parts` parts."""
+        keys, order = self._shuffle()
+        self.epochs += 1
+        begin = time.perf_counter()
+        total = self._steps(self._train, (keys, order), parts, advance)
         seconds = time.perf_counter() - begin
         params, state = self.carry.params, self.carry.state
         test_loss, accuracy = self.evaluate(*self._test_set)
         angles = self._angle(self.carry, keys, self._task.backprop(params, state, *self._probe), *self._probe)
-        return Record(self.epochs, np.asarray(total / self.steps), test_loss, accuracy, np.asarray(angles), seconds)
+        attacked = self.evaluate(*self._test_set, epsilon=self.attack)[1] if self.attack else None
+        return Record(
+            self.epochs, np.asarray(total / self.steps), test_loss, accuracy, np.asarray(angles), seconds, attacked
+        )
 
-    def evaluate(self, x: Array, y: Array, *, batch_size: int = 250) -> tuple[np.ndarray, np.ndarray]:
-        """Mean loss and accuracy [seeds] on a set of examples."""
+    def evaluate(
+        self, x: Array, y: Array, *, batch_size: int = 250, epsilon: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean loss and accuracy [seeds] on a set of examples, each moved against the network by FGSM's `epsilon`."""
         size = min(batch_size, len(x))
         starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps, so that all have one size
         parts = []
         for i, start in enumerate(starts):
             batch = slice(start, start + size)
             known = i * size - start
-            figures = self._task.evaluate(self.carry.params, self.carry.state, x[batch], y[batch])
+            figures = self._task.evaluate(self.carry.params, self.carry.state, x[batch], y[batch], epsilon=epsilon)
             parts.append([np.asarray(figure)[:, known:] for figure in figures])
         losses, hits = (np.concatenate(figure, axis=1) for figure in zip(*parts, strict=True))
         return losses.mean(1), hits.mean(1)
@@ -221,10 +302,10 @@ class Run:
             )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-@functools.partial(jax.vmap, in_axes=(0, None, None, None, None))
-def _shuffle(key: Array, epoch: int, examples: int, steps: int, batch_size: int) -> tuple[Array, Array]:
-    key = jax.random.fold_in(jax.random.fold_in(key, 2), epoch)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.vmap, in_axes=(0, None, None, None, None, None))
+def _shuffle(key: Array, purpose: int, epoch: int, examples: int, steps: int, batch_size: int) -> tuple[Array, Array]:
+    key = jax.random.fold_in(jax.random.fold_in(key, purpose), epoch)
     order = jax.random.permutation(key, examples)[: steps * batch_size]
     return key, order.reshape(steps, batch_size)
 
@@ -243,10 +324,11 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
     """The last epoch's figures (mean and sd over seeds), and every epoch's by seed: curves [epochs][seeds]."""
     last = records[-1]
     figures: dict[str, Any] = {}
-    for name in ("accuracy", "test_loss", "train_loss", "angle"):
+    measured = [name for name in Record._fields if getattr(last, name) is not None and name != "epoch"]
+    for name in (name for name in measured if name != "seconds"):
         values = getattr(last, name)
         figures |= {name: values.mean(), f"{name}_sd": values.std(), f"{name}_by_seed": values}
-    curves = {name: [getattr(r, name) for r in records] for name in Record._fields if name != "epoch"}
+    curves = {name: [getattr(r, name) for r in records] for name in measured}
     return figures | {"curves": curves}
 
 

@@ -1,4 +1,4 @@
-"""Flax NNX models with no lrules layer inside: MLP, LeNet-5, a small CNN and ResNet-18."""
+"""Flax NNX models with no lrules layer inside: MLP, LeNet-5, a small CNN, ResNet-18 and VGG16."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ ACTIVATIONS = {
     name: getattr(jax.nn, name)
     for name in ("relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "hard_tanh", "mish")
 }
-MODELS = ("mlp", "lenet5", "cnn", "resnet18")
+MODELS = ("mlp", "lenet5", "cnn", "resnet18", "vgg16")
 
 
 def build(
@@ -37,7 +37,7 @@ def build(
         return MLP((math.prod(shape), *widths, classes), ACTIVATIONS[activation], rngs=rngs, dtype=dtype)
     if len(shape) != 3:
         raise InputError(f"{name} needs images [height, width, channels], the data have shape {tuple(shape)}: use mlp.")
-    convolutional = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18}[name]
+    convolutional = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}[name]
     return convolutional(shape, classes, rngs=rngs, dtype=dtype)
 
 
@@ -158,6 +158,54 @@ class Block(nnx.Module):
         y = self.norm2(self.conv2(y))
         skip = self.skip_norm(self.skip(x)) if self.projects else x
         return jax.nn.relu(y + skip)
+
+
+class VGG16(nnx.Module):
+    """VGG16 without BatchNorm and dropout, as in the dual-propagation paper (section 6.2 and appendix B).
+
+    Thirteen 3x3 convolutions in five stages, each followed by max-pooling, then three dense layers, the hidden ones of
+    64 `width` = 4096 units as in the authors' code; the paper is silent on the head (and Simonyan and Zisserman's own
+    is the same). Pooling comes before ReLU, which gives the same function and keeps states after pooling only, again as
+    in that code. The paper is silent on the initialisation: here He et al.'s normal, under which a signal keeps its
+    size through sixteen layers of ReLU (the code leaves Flax's default).
+
+    A stage pools while both sides measure 2 pixels or more, so that images smaller than 32x32 do, too; of those the
+    upper stages read mostly padding, and their signal shrinks.
+    """
+
+    STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # (features / width, convolutions)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        width: int = 64,
+    ):
+        he: Any = {"kernel_init": nnx.initializers.he_normal(), "rngs": rngs, "dtype": dtype}
+        height, wide, channels = shape
+        convs, self.pools = [], []
+        for factor, count in self.STAGES:
+            for i in range(count):
+                convs.append(nnx.Conv(channels, factor * width, (3, 3), **he))
+                channels = factor * width
+                self.pools.append(i == count - 1 and min(height, wide) >= 2)
+            if self.pools[-1]:
+                height, wide = height // 2, wide // 2
+        self.convs = nnx.List(convs)
+        self.fc1 = nnx.Linear(height * wide * channels, 64 * width, **he)
+        self.fc2 = nnx.Linear(64 * width, 64 * width, **he)
+        self.out = nnx.Linear(64 * width, classes, **he)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> logits [batch, classes]."""
+        for conv, pools in zip(self.convs, self.pools, strict=True):
+            x = conv(x)
+            x = jax.nn.relu(_pool(x) if pools else x)
+        x = jax.nn.relu(self.fc1(x.reshape(x.shape[0], -1)))
+        return self.out(jax.nn.relu(self.fc2(x)))
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Conv:

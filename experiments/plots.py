@@ -10,6 +10,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.loop import Record
 
+# Ticks of a logarithmic axis as plain numbers: `axis.yaxis.set(**PLAIN)`.
+TICKS = FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "1235" else "")
+PLAIN = {"major_formatter": TICKS, "minor_formatter": TICKS}
+
 
 def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Figure:
     """Test error and angle to backprop by epoch for each rule: the mean over seeds, and a band of one sd."""
@@ -23,8 +27,7 @@ def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Fi
             axis.plot(epochs, mean, linestyle=line, color=colour, label=name, marker="." if len(epochs) == 1 else None)
             axis.fill_between(epochs, np.maximum(mean - sd, 0.01), mean + sd, color=colour, alpha=0.15, linewidth=0)
     left.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
-    ticks = FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "125" else "")
-    left.yaxis.set(major_formatter=ticks, minor_formatter=ticks)
+    left.yaxis.set(**PLAIN)
     right.set(xlabel="epoch", ylabel="angle to backprop (degrees)", ylim=(-3, None))
     for axis in (left, right):
         axis.grid(alpha=0.3)

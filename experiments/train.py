@@ -4,6 +4,8 @@
     python -m experiments.train --rule="backman(alpha=1.0)" --model=lenet5 --dataset=mnist --epochs=10
     python -m experiments.train --rule="drop_error(feedback_alignment, rate=0.5)" --seeds=5
     python -m experiments.train --rule='partition({"layers/0/.*": backman, ".*": backprop})'
+    python -m experiments.train --rule="node_perturbation(std=0.01)" --warmup_epochs=1 --feedback_learning_rate=0.01
+    python -m experiments.train --fgsm=0.01 --attack=0.05                  # adversarial training, accuracy under attack
 
 Writes metrics.json (final figures, curves, settings, versions, device and command), curves.csv and curves.png.
 """
@@ -22,9 +24,12 @@ from experiments.loop import Record
 FLAGS = flags.FLAGS
 
 
-def train(run: loop.Run, epochs: int) -> list[Record]:
-    """Train for some epochs, showing the progress and the latest figures."""
+def train(run: loop.Run, epochs: int, warmup_epochs: int = 0) -> list[Record]:
+    """Train for some epochs, after a warm-up of learned feedback, showing the progress and the latest figures."""
     records: list[Record] = []
+    if warmup_epochs and run.learns_feedback:
+        with tqdm(total=warmup_epochs * run.steps, unit="step", desc="warm-up") as bar:
+            run.warm_up(warmup_epochs, parts=20, advance=bar.update)
     with tqdm(total=epochs * run.steps, unit="step") as bar:
         for epoch in range(1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
@@ -46,9 +51,7 @@ def make_run(dataset: Dataset) -> loop.Run:
         rules.parse(FLAGS.rule),
         dataset,
         optimizer=cli.optimizer_from_flags(FLAGS.learning_rate, dataset),
-        seeds=range(FLAGS.seed, FLAGS.seed + FLAGS.seeds),
-        batch_size=FLAGS.batch_size,
-        check_nan=FLAGS.check_nan,
+        **cli.run_options(),
     )
 
 
@@ -57,7 +60,7 @@ def main() -> None:
     folder = cli.output_folder()
     dataset = cli.dataset_from_flags()
     run = make_run(dataset)
-    records = train(run, FLAGS.epochs)
+    records = train(run, FLAGS.epochs, FLAGS.warmup_epochs)
     final = loop.summary(records)
     seconds = sum(record.seconds for record in records) / (run.steps * len(records))
     final |= {"step_seconds": seconds, "compile_seconds": run.compile_seconds}
@@ -72,6 +75,7 @@ def table(final: Mapping[str, Any]) -> str:
     """The last epoch's figures as a Markdown table."""
     figures = (
         ("test accuracy (%)", "accuracy", 100, 2),
+        ("the same under attack (%)", "attacked", 100, 2),
         ("test loss", "test_loss", 1, 4),
         ("training loss", "train_loss", 1, 4),
         ("angle to backprop (°)", "angle", 1, 1),
@@ -79,6 +83,7 @@ def table(final: Mapping[str, Any]) -> str:
     rows = [
         (label, f"{unit * final[name]:.{digits}f}", f"{unit * final[f'{name}_sd']:.{digits}f}")
         for label, name, unit, digits in figures
+        if name in final
     ]
     rows.append(("step (ms)", f"{1e3 * final['step_seconds']:.2f}", ""))
     return cli.table(("after the last epoch", "mean", "sd over seeds"), rows)

@@ -28,10 +28,30 @@ def size(model):
 
 
 def test_sizes_of_the_published_models():
-    """LeNet-5 on 32x32 colour images; He et al.'s ResNet-18 with a 3x3 stem and ten classes; the 784-2000x4-10 MLP."""
+    """32x32 colour images, ten classes: LeNet-5, ResNet-18 with a 3x3 stem, VGG16; and the 784-2000x4-10 MLP."""
     assert size(build("lenet5", (32, 32, 3))) == 62_006
     assert size(nnx.eval_shape(lambda: build("resnet18", (32, 32, 3)))) == 11_173_962
+    assert size(nnx.eval_shape(lambda: build("vgg16", (32, 32, 3)))) == 33_638_218
     assert size(nnx.eval_shape(lambda: build("mlp", (28, 28, 1), widths=(2000,) * 4))) == 13_596_010
+
+
+def test_vgg16_has_sixteen_layers_and_pools_while_it_can():
+    """On 32x32 images five times, to a single pixel; on 2x3 once."""
+    for shape, pools in (((32, 32, 3), 5), ((2, 3, 1), 1), ((1, 1, 1), 0)):
+        model = models.VGG16(shape, 10, rngs=nnx.Rngs(0), width=2)
+        assert sum(model.pools) == pools and model.fc1.in_features == 16 and model.fc2.out_features == 128
+        names = {name for name, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if name[-1] == "kernel"}
+        assert names == {("convs", i, "kernel") for i in range(13)} | {(f, "kernel") for f in ("fc1", "fc2", "out")}
+        net, params = lrules.from_nnx(model)
+        rows = lrules.describe(net, lrules.backprop(), params, jnp.zeros((2, *shape)))
+        assert len(rows.layers) == 16
+
+
+def test_vgg16_keeps_the_size_of_its_signal_and_the_dtype():
+    """Under He's initialisation the logits of a random image measure neither 2 ** -8 nor 2 ** 8."""
+    model = models.VGG16((32, 32, 3), 10, rngs=nnx.Rngs(0), width=8, dtype=jnp.bfloat16)
+    logits = jax.jit(lambda x: model(x))(jax.random.normal(jax.random.key(0), (4, 32, 32, 3)))
+    assert logits.dtype == jnp.bfloat16 and 0.1 < float(jnp.std(logits.astype(jnp.float32))) < 10
 
 
 def test_lenet_centres_small_images():
@@ -52,7 +72,7 @@ def test_dtype_is_that_of_the_computation():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize(("name", "signals"), [("mlp", 2), ("lenet5", 4), ("cnn", 3), ("resnet18", 17)])
+@pytest.mark.parametrize(("name", "signals"), [("mlp", 2), ("lenet5", 4), ("cnn", 3), ("resnet18", 17), ("vgg16", 15)])
 def test_rules_find_every_hidden_signal(name, signals):
     """ResNet-18: three of its twenty layers above the stem are skips that share a signal with a block's first layer."""
     net, params, state = lrules.from_nnx(build(name, (8, 8, 1), widths=(5, 4)), with_state=True)

@@ -88,6 +88,16 @@ def test_demo_shows_every_rule_and_reaches_its_numbers(tmp_path):
     assert found["backprop"]["angle"] == 0 and found["backman"]["angle"] > 0
 
 
+def test_learned_and_dual_channels_come_close_to_backprop(tmp_path):
+    """The demo's model and seeds: dual propagation within half a point of backprop's accuracy, noise within two."""
+    taught = "node_perturbation(std=0.001)"
+    done = run("compare", f"--rules=dual_propagation(alpha=0.5),{taught}", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    accuracy = {name: found["accuracy"] for name, found in results(tmp_path)["rules"].items()}
+    assert abs(accuracy["dual_propagation(alpha=0.5)"] - accuracy["backprop"]) <= 0.005
+    assert accuracy[taught] >= accuracy["backprop"] - 0.02
+
+
 def test_step_times_are_paired_by_epoch():
     def history(*seconds):
         return [compare.Record(i, *[np.zeros(1)] * 4, s) for i, s in enumerate(seconds)]
@@ -101,6 +111,7 @@ def test_benchmark_measures_rules_and_tells_refusals():
     chosen = {
         "backprop": lrules.backprop(),
         "feedback_alignment": lrules.feedback_alignment(),
+        "sign_error(feedback_alignment)": lrules.sign_error(lrules.feedback_alignment()),
         "refused": lrules.partition({"nowhere": lrules.backprop()}),
     }
     rows, refused = benchmark.benchmark(
@@ -111,13 +122,22 @@ def test_benchmark_measures_rules_and_tells_refusals():
         compile_repeats=1,
         progress=progress.append,
     )
-    assert list(rows) == ["plain", "backprop", "feedback_alignment"] and "nowhere" in refused["refused"]
+    assert list(rows) == ["plain", *chosen][:-1] and "nowhere" in refused["refused"]
     assert rows["backprop"].identical_gradients and not rows["feedback_alignment"].identical_gradients
     assert rows["feedback_alignment"].feedback_bytes == 4 * (25 + 50) and rows["backprop"].feedback_bytes == 0
     assert rows["plain"].memory_ratio == 1 and rows["plain"].memory_bytes > 0
     assert all(low <= median <= high for median, low, high in (row.step_ratio for row in rows.values()))
-    assert sum(progress) == 3 * (2 + 1)
+    assert sum(progress) == 4 * (2 + 1)
+    modified = rows["sign_error(feedback_alignment)"]
+    assert modified.over_rule and rows["feedback_alignment"].over_rule is None
+    assert f"| {modified.over_rule:.3f} |" in benchmark.table(rows).replace("  ", "")
     assert "| feedback_alignment " in benchmark.table(rows)
+
+
+def test_benchmark_times_every_modifier_of_the_error_beside_its_rule():
+    timed = rules.select(",".join([*rules.argument_free_rules(), *benchmark.FURTHER]))
+    assert all(rules.modified(name) in timed for name in timed if rules.modified(name))
+    assert len({name.split("(")[0] for name in timed} & set(rules.modifiers())) == 5
 
 
 def test_benchmark_program(tmp_path):

@@ -1,0 +1,1 @@
+"""What the papers report of their experiments, measured: one program a section."""

@@ -1,0 +1,268 @@
+"""Tables 1 and 2 of Hoier and Zach, Two tales of single-phase contrastive Hebbian learning (2024).
+
+    python -m experiments.papers.dual_propagation         # on digits, with smaller networks: a minute on two cores
+    python -m experiments.papers.dual_propagation --dataset=mnist --widths=512,512 --deep_widths=1000,1000,1000,1000
+
+The second command has the paper's settings (for a GPU): beta 1/2, Adam at 1e-3, 20 epochs of batches of 50, half
+squared error on one-hot targets. Batch, iterations, weights of variance 1 / fan-in and the form of the error are those
+of the authors' code, as the paper does not give them; all 60,000 training images are used, the code takes 50,000.
+
+Table 1 (section 6.1): test accuracy, and the spectral norm of the product of all weights as an estimate of the
+Lipschitz constant. A smaller alpha should give a smaller constant, far more so for the original (DP) than for the
+adjoint (DP^T); nudging the inputs, or adversarial training, a smaller one still. DP is damped (Eq. 50) unless alpha is
+1/2. (On digits training is so short that DP at alpha 0, whose aim is the hardest, has not caught up.)
+
+Table 2 (appendix A.1): after 30 iterations without damping the states of DP have not converged for alpha 0 and 1, those
+of DP^T have. The residual is the change of the states in the last iteration, relative to their difference; (X) marks
+states that have not settled, or a loss that is no longer finite.
+
+Writes metrics.json, table.csv (one row a run and seed) and tables.png.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+import lrules
+from experiments import cli, compare, data, loop, plots
+
+FLAGS = flags.FLAGS
+SETTLED = 0.1  # a residual above this: the states still move by a tenth of their difference
+
+# Table 1, mean and sd over three seeds: (accuracy in percent, Lipschitz estimate).
+Figures = tuple[tuple[float, float], tuple[float, float]]
+PAPER: dict[str, dict[str, Figures]] = {
+    "mnist": {
+        "DP, alpha=1": ((95.85, 0.68), (522, 288)),
+        "DP, alpha=1/2": ((98.09, 0.06), (67.2, 12.6)),
+        "DP, alpha=0": ((98.46, 0.07), (29.9, 4.2)),
+        "DP, alpha=0, inputs nudged": ((98.43, 0.11), (15.87, 6.34)),
+        "DP^T, alpha=1": ((98.06, 0.15), (73.4, 2.7)),
+        "DP^T, alpha=1/2": ((97.9, 0.1), (78.1, 9.9)),
+        "DP^T, alpha=0": ((98.21, 0.13), (43.2, 19.4)),
+        "BP": ((98.05, 0.12), (55.1, 14.4)),
+        "BP, adversarial": ((98.43, 0.04), (36.16, 4.23)),
+    },
+    "fashion_mnist": {
+        "DP, alpha=1": ((83.36, 0.74), (157.7, 57.8)),
+        "DP, alpha=1/2": ((88.32, 0.05), (34.3, 4.0)),
+        "DP, alpha=0": ((89.16, 0.43), (19.97, 3.9)),
+        "DP, alpha=0, inputs nudged": ((88.29, 0.79), (8.05, 1.03)),
+        "DP^T, alpha=1": ((88.26, 0.46), (52.0, 23.6)),
+        "DP^T, alpha=1/2": ((88.35, 0.37), (35.1, 7.0)),
+        "DP^T, alpha=0": ((88.18, 0.27), (29.4, 2.7)),
+        "BP": ((88.37, 0.56), (37.7, 10.2)),
+        "BP, adversarial": ((88.64, 0.25), (12.68, 0.81)),
+    },
+}
+ALPHAS = {"1": 1.0, "1/2": 0.5, "0": 0.0}
+
+
+class Result(NamedTuple):
+    """What is measured after the last epoch, by seed."""
+
+    accuracy: np.ndarray  # [seeds]
+    train_loss: np.ndarray  # [seeds]
+    lipschitz: np.ndarray  # [seeds]
+    residual: np.ndarray  # [seeds, iterations], of a batch; no iterations for backprop
+
+    @property
+    def settled(self) -> bool:
+        """Whether the loss is finite and the states stand still, whatever the seed."""
+        return bool(np.isfinite(self.train_loss).all() and (self.residual[:, -1:] <= SETTLED).all())
+
+
+def original(alpha: float, beta: float, iterations: int, **options: Any) -> lrules.Rule:
+    """DP (Eq. 2), with the exact minimiser at the outputs (Eq. 3)."""
+    return lrules.dual_propagation(alpha, beta, False, iterations, output="squared_error", **options)
+
+
+def adjoint(alpha: float, beta: float, iterations: int) -> lrules.Rule:
+    """DP^T (Eq. 19), linearised at the present outputs (Eq. 22)."""
+    return lrules.dual_propagation(alpha, beta, True, iterations, output="refreshed")
+
+
+def table_one(beta: float, iterations: int, damped_iterations: int) -> dict[str, lrules.Rule]:
+    """The rules of Table 1 but for adversarial training."""
+    damped: dict[str, Any] = {"iterations": damped_iterations, "damping": "spectral"}
+    found = {}
+    for name, alpha in ALPHAS.items():
+        options = {"iterations": iterations} if alpha == 0.5 else damped
+        found[f"DP, alpha={name}"] = original(alpha, beta, **options)
+    found["DP, alpha=0, inputs nudged"] = original(0.0, beta, input_nudge=1.0, **damped)
+    found |= {f"DP^T, alpha={name}": adjoint(alpha, beta, iterations) for name, alpha in ALPHAS.items()}
+    return found | {"BP": lrules.backprop()}
+
+
+def table_two(beta: float, iterations: int) -> dict[str, lrules.Rule]:
+    """The rules of Table 2."""
+    found = {f"DP, alpha={name}": original(ALPHAS[name], beta, iterations) for name in ("0", "1")}
+    return found | {f"DP^T, alpha={name}": adjoint(ALPHAS[name], beta, iterations) for name in ("0", "1")}
+
+
+def train(
+    rules: Mapping[str, lrules.Rule], dataset: data.Dataset, task: loop.Task, **options: Any
+) -> dict[str, Result]:
+    """Train under each rule and measure after the last epoch; `options` are those of `loop.Run`."""
+    optimizers = dict.fromkeys(rules, cli.optimizer_from_flags(FLAGS.learning_rate, dataset))
+    runs: dict[str, loop.Run] = {}
+    options = cli.run_options() | {"fgsm": 0.0} | options  # the flag is for one row of Table 1 alone
+    histories, refused = compare.compare(
+        task, dataset, rules, optimizers, epochs=FLAGS.epochs, watch=runs.__setitem__, **options
+    )
+    for name, reason in refused.items():
+        raise loop.Refused(f"{name}: {reason}")
+    x, y = data.scale(dataset.x_train[: FLAGS.batch_size]), jnp.asarray(dataset.y_train[: FLAGS.batch_size])
+    found = {}
+    for name, run in runs.items():
+        last, carry = histories[name][-1], run.carry
+        lipschitz, residual = jax.vmap(jax.jit(measures(task, rules[name], x, y)))(
+            carry.params, carry.state, carry.feedback
+        )
+        found[name] = Result(last.accuracy, last.train_loss, np.asarray(lipschitz), np.asarray(residual))
+    return found
+
+
+def measures(task: loop.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
+    """The Lipschitz estimate, and the residuals of the states by iteration for a batch, of one seed."""
+    value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+
+    def measure(params: Any, state: Any, feedback: lrules.Feedback) -> tuple[jax.Array, jax.Array]:
+        def net(params: Any, x: jax.Array) -> jax.Array:
+            return task.net(params, (state, x))[0]
+
+        report = value_and_grad(params, feedback, (state, x), y)[1].report
+        return lrules.diagnostics.lipschitz_product(net, params, x), report.get("residual", jnp.zeros(0))
+
+    return measure
+
+
+def spread(values: np.ndarray, digits: int, unit: float = 1) -> str:
+    """Mean ± sd over the seeds."""
+    return f"{unit * values.mean():.{digits}f} ± {unit * values.std():.{digits}f}"
+
+
+def mark(result: Result) -> str:
+    """(X) as in the paper's Table 2."""
+    return "" if result.settled else " (X)"
+
+
+def table_one_shown(found: Mapping[str, Result], paper: Mapping[str, Figures]) -> str:
+    """Table 1 with the paper's figures beside ours, where it has some for this data set."""
+    rows = []
+    for name, result in found.items():
+        known = [f"{mean:g} ± {sd:g}" for mean, sd in paper[name]] if name in paper else ["-", "-"]
+        lost = "" if np.isfinite(result.train_loss).all() else " (X)"
+        last = f"{result.residual[:, -1].mean():.1e}" if result.residual.size else "-"
+        measured = spread(result.accuracy, 2, 100) + lost, known[0], spread(result.lipschitz, 1), known[1], last
+        rows.append((name, *measured))
+    return cli.table(("Table 1", "test accuracy (%)", "paper", "Lipschitz estimate", "paper", "residual"), rows)
+
+
+def table_two_shown(found: Mapping[str, Result]) -> str:
+    """Table 2; the paper marks DP with (X) for both alphas."""
+    rows = [
+        (name, spread(result.accuracy, 2, 100) + mark(result), f"{result.residual[:, -1].mean():.1e}")
+        for name, result in found.items()
+    ]
+    return cli.table(("Table 2", "test accuracy (%)", "residual"), rows)
+
+
+def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[str, Figures], title: str) -> Figure:
+    """Table 1 as two columns of points, ours and the paper's; the residuals of Table 2 by iteration."""
+    panels = 2 * bool(one) + bool(two)
+    made = Figure(figsize=(2 + 3.7 * panels, 4.4), dpi=130, layout="constrained")
+    axes = made.subplots(1, panels, squeeze=False)[0]
+    if one:
+        points(axes[0], [100 * result.accuracy for result in one.values()], [paper[n][0] for n in one if n in paper])
+        points(axes[1], [result.lipschitz for result in one.values()], [paper[n][1] for n in one if n in paper])
+        axes[0].set(xlabel="test accuracy (%)", yticklabels=list(one))
+        axes[1].set(xlabel="Lipschitz estimate", yticklabels=[], xscale="log")
+        axes[1].xaxis.set(**plots.PLAIN)
+        axes[1].tick_params(axis="x", which="both", labelsize="x-small")
+    if two:
+        colours = ("#d62728", "#ff9896", "#1f77b4", "#ffb000")
+        for (name, result), colour in zip(two.items(), colours, strict=True):
+            shown = np.where(np.isfinite(result.residual), result.residual, np.nan).mean(0)
+            line = "--" if colour == colours[-1] else "-"  # it may lie on the one before
+            axes[-1].plot(range(1, len(shown) + 1), shown, color=colour, linestyle=line, marker=".", label=name)
+        axes[-1].axhline(SETTLED, color="black", linewidth=0.8, linestyle=":")
+        axes[-1].set(xlabel="iteration", ylabel="residual of the states (Table 2)")
+        axes[-1].set_yscale("symlog", linthresh=1e-3)  # those of DP^T may be exactly zero
+        axes[-1].set_ylim(-1e-4, None)
+        axes[-1].grid(alpha=0.3)
+        axes[-1].legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 0.1))
+    made.suptitle(title, fontsize="medium")
+    return made
+
+
+def points(axis: Any, ours: Sequence[np.ndarray], paper: Sequence[tuple[float, float]]) -> None:
+    """One row a run: mean and sd of ours [runs][seeds], and the paper's where it has some for all runs."""
+    rows = np.arange(len(ours))
+    bars: dict[str, Any] = {"linestyle": "none", "capsize": 3}
+    axis.errorbar([v.mean() for v in ours], rows, xerr=[v.std() for v in ours], marker="o", label="ours", **bars)
+    if len(paper) == len(ours):
+        means, sds = zip(*paper, strict=True)
+        axis.errorbar(means, rows + 0.25, xerr=sds, marker="x", color="0.4", label="paper", **bars)
+        axis.legend(frameon=False)
+    axis.set(yticks=rows)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+
+
+def main() -> None:
+    folder = cli.output_folder()
+    dataset = data.on_device(cli.dataset_from_flags())
+    beta, one, two = FLAGS.beta, {}, {}
+    if FLAGS.table != "2":
+        task = cli.task_from_flags(dataset, loop.squared_error)
+        one = train(table_one(beta, FLAGS.iterations, FLAGS.damped_iterations), dataset, task)
+        one |= train({"BP, adversarial": lrules.backprop()}, dataset, task, fgsm=FLAGS.fgsm)
+    if FLAGS.table != "1":
+        task = cli.task_from_flags(dataset, loop.squared_error, widths="deep_widths")
+        two = train(table_two(beta, FLAGS.deep_iterations), dataset, task)
+
+    paper = PAPER.get(dataset.name.removesuffix(".npz"), {})
+    tables = {"table_1": one, "table_2": two}
+    results = {
+        table: {name: result._asdict() | {"settled": result.settled} for name, result in found.items()}
+        for table, found in tables.items()
+    }
+    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | results | {"paper": paper})
+    rows = [
+        (table, name, FLAGS.seed + i, r.accuracy[i], r.lipschitz[i], r.residual[i, -1] if r.residual.size else "")
+        for table, found in tables.items()
+        for name, r in found.items()
+        for i in range(FLAGS.seeds)
+    ]
+    cli.write_csv(folder / "table.csv", ("table", "run", "seed", "accuracy", "lipschitz", "residual"), rows)
+    shown = [*([FLAGS.widths] if one else []), *([FLAGS.deep_widths] if two else [])]
+    nets = " and ".join("-".join(map(str, widths)) for widths in shown)
+    title = f"{nets} on {dataset.name}, beta {beta:g}, {FLAGS.seeds} seeds, {FLAGS.epochs} epochs"
+    figure(one, two, paper, title).savefig(folder / "tables.png")
+    if one:
+        print(table_one_shown(one, paper))
+    if two:
+        print("\n" + table_two_shown(two))
+    print(f"\n{title}. Results: {folder}/metrics.json, table.csv, tables.png")
+
+
+if __name__ == "__main__":
+    cli.define_training_flags(epochs=20, seeds=3, output="results/dual_propagation")
+    flags.DEFINE_float("learning_rate", 1e-3, "The optimizer's learning rate.", lower_bound=0)
+    flags.DEFINE_enum("table", "both", ["1", "2", "both"], "Which of the two.")
+    flags.DEFINE_float("beta", 0.5, "How strongly the outputs are nudged.", lower_bound=0)
+    flags.DEFINE_integer("iterations", 6, "Of DP at alpha = 1/2 and of DP^T.", lower_bound=1)
+    flags.DEFINE_integer("damped_iterations", 16, "Of damped DP.", lower_bound=1)
+    flags.DEFINE_list("deep_widths", ["64"] * 4, "The hidden widths of Table 2.")
+    flags.DEFINE_integer("deep_iterations", 30, "The iterations of Table 2.", lower_bound=1)
+    defaults = {"widths": "128,128", "activation": "relu", "batch_size": 50, "schedule": "constant", "fgsm": 0.01}
+    for name, value in defaults.items():
+        FLAGS.set_default(name, value)
+    flags.adopt_module_key_flags(cli)
+    cli.run(main)
