@@ -208,7 +208,7 @@ class Run:
         convolves = any(leaf.ndim > 4 for leaf in jax.tree.leaves(params))  # [seeds, height, width, in, out]
         self._looped = jax.default_backend() != "cpu" or not convolves
         self._train = self._compile(self._make_step())
-        self._angle = jax.jit(jax.vmap(jax.jit(to_backprop), (0, 0, 0, None, None)))  # each rule is traced for one seed
+        self._angle = jax.jit(jax.vmap(to_backprop, (0, 0, 0, None, None)))
         self.compile_seconds = time.perf_counter() - start
 
     def _compile(self, step: Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]) -> Callable[..., Any]:

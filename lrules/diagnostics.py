@@ -19,7 +19,7 @@ Pytree = Any
 
 
 class Agreement(NamedTuple):
-    """How an update compares with a reference.
+    """How an update compares with a reference; all NaN where one of them holds NaN or Inf.
 
     Attributes:
       angle: between them, in degrees; 90 where either is zero.
@@ -67,7 +67,9 @@ def compare(update: jax.Array, reference: jax.Array) -> Agreement:
     ratio = jnp.where(norm_r > 0, norm_u * scale_u / (jnp.where(norm_r > 0, norm_r, 1) * scale_r), jnp.inf)
     ratio = jnp.where((norm_u == 0) & (norm_r == 0), jnp.ones_like(ratio), ratio)
     error = jnp.where(norm_r > 0, jnp.linalg.norm(ratio * u_hat - r_hat), jnp.where(norm_u > 0, jnp.inf, 0.0))
-    return Agreement(angle, agree.astype(wide), ratio, error.astype(wide))
+    finite = jnp.isfinite(largest_u) & jnp.isfinite(largest_r)
+    found = Agreement(angle, agree.astype(wide), ratio, error.astype(wide))
+    return Agreement(*(jnp.where(finite, figure, jnp.nan) for figure in found))
 
 
 def agreement(update: Pytree, reference: Pytree) -> dict[str, Agreement]:

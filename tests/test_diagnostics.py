@@ -106,3 +106,11 @@ def test_spectral_norms():
         np.testing.assert_allclose(got["conv"], np.linalg.norm(matrix, 2), rtol=1e-6)
         np.testing.assert_allclose(got["out"], np.linalg.norm(params["out"], 2), rtol=1e-6)
         np.testing.assert_allclose(got["loop"], [np.linalg.norm(w, 2) for w in params["loop"]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("lost", [jnp.nan, jnp.inf])
+def test_numbers_that_are_lost_are_not_hidden(lost):
+    figures = jnp.ones(3), jnp.ones(3).at[1].set(lost)
+    for pair in (figures, figures[::-1]):
+        assert all(jnp.isnan(figure) for figure in diagnostics.compare(*pair))
+        assert jnp.isnan(diagnostics.total_angle(*({"w": x} for x in pair)))

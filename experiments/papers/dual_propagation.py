@@ -121,7 +121,7 @@ def train(
     found = {}
     for name, run in runs.items():
         last, carry = histories[name][-1], run.carry
-        lipschitz, residual = jax.vmap(jax.jit(measures(task, rules[name], x, y)))(
+        lipschitz, residual = jax.jit(jax.vmap(measures(task, rules[name], x, y)))(
             carry.params, carry.state, carry.feedback
         )
         found[name] = Result(last.accuracy, last.train_loss, np.asarray(lipschitz), np.asarray(residual))

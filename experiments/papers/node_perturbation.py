@@ -63,7 +63,7 @@ class Watch:
 
     def __init__(self, task: loop.Task, rules: Mapping[str, lrules.Rule], x: jax.Array, y: jax.Array):
         self.measured: dict[str, list[Layers]] = {name: [] for name in rules}
-        self._measures = {name: jax.vmap(jax.jit(measure(task, rule, x, y))) for name, rule in rules.items()}
+        self._measures = {name: jax.jit(jax.vmap(measure(task, rule, x, y))) for name, rule in rules.items()}
 
     def __call__(self, name: str, run: loop.Run) -> None:
         keys = jax.vmap(jax.random.key)(jnp.asarray(run.seeds))

@@ -85,7 +85,8 @@ def dual_propagation(
         in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors, original only.
       damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, the
         least that contracts (`"contracting"`), or a number (Eq. 50). For chains of dense layers and convolutions.
-      input_nudge: g, to let the inputs be states too: s+_0 = x + ~alpha g D_0 and so on (section 6.1 has g = 1).
+      input_nudge: g, to let the inputs be states too, damped where the others are: s+_0 = x + ~alpha g D_0 and so on
+        (section 6.1 has g = 1).
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
         `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
       tolerance: stop as soon as the residual is at most this.
@@ -307,7 +308,7 @@ def _dyad(unit: _Unit, mode: str, fn: Callable, first: bool) -> Callable:
             y = fn(x, *captured)
             return y, (x, y, y, old, damping, captured)
         plus, minus = old["plus"], old["minus"]
-        if mode == "sweep":
+        if mode == "sweep" and not first:  # nothing has changed below the inputs since the way down
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
         return unit.mean(plus, minus), (x, plus, minus, old, damping, captured)
 
@@ -350,7 +351,7 @@ class _Dual:
         self.clean = {a.site: zeros_at(a.output) for a in graph.activations}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
-        self.readers = _readers(graph) if options.damping is not None else {}
+        self.readers = _readers(graph, list(self.nudged.values())) if options.damping is not None else {}
         self.levels: dict[str, np.ndarray] = {}
         self.depth = 1
         if options.order != "forward_backward":
@@ -681,8 +682,8 @@ class _SpectralNorms(Handler):
         return op(w, x)
 
 
-def _readers(graph: Graph) -> dict[str, list[Any]]:
-    """The layers that read each activation, in a chain of activations with one layer between two."""
+def _readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Any]]:
+    """The layers that read each state, in a chain of activations with one layer between two; `inputs` are states too."""
     outputs = {id(a.output): a.site for a in graph.activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 
@@ -712,8 +713,8 @@ def _readers(graph: Graph) -> dict[str, list[Any]]:
                 "damping serves chains, in which one layer lies between two activations: this network has skip "
                 "connections, or layers without an activation between them"
             )
-        for site in below[0][0]:
-            readers[site].append(found[0])
+        for site in below[0][0] or inputs:
+            readers.setdefault(site, []).append(found[0])
     if any(a.scope for a in graph.activations):
         raise NotImplementedError("damping serves chains of layers: this network has activations inside a loop")
     return readers

@@ -27,7 +27,8 @@ alpha and beta may differ by state (Eq. 12, 44: potentials weighted 1/beta_k): D
 beta_k / beta_{k+1}.
 
 Input nudge (section 6.1, E_0 = |s_0 - x|^2 / 2): the inputs become a state with f the identity and a_0 = x,
-s+_0 = x + p g D_0, s-_0 = x - m g D_0, with g = 1 in the paper; sbar_0 is then what the first layer reads.
+s+_0 = x + p g D_0, s-_0 = x - m g D_0, with g = 1 in the paper; sbar_0 is then what the first layer reads. They are
+damped as the other states are.
 
 Orders; all start from clean states, s+ = s- = the forward pass, D = 0:
 
@@ -109,7 +110,7 @@ class _Network:
             if k == 0:
                 name, d_scaled = "identity", self.nudge * d_scaled
             high, low = a + self.up[k] * d_scaled, a - self.down[k] * d_scaled
-            if self.damping is not None and k > 0:
+            if self.damping is not None and self.damping[k] is not None:
                 n = self.damping[k]
                 high, low = (high + n * self.plus[k]) / (1 + n), (low + n * self.minus[k]) / (1 + n)
             self.plus[k], self.minus[k] = nets.activate(name, high), nets.activate(name, low)
@@ -172,7 +173,7 @@ def gradients(
       output: "once", "refreshed" or "squared_error".
       error_at: outputs -> output error, for output="refreshed", with the scale of `reduction`.
       targets: y, the shape of the outputs, for output="squared_error".
-      damping: [unused, N_1, ..., N_{L-1}], numbers; original only.
+      damping: [N_0, N_1, ..., N_{L-1}], numbers, N_0 that of nudged inputs, else unused; original only.
       input_nudge: g, or None for fixed inputs.
       feedback: [None, B_1, ..., B_{L-1}] in place of the kernels on the way down.
       reduction: "mean" or "sum", what the output error is of.
