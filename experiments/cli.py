@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
+import lrules
 from experiments import data, loop, models, plots
 from experiments.errors import InputError, nearest
 
@@ -31,6 +32,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "rmsprop": optax.rmsprop,
 }
 SCHEDULES = ("constant", "cosine", "halfway")
+MONO_NETS = {
+    "zeros": lrules.monotone.zeros,
+    "uniform": lrules.monotone.uniform(),
+    "absolute_normal": lrules.monotone.absolute_normal(),
+}
 
 
 def define_training_flags(*, epochs: int, seeds: int, output: str) -> None:
@@ -41,6 +47,9 @@ def define_training_flags(*, epochs: int, seeds: int, output: str) -> None:
     flags.DEFINE_string("model", "mlp", f"One of {', '.join(models.MODELS)}.")
     flags.DEFINE_list("widths", ["64", "64", "64"], "The MLP's hidden widths.")
     flags.DEFINE_string("activation", "tanh", f"The MLP's activation: {', '.join(models.ACTIVATIONS)}.")
+    flags.DEFINE_string(
+        "mono_net", None, f"Make a mono-net of the model and keep it one (for mdfa); start: {', '.join(MONO_NETS)}."
+    )
     flags.DEFINE_integer("epochs", epochs, "Passes over the training set.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Examples in a step.", lower_bound=1)
     flags.DEFINE_string("optimizer", "adam", f"One of {', '.join(OPTIMIZERS)} (momentum: SGD with 0.9).")
@@ -79,7 +88,15 @@ def task_from_flags(
 ) -> loop.Task:
     """The model that the flags ask for, fitted to the data; `widths` names the flag that holds them."""
     options = {"widths": positive_integers(widths, getattr(FLAGS, widths)), "activation": FLAGS.activation}
-    return loop.task(lambda rngs: models.build(FLAGS.model, dataset.shape, dataset.classes, rngs=rngs, **options), loss)
+    task = loop.task(lambda rngs: models.build(FLAGS.model, dataset.shape, dataset.classes, rngs=rngs, **options), loss)
+    if FLAGS.mono_net is None:
+        return task
+    if FLAGS.mono_net not in MONO_NETS:
+        raise InputError(f"There is no start '{FLAGS.mono_net}' of a mono-net: {nearest(FLAGS.mono_net, MONO_NETS)}")
+    try:
+        return loop.mono_net(task, dataset.shape, MONO_NETS[FLAGS.mono_net])
+    except ValueError as error:
+        raise InputError(f"--mono_net: {str(error).splitlines()[0]}.") from None
 
 
 def run_options() -> dict[str, Any]:

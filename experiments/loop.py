@@ -45,6 +45,7 @@ class Task(NamedTuple):
     # (params, state, x, y, epsilon=0.0) -> (losses, hits) [seeds, batch], under an FGSM attack of that size
     evaluate: Callable[..., tuple[Array, Array]]
     backprop: Callable[..., PyTree]  # (params, state, x, y) -> gradient [seeds]
+    constraint: optax.GradientTransformation = optax.identity()  # follows the optimizer of the forward weights
 
 
 class Optimizers(NamedTuple):
@@ -113,6 +114,31 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
     )
 
 
+def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]) -> Task:
+    """The task with a mono-net: weights >= 0 in all layers but the first, at the start and after each step.
+
+    Args:
+      task: of any model with increasing activations.
+      shape: of one input.
+      initializer: of those weights, as in `lrules.monotone`.
+    """
+    x = jnp.zeros((2, *shape))
+    params, state = jax.tree.map(lambda leaf: leaf[0], task.init(jax.random.key(0)[None]))
+    positive = lrules.monotone.initialize(jax.random.key(0), task.net, params, (state, x))
+    lrules.monotone.check(task.net, positive, (state, x))
+
+    def init(keys: Array) -> tuple[PyTree, PyTree]:
+        params, state = task.init(keys)
+
+        def one_seed(key: Array, params: PyTree, state: PyTree) -> PyTree:
+            key = jax.random.fold_in(key, 4)
+            return lrules.monotone.initialize(key, task.net, params, (state, x), initializer)
+
+        return jax.jit(jax.vmap(one_seed))(keys, params, state), state
+
+    return task._replace(init=init, constraint=lrules.monotone.constrain(task.net, params, (state, x)))
+
+
 def make_step(
     task: Task,
     rule: lrules.Rule,
@@ -130,7 +156,7 @@ def make_step(
       warmup: only the feedback and its optimizer move; all else stays, the forward optimizer and BatchNorm's averages
         included.
     """
-    optimizers = as_optimizers(optimizer)
+    optimizers = as_optimizers(optimizer, task)
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
     def step(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Carry, Array]:
@@ -150,9 +176,10 @@ def make_step(
     return step
 
 
-def as_optimizers(optimizer: optax.GradientTransformation | Optimizers) -> Optimizers:
-    """One optimizer serves both."""
-    return optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, optimizer)
+def as_optimizers(optimizer: optax.GradientTransformation | Optimizers, task: Task) -> Optimizers:
+    """One optimizer serves both; the task's constraint follows that of the forward weights."""
+    both = optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, optimizer)
+    return both._replace(params=optax.chain(both.params, task.constraint))
 
 
 class Run:
@@ -187,7 +214,7 @@ class Run:
         self._test_set = jnp.asarray(data.x_test), jnp.asarray(data.y_test)
         self._probe = self._train_set[0][:probe], self._train_set[1][:probe]
         self._make_step = functools.partial(make_step, task, rule, optimizer, fgsm=fgsm)
-        self._augment, optimizers = augment, as_optimizers(optimizer)
+        self._augment, optimizers = augment, as_optimizers(optimizer, task)
         value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
         def init(key: Array, params: PyTree, state: PyTree, x: Array) -> tuple[lrules.Feedback, PyTree]:

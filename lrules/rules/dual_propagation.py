@@ -683,7 +683,7 @@ class _SpectralNorms(Handler):
 
 
 def _readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Any]]:
-    """The layers that read each state, in a chain of activations with one layer between two; `inputs` are states too."""
+    """The layers that read each state, in a chain with one layer between two activations; `inputs` are states too."""
     outputs = {id(a.output): a.site for a in graph.activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 

@@ -175,3 +175,27 @@ def test_summary_is_of_the_last_epoch():
     figures = loop.summary(records)
     assert figures["accuracy"] == records[1].accuracy.mean() and figures["train_loss_sd"] == records[1].train_loss.std()
     assert np.shape(figures["curves"]["angle"]) == (2, 2)
+
+
+@pytest.mark.parametrize("initializer", [lrules.monotone.zeros, lrules.monotone.uniform()])
+def test_mono_net_stays_one(initializer):
+    """Weights above the first layer, from the start and after large steps of an optimizer with momentum."""
+    mono = loop.mono_net(make_task(widths=(6, 5), activation="tanh"), (4, 4, 1), initializer)
+    run = make_run(lrules.monotone_dfa(), mono, optimizer=optax.sgd(1.0, momentum=0.9))
+
+    def smallest():
+        return min(float(run.carry.params["layers"][i]["kernel"][...].min()) for i in (1, 2))
+
+    first = run.carry.params["layers"][0]["kernel"][...]
+    assert float(first.min()) < 0 <= smallest()
+    before = jax.tree.map(jnp.copy, run.carry.params)
+    for _ in range(3):
+        run.epoch()
+        assert smallest() >= np.float32(1e-6)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, run.carry.params)
+    assert all(jax.tree.leaves(moved)) and float(run.carry.params["layers"][0]["kernel"][...].min()) < 0
+
+
+def test_mono_net_of_a_net_that_cannot_be_one():
+    with pytest.raises(ValueError, match="'gelu' decreases"):
+        loop.mono_net(make_task(activation="gelu"), (4, 4, 1), lrules.monotone.zeros)

@@ -176,6 +176,12 @@ def test_benchmarked_models_exist(size):
         ),
         ("compare", ["--rules=backman(alfa=1)"], "Error: backman has no option 'alfa': did you mean 'alpha'?"),
         ("compare", ["--widths=a"], "Error: --widths holds 'a': give positive whole numbers, as in --widths=128,128."),
+        ("train", ["--mono_net=zeroes"], "Error: There is no start 'zeroes' of a mono-net: did you mean 'zeros'?"),
+        (
+            "train",
+            ["--mono_net=zeros", "--activation=gelu"],
+            "Error: --mono_net: the activation 'gelu' decreases, at -5: use one that increases everywhere",
+        ),
         ("benchmark", ["--models=mpl"], "Error: There is no model 'mpl' in the benchmark: did you mean 'mlp'?"),
     ],
 )
