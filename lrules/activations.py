@@ -5,9 +5,9 @@ Otherwise an activation is a maximal run of elementwise equations with one root 
 primitive: gelu is one activation, not the tanh inside it. Factors and terms before and after it are none of it, so that
 0.1 * tanh(z / 2) is treated as 0.1 * relu(z / 2) is, unless they may belong to a formula: 1 / (1 + exp(-z)). A lone
 exp, log, root, power or quotient is none (softmax, exp(logvar / 2)), nor is what normalisations do to means and
-variances. What may be meant as an activation and is none
-by these rules, a square that a layer reads or a maximum of two values, is kept as a `Doubt`, which rules that need
-activations refuse; `activation` and `not_activation` settle it.
+variances. What may be meant as an activation and is none by these rules, a square that a layer reads (as it is, scaled,
+normalised or added to something) or a maximum of two values, is kept as a `Doubt`, which rules that need activations
+refuse; `activation` and `not_activation` settle it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ NONLINEAR = {"max", "min", "pow", "rem", "atan2", "select_n", "clamp", "abs", "e
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor", "is_finite"}
 NOT_ALONE = {"exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "square", "div", "mul"}
 OF_STATISTICS = NOT_ALONE | COMPARISONS | {"max", "min", "clamp", "select_n", "abs", "sign"}  # normalisations
+PASSING = {"reduce_window_sum", "concatenate", "pad", "slice", "name", "scan"}
 VIEWS = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"}
 NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_tanh", "hard_sigmoid", "hard_silu",
          "hard_swish", "leaky_relu", "softplus", "soft_sign", "mish", "squareplus", "sparse_plus", "sparse_sigmoid",
@@ -226,6 +227,29 @@ def _is_statistic(value) -> bool:
         mixed = [v for v in value.operands if v.both]
         value.statistic = bool(mixed) and (name in VIEWS or is_elementwise(eqn)) and all(map(_is_statistic, mixed))
     return value.statistic
+
+
+def linear_origins(values) -> set[int]:
+    """The values that these hold up to factors, terms, normalisation and views: what a layer reads of a nonlinearity.
+
+    Products with data are not followed, exp(logvar / 2) * noise, nor quotients by what depends on both: softmax.
+    """
+    seen: set[int] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        name = value.producer.primitive.name if value.producer is not None else ""
+        mixed = [v for v in value.operands if v.both]
+        if name in ("mul", "div"):
+            kept = [v for v in mixed if name == "div" or not _is_statistic(v)]
+            if kept == [value.operands[0]] or (name == "mul" and len(kept) == 1):
+                stack += [] if any(v.data and not v.params for v in value.operands) else kept
+        elif name in LINEAR or name in VIEWS or name in PASSING:
+            stack += mixed
+    return seen
 
 
 def _nonlinear(eqn, value) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrules.activations import linear_origins
 from lrules.analysis import (
     INLINED,
     REMATS,
@@ -253,8 +254,8 @@ class Graph:
         self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
-        roots = {id(hidden.root): hidden.name for hidden in self.hidden if not hidden.mark}
-        self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in roots]
+        read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
+        self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
 
     @property
     def consts(self) -> list[Any]:
