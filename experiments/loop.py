@@ -9,7 +9,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,6 +137,27 @@ def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]
         return jax.jit(jax.vmap(one_seed))(keys, params, state), state
 
     return task._replace(init=init, constraint=lrules.monotone.constrain(task.net, params, (state, x)))
+
+
+def check(task: Task, rules: Mapping[str, lrules.Rule], data: Dataset, batch_size: int) -> None:
+    """Trace a step under each rule, computing nothing: what a rule refuses is told before any has trained.
+
+    Raises:
+      Refused: a rule cannot train this model; and which.
+    """
+    x, y = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in (data.x_train, data.y_train))
+
+    def step(key: Array, x: Array, y: Array, rule: lrules.Rule) -> Any:
+        params, state = jax.tree.map(lambda leaf: leaf[0], task.init(key[None]))
+        feedback = rule.init(key, task.net, params, (state, scale(x)))
+        value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+        return value_and_grad(params, feedback, (state, scale(x)), y, rng=key if rule.stochastic else None)
+
+    for name, rule in rules.items():
+        try:
+            _refusing(jax.eval_shape)(functools.partial(step, rule=rule), jax.random.key(0), x, y)
+        except Refused as error:
+            raise Refused(f"{name}: {error}") from error
 
 
 def make_step(

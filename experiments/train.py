@@ -27,7 +27,9 @@ FLAGS = flags.FLAGS
 def train(run: loop.Run, epochs: int, warmup_epochs: int = 0) -> list[Record]:
     """Train for some epochs, after a warm-up of learned feedback, showing the progress and the latest figures."""
     records: list[Record] = []
-    if warmup_epochs and run.learns_feedback:
+    if warmup_epochs and not run.learns_feedback:
+        print("This rule learns no feedback: there is nothing to warm up.")
+    elif warmup_epochs:
         with tqdm(total=warmup_epochs * run.steps, unit="step", desc="warm-up") as bar:
             run.warm_up(warmup_epochs, parts=20, advance=bar.update)
     with tqdm(total=epochs * run.steps, unit="step") as bar:

@@ -246,7 +246,10 @@ def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
         return rule.value_and_grad(net, _with_error(loss, fn))
 
     return rule._replace(
-        transform=transform, value_and_grad=None if rule.value_and_grad is None else value_and_grad, layer=None
+        transform=transform,
+        value_and_grad=None if rule.value_and_grad is None else value_and_grad,
+        layer=None,
+        modified=True,
     )
 
 
@@ -615,4 +618,5 @@ def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name
         value_and_grad=None if rule.value_and_grad is None else value_and_grad,
         stochastic=rule.stochastic or stochastic,
         layer=None,
+        modified=True,
     )

@@ -105,11 +105,16 @@ def total_angle(update: Pytree, reference: Pytree) -> jax.Array:
 
     Returns:
       A scalar.
+
+    Raises:
+      ValueError: the shapes differ.
     """
-    flat = [
-        jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(t)]) for t in (update, reference)
-    ]
-    return compare(*flat).angle
+    trees = [jax.tree.leaves(tree) for tree in (update, reference)]
+    shapes = [[jnp.shape(leaf) for leaf in leaves] for leaves in trees]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"gradients of the shapes {shapes[0]} and {shapes[1]} cannot be compared")
+    wide = jnp.float64 if any(leaf.dtype == jnp.float64 for leaves in trees for leaf in leaves) else jnp.float32
+    return compare(*(jnp.concatenate([jnp.ravel(leaf).astype(wide) for leaf in leaves]) for leaves in trees)).angle
 
 
 def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]:

@@ -445,8 +445,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         if total > spec.max_feedback_bytes:
             raise ValueError(
                 f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
-                f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, let feedback land at fewer "
-                "places (at=), or share it along axes (shared_axes=)"
+                f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, or let feedback land at "
+                "fewer places (at=) or share it along axes (shared_axes=), as direct_feedback_alignment can"
             )
 
 

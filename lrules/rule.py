@@ -63,6 +63,7 @@ class Rule(NamedTuple):
       additive: the gradient of a batch is the sum of those of its parts, up to their weights in the objective.
       plan: `(net, graph, params, inputs) -> Plan`, what the rule does where; None for a rule of another kind.
       layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
+      modified: whether a modifier acts around it, of which `plan` knows nothing.
     """
 
     init: Callable[..., Feedback]
@@ -72,6 +73,7 @@ class Rule(NamedTuple):
     additive: bool = True
     plan: Callable[..., Plan] | None = None
     layer: LayerRule | None = None
+    modified: bool = False
 
 
 # ------------------------------------------------------------------------------------------------- applying a rule

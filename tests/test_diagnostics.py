@@ -114,3 +114,8 @@ def test_numbers_that_are_lost_are_not_hidden(lost):
     for pair in (figures, figures[::-1]):
         assert all(jnp.isnan(figure) for figure in diagnostics.compare(*pair))
         assert jnp.isnan(diagnostics.total_angle(*({"w": x} for x in pair)))
+
+
+def test_gradients_of_other_shapes_are_not_compared():
+    with pytest.raises(ValueError, match="cannot be compared"):
+        diagnostics.total_angle({"a": jnp.ones((2, 3)), "b": jnp.ones(1)}, {"a": jnp.ones((3, 2)), "b": jnp.ones(1)})

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 import lrules
 from experiments import cli, compare, data, loop, plots
+from experiments.errors import InputError
 
 FLAGS = flags.FLAGS
 SETTLED = 0.1  # a residual above this: the states still move by a tenth of their difference
@@ -115,8 +116,7 @@ def train(
     histories, refused = compare.compare(
         task, dataset, rules, optimizers, epochs=FLAGS.epochs, watch=runs.__setitem__, **options
     )
-    for name, reason in refused.items():
-        raise loop.Refused(f"{name}: {reason}")
+    assert not refused, refused  # `main` has checked
     x, y = data.scale(dataset.x_train[: FLAGS.batch_size]), jnp.asarray(dataset.y_train[: FLAGS.batch_size])
     found = {}
     for name, run in runs.items():
@@ -219,13 +219,20 @@ def main() -> None:
     folder = cli.output_folder()
     dataset = data.on_device(cli.dataset_from_flags())
     beta, one, two = FLAGS.beta, {}, {}
+    try:
+        rules_one = table_one(beta, FLAGS.iterations, FLAGS.damped_iterations)
+        rules_two = table_two(beta, FLAGS.deep_iterations)
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
+    shallow, deep = (cli.task_from_flags(dataset, loop.squared_error, widths=w) for w in ("widths", "deep_widths"))
+    for task, rules, other in ((shallow, rules_one, "2"), (deep, rules_two, "1")):
+        if FLAGS.table != other:
+            loop.check(task, rules, dataset, FLAGS.batch_size)
     if FLAGS.table != "2":
-        task = cli.task_from_flags(dataset, loop.squared_error)
-        one = train(table_one(beta, FLAGS.iterations, FLAGS.damped_iterations), dataset, task)
-        one |= train({"BP, adversarial": lrules.backprop()}, dataset, task, fgsm=FLAGS.fgsm)
+        one = train(rules_one, dataset, shallow)
+        one |= train({"BP, adversarial": lrules.backprop()}, dataset, shallow, fgsm=FLAGS.fgsm)
     if FLAGS.table != "1":
-        task = cli.task_from_flags(dataset, loop.squared_error, widths="deep_widths")
-        two = train(table_two(beta, FLAGS.deep_iterations), dataset, task)
+        two = train(rules_two, dataset, deep)
 
     paper = PAPER.get(dataset.name.removesuffix(".npz"), {})
     tables = {"table_1": one, "table_2": two}

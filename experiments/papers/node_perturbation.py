@@ -159,12 +159,12 @@ def main() -> None:
     folder = cli.output_folder()
     dataset = data.on_device(cli.dataset_from_flags())
     task = cli.task_from_flags(dataset, loop.squared_error)
+    loop.check(task, rules, dataset, FLAGS.batch_size)
     watch = Watch(task, rules, data.scale(dataset.x_train[:256]), dataset.y_train[:256])
     optimizers = dict.fromkeys(rules, cli.optimizer_from_flags(FLAGS.learning_rate, dataset))
     options = {"epochs": FLAGS.epochs, "warmup_epochs": FLAGS.warmup_epochs} | cli.run_options()
     histories, refused = compare.compare(task, dataset, rules, optimizers, watch=watch, **options)
-    for name, reason in refused.items():
-        raise loop.Refused(f"{name}: {reason}")
+    assert not refused, refused  # checked above
 
     known = NOTEBOOKS if dataset.name.removesuffix(".npz") == "mnist" else {}
     layers = {

@@ -6,6 +6,7 @@ State k has the pre-activation a_k from below and the top-down signal D_k from a
     original    s+_k = f(a_k + alpha D_k),   s-_k = f(a_k - ~alpha D_k)                      (Eq. 2)
     adjoint     s+_k = f(a_k + ~alpha D_k),  s-_k = f(a_k - alpha D_k)                       (Eq. 19)
     damped      s+_k = f((a_k + L_k s+_k + alpha D_k) / (1 + L_k)),  s-_k alike              (Eq. 50)
+                (at alpha = 0 and 1 one of the two is not nudged, and is f(a_k) as it is)
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta
 
 What lies between two activations (weights, pooling, normalisation, skip connections) is linearised at sbar.
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import refuse_doubts, sampled
+from lrules.activations import VIEWS, is_elementwise, refuse_doubts, sampled
 from lrules.analysis import INLINED, Block, is_literal, scan_counts, varying_axes
 from lrules.diagnostics import spectral_norm
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
@@ -74,17 +75,23 @@ def dual_propagation(
     Args:
       alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to
         O(beta^2), else to O(beta). A number, or numbers by regular expression (`re.search`, first match) on the names
-        of activations as `lrules.describe` lists them; the states at the ends are `"inputs"` and `"outputs"`.
+        of activations as `lrules.describe` lists them; at the ends there are `"inputs"`, with `input_nudge`, and
+        `"outputs"`, with `output="squared_error"`.
       beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name.
       adjoint: DP^T (Eq. 19 and 22), which is stable for every alpha; else the original (Eq. 2).
       iterations: how many.
       order: `"forward_backward"`, a sweep up and one down: n of them cost (2n + 1) / 3 of backprop. `"forward"`, sweeps
         up alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
-        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order.
+        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order: in these,
+        too, error needs up to as many iterations as there are layers to come down, and the lowest weights get none
+        before.
       output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones
-        in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors, original only.
-      damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, the
-        least that contracts (`"contracting"`), or a number (Eq. 50). For chains of dense layers and convolutions.
+        in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors of single outputs,
+        original only. It exists where ~alpha beta h < 1, h the loss's curvature (1 for half a squared error), and is
+        NaN where the loss turns out to be more curved.
+      damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, at
+        which a state contracts while its neighbours stand still (`"contracting"`; all together may still oscillate), or
+        a number (Eq. 50). For chains of dense layers and convolutions.
       input_nudge: g, to let the inputs be states too, damped where the others are: s+_0 = x + ~alpha g D_0 and so on
         (section 6.1 has g = 1).
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
@@ -105,7 +112,7 @@ def dual_propagation(
       Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18
       to 22, 44 to 50.
     """
-    _check(alpha, beta, adjoint, iterations, order, output, damping, feedback)
+    _check(alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance)
     options = _Options(
         alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance, axis_name
     )
@@ -171,7 +178,7 @@ class _Options:
     axis_name: str | Sequence[str] | None
 
 
-def _check(alpha, beta, adjoint, iterations, order, output, damping, feedback) -> None:
+def _check(alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance) -> None:
     for name, value in (("order", order), ("output", output)):
         known = ORDERS if name == "order" else OUTPUTS
         if value not in known:
@@ -194,11 +201,16 @@ def _check(alpha, beta, adjoint, iterations, order, output, damping, feedback) -
         )
     if adjoint and output == "squared_error":
         raise ValueError('output="squared_error" (Eq. 3) belongs to the original: give adjoint=False, or "refreshed"')
-    if feedback is not None and not (isinstance(feedback, Rule) and feedback.plan is not None):
+    serves = isinstance(feedback, Rule) and feedback.plan is not None and feedback.value_and_grad is None
+    if feedback is not None and (not serves or feedback.modified):
         raise ValueError(
             "feedback= wants a sequential rule, such as lrules.feedback_alignment(), whose feedback weights take the "
             "place of W^T (modifiers go around dual_propagation, not inside)"
         )
+    if input_nudge is not None and not input_nudge > 0:
+        raise ValueError(f"input_nudge={input_nudge!r} must be positive: leave it out to keep the inputs as they are")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance!r} is what the residual has to fall to: give a number from 0 on")
 
 
 class _Own:
@@ -249,9 +261,10 @@ class _Unit:
         """The new states from what comes from below and above, and the old states."""
         d = (-self.scale * arriving.astype(at_least_float32(a.dtype))).astype(a.dtype)
         high, low = a + self.up * d, a - self.down * d
-        if damping is not None:
+        if damping is not None:  # of the state that is not nudged nothing has to be held back
             n = damping.astype(a.dtype)
-            high, low = (high + n * plus.astype(a.dtype)) / (1 + n), (low + n * minus.astype(a.dtype)) / (1 + n)
+            high = (high + n * plus.astype(a.dtype)) / (1 + n) if self.up else high
+            low = (low + n * minus.astype(a.dtype)) / (1 + n) if self.down else low
         return fn(high), fn(low)
 
     def mean(self, plus, minus):
@@ -632,10 +645,11 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
         ones = jax.tree.map(jnp.ones_like, outputs)
         return jax.jvp(gradient, (outputs,), (ones,))[1]
 
-    if _depends(Network(lambda o, _: curvature(o)).graph(outputs, ()).outs):
+    slopes, curvatures = (Network(lambda o, _, f=f: f(o)).graph(outputs, ()).outs for f in (gradient, curvature))
+    if _depends(curvatures) or not _separate(slopes):
         raise ValueError(
-            'output="squared_error" has a closed form for squared errors alone, and this loss is not quadratic in the '
-            'outputs: take a squared error of the outputs, or output="refreshed"'
+            'output="squared_error" has a closed form for squared errors of single outputs alone, and this loss is not '
+            'quadratic in the outputs, or mixes them: take a sum of squared errors, or output="refreshed"'
         )
 
     def exact(outputs):
@@ -649,6 +663,22 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
         return jax.tree.map(leaf, gradient(outputs), curvature(outputs))
 
     return exact
+
+
+def _separate(values) -> bool:
+    """Whether each element of each value depends on no parameter but that of its number, and there on its own place."""
+    stack = [value for value in values if value.params]
+    if any(value.params != {i} for i, value in enumerate(values) if value.params):
+        return False
+    while stack:
+        value = stack.pop()
+        operands = [operand for operand in value.operands if operand.params]
+        if value.producer is not None and operands:
+            same = all(operand.aval.size == value.aval.size for operand in operands)
+            if not (same and (is_elementwise(value.producer) or value.producer.primitive.name in VIEWS)):
+                return False
+        stack += operands
+    return True
 
 
 def _depends(values) -> bool:

@@ -118,6 +118,11 @@ def node_perturbation(
         def fn(params, feedback, inputs, targets, *, rng=None):
             graph = net.graph(params, inputs)
             made = plan(net, graph, params, inputs)
+            if not (learned or isinstance(feedback.state, dict)):
+                raise ValueError(
+                    'node_perturbation(solver="rls") keeps its feedback in feedback.state, and this one has none '
+                    "there: make it anew with rule.init(key, net, params, inputs)"
+                )
             weights = feedback if learned else Feedback({n: s["b"] for n, s in feedback.state.items()}, {})
             made.check(weights)
             experiment = _Experiment(net, graph, made, loss, std, noise)

@@ -104,3 +104,17 @@ def test_the_tables_on_digits(tmp_path):
         assert np.mean(found["table_1"][name]["accuracy"]) > 0.96, name
     settled = {name: row["settled"] for name, row in found["table_2"].items()}
     assert settled == {"DP, alpha=0": False, "DP, alpha=1": False, "DP^T, alpha=0": True, "DP^T, alpha=1": True}
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--beta=2", "Error: DP, alpha=1/2: output=\"squared_error\" has no minimiser"),
+        ("--activation=tanh", "Error: DP, alpha=1: the activation 'tanh' cannot be damped"),
+        ("--beta=0", "Error: beta=0.0 is the strength of the nudge: give a positive number."),
+    ],
+)
+def test_what_a_rule_refuses_is_told_before_any_trains(tmp_path, flag, sentence):
+    done = run("papers.dual_propagation", flag, f"--output={tmp_path}")
+    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert "training" not in done.stderr

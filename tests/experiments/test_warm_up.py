@@ -100,6 +100,11 @@ def test_compare_counts_epochs_after_the_warm_up():
     assert warm["learns"][-1].train_loss != cold["learns"][-1].train_loss
 
 
+def test_train_says_that_there_is_nothing_to_warm_up(tmp_path):
+    done = run("train", "--widths=8", "--epochs=1", "--warmup_epochs=1", f"--output={tmp_path}")
+    assert done.returncode == 0 and "nothing to warm up" in done.stdout
+
+
 def test_train_with_a_warm_up(tmp_path):
     flags = ["--rule=node_perturbation(std=0.01)", "--widths=8", "--epochs=1", "--warmup_epochs=1"]
     done = run("train", *flags, "--feedback_learning_rate=0.01", f"--output={tmp_path}")

@@ -10,7 +10,8 @@ from state k - 1, pooling and flattening belong to the way between two states. W
     original, Eq. 2:    s+_k = f(a_k + alpha D_k),     s-_k = f(a_k - ~alpha D_k)
     adjoint, Eq. 19:    s+_k = f(a_k + ~alpha D_k),    s-_k = f(a_k - alpha D_k)
     damped, Eq. 50:     s+_k = f((a_k + N_k s+_k + alpha D_k) / (1 + N_k)),   s-_k alike with -~alpha D_k
-                        (original only; right for activations that are projections)
+                        (original only; right for activations that are projections). Eq. 50 is of alpha = 0 or 1,
+                        where the other state, without D, is f(a_k)
 
 Outputs (linear, state L), with e the gradient of one example's loss at the outputs:
 
@@ -112,7 +113,8 @@ class _Network:
             high, low = a + self.up[k] * d_scaled, a - self.down[k] * d_scaled
             if self.damping is not None and self.damping[k] is not None:
                 n = self.damping[k]
-                high, low = (high + n * self.plus[k]) / (1 + n), (low + n * self.minus[k]) / (1 + n)
+                high = (high + n * self.plus[k]) / (1 + n) if self.up[k] else high
+                low = (low + n * self.minus[k]) / (1 + n) if self.down[k] else low
             self.plus[k], self.minus[k] = nets.activate(name, high), nets.activate(name, low)
         self.mean[k] = self.alpha[k] * self.plus[k] + (1 - self.alpha[k]) * self.minus[k]
         self.met[k] = d

@@ -493,6 +493,8 @@ def test_arguments_out_of_range():
         ({"damping": -1.0, "adjoint": False}, "negative"),
         ({"output": "squared_error"}, "adjoint=False"),
         ({"feedback": "fa"}, "sequential rule"),
+        ({"input_nudge": 0.0}, "leave it out"),
+        ({"tolerance": -1.0}, "from 0 on"),
     ]:
         with pytest.raises(ValueError, match=message):
             lrules.dual_propagation(**options)
@@ -504,6 +506,53 @@ def refused(error, message, apply=None, loss=half_squared, net=None, modify=lamb
     with pytest.raises(error, match=message):
         fn = lrules.value_and_grad(apply, loss, modify(lrules.dual_propagation(**options)))
         fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
+
+
+def test_rules_that_cannot_bring_down_the_difference():
+    fa = lrules.feedback_alignment()
+    for rule in (lrules.sign_error(fa), lrules.quantize_error(fa, 2, at="output"), lrules.without_derivatives(fa),
+                 lrules.node_perturbation(0.1)):  # fmt: skip
+        with pytest.raises(ValueError, match="modifiers go around dual_propagation"):
+            lrules.dual_propagation(feedback=rule)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: 0.5 * jnp.square(o.sum(-1) - t.sum(-1)),
+        lambda o, t: jnp.einsum("bi,ij,bj->b", o - t, jnp.eye(3) + 0.1, o - t),
+        lambda o, t: optax.huber_loss(o, t),
+    ],
+)
+def test_losses_that_have_no_closed_form(loss):
+    net, x = dense()
+    rule = lrules.dual_propagation(alpha=0.3, beta=0.2, adjoint=False, output="squared_error")
+    fn = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
+    with pytest.raises(ValueError, match="squared errors of single outputs"):
+        fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
+
+
+def test_losses_that_are_too_curved_show_it():
+    """(o - y)^2 has curvature 2: at beta 1/2 and alpha 0 the minimiser is at infinity."""
+    net, x = dense()
+    for beta, finite in ((0.4, True), (0.5, False)):
+        rule = lrules.dual_propagation(alpha=0.0, beta=beta, adjoint=False, output="squared_error")
+        fn = lrules.value_and_grad(bridge.apply_of(net), lambda o, t: 2 * half_squared(o, t), rule)
+        y = jnp.asarray(targets_of(net, x))
+        _, grads = jax.jit(fn)(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), y)
+        assert all(bool(jnp.isfinite(g).all()) == finite for g in jax.tree.leaves(grads.params))
+
+
+def test_nudged_and_damped_inputs_converge():
+    """With a first layer of norm 5 the undamped states of the inputs jump to and fro."""
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=s) for s in ((3, 4), (4, 2))]
+    kernels[0] *= 5 / np.linalg.norm(kernels[0], 2)
+    net = nets.dense_net(kernels, [None, None], ["relu"])
+    x = rng.normal(size=(5, 3))
+    options = {"alpha": 1.0, "beta": 0.5, "adjoint": False, "output": "squared_error", "iterations": 2000}
+    _, grads = computed(net, x, input_nudge=1.0, damping="spectral", **options)
+    assert grads.report["residual"][-1] < 1e-3
 
 
 def test_refusals():

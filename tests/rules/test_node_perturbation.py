@@ -353,6 +353,11 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match="dense layers"):
         rule = lrules.node_perturbation(0.1, solver="rls")
         rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x)
+    with pytest.raises(ValueError, match="keeps its feedback in feedback.state"):
+        sgd = lrules.node_perturbation(0.1, direct=True).init(
+            jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x
+        )
+        run(net, x, lrules.node_perturbation(0.1, direct=True, solver="rls"), sgd, jax.random.key(1))
     with pytest.raises(ValueError, match="stochastic"):
         run(net, x, lrules.node_perturbation(0.1), lrules.Feedback({}, {}), None)
 
