@@ -165,9 +165,10 @@ class VGG16(nnx.Module):
 
     Thirteen 3x3 convolutions in five stages, each followed by max-pooling, then three dense layers, the hidden ones of
     64 `width` = 4096 units as in the authors' code; the paper is silent on the head (and Simonyan and Zisserman's own
-    is the same). Pooling comes before ReLU, which gives the same function and keeps states after pooling only, again as
-    in that code. The paper is silent on the initialisation: here He et al.'s normal, under which a signal keeps its
-    size through sixteen layers of ReLU (the code leaves Flax's default).
+    is the same). Pooling follows ReLU, as in theirs; the authors' code pools first, which is the same function, but
+    dual propagation, which linearises pooling at its last states, then needs one more product for each pooled layer. The
+    paper is silent on the initialisation: here He et al.'s normal, under which a signal keeps its size through sixteen
+    layers of ReLU (the code leaves Flax's default).
 
     A stage pools while both sides measure 2 pixels or more, so that images smaller than 32x32 do, too; of those the
     upper stages read mostly padding, and their signal shrinks.
@@ -202,8 +203,8 @@ class VGG16(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] -> logits [batch, classes]."""
         for conv, pools in zip(self.convs, self.pools, strict=True):
-            x = conv(x)
-            x = jax.nn.relu(_pool(x) if pools else x)
+            x = jax.nn.relu(conv(x))
+            x = _pool(x) if pools else x
         x = jax.nn.relu(self.fc1(x.reshape(x.shape[0], -1)))
         return self.out(jax.nn.relu(self.fc2(x)))
 
