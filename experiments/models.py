@@ -166,9 +166,9 @@ class VGG16(nnx.Module):
     Thirteen 3x3 convolutions in five stages, each followed by max-pooling, then three dense layers, the hidden ones of
     64 `width` = 4096 units as in the authors' code; the paper is silent on the head (and Simonyan and Zisserman's own
     is the same). Pooling follows ReLU, as in theirs; the authors' code pools first, which is the same function, but
-    dual propagation, which linearises pooling at its last states, then needs one more product for each pooled layer. The
-    paper is silent on the initialisation: here He et al.'s normal, under which a signal keeps its size through sixteen
-    layers of ReLU (the code leaves Flax's default).
+    dual propagation, which linearises pooling at its last states, then needs one more product for each pooled layer.
+    The paper is silent on the initialisation: here He et al.'s normal, under which a signal keeps its size through
+    sixteen layers of ReLU (the code leaves Flax's default).
 
     A stage pools while both sides measure 2 pixels or more, so that images smaller than 32x32 do, too; of those the
     upper stages read mostly padding, and their signal shrinks.

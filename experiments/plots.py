@@ -41,7 +41,7 @@ def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Fi
 def bars(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, label: str) -> Figure:
     """One panel a model, one bar a rule: ratios (median, lower, upper quartile), the quartiles as whiskers."""
     rules = list(dict.fromkeys(rule for group in ratios.values() for rule in group))
-    size = (2.5 + 2.8 * len(ratios), 1.3 + 0.34 * len(rules))
+    size = (0.5 + 0.085 * max(map(len, rules)) + 3 * len(ratios), 1.3 + 0.3 * len(rules))
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(1, len(ratios), sharey=True, squeeze=False)
     for axis, (name, group) in zip(axes[0], ratios.items(), strict=True):
@@ -54,7 +54,7 @@ def bars(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]], title: 
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set(title=name, yticks=range(len(rules)), yticklabels=rules)
         axis.grid(axis="x", alpha=0.3)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(rules) - 0.4, -0.6)
     figure.supxlabel(label, fontsize="medium")
     figure.suptitle(title, fontsize="small")
     return figure
