@@ -78,6 +78,7 @@ def test_figure_of_both_tables_or_one(tmp_path):
         assert is_png(tmp_path / "tables.png")
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     flags = ["--table=2", "--epochs=1", "--seeds=2", "--deep_widths=6,5", "--deep_iterations=3", f"--output={tmp_path}"]
     done = run("papers.dual_propagation", *flags)

@@ -77,6 +77,7 @@ def test_table_has_the_notebooks_figures():
     assert set(paper.runs([1e-4, 1e-3, 1e-2, 1e-1], "sgd")) == set(paper.NOTEBOOKS)
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     flags = ["--stds=0.01", "--solver=sgd", "--epochs=2", "--seeds=2", "--widths=6,5", f"--output={tmp_path}"]
     done = run("papers.node_perturbation", *flags)
