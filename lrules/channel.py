@@ -167,11 +167,17 @@ def drop_error(rule: Rule, rate: float) -> Rule:
 
 
 def _kept(key, shape: tuple[int, ...], rate: float):
-    """True with probability 1 - rate, from 16 random bits each: half the time of drawing 32."""
+    """True with probability 1 - rate, each from as few random bits as can tell: one for 1/2, at most 16.
+
+    Drawing them is what dropping costs.
+    """
+    bits = next((b for b in (1, 2, 4, 8) if float(rate * 2**b).is_integer()), 16)
     last = shape[-1] if shape else 1
-    words = jax.random.bits(key, (*shape[:-1], -(-last // 2)), jnp.uint32)
-    drawn = jnp.concatenate([words & jnp.uint32(0xFFFF), words >> jnp.uint32(16)], axis=-1)[..., :last]
-    return (drawn >= jnp.uint32(round(rate * 2**16))).reshape(shape)
+    words = jax.random.bits(key, (*shape[:-1], -(-last * bits // 32)), jnp.uint32)
+    shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32).reshape((1,) * words.ndim + (-1,))
+    drawn = jnp.expand_dims(words, -1) >> shifts & jnp.uint32(2**bits - 1)
+    kept = drawn >= jnp.uint32(round(rate * 2**bits))
+    return kept.reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)[..., :last].reshape(shape)
 
 
 class _AtHidden(Handler):
