@@ -4,8 +4,8 @@
     python -m experiments.compare --rules="backprop,backman(alpha=0.5)" --dataset=mnist --epochs=5
     python -m experiments.compare --sweep=0.001,0.003,0.01    # choose each rule's rate on held-out training data
 
-The rules take turns, epoch by epoch, so that their step times are measured side by side. Writes metrics.json (each rule
-by its factory's name), curves.csv and curves.png.
+The rules take turns, epoch by epoch, so that their step times are measured side by side, from the second epoch on.
+Writes metrics.json (each rule by its factory's name), curves.csv and curves.png.
 """
 
 from collections.abc import Callable, Mapping
@@ -88,12 +88,17 @@ def sweep(
 
 
 def step_times(histories: Histories, baseline: str = "backprop") -> dict[str, tuple[float, float, float]]:
-    """Each rule's step time over the baseline's, epoch by epoch: (median, lower quartile, upper quartile)."""
-    base = np.array([record.seconds for record in histories[baseline]])
+    """Each rule's step time over the baseline's, epoch by epoch: (median, lower quartile, upper quartile).
+
+    The first epoch does not count: the first steps of all set up what every later one uses. Where there is no other
+    epoch, all three are NaN.
+    """
+    base = np.array([record.seconds for record in histories[baseline][1:]])
     times = {}
     for name, records in histories.items():
-        ratios = np.array([record.seconds for record in records]) / base
-        median, lower, upper = np.quantile(ratios, (0.5, 0.25, 0.75)).tolist()
+        ratios = np.array([record.seconds for record in records[1:]]) / base
+        quantiles = np.quantile(ratios, (0.5, 0.25, 0.75)) if ratios.size else np.full(3, np.nan)
+        median, lower, upper = quantiles.tolist()
         times[name] = median, lower, upper
     return times
 
@@ -138,7 +143,8 @@ def table(results: Mapping[str, Mapping[str, Any]], histories: Histories) -> str
         r = results[name]
         accuracy = f"{100 * r['accuracy']:.2f} ± {100 * r['accuracy_sd']:.2f}"
         angle = f"{r['angle']:.1f} ± {r['angle_sd']:.1f}"
-        row = [name, accuracy, angle, f"{r['step_time_ratio']:.2f}", f"{r['learning_rate']:g}"]
+        ratio = "-" if np.isnan(r["step_time_ratio"]) else f"{r['step_time_ratio']:.2f}"
+        row = [name, accuracy, angle, ratio, f"{r['learning_rate']:g}"]
         if attacked:
             row.insert(2, f"{100 * r['attacked']:.2f} ± {100 * r['attacked_sd']:.2f}")
         rows.append(row)

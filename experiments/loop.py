@@ -281,20 +281,20 @@ class Run:
         purpose, epoch = (2, self.epochs) if warmup is None else (3, warmup)
         return _shuffle(self._keys, purpose, epoch, len(self._train_set[0]), self.steps, self.batch_size)
 
-    def _steps(self, train: Callable[..., Any], shuffled: tuple[Array, Array], parts: int, advance: Any) -> Array:
+    def _steps(self, train: Callable[..., Any], shuffled: tuple[Array, Array], parts: int, advance: Any) -> np.ndarray:
         """One pass over the training set; the summed losses."""
         size = -(-self.steps // parts) if self._looped else 1
-        total = jnp.zeros(len(self.seeds))
+        sums = []  # added up on the host: on the device the first sum would be compiled, and timed
         for start in range(0, self.steps, size):
             stop = min(start + size, self.steps)
             self.carry, losses = train(self.carry, *shuffled, start, stop, *self._train_set)
-            total += losses
+            sums.append(losses)
             if self.check_nan:
-                self._check(total)
+                self._check(losses)
             if advance:
                 jax.block_until_ready(losses)
                 advance(stop - start)
-        return jax.block_until_ready(total)
+        return np.sum(jax.block_until_ready(sums), axis=0)
 
     @property
     def learns_feedback(self) -> bool:
@@ -313,7 +313,7 @@ class Run:
 
     def epoch(self, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> Record:
         """Train one epoch and evaluate; `advance(steps)` is called after each of about `parts` parts."""
-        keys, order = self._shuffle()
+        keys, order = jax.block_until_ready(self._shuffle())
         self.epochs += 1
         begin = time.perf_counter()
         total = self._steps(self._train, (keys, order), parts, advance)
@@ -322,9 +322,7 @@ class Run:
         test_loss, accuracy = self.evaluate(*self._test_set)
         angles = self._angle(self.carry, keys, self._task.backprop(params, state, *self._probe), *self._probe)
         attacked = self.evaluate(*self._test_set, epsilon=self.attack)[1] if self.attack else None
-        return Record(
-            self.epochs, np.asarray(total / self.steps), test_loss, accuracy, np.asarray(angles), seconds, attacked
-        )
+        return Record(self.epochs, total / self.steps, test_loss, accuracy, np.asarray(angles), seconds, attacked)
 
     def evaluate(
         self, x: Array, y: Array, *, batch_size: int = 250, epsilon: float = 0.0

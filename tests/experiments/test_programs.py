@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import lrules
-from experiments import benchmark, cli, compare, models, rules
+from experiments import benchmark, cli, compare, loop, models, rules
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -102,8 +102,17 @@ def test_step_times_are_paired_by_epoch():
     def history(*seconds):
         return [compare.Record(i, *[np.zeros(1)] * 4, s) for i, s in enumerate(seconds)]
 
-    times = compare.step_times({"backprop": history(1, 2, 4), "other": history(2, 2, 4)})
+    times = compare.step_times({"backprop": history(9, 1, 2, 4), "other": history(1, 2, 2, 4)})
     assert times["backprop"] == (1, 1, 1) and times["other"] == (1, 1, 1.5)
+
+
+def test_the_first_epoch_gives_no_step_time():
+    """It is that of the rule whose turn is first, too, which sets up what the others use."""
+    histories = {"backprop": [compare.Record(1, *[np.zeros(1)] * 4, 1.0)]}
+    ratio = compare.step_times(histories)["backprop"][0]
+    assert np.isnan(ratio)
+    shown = {"backprop": {"learning_rate": 0.1, "step_time_ratio": ratio} | loop.summary(histories["backprop"])}
+    assert compare.table(shown, histories).splitlines()[-1].split("|")[4].strip() == "-"
 
 
 def test_benchmark_measures_rules_and_tells_refusals():
