@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LINEAR = {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "pvary",
-          "stop_gradient", "real", "imag", "mul"}  # fmt: skip
+          "real", "imag", "mul"}  # fmt: skip
 NONLINEAR = {"max", "min", "pow", "rem", "atan2", "select_n", "clamp", "abs", "exp", "exp2", "log", "log1p", "expm1",
              "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan", "logistic", "erf", "erfc", "erf_inv", "integer_pow",
              "square", "sign", "floor", "ceil", "round", "div", "asinh", "acosh", "atanh", "asin", "acos", "atan",
@@ -31,6 +31,7 @@ COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor", "i
 NOT_ALONE = {"exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "square", "div", "mul"}
 OF_STATISTICS = NOT_ALONE | COMPARISONS | {"max", "min", "clamp", "select_n", "abs", "sign"}  # normalisations
 PASSING = {"reduce_window_sum", "concatenate", "pad", "slice", "name", "scan"}
+STOP = "stop_gradient"  # no region goes through it, as what is behind it has no part in the derivative
 VIEWS = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"}
 NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_tanh", "hard_sigmoid", "hard_silu",
          "hard_swish", "leaky_relu", "softplus", "soft_sign", "mish", "squareplus", "sparse_plus", "sparse_sigmoid",
@@ -225,7 +226,8 @@ def _is_statistic(value) -> bool:
         return name != "reduce_precision"
     if value.statistic is None:  # kept: values are shared by many
         mixed = [v for v in value.operands if v.both]
-        value.statistic = bool(mixed) and (name in VIEWS or is_elementwise(eqn)) and all(map(_is_statistic, mixed))
+        passing = name in VIEWS or name == STOP or is_elementwise(eqn)
+        value.statistic = bool(mixed) and passing and all(map(_is_statistic, mixed))
     return value.statistic
 
 

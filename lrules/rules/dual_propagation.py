@@ -21,6 +21,7 @@ returns the new state as the cotangent of the old one: one backward pass is one 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,12 +30,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import VIEWS, is_elementwise, refuse_doubts, sampled
+from lrules.activations import LINEAR, VIEWS, refuse_doubts
 from lrules.analysis import INLINED, Block, is_literal, scan_counts, varying_axes
-from lrules.diagnostics import spectral_norm
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Direct, Plan, make_plan
-from lrules.rule import Feedback, Gradients, Rule, at_least_float32, check_params, mean_loss
+from lrules.rule import (
+    Feedback,
+    Gradients,
+    Rule,
+    at_least_float32,
+    check_params,
+    is_number,
+    mean_loss,
+    mesh_axes,
+    require_flags,
+)
+from lrules.rules.damping import check_projection, norms, readers
 from lrules.running import plain_run
 
 Number = float | Mapping[str, float]
@@ -43,7 +54,6 @@ State = dict[str, dict[str, Any]]  # by site: plus, minus, and what arrived from
 ORDERS = ("forward_backward", "forward", "parallel", "odd_even", "random")
 OUTPUTS = ("once", "refreshed", "squared_error")
 DAMPINGS = ("spectral", "contracting")
-POWER_ITERATIONS = 5
 
 
 def dual_propagation(
@@ -70,7 +80,8 @@ def dual_propagation(
     the `residual`, the largest change of s+ and s- relative to their difference (it falls to zero where the states
     converge, and stays of order 1 where they do not; 1 by definition in the first), and how many `iterations` ran.
     States have the precision of their activation: in half precision the difference of two is mostly rounding unless
-    beta is large.
+    beta is large. As differences of values stand in for derivatives, an activation's own derivative (`custom_vjp`, a
+    surrogate gradient) plays no part.
 
     Args:
       alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to
@@ -82,18 +93,19 @@ def dual_propagation(
       iterations: how many.
       order: `"forward_backward"`, a sweep up and one down: n of them cost (2n + 1) / 3 of backprop. `"forward"`, sweeps
         up alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
-        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order: in these,
-        too, error needs up to as many iterations as there are layers to come down, and the lowest weights get none
-        before.
+        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order (those of
+        a scanned activation together): in these, too, error needs up to as many iterations as there are layers to come
+        down, and the lowest weights get none before.
       output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones
         in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors of single outputs,
         original only. It exists where ~alpha beta h < 1, h the loss's curvature (1 for half a squared error), and is
         NaN where the loss turns out to be more curved.
-      damping: of the original: L_k = ||W^T W|| from 5 power iterations (`"spectral"`), max(0, ||W^T W|| - 1) / 2, at
-        which a state contracts while its neighbours stand still (`"contracting"`; all together may still oscillate), or
-        a number (Eq. 50). For chains of dense layers and convolutions.
+      damping: of the original: L_k = (beta_k / beta_{k+1}) ||W^T W|| from 5 power iterations (`"spectral"`, Eq. 46),
+        max(0, that - 1) / 2, at which a state contracts while its neighbours stand still (`"contracting"`; all together
+        may still oscillate), or a number (Eq. 50). For chains of dense layers and convolutions, with constant factors
+        and pooling; the first two not with normalisation. At alpha 0 or 1 the state that is not nudged is not damped.
       input_nudge: g, to let the inputs be states too, damped where the others are: s+_0 = x + ~alpha g D_0 and so on
-        (section 6.1 has g = 1).
+        (the original: x + alpha g D_0; section 6.1 has g = 1). A sweep renews them once, on its way down.
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
         `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
       tolerance: stop as soon as the residual is at most this.
@@ -112,10 +124,10 @@ def dual_propagation(
       Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18
       to 22, 44 to 50.
     """
-    _check(alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance)
     options = _Options(
-        alpha, beta, adjoint, int(iterations), order, output, damping, input_nudge, feedback, tolerance, axis_name
+        alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance, axis_name
     )
+    _check(options)
 
     def plan(net, graph, params, inputs) -> Plan:
         return _plan(options, net, graph, params, inputs)
@@ -178,39 +190,49 @@ class _Options:
     axis_name: str | Sequence[str] | None
 
 
-def _check(alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance) -> None:
-    for name, value in (("order", order), ("output", output)):
-        known = ORDERS if name == "order" else OUTPUTS
+def _check(options: _Options) -> None:
+    for name, value, known in (("order", options.order, ORDERS), ("output", options.output, OUTPUTS)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
-    for a in alpha.values() if isinstance(alpha, Mapping) else [alpha]:
-        if not 0 <= a <= 1:
+    require_flags(adjoint=options.adjoint)
+    for name, given in (("alpha", options.alpha), ("beta", options.beta)):
+        for pattern in given if isinstance(given, Mapping) else ():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"{name}: {pattern!r} is no regular expression for names of states: {error}") from None
+    for a in options.alpha.values() if isinstance(options.alpha, Mapping) else [options.alpha]:
+        if not (is_number(a) and 0 <= a <= 1):
             raise ValueError(f"alpha={a!r} is the weight of one of two states in their mean: give a number in [0, 1]")
-    for b in beta.values() if isinstance(beta, Mapping) else [beta]:
-        if not b > 0:
+    for b in options.beta.values() if isinstance(options.beta, Mapping) else [options.beta]:
+        if not (is_number(b) and 0 < b < math.inf):
             raise ValueError(f"beta={b!r} is the strength of the nudge: give a positive number")
-    if not (isinstance(iterations, int) and iterations >= 1):
+    iterations, damping, nudge = options.iterations, options.damping, options.input_nudge
+    if isinstance(iterations, bool) or not (isinstance(iterations, int | np.integer) and iterations >= 1):
         raise ValueError(f"iterations={iterations!r} is no number of iterations: give a whole number from 1 on")
-    if isinstance(damping, str) and damping not in DAMPINGS or not isinstance(damping, str | float | int | None):
+    if damping is not None and damping not in DAMPINGS and not is_number(damping):
         raise ValueError(f'damping={damping!r} is neither "spectral" nor "contracting" nor a number')
-    if isinstance(damping, float | int) and not damping >= 0:
+    if is_number(damping) and not 0 <= damping < math.inf:
         raise ValueError(f"damping={damping!r} must not be negative: the states are averaged with their old values")
-    if adjoint and damping is not None:
+    if options.adjoint and damping is not None:
         raise ValueError(
             "damping belongs to the original, whose states diverge without: give adjoint=False, or no damping"
         )
-    if adjoint and output == "squared_error":
+    if options.adjoint and options.output == "squared_error":
         raise ValueError('output="squared_error" (Eq. 3) belongs to the original: give adjoint=False, or "refreshed"')
-    serves = isinstance(feedback, Rule) and feedback.plan is not None and feedback.value_and_grad is None
-    if feedback is not None and (not serves or feedback.modified):
+    rule = options.feedback
+    serves = isinstance(rule, Rule) and rule.plan is not None and rule.value_and_grad is None
+    if rule is not None and (not serves or rule.modified):
         raise ValueError(
             "feedback= wants a sequential rule, such as lrules.feedback_alignment(), whose feedback weights take the "
-            "place of W^T (modifiers go around dual_propagation, not inside)"
+            "place of W^T (modifiers go around dual_propagation, not inside; W^T itself is what it has without)"
         )
-    if input_nudge is not None and not input_nudge > 0:
-        raise ValueError(f"input_nudge={input_nudge!r} must be positive: leave it out to keep the inputs as they are")
-    if tolerance is not None and not tolerance >= 0:
+    if nudge is not None and not (is_number(nudge) and 0 < nudge < math.inf):
+        raise ValueError(f"input_nudge={nudge!r} must be positive: leave it out to keep the inputs as they are")
+    tolerance = options.tolerance
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance={tolerance!r} is what the residual has to fall to: give a number from 0 on")
+    mesh_axes(options.axis_name)
 
 
 class _Own:
@@ -290,7 +312,7 @@ class _Dyads(Handler):
 
     def activation(self, activation, fn, x, frame):
         if self.projections:
-            _check_projection(activation.site, fn, x)
+            check_projection(activation.site, fn, x)
         return self.state(activation.site, fn, x, frame)
 
     def state(self, site, fn, x, frame, *, first: bool = False):
@@ -306,26 +328,32 @@ class _Dyads(Handler):
             frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
             return unit.mean(plus, minus)
         converted, captured = jax.closure_convert(fn, x)
-        return _dyad(unit, self.mode, converted, first)(x, old, damping, captured)
+        y, frame.records[site] = _dyad(unit, self.mode, converted, first)(x, old, damping, captured)
+        return y
 
 
 def _dyad(unit: _Unit, mode: str, fn: Callable, first: bool) -> Callable:
-    """One activation: what it sends up, and on the way down its new state and what goes further down."""
+    """One activation: what it sends up, and on the way down its new state and what goes further down.
+
+    It also gives a zero, whose cotangent makes JAX take the way down even where no error arrives (`stop_gradient`).
+    """
 
     @jax.custom_vjp
     def dyad(x, old, damping, captured):
         return forward(x, old, damping, captured)[0]
 
     def forward(x, old, damping, captured):
+        zero = jnp.zeros(())
         if mode == "clean":
             y = fn(x, *captured)
-            return y, (x, y, y, old, damping, captured)
+            return (y, zero), (x, y, y, old, damping, captured)
         plus, minus = old["plus"], old["minus"]
         if mode == "sweep" and not first:  # nothing has changed below the inputs since the way down
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
-        return unit.mean(plus, minus), (x, plus, minus, old, damping, captured)
+        return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
 
-    def backward(residuals, arriving):
+    def backward(residuals, cotangent):
+        arriving, _ = cotangent
         x, plus, minus, old, damping, captured = residuals
         new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
         down = unit.error(plus, minus) if mode == "still" else unit.error(new_plus, new_minus)
@@ -359,12 +387,17 @@ class _Dual:
             axis is not None and options.input_nudge is not None and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
             for x, axis in zip(jax.tree.leaves(inputs), net.input_batch_axes(inputs), strict=True)
         ]
+        if options.input_nudge is not None and not any(nudged):
+            raise ValueError(
+                f"dual_propagation(input_nudge={options.input_nudge:g}): no input is a batch of floating-point "
+                "numbers, which alone can be nudged: leave input_nudge out"
+            )
         firsts = [f"inputs{f'#{k}' if k > 1 else ''}" for k in range(1, sum(nudged) + 1)]
         self.nudged = {i: name for i, name in zip([i for i, n in enumerate(nudged) if n], firsts, strict=True)}
         self.clean = {a.site: zeros_at(a.output) for a in graph.activations}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
-        self.readers = _readers(graph, list(self.nudged.values())) if options.damping is not None else {}
+        self.readers = readers(graph, list(self.nudged.values())) if options.damping is not None else {}
         self.levels: dict[str, np.ndarray] = {}
         self.depth = 1
         if options.order != "forward_backward":
@@ -404,7 +437,10 @@ class _Dual:
             for pattern in value if isinstance(value, Mapping) else ():
                 if (what, pattern) not in used:
                     listed = ", ".join(map(repr, units))
-                    raise ValueError(f"{what}: {pattern!r} matches no state first; there are {listed}")
+                    raise ValueError(
+                        f"{what}: {pattern!r} matches no state first: leave it out or give it one of {listed} (inputs "
+                        'are states with input_nudge, outputs with output="squared_error")'
+                    )
         return units
 
     def arguments(self, net: Network, params, feedback: Feedback, inputs, rng):
@@ -438,10 +474,11 @@ class _Dual:
         """The outputs, and the function from their error to the new states."""
 
         def run(state):
-            outputs, aux, _ = self.run(mode, args, _joined(state, damping))
-            return outputs, aux
+            outputs, aux, zeros = self.run(mode, args, _joined(state, damping))
+            return (outputs, {site: zeros[site] for site in state}), aux
 
-        return jax.vjp(run, state, has_aux=True)
+        (outputs, zeros), pull, aux = jax.vjp(run, state, has_aux=True)
+        return outputs, jax.tree_util.Partial(_pull, pull, zeros), aux
 
     def begin(self, args):
         """The clean outputs, and what the first iteration starts from."""
@@ -459,7 +496,7 @@ class _Dual:
         split = _Floats(outputs)
         error = split.take(error_at(outputs))
         if options.order == "forward_backward":
-            (state,) = start(split.put(error))
+            state = start(split.put(error))
             done = 1
         elif options.order in ("forward", "parallel"):  # the first iteration renews the outputs alone
             state, done = start, 1
@@ -471,10 +508,10 @@ class _Dual:
             if options.order == "forward_backward":
                 outputs, pull, _ = self.vjp("sweep", args, state, damping)
                 error = split.take(error_at(outputs))
-                return pull(split.put(error))[0], error
+                return pull(split.put(error)), error
             if options.order in ("forward", "parallel"):
                 outputs, pull, _ = self.vjp("still", args, state, damping)
-                (new,) = pull(split.put(error))
+                new = pull(split.put(error))
                 if options.order == "forward":
                     new = {site: {**state[site], "arriving": new[site]["arriving"]} for site in state}
                     outputs, _, new = self.run("up", args, _joined(new, damping))
@@ -507,7 +544,7 @@ class _Dual:
     def renew(self, args, state, error, damping, split, error_at, chosen: Mapping[str, Any]):
         """Renews the chosen states at once, from the old ones; masks choose iterations of a scan."""
         outputs, pull, _ = self.vjp("still", args, state, damping)
-        (new,) = pull(split.put(error))
+        new = pull(split.put(error))
         renewed = {}
         for site, old in state.items():
             mask = np.asarray(chosen.get(site, False))
@@ -566,13 +603,20 @@ class _Dual:
         if not isinstance(options.damping, str):
             return {site: jnp.asarray(options.damping, jnp.result_type(float)) for site in self.readers}
         params, _, inputs, consts, _ = args
-        frame = Frame()
-        handler = _SpectralNorms({layer.site for layers in self.readers.values() for layer in layers})
-        self.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame)
-        norms = {site: sum(frame.records[layer.site] for layer in layers) for site, layers in self.readers.items()}
+        found: dict[str, Any] = {}
+        for site, above, norm in norms(self.graph, params, inputs, consts, self.readers):
+            beta = self.units[site].scale * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
+            higher = self.units[above].scale if above in self.units else self.units[site].scale
+            if options.output == "refreshed" and above == "outputs":  # losses of a curvature up to 1
+                higher = min(higher, self.batch)
+            found[site] = found.get(site, 0) + beta / higher * norm
         if options.damping == "spectral":
-            return norms
-        return {site: jnp.maximum(norm - 1, 0) / 2 for site, norm in norms.items()}
+            return found
+        return {site: jnp.maximum(norm - 1, 0) / 2 for site, norm in found.items()}
+
+
+def _pull(pull: Callable, zeros, error) -> State:
+    return pull((error, zeros))[0]
 
 
 def _transformed(network: _Dual) -> Callable:
@@ -607,9 +651,10 @@ class _Floats:
     def take(self, error) -> list[Any]:
         return [e for e, real in zip(jax.tree.leaves(error), self.real, strict=True) if real]
 
-    def put(self, floats):
-        given = iter(floats)
-        return jax.tree.unflatten(self.tree, [next(given) if o is None else o for o in self.others])
+    def put(self, floats, others=None):
+        """Outputs with these floats, and for the rest `others` (default: cotangents of whole numbers)."""
+        given, others = iter(floats), self.others if others is None else others
+        return jax.tree.unflatten(self.tree, [next(given) if r else o for r, o in zip(self.real, others, strict=True)])
 
 
 def _joined(state: State, damping: Mapping[str, Any]) -> State:
@@ -621,12 +666,15 @@ def _norm(x):
 
 
 def _residual(old: State, new: State):
-    """The largest change of a pair of states, relative to the difference between the two."""
+    """The largest change of a pair of states, relative to the difference between the two.
+
+    Pairs without one, which no error reaches, count where they change what those above them do.
+    """
     found = jnp.zeros((), jnp.result_type(float))
     for site, pair in new.items():
         change = _norm(jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")]))
         size = _norm(pair["plus"] - pair["minus"])
-        here = jnp.where(size == 0, jnp.sign(change), change / jnp.where(size == 0, 1, size))
+        here = jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size))
         found = jnp.maximum(found, here.astype(found.dtype))
     return found
 
@@ -639,14 +687,12 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
     gradient = jax.grad(objective, allow_int=True)
     if network.options.output == "refreshed":
         return gradient
-    unit, n = network.units["outputs"], network.batch
+    unit, n, split = network.units["outputs"], network.batch, _Floats(outputs)
 
-    def curvature(outputs):
-        ones = jax.tree.map(jnp.ones_like, outputs)
-        return jax.jvp(gradient, (outputs,), (ones,))[1]
+    def slopes(floats, outputs):
+        return split.take(gradient(split.put(floats, jax.tree.leaves(outputs))))
 
-    slopes, curvatures = (Network(lambda o, _, f=f: f(o)).graph(outputs, ()).outs for f in (gradient, curvature))
-    if _depends(curvatures) or not _separate(slopes):
+    if not _affine(Network(slopes).graph(split.take(outputs), outputs).outs):
         raise ValueError(
             'output="squared_error" has a closed form for squared errors of single outputs alone, and this loss is not '
             'quadratic in the outputs, or mixes them: take a sum of squared errors, or output="refreshed"'
@@ -660,111 +706,41 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
             a, b = unit.alpha, 1 - unit.alpha
             return g * jnp.where(b * h < 1, a / (1 + a * h) + b / (1 - b * h), jnp.nan)
 
-        return jax.tree.map(leaf, gradient(outputs), curvature(outputs))
+        floats = split.take(outputs)
+        found = jax.jvp(lambda floats: slopes(floats, outputs), (floats,), (jax.tree.map(jnp.ones_like, floats),))
+        return split.put([leaf(g, h) for g, h in zip(*found, strict=True)])
 
     return exact
 
 
-def _separate(values) -> bool:
-    """Whether each element of each value depends on no parameter but that of its number, and there on its own place."""
-    stack = [value for value in values if value.params]
-    if any(value.params != {i} for i, value in enumerate(values) if value.params):
-        return False
+def _affine(slopes) -> bool:
+    """Whether each element of each slope is an affine function of the output at its own place, and of no other."""
+    stack = [(value, i, None) for i, value in enumerate(slopes)]  # a value, whose slope it is, and its axes' order
+    seen: set[Any] = set()
     while stack:
-        value = stack.pop()
-        operands = [operand for operand in value.operands if operand.params]
-        if value.producer is not None and operands:
-            same = all(operand.aval.size == value.aval.size for operand in operands)
-            if not (same and (is_elementwise(value.producer) or value.producer.primitive.name in VIEWS)):
-                return False
-        stack += operands
-    return True
-
-
-def _depends(values) -> bool:
-    """Whether values depend on parameters, x^0 (as older versions of JAX differentiate squares) not counted."""
-    seen: set[int] = set()
-    stack = [value for value in values if value.params]
-    while stack:
-        value = stack.pop()
-        eqn = value.producer
-        if id(value) in seen or (eqn is not None and eqn.primitive.name == "integer_pow" and eqn.params["y"] == 0):
+        value, i, order = stack.pop()
+        if not value.params or (id(value), i, order) in seen:
             continue
-        if not value.operands:
-            return True
-        seen.add(id(value))
-        stack += [operand for operand in value.operands if operand.params]
-    return False
-
-
-# ----------------------------------------------------------------------------------------------------- the damping
-
-
-class _SpectralNorms(Handler):
-    """Records |W^T W| of layers, by power iterations."""
-
-    def __init__(self, sites):
-        self.sites = sites
-
-    def layer(self, layer, op, w, b, x, frame):
-        if layer.site in self.sites:
-            frame.records[layer.site] = spectral_norm(layer, op.plain, w, POWER_ITERATIONS) ** 2
-        return op(w, x)
-
-
-def _readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Any]]:
-    """The layers that read each state, in a chain with one layer between two activations; `inputs` are states too."""
-    outputs = {id(a.output): a.site for a in graph.activations}
-    layers = {id(layer.output): layer for layer in graph.layers}
-
-    def above(start) -> tuple[set[str], list[Any]]:
-        sites: set[str] = set()
-        found: list[Any] = []
-        seen, stack = set(), [start]
-        while stack:
-            value = stack.pop()
-            if value is None or id(value) in seen:
-                continue
-            seen.add(id(value))
-            if id(value) in outputs:
-                sites.add(outputs[id(value)])
-            elif id(value) in layers:
-                found.append(layers[id(value)])
-            else:
-                stack += [*value.operands, *([value.source] if value.source is not None else [])]
-        return sites, found
-
-    readers: dict[str, list[Any]] = {a.site: [] for a in graph.activations}
-    for target in [*(a.source for a in graph.activations), *graph.outs[: graph.n_outputs]]:
-        sites, found = above(target)
-        below = [above(layer.operand) for layer in found]
-        if sites or len(found) != 1 or len(below[0][0]) > 1 or below[0][1]:
-            raise NotImplementedError(
-                "damping serves chains, in which one layer lies between two activations: this network has skip "
-                "connections, or layers without an activation between them"
-            )
-        for site in below[0][0] or inputs:
-            readers.setdefault(site, []).append(found[0])
-    if any(a.scope for a in graph.activations):
-        raise NotImplementedError("damping serves chains of layers: this network has activations inside a loop")
-    return readers
-
-
-def _check_projection(site: str, fn: Callable, x) -> None:
-    """Damping wants s = f(a) to be the nearest point to a of an interval: f = clip."""
-    try:
-        points, values = sampled(fn, x)
-    except jax.errors.JAXTypeError:
-        raise NotImplementedError(
-            f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot "
-            "be told whether damping serves it: write them as literals"
-        ) from None
-    if not np.allclose(values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3):
-        raise NotImplementedError(
-            f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an "
-            "interval (its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has "
-            "other fixed points elsewhere"
-        )
+        seen.add((id(value), i, order))
+        operands, eqn = [v for v in value.operands if v.params], value.producer
+        if not operands:
+            if value.params != {i} or order is not None:
+                return False
+            continue
+        name = eqn.primitive.name
+        if name == "integer_pow" and eqn.params["y"] == 0:
+            continue
+        linear = name in LINEAR and (name != "mul" or len(operands) == 1)
+        linear |= name == "integer_pow" and eqn.params["y"] == 1  # so do older versions of JAX differentiate squares
+        linear |= name == "div" and not value.operands[1].params
+        linear |= name == "select_n" and not value.operands[0].params
+        if name == "transpose":
+            order = eqn.params["permutation"] if order is None else tuple(eqn.params["permutation"][k] for k in order)
+            order = None if order == tuple(range(len(order))) else order
+        elif not (linear or (name in VIEWS and order is None and operands[0].aval.size == value.aval.size)):
+            return False
+        stack += [(operand, i, order) for operand in operands]
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------ the levels

@@ -11,7 +11,7 @@ import pytest
 
 import lrules
 from lrules.diagnostics import spectral_norm
-from lrules.rules.dual_propagation import POWER_ITERATIONS
+from lrules.rules.damping import POWER_ITERATIONS
 from tests import bridge
 from tests.reference import backprop, losses, nets
 from tests.reference import dual_propagation as reference
@@ -173,18 +173,50 @@ def norms(net, x):
     return estimates, exact
 
 
-@pytest.mark.parametrize("input_nudge", [None, 0.7])
+@pytest.mark.parametrize("pool,input_nudge", [("max", None), ("max", 0.7), ("average", 0.7)])
 @pytest.mark.parametrize("damping", ["spectral", "contracting"])
-def test_damping_by_power_iterations(damping, input_nudge):
-    net, x = conv(activation="relu")
+def test_damping_by_power_iterations(damping, pool, input_nudge):
+    net, x = conv(activation="relu", pool=pool)
     estimates, exact = norms(net, x)
     for estimate, norm in zip(estimates, exact, strict=True):
         assert 0.8 * norm < estimate <= norm * (1 + 1e-9)
+    estimates[0] *= input_nudge or 1
+    if pool == "average":  # of 2 x 2: the norm of (1, 1, 1, 1) / 4, squared, for what reads pooled states
+        estimates = [n / 4 if k and net[k - 1].pool else n for k, n in enumerate(estimates)]
     strengths = estimates if damping == "spectral" else [max(0, n - 1) / 2 for n in estimates]
     options = {"alpha": 0.0, "beta": 0.3, "adjoint": False, "iterations": 4, "input_nudge": input_nudge}
     want = expected(net, x, damping=strengths, **options)
     _, grads = computed(net, x, damping=damping, **options)
     bridge.close(grads.params, bridge.kernels_and_biases(want))
+
+
+def test_damping_knows_the_strengths_of_states_and_factors():
+    """Eq. 46: L_k holds beta_k / beta_{k+1}; and a factor counts as it does inside the weight."""
+    net, x = bridge.random_dense(np.random.default_rng(0), (4, 6, 7, 3), ["relu", "hard_tanh"], scale=1.5), None
+    x = np.random.default_rng(1).normal(size=(5, 4))
+    params, y = bridge.parameters(net), jnp.asarray(targets_of(net, x))
+    options = {"alpha": 1.0, "adjoint": False, "damping": "spectral", "iterations": 300}
+
+    def grads(apply, params, **more):
+        fn = lrules.value_and_grad(apply, half_squared, lrules.dual_propagation(**options, **more))
+        return jax.jit(fn)(params, NO_FEEDBACK, jnp.asarray(x), y)[1]
+
+    for more in ({"beta": {"relu": 3.0, "hard_tanh": 0.3}}, {"beta": 0.3, "input_nudge": 20.0},
+                 {"beta": 3.0, "output": "refreshed"}):  # fmt: skip
+        assert grads(bridge.apply_of(net), params, **more).report["residual"][-1] < 0.05
+
+    def factors(p, x):
+        h = 6 * jax.nn.relu(x @ p["a"]) / 2
+        return jax.nn.hard_tanh(-2 * (h @ p["b"])) @ p["c"]
+
+    w = {name: params[str(k)]["kernel"] for k, name in enumerate("abc")}
+    inside = grads(lambda p, x: jax.nn.hard_tanh(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"], w | {"b": -6 * w["b"]})
+    outside = grads(factors, w)
+    bridge.close(outside.params["a"], inside.params["a"])
+    np.testing.assert_allclose(outside.report["residual"], inside.report["residual"], atol=1e-9)
+    for between in (lambda h: h * jnp.arange(1.0, 8.0)[None], lambda h: h / jnp.sqrt(1 + jnp.square(h).mean())):
+        with pytest.raises(NotImplementedError, match="give damping= a number"):
+            grads(lambda p, x, f=between: jax.nn.relu(f(jax.nn.relu(x @ p["a"]) @ p["b"])) @ p["c"], w)
 
 
 def test_feedback_weights():
@@ -297,6 +329,42 @@ def residual_case():
 
 
 ALL_ORDERS = (*reference.ORDERS, "random")
+
+
+BEHIND = {
+    "stop_gradient": lambda p, h: jax.lax.stop_gradient(h) @ p["b"],
+    "a branch": lambda p, h: h @ p["b"] + jax.lax.stop_gradient(jax.nn.silu(h @ p["b"])),
+    "an index": lambda p, h: (h @ p["b"]) * jax.nn.one_hot(jnp.argmax(jnp.sin(h @ p["b"]), -1), 5),
+    "its own factor": lambda p, h: (lambda a: a * jax.lax.stop_gradient(jax.nn.sigmoid(a)))(h @ p["b"]),
+    "a surrogate": lambda p, h: (h + jax.lax.stop_gradient(jnp.round(h) - h)) @ p["b"],
+}
+
+
+@pytest.mark.parametrize("order", ALL_ORDERS)
+@pytest.mark.parametrize("name", BEHIND)
+def test_states_that_no_error_reaches(name, order):
+    """They stay as they come from below, and what reads them learns as ever."""
+    params, x, y = residual_case()
+    rng = {"rng": jax.random.key(0)} if order == "random" else {}
+    net = lambda p, x: jax.nn.softplus(BEHIND[name](p, jnp.tanh(x @ p["a"]))) @ p["c"][:, :2]  # noqa: E731
+    rule = lrules.dual_propagation(beta=1e-4, order=order, iterations=6)
+    fn = lrules.value_and_grad(net, half_squared, rule)
+    _, grads = jax.jit(fn)(params, NO_FEEDBACK, x, y, **rng)
+    bridge.close(grads.params, jax.grad(lambda p: half_squared(net(p, x), y).mean())(params), 1e-6)
+    assert grads.report["residual"][-1] < 1e-3
+
+
+def test_nudged_inputs_that_no_error_reaches():
+    params, x, y = residual_case()
+    net = lambda p, i: jnp.tanh(i["x"] @ p["a"]) @ p["f"] * jnp.where(i["mask"] > 0.5, 1.0, 0.0)  # noqa: E731
+    inputs = {"x": x, "mask": jnp.linspace(0, 1, 7)[:, None]}
+    _, grads = lrules.value_and_grad(net, half_squared, lrules.dual_propagation(beta=1e-4, input_nudge=1e-3))(
+        params, NO_FEEDBACK, inputs, y
+    )
+    bridge.close(grads.params, jax.grad(lambda p: half_squared(net(p, inputs), y).mean())(params), 1e-6)
+    with pytest.raises(ValueError, match="no input is a batch of floating-point numbers"):
+        f = lrules.transform(lambda p, i: p["a"][i], lrules.dual_propagation(input_nudge=1.0))
+        f(params, NO_FEEDBACK, jnp.asarray([0, 1]))
 
 
 @pytest.mark.parametrize("order", ALL_ORDERS)
@@ -495,6 +563,13 @@ def test_arguments_out_of_range():
         ({"feedback": "fa"}, "sequential rule"),
         ({"input_nudge": 0.0}, "leave it out"),
         ({"tolerance": -1.0}, "from 0 on"),
+        ({"alpha": "half"}, "in \\[0, 1\\]"),
+        ({"alpha": {"(": 0.5}}, "no regular expression"),
+        ({"beta": None}, "positive"),
+        ({"beta": float("inf")}, "positive"),
+        ({"adjoint": "no"}, "neither True nor False"),
+        ({"input_nudge": "a"}, "leave it out"),
+        ({"tolerance": "a"}, "from 0 on"),
     ]:
         with pytest.raises(ValueError, match=message):
             lrules.dual_propagation(**options)
@@ -522,6 +597,10 @@ def test_rules_that_cannot_bring_down_the_difference():
         lambda o, t: 0.5 * jnp.square(o.sum(-1) - t.sum(-1)),
         lambda o, t: jnp.einsum("bi,ij,bj->b", o - t, jnp.eye(3) + 0.1, o - t),
         lambda o, t: optax.huber_loss(o, t),
+        lambda o, t: jnp.abs(o - t),
+        lambda o, t: jnp.maximum(0, 1 - o * t).sum(-1),
+        lambda o, t: jnp.square(o - o[:, ::-1]),
+        lambda o, t: jnp.square(o[:3] - o[:3].T).sum() + 0 * t[:, 0],
     ],
 )
 def test_losses_that_have_no_closed_form(loss):
@@ -530,6 +609,28 @@ def test_losses_that_have_no_closed_form(loss):
     fn = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
     with pytest.raises(ValueError, match="squared errors of single outputs"):
         fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: 0.5 * jnp.square(o.T - t.T).sum(0),
+        jax.vmap(lambda o, t: 0.5 * jnp.sum((o.reshape(3, 1) - t.reshape(3, 1)) ** 2)),
+        lambda o, t: jnp.where(t < 9, 0.5 * (o - t) ** 2, 0).sum(-1),
+    ],
+)
+def test_squared_errors_in_other_words(loss):
+    net, x = dense()
+    options = {"alpha": 0.25, "beta": 0.3, "adjoint": False, "output": "squared_error"}
+    want = bridge.kernels_and_biases(expected(net, x, **options))
+
+    def grads(apply, loss):
+        fn = lrules.value_and_grad(apply, loss, lrules.dual_propagation(**options))
+        return fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))[1].params
+
+    apply = bridge.apply_of(net)
+    bridge.close(grads(apply, loss), want)
+    bridge.close(grads(lambda p, x: (apply(p, x), jnp.argmax(apply(p, x), -1)), lambda o, t: loss(o[0], t)), want)
 
 
 def test_losses_that_are_too_curved_show_it():
