@@ -150,6 +150,7 @@ class Value:
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     layer: Layer | None = None  # the layer whose output this is
+    split: frozenset = frozenset()  # mesh axes along which a shard_map of the network splits it
 
     @property
     def pure(self) -> bool:
@@ -628,9 +629,12 @@ class Analysis:
         body = eqn.params["jaxpr"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
-            dataclasses.replace(v, aval=aval, source=None, view=None, place=None, hidden=None, operands=(v,))
+            dataclasses.replace(
+                v, aval=aval, source=None, view=None, place=None, hidden=None, operands=(v,),
+                split=varying_axes(aval) - varying_axes(v.aval),
+            )
             for v, aval in zip(ins, avals, strict=True)
-        ]
+        ]  # fmt: skip
         checked = "shard_map" if eqn.params["check_vma"] else "shard_map unchecked"
         child, outs = self.walk(body, inner, (*block.scope, checked), block.loops, key)
         block.children[index] = [child]
@@ -686,12 +690,17 @@ def multiplication(eqn, ins: list[Value]):
 
 
 def _owned_axes(w: Value) -> frozenset:
-    """Mesh axes along which the parameter is split (not merely seen as varying)."""
-    axes, value = varying_axes(w.aval), w
-    while value.operands and value.producer is not None and len(value.operands) == 1:
-        value = value.operands[0]
-        axes &= varying_axes(value.aval)
-    return axes
+    """Mesh axes along which a `shard_map` of the network splits what the weight is made of."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    stack = [w]
+    while stack:
+        value = stack.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            found |= value.split
+            stack += value.operands
+    return frozenset(found) & varying_axes(w.aval)
 
 
 def _slice(value: Value, aval, key) -> Value:

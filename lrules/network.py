@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import linear_origins
 from lrules.analysis import (
@@ -489,7 +490,12 @@ class _Runner:
 def zeros_at(value: Value | None):
     """Zeros in the shape of a value, with the axes of the scans around it in front, as `Frame.inputs` wants them."""
     assert value is not None and value.place is not None
-    zeros = jnp.zeros((*(length for _, length in value.place[0].loops), *value.aval.shape), value.aval.dtype)
+    lengths = [length for _, length in value.place[0].loops]
+    zeros = jnp.zeros((*lengths, *value.aval.shape), value.aval.dtype)
+    sharding = value.aval.sharding
+    if any(sharding.spec):  # on a mesh with explicit axes
+        spec = PartitionSpec(*[None] * len(lengths), *sharding.spec)
+        zeros = jax.sharding.reshard(zeros, NamedSharding(sharding.mesh, spec))
     axes = tuple(sorted(varying_axes(value.aval)))
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 

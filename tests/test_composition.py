@@ -61,9 +61,49 @@ def test_sharded_batch(case):
     bridge.close(grads, reference, 1e-5)
 
 
+DP = lrules.dual_propagation
+EXPLICIT = RULES | {
+    "skipped_backprop": lrules.skipped_backprop(),
+    "adaptive": lrules.direct_feedback_alignment(adaptive=True),
+    "kolen_pollack": lrules.kolen_pollack(),
+    "random_target_projection": lrules.random_target_projection(),
+    "dual_propagation": DP(0.2, iterations=3, input_nudge=1.0),
+    "parallel": DP(iterations=4, order="parallel", tolerance=1e-3),
+    "squared_error": DP(adjoint=False, output="squared_error", feedback=lrules.feedback_alignment()),
+    "node_perturbation": lrules.node_perturbation(0.1),
+    "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "without_derivatives": lrules.without_derivatives(lrules.backprop()),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_explicit_mesh(name):
+    """Under `jax.set_mesh` with explicit axes, as `jax.make_mesh` gives them, in a scan over layers too."""
+
+    def net(p, x):
+        layer = lambda h, _: (jnp.tanh(h @ p["b"]) + h, None)  # noqa: E731
+        return jax.lax.scan(layer, mlp(p | {"c": p["b"]}, x), None, length=2)[0] @ p["c"]
+
+    rule, mesh = EXPLICIT[name], jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.enable_x64(True):
+        params, x, y = jax.tree.map(lambda v: v.astype(jnp.float64), (W, X, Y))
+        feedback = rule.init(jax.random.key(1), net, params, x)
+        rng = {"rng": jax.random.key(2)} if rule.stochastic else {}
+        step = jax.jit(lrules.value_and_grad(net, half_square, rule))
+        want = step(params, feedback, x, y, **rng)[1]
+        params, feedback = jax.device_put((params, feedback), NamedSharding(mesh, P()))
+        x, y = jax.device_put((x, y), NamedSharding(mesh, P("data")))
+        with jax.set_mesh(mesh):
+            got = step(params, feedback, x, y, **rng)[1]
+        bridge.close(jax.device_get(got._replace(report={})), want._replace(report={}), 1e-9)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(case, check_vma):
-    """Each device takes its share of the objective; the sum of the devices' gradients is that of the batch."""
+    """Each device takes its share of the objective; the sum of the devices' gradients is that of the batch.
+
+    `own`: the parameters are made each device's own, as is usual to get its own gradient, and the feedback is shared.
+    """
     name, rule, feedback, reference = case
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     if name.startswith("backman"):
@@ -72,17 +112,20 @@ def test_shard_map(case, check_vma):
                 _shard_map_gradient(rule, feedback, mesh, check_vma)
         rule = lrules.backman("gradient_norm" if "norm" in name else 1.0, axis_name="data")
     bridge.close(_shard_map_gradient(rule, feedback, mesh, check_vma), reference, 1e-5)
+    if check_vma:
+        bridge.close(_shard_map_gradient(rule, feedback, mesh, check_vma, own=True), reference, 1e-5)
 
 
-def _shard_map_gradient(rule, feedback, mesh, check_vma):
+def _shard_map_gradient(rule, feedback, mesh, check_vma, own=False):
     f = lrules.transform(mlp, rule)
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
     )
     def gradient(params, feedback, x, y):
+        params = jax.tree.map(lambda p: jax.lax.pcast(p, "data", to="varying"), params) if own else params
         grads = jax.grad(lambda p: half_square(f(p, feedback, x), y).sum() / len(X))(params)
-        return grads if check_vma else jax.lax.psum(grads, "data")
+        return grads if check_vma and not own else jax.lax.psum(grads, "data")
 
     return jax.jit(gradient)(W, feedback, X, Y)
 

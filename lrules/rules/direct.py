@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.rule import Initializer, Rule
+from lrules.rule import Initializer, Rule, as_initializer, require_flags
 
 
 def project(e, b):
@@ -22,8 +22,11 @@ def project(e, b):
 
 
 def correlate(e, h, b):
-    """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`."""
-    return jnp.tensordot(e.astype(b.dtype), h, axes=(0, 0))
+    """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`, summed.
+
+    As the transpose of `project`, in which JAX itself sees to a batch that lies on several devices.
+    """
+    return jax.vjp(lambda b: project(e, b), b)[1](h)[0]
 
 
 def direct_feedback_alignment(
@@ -58,16 +61,19 @@ def direct_feedback_alignment(
       The rule. One feedback weight `[outputs, *hidden shape]` per hidden signal (`lrules.describe` lists them).
 
     Raises:
-      ValueError: at `init` or use: the feedback would exceed `max_feedback_bytes`, a batch axis cannot be told, or a
-        hidden signal has nothing that corresponds to a shared axis.
+      TypeError: `init` is no function that returns an array.
+      ValueError: an option is not of the kind described; at `init` or use: `init` draws another shape or whole numbers,
+        the feedback would exceed `max_feedback_bytes`, a batch axis cannot be told, or a hidden signal has nothing that
+        corresponds to a shared axis.
 
     References:
       Nokland: Direct feedback alignment provides learning in deep neural networks (2016).
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2, 3.
     """
+    require_flags(adaptive=adaptive)
     return direct(
         lambda e, b, targets, name: project(e, b),
-        init=init or jax.nn.initializers.glorot_normal(),
+        init=as_initializer(init),
         learn=correlate if adaptive else None,
         at=at,
         shared_axes=shared_axes,

@@ -22,6 +22,7 @@ Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = ri
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +30,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import Hidden, varying_axes
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Direct, Plan, Sequential, make_plan
-from lrules.rule import Feedback, Gradients, Initializer, Rule, at_least_float32, check_params, mean_loss
-from lrules.rules.direct import project
-from lrules.running import direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
+from lrules.rule import (
+    Feedback,
+    Gradients,
+    Initializer,
+    Rule,
+    as_initializer,
+    at_least_float32,
+    check_params,
+    is_number,
+    mean_loss,
+    require_flags,
+)
+from lrules.rules.direct import correlate, project
+from lrules.running import as_gradient, direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
 
 SOLVERS = ("sgd", "rls")
 
@@ -64,7 +76,9 @@ def node_perturbation(
       std: the standard deviation of the noise.
       direct: bring the output error straight to every hidden signal, as direct feedback alignment does; else through
         every layer, as feedback alignment.
-      solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything).
+      solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything). Under
+        `jit` with a sharded batch, and under `shard_map`, they are those of all devices' examples; not so under `pmap`
+        or with `check_vma=False`.
       init: the initializer of the feedback weights, as in `feedback_alignment` and `direct_feedback_alignment`;
         default `jax.nn.initializers.glorot_normal()`.
       noise: `(key, shape, dtype)` -> numbers of mean 0 and variance 1, such as `jax.random.rademacher`.
@@ -75,7 +89,9 @@ def node_perturbation(
       The rule; it needs `rng=` and `lrules.value_and_grad`.
 
     Raises:
-      ValueError: an argument is out of range; under `lrules.transform`, as the rule needs the loss.
+      ValueError: an argument is out of range; under `lrules.transform`, as the rule needs the loss; at use: the noise
+        is of another shape than asked for.
+      TypeError: `init` or `noise` is no function.
       NotImplementedError: at use: a hidden signal lies inside a `cond` or `shard_map` of the network, its batch axis
         cannot be told, or `"rls"` meets a layer that is not dense.
 
@@ -83,13 +99,16 @@ def node_perturbation(
       Lansdell, Prakash, Kording: Learning to solve the credit assignment problem (2019), sections 2 and 3, Eq. 1 to 5,
       9, 11; Theorems 1 and 2, Corollary 1.
     """
-    if not std > 0:
+    if not (is_number(std) and 0 < std < math.inf):
         raise ValueError(f"std={std!r} is the standard deviation of the noise: give a positive number")
+    require_flags(direct=direct)
     if solver not in SOLVERS:
         raise ValueError(f'solver={solver!r} is neither "sgd" nor "rls"')
-    if not ridge > 0:
+    if not (is_number(ridge) and 0 < ridge < math.inf):
         raise ValueError(f"ridge={ridge!r} keeps the least squares solvable: give a positive number")
-    draw = init or jax.nn.initializers.glorot_normal()
+    if not callable(noise):
+        raise TypeError(f"noise= is a {type(noise).__name__}: give a function (key, shape, dtype) -> array")
+    draw = as_initializer(init)
     learned = solver == "sgd"
     if direct:
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
@@ -226,7 +245,7 @@ class _Experiment:
         if not feedback.learned:
             for site, layer in taught.items():
                 d = jnp.moveaxis(arriving[f"{site} output"], next(iter(layer.output_axes.values())), -1)
-                statistics[layer.name] = _covariance(n * d)
+                statistics[layer.name] = as_gradient(_covariance(n * d), weights[layer.name])
         return head, grads, db, statistics
 
     def direct(self, params, feedback, inputs, targets, rng):
@@ -245,14 +264,14 @@ class _Experiment:
         weights = {**feedback.fixed, **feedback.learned}
 
         def learn(e, estimate, b):
-            return jnp.tensordot(e.T.astype(b.dtype), n * project(e, b) - estimate, axes=1)
+            return correlate(e, n * project(e, b) - estimate, b)
 
         db, statistics = {}, {}
         for name, landing in plan.landings.items():
             e = sent_error(plan, landing.spec, output_error(plan, errors), weights)
             taught = dataclasses.replace(landing, spec=dataclasses.replace(landing.spec, learn=learn))
-            db[name] = direct_feedback_gradient(taught, e, lambdas[name], weights[name])
-            statistics[name] = _covariance(n * e)
+            db[name] = as_gradient(direct_feedback_gradient(taught, e, lambdas[name], weights[name]), weights[name])
+            statistics[name] = as_gradient(_covariance(n * e), weights[name])
         head = (value, *out) if net.has_aux else (value, out)
         return head, grads, db, statistics
 
@@ -260,7 +279,7 @@ class _Experiment:
 def _covariance(d):
     """sum d d^T over all but the last axis."""
     d = d.reshape(-1, d.shape[-1]).astype(at_least_float32(d.dtype))
-    return d.T @ d
+    return correlate(d, d, jnp.zeros((d.shape[1], d.shape[1]), d.dtype))
 
 
 def _per_example(numbers, axis: BatchAxis, hidden: Hidden):
@@ -290,6 +309,11 @@ class _Noise(Handler):
         for axis in sorted(varying_axes(jax.typeof(value))):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
+        if jnp.shape(xi) != value.shape:
+            raise ValueError(
+                f"node_perturbation: noise(key, {value.shape}, dtype) gave the shape {jnp.shape(xi)} at the hidden "
+                f"signal {hidden.name!r}: each of its numbers needs a draw of its own"
+            )
         return value + self.std * xi
 
 
@@ -346,7 +370,10 @@ class _Rows:
             if layer.reads is None:
                 continue
             dense = layer.operation == "dot_general" and len(layer.weight.aval.shape) == 2
-            whole = layer.parameters == (layer.name,) and layer.weight.producer is None and not layer.scope
+            weight = layer.weight
+            while weight.producer is not None and weight.producer.primitive.name in SAME_SHAPE_VIEWS:
+                (weight,) = weight.operands
+            whole = layer.parameters == (layer.name,) and weight.producer is None and not layer.scope
             if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):
                 raise NotImplementedError(
                     'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal '

@@ -14,6 +14,8 @@ from tests import bridge
 from tests.reference import losses, nets
 from tests.reference import node_perturbation as reference
 
+KEY = jax.random.key(0)
+
 
 @pytest.fixture(autouse=True)
 def double_precision():
@@ -336,6 +338,30 @@ def test_modifiers_and_aux():
     bridge.close(grads.feedback["2/kernel"], plain.feedback["2/kernel"])  # what reaches the top is not modified yet
 
 
+@pytest.mark.parametrize("solver", ["sgd", "rls"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_shard_map(direct, solver):
+    """Feedback that all devices share learns from the examples of all of them."""
+    net, _ = dense()
+    x = np.random.default_rng(2).normal(size=(8, 4))
+    apply, params, y = bridge.apply_of(net), bridge.parameters(net), jnp.asarray(targets_of(net, x))
+    noise = lambda key, shape, dtype: jnp.broadcast_to(jnp.cos(jnp.arange(shape[-1], dtype=dtype)), shape)  # noqa: E731
+    rule = lrules.node_perturbation(0.1, direct, solver, noise=noise)
+    feedback = rule.init(KEY, apply, params, jnp.asarray(x))
+    step = lrules.value_and_grad(apply, half_squared, rule)
+    spec, mesh = jax.sharding.PartitionSpec, jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shared(x, y):
+        _, grads = step(params, feedback, x, y, rng=KEY)
+        return grads.params, grads.feedback, grads.state
+
+    specs = {"in_specs": (spec("data"), spec("data")), "out_specs": spec()}
+    *sums, state = jax.jit(jax.shard_map(shared, mesh=mesh, **specs))(jnp.asarray(x), y)
+    _, grads = step(params, feedback, jnp.asarray(x), y, rng=KEY)
+    bridge.close(jax.tree.map(lambda g: g / 4, sums), [grads.params, grads.feedback])
+    bridge.close(state, grads.state)
+
+
 # ----------------------------------------------------------------------------------------------------- refusals
 
 
@@ -344,10 +370,19 @@ def test_refusals():
         ({"std": 0.0}, "positive"),
         ({"std": 1.0, "solver": "adam"}, '"sgd" nor "rls"'),
         ({"std": 1.0, "ridge": 0.0}, "positive"),
+        ({"std": None}, "positive"),
+        ({"std": float("inf")}, "positive"),
+        ({"std": 1.0, "ridge": "a"}, "positive"),
+        ({"std": 1.0, "direct": "yes"}, "neither True nor False"),
+        ({"std": 1.0, "noise": 3}, "give a function"),
+        ({"std": 1.0, "init": 3}, "give a function"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             lrules.node_perturbation(**options)
     net, x = conv()
+    with pytest.raises(ValueError, match="a draw of its own"):
+        rule = lrules.node_perturbation(0.1, noise=lambda key, shape, dtype: jnp.ones((), dtype))
+        run(net, x, rule, rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x), KEY)
     with pytest.raises(ValueError, match="value_and_grad"):
         lrules.transform(bridge.apply_of(net), lrules.node_perturbation(0.1))
     with pytest.raises(NotImplementedError, match="dense layers"):
