@@ -25,15 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import refuse_doubts
 from lrules.analysis import varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network
 from lrules.plan import Sequential
-from lrules.rule import Rule, at_least_float32, require_rule
+from lrules.rule import Rule, at_least_float32, is_number, mesh_axes, require_rule
 
 AxisName = str | Sequence[str] | None
+LEVELS = 2**12  # powers of two below one, of which no float holds as many
 
 
 # ------------------------------------------------------------------------------------------------------ the error
@@ -47,13 +49,18 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
     Args:
       rule: the rule to modify.
       fn: `(signal, name, rng) -> signal` of the same shape. `signal` is of the shape of the hidden tensor where it is
-        defined, the batch included, on the scale of the per-example sum and in float32 at least; `name` is the hidden
-        signal's; `rng` a key of its own (None unless `stochastic`).
+        defined, the batch included, in float32 at least and on the scale of the per-example sum (around BackMAN, whose
+        `additive` is False: the cotangent as it stands); `name` is the hidden signal's; `rng` a key of its own (None
+        unless `stochastic`).
       stochastic: whether `fn` needs `rng`; the rule then asks for `rng=` at every step.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does.
 
     Returns:
       The modified rule.
+
+    Raises:
+      TypeError: `fn` is no function, or `axis_name` no names.
+      ValueError: at use: `fn` returns no array of the signal's shape.
 
     Example:
       >>> import lrules
@@ -78,7 +85,7 @@ def quantize_error(
 
     At hidden signals it is quantised before it goes further down, so that the differences add up in sequential rules,
     while the last layer keeps its true gradient. At the outputs the whole channel starts from the quantised error, the
-    last layer included.
+    last layer included. The error is that of the per-example sum; around BackMAN the cotangent as it stands.
 
     Args:
       rule: the rule to modify.
@@ -157,11 +164,13 @@ def drop_error(rule: Rule, rate: float) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 6.1.
     """
-    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+    if not is_number(rate) or not 0 <= rate < 1:
         raise ValueError(f"rate={rate!r} is the probability with which errors are dropped: give a number in [0, 1)")
 
     def drop(signal, name, rng):
-        return jnp.where(_kept(rng, signal.shape, rate), signal / (1 - rate), jnp.zeros_like(signal))
+        kept, sharding = _kept(rng, signal.shape, rate), jax.typeof(signal).sharding
+        kept = jax.sharding.reshard(kept, sharding) if any(sharding.spec) else kept  # a mesh with explicit axes
+        return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
 
     return modify_error(rule, drop, stochastic=True)
 
@@ -200,10 +209,12 @@ class _AtHidden(Handler):
         def backward(key, error):
             rng = None if key is None else jax.random.wrap_key_data(key)
             new = fn(_scaled(error, scale), name, rng)
-            if new.shape != error.shape:
+            shape = getattr(new, "shape", None)
+            if shape != error.shape:
+                made = f"a {type(new).__name__}" if shape is None else f"a signal of shape {shape}"
                 raise ValueError(
-                    f"modify_error: the function made a signal of shape {new.shape} of one of shape {error.shape} at "
-                    f"the hidden signal {name!r}: it has to keep the shape"
+                    f"modify_error: the function made {made} of a signal of shape {error.shape} at the hidden signal "
+                    f"{name!r}: it has to return an array and to keep the shape"
                 )
             return (new / scale).astype(error.dtype), None
 
@@ -224,6 +235,7 @@ def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
     """The rule, sent a function of the output error."""
 
     require_rule(rule)
+    mesh_axes(axis_name)
 
     def mark(outputs, scale):
         @jax.custom_vjp
@@ -377,8 +389,8 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     statistic of the whole batch (as BatchNorm's scale in some models) has no update per example and keeps its gradient,
     as does a parameter that joins the data otherwise, by concatenation. Learned sequential feedback, whose update is
     the same product, is quantised too. Examples are taken one by one: the memory does not grow with batch times
-    parameters, the time does. Of BackMAN, c times the example's gradient is quantised, with c from the unquantised
-    gradient of the batch.
+    parameters, the time does; on a mesh with explicit axes, every device takes all examples. Of BackMAN, c times the
+    example's gradient is quantised, as it stands, with c from the unquantised gradient of the batch.
 
     Args:
       rule: the rule to modify.
@@ -522,9 +534,19 @@ def _nothing(x):
 
 
 def _to_front(x, axis: BatchAxis):
-    """`[batch, ..., before, after, ...]` of `[..., before * batch * after, ...]`."""
+    """`[batch, ..., before, after, ...]` of `[..., before * batch * after, ...]`, whole on every device."""
+    x = _whole(x, axis.axis)
     x = x.reshape(*x.shape[: axis.axis], axis.before, -1, axis.after, *x.shape[axis.axis + 1 :])
     return jnp.moveaxis(x, axis.axis + 1, 0)
+
+
+def _whole(x, axis: int):
+    """The array, not split over explicit mesh axes along this one: loops run over nothing that is."""
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return x
+    spec = PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def _one(x, axis: BatchAxis):
@@ -563,7 +585,7 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
     wide = jnp.asarray(x)
     wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
     mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
-    exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - bits, 0)
+    exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
     level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
     return (jnp.sign(wide) * level).astype(jnp.result_type(x))
 
@@ -579,8 +601,8 @@ def _root_half(dtype) -> Any:
 def _check_quantizer(bits: int, scale: float) -> None:
     if isinstance(bits, bool) or not (isinstance(bits, int) and bits >= 1):
         raise ValueError(f"bits={bits!r} is no number of bits: give a whole number from 1 on")
-    if not scale > 0:
-        raise ValueError(f"scale={scale!r} is the largest magnitude of a quantised number: give a positive one")
+    if not is_number(scale) or not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale!r} is the largest magnitude of a quantised number: give a positive, finite one")
 
 
 # ------------------------------------------------------------------------------------------------- making modifiers
@@ -601,6 +623,7 @@ def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName
 def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
     """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
     require_rule(rule)
+    mesh_axes(axis_name)
 
     def serve(net, inner, reduction):
         def f(params, feedback, inputs, *targets, rng=None):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from lrules.network import Graph, as_network
 from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
-from lrules.rule import Feedback, Initializer, Rule, check_params, grad_of_transform
+from lrules.rule import Feedback, Initializer, Rule, check_params, grad_of_transform, require_flags
 from lrules.running import run_plan
 
 
@@ -89,6 +89,7 @@ def sequential(
       ...     return dw, 0.5 * dx, None
       >>> halved = sequential(backward)
     """
+    require_flags(learned=learned, redrawn=redrawn, whole_batch=whole_batch)
     if redrawn and learned:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learned=")
     spec = Sequential(backward, init, learned, redrawn, whole_batch, gain)
@@ -132,20 +133,44 @@ def direct(
 
     Returns:
       The rule.
+
+    Raises:
+      ValueError: `at`, `shared_axes`, `rank` or `max_feedback_bytes` is not of the kind described.
+      TypeError: `init` is no function that returns an array.
     """
-    where = None if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    require_flags(redrawn=redrawn, targets=targets)
+    several = isinstance(at, Iterable) and not isinstance(at, str)
+    where: tuple[Any, ...] | None = None if at is None else tuple(at) if several else (at,)
     if where == ():
         raise ValueError("at= names no place for feedback to land: name some, or leave it out for every hidden signal")
     for pattern in where or ():
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"at={pattern!r} is no regular expression: {error}") from None
-    if rank is not None and not (isinstance(rank, int) and rank >= 1):
-        raise ValueError(f"rank={rank} is no number of directions to send: give an integer of at least 1, or None")
-    axes = [shared_axes] if isinstance(shared_axes, int) else list(shared_axes)
-    pairs = tuple((a, None) if isinstance(a, int) else (a[0], a[1]) for a in axes)
+    if rank is not None and not (_is_whole(rank) and rank >= 1):
+        raise ValueError(f"rank={rank!r} is no number of directions to send: give an integer of at least 1, or None")
+    if rank is not None and init is None:
+        raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
-    spec = Direct(signal, init, learn, redrawn, where, pairs, rank, channel, targets, max_feedback_bytes)
+    spec = Direct(signal, init, learn, redrawn, where, _pairs(shared_axes), rank, channel, targets, max_feedback_bytes)
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
+
+
+def _pairs(shared_axes) -> tuple[tuple[int, int | None], ...]:
+    """`shared_axes=` as pairs of an axis of the outputs and one of the hidden signals, None where none is given."""
+    axes = [shared_axes] if _is_whole(shared_axes) else shared_axes
+    pairs = [(a, None) if _is_whole(a) else a for a in axes] if isinstance(axes, Sequence) else [axes]
+    for pair in pairs:
+        given = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair,)
+        if not all(_is_whole(a) or a is None for a in given) or given[0] is None:
+            raise ValueError(
+                f"shared_axes={shared_axes!r} names no axes of the outputs: give 1, (1, 2), or pairs [(axis of the "
+                "outputs, axis of the hidden signals)]"
+            )
+    return tuple((out, within) for out, within in pairs)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

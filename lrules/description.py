@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lrules.analysis import Hidden, Layer
+from lrules.batch import doubled, find_batch_axis
 from lrules.network import Graph, Network, as_network
 from lrules.plan import Direct, Plain, Sequential
 from lrules.rule import Pytree, Rule
@@ -20,7 +21,8 @@ class Description(NamedTuple):
     Attributes:
       layers: a row per layer: name, operation, weight shape, what the rule does, the hidden signal read, and the
         feedbacks that reach the layer.
-      hidden: a row per hidden signal: name, shape without the batch, shape of its feedback, bytes.
+      hidden: a row per hidden signal: name, shape without the batch (with it where it cannot be told), shape of its
+        feedback, bytes.
       activations: names of the activations found.
       feedback_bytes: of all feedback weights.
     """
@@ -78,16 +80,15 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
             }
         )
     hidden = []
-    for h in graph.hidden:
+    for h, shape in zip(graph.hidden, _shapes(net, graph, params, inputs), strict=True):
         landing = landings.get(h.name)
         if h.mark and landing is None:
             continue
-        shape = landing.axis.rest(h.reader.aval.shape) if landing and landing.axis else h.reader.aval.shape
         has = landing is not None and landing.spec.init is not None
         hidden.append(
             {
                 "hidden signal": h.name,
-                "shape": tuple(shape),
+                "shape": shape,
                 "feedback": landing.axes_named() if has and landing else "-",
                 "bytes": landing.nbytes if has and landing else 0,
             }
@@ -97,6 +98,18 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
         for shape, dtype, _ in plan.feedback_shapes().values():
             total += math.prod(shape) * jnp.dtype(dtype).itemsize
     return Description(layers, hidden, [a.site for a in graph.activations], total)
+
+
+def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[tuple[int, ...]]:
+    """The shapes of the hidden signals, without the batch where it can be told."""
+    shapes = [tuple(h.reader.aval.shape) for h in graph.hidden]
+    try:
+        batch, twice = net.batch_size(inputs), doubled(net, params, inputs, graph)
+    except ValueError:  # there is no batch, or another one makes another network
+        return shapes
+    others = [h.reader for h in twice.hidden] if twice else [None] * len(shapes)
+    axes = [find_batch_axis(h.reader, other, batch) for h, other in zip(graph.hidden, others, strict=True)]
+    return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 
 
 def _treatment(spec, layer: Layer, plan) -> str:

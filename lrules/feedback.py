@@ -8,12 +8,25 @@ machine: random backpropagation and the deep learning channel (2018), sections 3
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from lrules.rule import Initializer
+from lrules.rule import Initializer, as_initializer, draw
+
+
+def _around(init: Initializer | None, change: Callable) -> Initializer:
+    """`change(inner, key)` in place of `inner(key)`, what another initialiser draws."""
+    inner = as_initializer(init)
+
+    @functools.wraps(inner)  # its signature too: it gets the weight if the other one asks for that
+    def changed(key, shape, dtype=jnp.float32, **weight):
+        return change(lambda k: draw(inner, k, shape, dtype, **weight), key)
+
+    return changed
 
 
 def sparse(n: float, rescale: bool = False) -> Initializer:
@@ -70,12 +83,12 @@ def shifted(mean: float, init: Initializer | None = None) -> Initializer:
     References:
       Baldi, Sadowski, Lu (2018), section 4.2, observation 3.
     """
-    inner = init or jax.nn.initializers.glorot_normal()
 
-    def shifted_init(key, shape, dtype=jnp.float32):
-        return inner(key, shape, dtype) + jnp.asarray(mean, dtype)
+    def change(inner, key):
+        drawn = inner(key)
+        return drawn + jnp.asarray(mean, drawn.dtype)
 
-    return shifted_init
+    return _around(init, change)
 
 
 def absolute(init: Initializer | None = None) -> Initializer:
@@ -87,12 +100,7 @@ def absolute(init: Initializer | None = None) -> Initializer:
     References:
       Lechner: Learning representations for binary-classification without backpropagation (2020), section 3.
     """
-    inner = init or jax.nn.initializers.glorot_normal()
-
-    def absolute_init(key, shape, dtype=jnp.float32):
-        return jnp.abs(inner(key, shape, dtype))
-
-    return absolute_init
+    return _around(init, lambda inner, key: jnp.abs(inner(key)))
 
 
 def congruent(init: Initializer | None = None) -> Initializer:
@@ -112,7 +120,7 @@ def congruent(init: Initializer | None = None) -> Initializer:
     References:
       Baldi, Sadowski, Lu (2018), section 3.
     """
-    inner = init or jax.nn.initializers.glorot_normal()
+    inner = as_initializer(init)
 
     def congruent_init(key, shape, dtype=jnp.float32, weight=None):
         if weight is None:
@@ -120,7 +128,7 @@ def congruent(init: Initializer | None = None) -> Initializer:
                 "congruent feedback takes the signs of the layer's own weight, which direct feedback does not stand "
                 "for: use a sequential rule, such as feedback_alignment(init=congruent())"
             )
-        return jnp.abs(inner(key, shape, dtype)) * jnp.sign(weight).astype(dtype)
+        return jnp.abs(draw(inner, key, shape, dtype)) * jnp.sign(weight).astype(dtype)
 
     return congruent_init
 
@@ -135,11 +143,6 @@ def averaged(n: int, init: Initializer | None = None) -> Initializer:
     References:
       Baldi, Sadowski, Lu (2018), sections 3 and 6.1.
     """
-    inner = init or jax.nn.initializers.glorot_normal()
-    if not (isinstance(n, int) and n >= 1):
+    if isinstance(n, bool) or not (isinstance(n, int) and n >= 1):
         raise ValueError(f"averaged(n={n!r}): give a whole number of draws, one or more")
-
-    def averaged_init(key, shape, dtype=jnp.float32):
-        return jax.vmap(lambda k: inner(k, shape, dtype))(jax.random.split(key, n)).mean(0)
-
-    return averaged_init
+    return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))

@@ -24,7 +24,7 @@ from lrules.activations import sampled
 from lrules.feedback import absolute
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Entry, Sequential, layer_entries
-from lrules.rule import Initializer
+from lrules.rule import Initializer, is_number
 
 Pytree = Any
 BOUND = 1e-6
@@ -44,16 +44,22 @@ def uniform(low: float = 1e-3, high: float | None = None) -> Initializer:
       high: the upper bound; by default 1 / sqrt(fan_in).
 
     Raises:
-      ValueError: the lower bound is not positive, or not below the upper one.
+      ValueError: the lower bound is not positive, or not below the upper one; at use, too.
 
     References:
       Lechner (2020), section 4.
     """
-    if not 0 < low or (high is not None and not low < high):
+    top = math.inf if high is None else high
+    if not (is_number(low) and is_number(top) and 0 < low < top):
         raise ValueError(f"uniform(low={low}, high={high}): weights of a mono-net need 0 < low < high")
 
     def init(key, shape, dtype=jnp.float32):
-        top = high if high is not None else max(1 / math.sqrt(math.prod(shape[:-1])), low)
+        top = high if high is not None else 1 / math.sqrt(math.prod(shape[:-1]))
+        if not low < top:
+            raise ValueError(
+                f"uniform(low={low}): a layer of fan-in {math.prod(shape[:-1])} draws weights up to 1 / sqrt(fan_in) = "
+                f"{top:.3g}, so give a lower bound below that, or high="
+            )
         return jax.random.uniform(key, shape, dtype, low, top)
 
     return init
@@ -75,6 +81,10 @@ def absolute_normal(init: Initializer | None = None) -> Initializer:
 
 def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytree:
     """Which parameters a mono-net constrains: the weights of all layers but the first.
+
+    A parameter is constrained or free as a whole. In a scan over layers whose first iteration reads the data, all
+    slices of the scanned weight are constrained, the first among them: give the first layer a weight of its own to
+    leave it free.
 
     Args:
       net: the network.
@@ -124,7 +134,7 @@ def initialize(key, net: Network | Callable, params: Pytree, inputs: Pytree, ini
     net = as_network(net)
     graph = net.graph(params, inputs)
     leaves, tree = jax.tree.flatten(params)
-    for index, entry in _weights(graph, init or absolute_normal()).items():
+    for index, entry in _weights(graph, absolute_normal() if init is None else init).items():
         k = jax.random.fold_in(key, zlib.crc32(graph.names[index].encode()) & 0x7FFFFFFF)
         leaves[index] = entry.draw(k, leaves[index])
     return jax.tree.unflatten(tree, leaves)
@@ -141,7 +151,8 @@ def constrain(
 
     W <- max(W + dW, bound)
 
-    Chain it after any optimizer, last: it changes the updates so that the weights come out as said.
+    Chain it after any optimizer, last: it changes the updates so that the weights come out as said. Of a weight that is
+    scanned over layers, all slices are lifted (see `constrained`).
 
     Args:
       net, params, inputs: the network and what it takes, to tell which layers are not the first; `ShapeDtypeStruct`s
@@ -152,7 +163,8 @@ def constrain(
       An optax transformation; its `update` needs `params`.
 
     Raises:
-      ValueError: the bound is negative, or at use, `params` is missing.
+      ValueError: the bound is no number from 0 on, a first layer has its weight in common with another layer, or at
+        use, `params` is missing.
 
     Example:
       >>> apply = lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"]
@@ -166,10 +178,8 @@ def constrain(
     References:
       Lechner (2020), section 4.
     """
-    if bound < 0:
-        raise ValueError(
-            f"bound={bound} lets weights of a mono-net become negative: give zero or a small positive number"
-        )
+    if not (is_number(bound) and 0 <= bound < math.inf):
+        raise ValueError(f"bound={bound!r} does not keep weights at or above 0: give zero or a small positive number")
     mask = constrained(net, params, inputs)
 
     def init(params):
@@ -286,10 +296,20 @@ def from_sigmoid(first: Any, first_bias: Any, second: Any, second_bias: Any) -> 
       The same four of the mono-net `tanh(x @ first + first_bias) @ second + second_bias`, with 2 N hidden units and
       `second >= 0`.
 
+    Raises:
+      ValueError: the shapes do not go together.
+
     References:
       Lechner (2020), Theorem 3 (A.1), where the halves of w and b are missing: sigma(x) = (1 + tanh(x / 2)) / 2.
     """
     first, first_bias, second, second_bias = map(jnp.asarray, (first, first_bias, second, second_bias))
+    shapes = [a.shape for a in (first, first_bias, second, second_bias)]
+    matrices = first.ndim == second.ndim == 2 and first.shape[1] == second.shape[0]
+    if not matrices or shapes[1::2] != [first.shape[1:], second.shape[1:]]:
+        raise ValueError(
+            f"from_sigmoid: arrays of shapes {', '.join(map(str, shapes))} make no net with one hidden layer: give "
+            "[inputs, N], [N], [N, outputs] and [outputs]"
+        )
     return (
         jnp.concatenate([first, -first], axis=1) / 2,
         jnp.concatenate([first_bias, -first_bias]) / 2,

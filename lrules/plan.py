@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from lrules.analysis import Hidden, Layer
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Network
-from lrules.rule import Feedback, Initializer, Pytree
+from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
 
 # ---------------------------------------------------------------------------------------------- what happens at a layer
 
@@ -50,6 +50,9 @@ class Sequential:
     redrawn: bool = False
     whole_batch: bool = False
     gain: Callable[..., Any] | None = None
+
+    def __post_init__(self):
+        as_initializer(self.init)  # which refuses what cannot be called
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +84,11 @@ class Direct:
     channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
     max_feedback_bytes: int = 2**30
+
+    def __post_init__(self):
+        as_initializer(self.init)
+        if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
+            raise ValueError(f"max_feedback_bytes={self.max_feedback_bytes!r} is no number of bytes: give one, or inf")
 
     @property
     def lands(self) -> bool:
@@ -156,16 +164,17 @@ class Entry:
         assert init is not None
         count = math.prod(sizes[0])
         order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
+        weights = None
         if "weight" in inspect.signature(init).parameters:
             weights = jax.lax.stop_gradient(jnp.transpose(weight, order)).reshape(count, *shape)
-            draw = lambda k, w: init(k, shape, self.dtype, weight=w)  # noqa: E731
-        else:
-            weights = None
-            draw = lambda k, _: init(k, shape, self.dtype)  # noqa: E731
+
+        def one(k, w):
+            return draw(init, k, shape, self.dtype, **({} if w is None else {"weight": w}))
+
         if self.sliced:
-            drawn = jax.vmap(draw)(jax.random.split(key, count), weights)
+            drawn = jax.vmap(one)(jax.random.split(key, count), weights)
         else:
-            drawn = draw(key, None if weights is None else weights[0])
+            drawn = one(key, None if weights is None else weights[0])
         inverse = [order.index(i) for i in range(len(order))]
         return drawn.reshape([self.shape[i] for i in order]).transpose(inverse)
 
@@ -211,7 +220,7 @@ class Plan:
             elif name in self.landings:
                 drawn = _draw_direct(self.landings[name], k)
             else:
-                drawn = self.reduced[name][0].init(k, shape[::-1], dtype).T  # type: ignore[misc]
+                drawn = draw(self.reduced[name][0].init, k, shape[::-1], dtype).T  # type: ignore[arg-type]
             (learned if is_learned else fixed)[name] = drawn
         return Feedback(fixed, learned)
 
@@ -245,12 +254,13 @@ def _draw_direct(landing: Landing, key) -> jax.Array:
     n = len(landing.lengths)
     outputs, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
 
-    def draw(k):
-        return landing.spec.init(k, (size, outputs), landing.dtype).T.reshape(landing.shape[n:])  # type: ignore[misc]
+    def one(k):
+        drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
+        return drawn.T.reshape(landing.shape[n:])
 
     if not n:
-        return draw(key)
-    return jax.vmap(draw)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
+        return one(key)
+    return jax.vmap(one)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
 
 
 # ------------------------------------------------------------------------------------------------------ making a plan

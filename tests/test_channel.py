@@ -11,6 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrules
@@ -80,6 +81,14 @@ def test_quantizer_on_any_float(x, bits):
     assert float(quantize(jnp.float32(x), bits, 0.125)) == integer_reference(x, bits, 0.125)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_more_bits_than_floats_have_change_nothing(dtype):
+    with jax.enable_x64(True):
+        x = jnp.asarray([0.1, -1e-30, float(jnp.finfo(dtype).tiny), 3.0, 0.0], dtype)
+        for bits in (2**31, 2**32, 2**40, 2**63):
+            np.testing.assert_array_equal(quantize(x, bits, 0.125), quantize(x, 1500, 0.125))
+
+
 def test_quantizer_in_low_precision_and_at_nan():
     x = jnp.asarray([0.1, -0.01, 0.0, 3.0], jnp.bfloat16)
     got = quantize(x, 4, 0.125)
@@ -95,6 +104,12 @@ def test_quantizer_in_low_precision_and_at_nan():
         (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale=0.0"),
         (lambda r: lrules.quantize_error(r, 3, at="input"), 'neither "hidden" nor "output"'),
         (lambda r: lrules.quantize_update(r, True), "bits=True"),
+        (lambda r: lrules.quantize_error(r, "3"), "bits='3'"),
+        (lambda r: lrules.quantize_error(r, 3, scale=math.inf), "scale=inf"),
+        (lambda r: lrules.quantize_error(r, 3, scale=math.nan), "scale=nan"),
+        (lambda r: lrules.quantize_update(r, 3, scale=True), "scale=True"),
+        (lambda r: lrules.quantize_update(r, 3, scale="1"), "scale='1'"),
+        (lambda r: lrules.drop_error(r, False), "rate=False"),
         (lambda r: lrules.drop_error(r, 1.0), "rate=1.0"),
         (lambda r: lrules.drop_error(r, "half"), "rate='half'"),
         (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
@@ -112,6 +127,8 @@ def test_refusals(make_rule, match):
         (lambda: lrules.quantize_error(lrules.backprop, 2, at="output"), "call its factory first"),
         (lambda: lrules.modify_error(lrules.backprop(), None), "fn=None is no function"),
         (lambda: lrules.replace_derivative(lrules.backprop(), 1.0), "g=1.0 is no function"),
+        (lambda: lrules.sign_error(lrules.backprop(), axis_name=3), "axis_name=3 names no mesh axes"),
+        (lambda: lrules.quantize_error(lrules.backprop(), 2, at="output", axis_name=[1]), "names no mesh axes"),
     ],
 )
 def test_what_is_no_rule_and_no_function(make_rule, match):
@@ -121,9 +138,14 @@ def test_what_is_no_rule_and_no_function(make_rule, match):
 
 def test_functions_have_to_keep_the_shape():
     net, x, e = make("shallow")
-    rule = lrules.modify_error(lrules.backprop(), lambda signal, name, rng: signal[:1])
-    with pytest.raises(ValueError, match="has to keep the shape"):
-        pull(net, rule, NONE, x, e)
+    for fn, made in {
+        lambda s: s[:1]: r"a signal of shape \(1, 6\)",
+        lambda s: None: "a NoneType",
+        lambda s: 0.0: "a float",
+    }.items():
+        rule = lrules.modify_error(lrules.backprop(), lambda signal, name, rng, fn=fn: fn(signal))
+        with pytest.raises(ValueError, match=f"made {made} of a signal .* an array and to keep the shape"):
+            pull(net, rule, NONE, x, e)
     with pytest.raises(ValueError, match="made .. of a pre-activation .* it has to be elementwise"):
         pull(net, lrules.replace_derivative(lrules.backprop(), lambda z: z.sum()), NONE, x, e)
 
@@ -553,6 +575,31 @@ def test_shard_map(modify):
                 mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(),
             )  # fmt: skip
             bridge.close(jax.jit(sharded)(params, x, y), gradients(params, x, y))
+
+
+@pytest.mark.parametrize("modify", [lrules.drop_error, lrules.quantize_update])
+@pytest.mark.parametrize("steps", [(), (3,)])
+def test_explicit_mesh(modify, steps):
+    """A batch that is split over explicit mesh axes, as those of `jax.make_mesh` are by default."""
+    keys = jax.random.split(KEY, 5)
+    params = {"a": jax.random.normal(keys[0], (3, 4)), "b": jax.random.normal(keys[1], (4, 4))}
+    params |= {"c": jax.random.normal(keys[2], (4, 2)), "bias": jnp.ones(4)}
+    x, y = jax.random.normal(keys[3], (8, *steps, 3)), jax.random.normal(keys[4], (8, *steps, 2))
+
+    def apply(p, x):
+        h = jnp.tanh(x @ p["a"] + p["bias"].reshape((1,) * (x.ndim - 1) + (4,)))
+        h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, jnp.stack([p["b"]] * 2))[0]
+        return h @ p["c"]
+
+    rule = modify(lrules.feedback_alignment(), *((0.3,) if modify is lrules.drop_error else (3,)))
+    feedback = rule.init(KEY, apply, params, x)
+    step = jax.jit(lrules.value_and_grad(apply, lambda y, t: ((y - t) ** 2).sum(-1), rule))
+    rng = {"rng": KEY} if rule.stochastic else {}
+    wanted = step(params, feedback, x, y, **rng)[1].params
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = (jax.device_put(v, NamedSharding(mesh, P("data"))) for v in (x, y))
+        bridge.close(step(params, feedback, *split, **rng)[1].params, wanted, 1e-5)
 
 
 def test_drops_differ_between_devices():

@@ -59,6 +59,27 @@ def test_congruent():
     np.testing.assert_array_equal(np.abs(drawn)[1:], np.abs(jax.nn.initializers.glorot_normal()(KEY, (20, 30)))[1:])
 
 
+WRAPPERS = {
+    "shifted": lambda init: feedback.shifted(0.1, init),
+    "absolute": feedback.absolute,
+    "averaged": lambda init: feedback.averaged(3, init),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_congruent_inside_another(name):
+    """The forward weight reaches it, also where a loop runs over the layers; a direct rule has none to give."""
+    apply = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["a"], p["b"])[0]  # noqa: E731
+    b = jax.random.normal(KEY, (3, 50, 50))
+    params, x, init = {"a": jnp.ones((3, 50)), "b": b}, jnp.ones((1, 3)), WRAPPERS[name](feedback.congruent())
+    drawn = np.asarray(lrules.feedback_alignment(init).init(KEY, apply, params, x).fixed["b"])
+    signs = {"shifted": np.sign(drawn - np.float32(0.1)), "absolute": np.ones_like(drawn)}.get(name, np.sign(drawn))
+    np.testing.assert_array_equal(signs, np.ones_like(drawn) if name == "absolute" else np.sign(b))
+    assert np.all(drawn > 0) == (name == "absolute")
+    with pytest.raises(ValueError, match="direct feedback does not stand for: use a sequential rule"):
+        lrules.direct_feedback_alignment(init).init(KEY, apply, params, x)
+
+
 @pytest.mark.parametrize(
     "init",
     [feedback.sparse(2), feedback.sparse(2, True), feedback.binary(), feedback.shifted(1.0), feedback.averaged(3)],

@@ -79,6 +79,24 @@ def test_from_sigmoid():
         np.testing.assert_allclose(np.tanh(x @ a + b) @ c + d, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "shapes", [((4, 7), 6, (7, 2), 2), ((4, 7), 7, (6, 2), 2), ((4, 7), 7, (7, 2), 3), (7, 7, (7, 2), 2)]
+)
+def test_from_sigmoid_of_shapes_that_do_not_go_together(shapes):
+    with pytest.raises(ValueError, match="make no net with one hidden layer: give"):
+        monotone.from_sigmoid(*map(np.zeros, shapes))
+
+
+def test_a_first_layer_that_is_a_slice_of_a_scanned_weight():
+    """A parameter is constrained as a whole."""
+    apply = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0] @ p["out"]  # noqa: E731
+    params, x = {"w": -jnp.ones((3, 4, 4)), "out": jnp.ones((4, 1))}, jnp.ones((2, 4))
+    assert monotone.constrained(apply, params, x) == {"w": True, "out": True}
+    positive = monotone.constrain(apply, params, x)
+    updates, _ = positive.update(jax.tree.map(jnp.zeros_like, params), positive.init(params), params)
+    assert (optax.apply_updates(params, updates)["w"] > 0).all()
+
+
 def nets_of_a_kind(kind):
     """A network, parameters and inputs; which parameters are constrained."""
     if kind != "embedding":
@@ -237,8 +255,11 @@ def test_refusals():
         monotone.check(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], good, x)
     with pytest.raises(ValueError, match="low < high"):
         monotone.uniform(0.0)
-    with pytest.raises(ValueError, match="bound=-1"):
-        monotone.constrain(apply, params, x, bound=-1)
+    with pytest.raises(ValueError, match=r"uniform\(low=0.5\): a layer of fan-in 4 .* = 0.5, so give a lower bound"):
+        monotone.uniform(0.5)(jax.random.key(0), (4, 3))
+    for bound in (-1, np.nan, np.inf, True, "1"):
+        with pytest.raises(ValueError, match=f"bound={bound!r}"):
+            monotone.constrain(apply, params, x, bound=bound)
     constraint = monotone.constrain(apply, params, x)
     with pytest.raises(ValueError, match="needs the parameters"):
         constraint.update(params, constraint.init(params))

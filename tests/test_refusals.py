@@ -240,8 +240,13 @@ def test_nowhere_to_land():
 
 
 def test_options():
-    with pytest.raises(ValueError, match='neither a number nor "gradient_norm"'):
-        lrules.backman("norm")
+    for alpha in ("norm", "1", None, True, -1, float("nan"), float("inf"), jnp.ones(2)):
+        with pytest.raises(ValueError, match='neither a number nor "gradient_norm"'):
+            lrules.backman(alpha)
+    lrules.backman(jnp.float32(0.5))
+    jax.jit(lambda alpha: lrules.transform(mlp, lrules.backman(alpha))(W, NONE, X))(0.5)
+    with pytest.raises(TypeError, match='axis_name=3 names no mesh axes: give "data"'):
+        lrules.backman(axis_name=3)
     with pytest.raises(ValueError, match='neither "mean" nor "sum"'):
         lrules.transform(mlp, FA, reduction="none")
     with pytest.raises(ValueError, match="at='nothing' matches no hidden signal.*'b', 'c'"):
@@ -250,7 +255,81 @@ def test_options():
         FA.init(KEY, lrules.Network(mlp, has_aux=True), W, X)
 
 
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"shared_axes": [(1, 1, 1)]}, r"shared_axes=\[\(1, 1, 1\)\] names no axes of the outputs: give 1"),
+        ({"shared_axes": "1"}, "shared_axes='1' names no axes"),
+        ({"shared_axes": 1.5}, "shared_axes=1.5 names no axes"),
+        ({"shared_axes": True}, "shared_axes=True names no axes"),
+        ({"shared_axes": None}, "shared_axes=None names no axes"),
+        ({"shared_axes": [(1, "2")]}, "names no axes"),
+        ({"max_feedback_bytes": None}, "max_feedback_bytes=None is no number of bytes"),
+        ({"max_feedback_bytes": "1G"}, "max_feedback_bytes='1G' is no number of bytes"),
+        ({"max_feedback_bytes": float("nan")}, "max_feedback_bytes=nan"),
+        ({"at": 3}, "at=3 is no regular expression"),
+        ({"at": ["b", None]}, "at=None is no regular expression"),
+        ({"at": "("}, r"at='\(' is no regular expression"),
+        ({"rank": True}, "rank=True is no number of directions"),
+        ({"rank": "2"}, "rank='2' is no number of directions"),
+        ({"adaptive": "yes"}, "adaptive='yes' is neither True nor False"),
+    ],
+)
+def test_options_of_direct_rules(option, match):
+    with pytest.raises(ValueError, match=match):
+        lrules.direct_feedback_alignment(**option)
+
+
+def test_a_rank_without_feedback_weights():
+    with pytest.raises(ValueError, match="rank=2 makes feedback weights .* init= draws"):
+        lrules.direct(lambda e, b, targets, name: e, rank=2)
+
+
+def test_options_that_are_flags():
+    with pytest.raises(ValueError, match="adaptive=1 is neither True nor False"):
+        lrules.feedback_alignment(adaptive=1)
+    with pytest.raises(ValueError, match="learned='no' is neither"):
+        lrules.sequential(lambda *_: None, learned="no")
+
+
+GLOROT = jax.nn.initializers.glorot_normal()
+RULES_WITH_INIT = {
+    "feedback_alignment": lrules.feedback_alignment,
+    "direct": lrules.direct_feedback_alignment,
+    "rank": lambda init: lrules.direct_feedback_alignment(init, rank=2),
+    "monotone": lrules.monotone_dfa,
+    "kolen_pollack": lrules.kolen_pollack,
+    "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init),
+    "targets": lrules.random_target_projection,
+    "sequential": lambda init: lrules.sequential(lambda *_: None, init=init),
+    "own direct": lambda init: lrules.direct(lambda *_: None, init=init),
+    "shifted": lambda init: lrules.feedback_alignment(lrules.feedback.shifted(0.1, init)),
+    "congruent": lambda init: lrules.feedback_alignment(lrules.feedback.congruent(init)),
+}
+
+
+@pytest.mark.parametrize(
+    ("init", "error", "match"),
+    [
+        ("glorot", TypeError, "init= is a str, not an initializer: give a function"),
+        (jnp.ones((6, 6)), TypeError, "init= is a .*Array.*, not an initializer: give a function"),
+        (jax.nn.initializers.glorot_normal, TypeError, "init= made a function in place of .*: call its factory first"),
+        (lambda key, shape, dtype: None, TypeError, "init= made a NoneType in place of an array of shape"),
+        (lambda key, shape, dtype: GLOROT(key, (2, 2), dtype), ValueError, r"made an array of shape \(2, 2\) and"),
+        (lambda key, shape, dtype: jnp.ones(shape, int), ValueError, "dtype int32 in place of one of shape .* float32"),
+    ],
+)
+@pytest.mark.parametrize("name", RULES_WITH_INIT)
+def test_what_is_no_initializer(name, init, error, match):
+    with pytest.raises(error, match=match):
+        RULES_WITH_INIT[name](init).init(KEY, mlp, W, X)
+
+
 def test_partition():
+    with pytest.raises(TypeError, match="partition wants a dict of rules, not a list: give {pattern: rule, ...}"):
+        lrules.partition([(".*", FA)])
+    with pytest.raises(ValueError, match="3 is no regular expression"):
+        lrules.partition({3: FA})
     with pytest.raises(ValueError, match="'d' matches no layer; the layers are 'a', 'b', 'c'"):
         lrules.partition({"d": FA, ".*": FA}).init(KEY, mlp, W, X)
     with pytest.raises(ValueError, match="'b' is shadowed"):
@@ -467,8 +546,9 @@ def test_one_parameter_under_two_rules():
     refused(crossed, "'u'", "two rules", rule=rule, error=ValueError, params=params)
 
 
+@pytest.mark.parametrize("factor", [None, 2.0])
 @pytest.mark.parametrize(("check_vma", "weight", "words"), [(False, P(), "check_vma=True"), (True, P("d"), "split")])
-def test_backman_inside_a_shard_map_of_the_network(check_vma, weight, words):
+def test_backman_inside_a_shard_map_of_the_network(check_vma, weight, words, factor):
     """It needs the gradient of the whole batch: refused where the mesh hides it, or where the weight is split."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     data = P(None, "d") if weight == P("d") else P("d")
@@ -479,7 +559,7 @@ def test_backman_inside_a_shard_map_of_the_network(check_vma, weight, words):
 
         out = P() if weight == P("d") else P("d")
         mapped = jax.shard_map(inner, mesh=mesh, in_specs=(weight, data), out_specs=out, check_vma=check_vma)
-        return jnp.tanh(mapped(p["b"], H(p, x))) @ p["c"]
+        return jnp.tanh(mapped(factor * p["b"] if factor else p["b"], H(p, x))) @ p["c"]
 
     refused(apply, "'b'", words, "partition", rule=BACKMAN)
     FA.init(KEY, apply, W, X)
@@ -501,3 +581,11 @@ def test_describe_says_where_nothing_arrives():
     assert [row["reached by"] for row in rows] == ["(nothing)", "(nothing)", "output"]
     text = str(lrules.describe(mlp, FA, W, X))
     assert "activations: tanh, tanh#2" in text and "feedback: 216 bytes" in text
+
+
+def test_describe_leaves_the_batch_out_under_every_rule():
+    mixed = lrules.partition({"b": FA, ".*": DFA})
+    for rule in (FA, DFA, mixed, lrules.backprop()):
+        assert [row["shape"] for row in lrules.describe(mlp, rule, W, X).hidden] == [(6,), (6,)]
+    one = lrules.Network(mlp, batch_axes=None)  # there is none that it could leave out
+    assert [row["shape"] for row in lrules.describe(one, FA, W, X).hidden] == [(4, 6), (4, 6)]

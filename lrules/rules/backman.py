@@ -13,6 +13,7 @@ norm of the layer, and c is 0 if that is zero too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from lrules.analysis import varying_axes
 from lrules.constructors import sequential
-from lrules.rule import Rule, at_least_float32
+from lrules.rule import Rule, at_least_float32, is_number, mesh_axes
 
 DEAD = 1e-15
 
@@ -44,16 +45,18 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
       The rule; it needs no feedback.
 
     Raises:
-      ValueError: alpha is neither a number nor `"gradient_norm"`; or at use, the batch is spread over mesh axes that
-        `axis_name` does not name.
+      ValueError: alpha is neither a finite number from 0 on nor `"gradient_norm"`; or at use, the batch is spread over
+        mesh axes that `axis_name` does not name.
+      TypeError: `axis_name` is no name and no names.
 
     References:
       Soltani Moakhar et al.: Seeking next layer neurons' attention for error-backpropagation-like training in a
       multi-agent network framework, sections 3.2 and A.2, Eq. 5 to 9 and 14 to 20.
     """
-    if isinstance(alpha, str) and alpha != "gradient_norm":
-        raise ValueError(f'alpha={alpha!r} is neither a number nor "gradient_norm"')
-    outer = () if axis_name is None else ((axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+    named = isinstance(alpha, str) and alpha == "gradient_norm"
+    if not named and not (is_number(alpha) and (isinstance(alpha, jax.core.Tracer) or 0 <= alpha < math.inf)):
+        raise ValueError(f'alpha={alpha!r} is neither a number nor "gradient_norm": give that, or a number from 0 on')
+    outer = mesh_axes(axis_name)
 
     def coefficients(raw, d, layer):
         axes = _device_axes(layer, raw, outer)
@@ -67,7 +70,7 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         norm = jnp.where(norm < DEAD, norm.mean(), norm)
         alive = norm > 0
         c = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
-        if alpha == "gradient_norm":
+        if named:
             size = whole(_squares(d.astype(wide), raw.ndim, layer))
             total, scaled = size.sum(), (size * c * c).sum()
             return c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)

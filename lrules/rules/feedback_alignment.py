@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 
 from lrules.constructors import sequential
-from lrules.rule import Initializer, Rule
+from lrules.rule import Initializer, Rule, as_initializer, require_flags
 
 
 def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:
@@ -27,6 +27,10 @@ def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) 
     Returns:
       The rule. One feedback weight per parameter matrix of a layer that reads a hidden signal, of its shape.
 
+    Raises:
+      TypeError: `init` is no function that returns an array.
+      ValueError: `adaptive` is neither True nor False; at `init`, the initializer draws another shape or whole numbers.
+
     Example:
       >>> import jax.numpy as jnp
       >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
@@ -38,10 +42,11 @@ def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) 
       Lillicrap, Cownden, Tweed, Akerman: Random feedback weights support learning in deep neural networks (2014).
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2, 3.
     """
+    require_flags(adaptive=adaptive)
 
     def backward(op, w, b, x, d, layer):
         (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
         return dw, dx, dw if adaptive else None
 
-    return sequential(backward, init=init or jax.nn.initializers.glorot_normal(), learned=adaptive)
+    return sequential(backward, init=as_initializer(init), learned=adaptive)

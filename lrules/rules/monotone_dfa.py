@@ -6,8 +6,6 @@ one output, the update of every example then agrees in sign with its gradient (T
 
 from __future__ import annotations
 
-import jax
-
 from lrules.feedback import absolute
 from lrules.rule import Initializer, Rule
 from lrules.rules.direct import direct_feedback_alignment
@@ -35,5 +33,4 @@ def monotone_dfa(init: Initializer | None = None, *, max_feedback_bytes: int = 2
     References:
       Lechner: Learning representations for binary-classification without backpropagation (2020), section 3.
     """
-    drawn = absolute(init or jax.nn.initializers.glorot_normal())
-    return direct_feedback_alignment(drawn, max_feedback_bytes=max_feedback_bytes)
+    return direct_feedback_alignment(absolute(init), max_feedback_bytes=max_feedback_bytes)

@@ -25,6 +25,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
       The rule.
 
     Raises:
+      TypeError: `rules` is no dict.
       ValueError: a rule cannot be said layer by layer; or at `init` or use, an expression matches no layer, a layer
         matches none, or the rules of one hidden signal disagree.
 
@@ -32,12 +33,14 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
       >>> from lrules import backprop, feedback_alignment
       >>> rule = partition({"head": backprop(), ".*": feedback_alignment()})
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"partition wants a dict of rules, not a {type(rules).__name__}: give {{pattern: rule, ...}}")
     if not rules:
         raise ValueError("partition got no rules: give at least {'.*': rule}")
     for pattern, rule in rules.items():
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         if not isinstance(rule, Rule):
             raise ValueError(f"partition[{pattern!r}] is a {type(rule).__name__}, not a rule: call its factory first")

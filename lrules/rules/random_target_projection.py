@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.rule import Initializer, Rule
+from lrules.rule import Initializer, Rule, as_initializer
 from lrules.rules.direct import project
 
 
@@ -42,7 +42,7 @@ def random_target_projection(init: Initializer | None = None) -> Rule:
     def signal(e, b, targets, name):
         return project(-_as_outputs(targets, e), b) / e.shape[0]
 
-    return direct(signal, init=init or jax.nn.initializers.glorot_normal(), targets=True)
+    return direct(signal, init=as_initializer(init), targets=True)
 
 
 def _as_outputs(targets, e):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
-from lrules.rule import Initializer, Rule
+from lrules.rule import Initializer, Rule, as_initializer
 
 MAGNITUDES = ("unit", "random", "fixed")
 
@@ -42,8 +42,7 @@ def sign_symmetry(magnitude: str = "unit", init: Initializer | None = None) -> R
         if init is not None:
             raise ValueError('magnitude="unit" draws nothing: leave out init=, or choose "random" or "fixed"')
         return sequential(_backward)
-    init = init or jax.nn.initializers.glorot_normal()
-    return sequential(_backward, init=init, redrawn=magnitude == "random")
+    return sequential(_backward, init=as_initializer(init), redrawn=magnitude == "random")
 
 
 def _backward(op, w, b, x, d, layer):
