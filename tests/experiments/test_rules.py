@@ -24,7 +24,7 @@ def test_every_factory_without_a_required_argument_is_found():
         "backprop()",
         " backman( alpha = 0.5 ) ",
         "backman(0.5)",
-        'partition({"layers/0": backman(alpha=-0.5), ".*": backprop})',
+        'partition({"layers/1": feedback_alignment(init=shifted(-0.5)), ".*": backprop})',
         "feedback_alignment(init=normal(0.1))",
         "feedback_alignment(init=zeros)",
         "feedback_alignment(init=orthogonal)",
