@@ -6,8 +6,8 @@ primitive: gelu is one activation, not the tanh inside it. Factors and terms bef
 0.1 * tanh(z / 2) is treated as 0.1 * relu(z / 2) is, unless they may belong to a formula: 1 / (1 + exp(-z)). A lone
 exp, log, root, power or quotient is none (softmax, exp(logvar / 2)), nor is what normalisations do to means and
 variances. What may be meant as an activation and is none by these rules, a square that a layer reads (as it is, scaled,
-normalised or added to something) or a maximum of two values, is kept as a `Doubt`, which rules that need activations
-refuse; `activation` and `not_activation` settle it.
+normalised or added to something), a maximum of two values, or a bent function of whole rows with a derivative of its
+own, is kept as a `Doubt`, which rules that need activations refuse; `activation` and `not_activation` settle it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor", "i
 NOT_ALONE = {"exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "square", "div", "mul"}
 OF_STATISTICS = NOT_ALONE | COMPARISONS | {"max", "min", "clamp", "select_n", "abs", "sign"}  # normalisations
 PASSING = {"reduce_window_sum", "concatenate", "pad", "slice", "name", "scan"}
-STOP = "stop_gradient"  # no region goes through it, as what is behind it has no part in the derivative
+STOP = "stop_gradient"  # no region goes through it but to a comparison: what is behind it has no part in the derivative
 VIEWS = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"}
 NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_tanh", "hard_sigmoid", "hard_silu",
          "hard_swish", "leaky_relu", "softplus", "soft_sign", "mish", "squareplus", "sparse_plus", "sparse_sigmoid",
@@ -163,19 +163,25 @@ def call_name(eqn) -> str:
     return str(eqn.params.get("name", ""))
 
 
-def is_elementwise(eqn) -> bool:
-    """Whether an equation acts on each element alone (a call: whether all its equations do)."""
-    if eqn.primitive.name in LINEAR or eqn.primitive.name in NONLINEAR:
+def is_elementwise(eqn, opaque: bool = False) -> bool:
+    """Whether an equation acts on each element alone (a call: whether all its equations do).
+
+    Inside an `opaque` call, whose derivative is its own or which is marked, there may be a `stop_gradient`.
+    """
+    name = eqn.primitive.name
+    if name in LINEAR or name in NONLINEAR or (opaque and name == STOP):
         return True
     body = call_body(eqn)
-    if body is None or len(eqn.outvars) != 1 or not all(map(_pointwise, body.eqns)):
+    if body is None or len(eqn.outvars) != 1:
         return False
-    return bool(body.eqns) or call_name(eqn).startswith(MARK)
+    marked = call_name(eqn).startswith(MARK)
+    opaque = opaque or marked or name in OWN_DERIVATIVE
+    return all(_pointwise(inner, opaque) for inner in body.eqns) and (bool(body.eqns) or marked)
 
 
-def _pointwise(eqn) -> bool:
+def _pointwise(eqn, opaque: bool) -> bool:
     scalar_broadcast = eqn.primitive.name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ()
-    return scalar_broadcast or is_elementwise(eqn)
+    return scalar_broadcast or is_elementwise(eqn, opaque)
 
 
 def is_atom(eqn, ins) -> bool:
@@ -209,7 +215,8 @@ def _origins(values) -> set[int]:
             continue
         seen.add(id(value))
         eqn = value.producer
-        if eqn is not None and is_elementwise(eqn) and all(v.both or _plain(v) for v in value.operands):
+        followed = eqn is not None and (is_elementwise(eqn) or eqn.primitive.name == STOP)
+        if followed and all(v.both or _plain(v) for v in value.operands):
             stack += [v for v in value.operands if v.both]
         else:
             found.add(id(value))
@@ -269,7 +276,8 @@ def _nonlinear(eqn, value) -> list[str]:
 
 
 def _inner(eqn) -> list[str]:
-    return [p for e in call_body(eqn).eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])]
+    eqns = getattr(call_body(eqn), "eqns", ())
+    return [p for e in eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])]
 
 
 def _is_literal(atom) -> bool:
@@ -291,8 +299,12 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
                 users.setdefault(v, set()).add(index)
 
     candidates: dict[int, list[Any]] = {}  # the operands of elementwise equations that depend on parameters and data
+    def compared(eqn) -> bool:
+        asks = [i >= 0 and eqns[i].primitive.name in COMPARISONS for i in users.get(eqn.outvars[0], {-1})]
+        return eqn.primitive.name == STOP and all(asks)
+
     for index, eqn in enumerate(eqns):
-        if not is_elementwise(eqn) or len(eqn.outvars) != 1 or not value(eqn.outvars[0]).both:
+        if len(eqn.outvars) != 1 or not value(eqn.outvars[0]).both or not (is_elementwise(eqn) or compared(eqn)):
             continue
         operands = [v for v in eqn.invars if value(v).both]
         others = [v for v in eqn.invars if not value(v).both]
@@ -354,7 +366,7 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
         Doubt(eqn.primitive.name)
         for index, eqn in enumerate(eqns)
         if index not in inside and index not in {i for indices in groups.values() for i in indices}
-        and len(eqn.outvars) == 1 and value(eqn.outvars[0]).both and _bends(eqn, value)
+        and len(eqn.outvars) == 1 and value(eqn.outvars[0]).both and (_bends(eqn, value) or _hides(eqn))
     ]  # fmt: skip
     return sorted(found, key=lambda region: region.indices[-1]), doubts
 
@@ -409,6 +421,12 @@ def _region(block, start, indices) -> Region | Doubt | None:
     free = (v for e in eqns for v in e.invars if not _is_literal(v) and v is not start and v not in produced)
     name = calls[0].removeprefix(MARK) if calls else ALIASES.get(primitives, primitives)
     return Region(name, start, out, tuple(dict.fromkeys(free)), eqns, indices)
+
+
+def _hides(eqn) -> bool:
+    """Whether a function with a derivative of its own, of more than one element, holds what may be an activation."""
+    bodies = eqn.primitive.name in OWN_DERIVATIVE and not is_elementwise(eqn) and call_body(eqn) is not None
+    return bool(bodies) and bool(set(_inner(eqn)) & (NONLINEAR - OF_STATISTICS))
 
 
 def _bends(eqn, value) -> bool:

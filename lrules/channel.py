@@ -32,7 +32,7 @@ from lrules.analysis import varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network
 from lrules.plan import Sequential
-from lrules.rule import Rule, at_least_float32, is_number, mesh_axes, require_rule
+from lrules.rule import Rule, at_least_float32, is_number, is_whole, mesh_axes, require_rule
 
 AxisName = str | Sequence[str] | None
 LEVELS = 2**12  # powers of two below one, of which no float holds as many
@@ -599,7 +599,7 @@ def _root_half(dtype) -> Any:
 
 
 def _check_quantizer(bits: int, scale: float) -> None:
-    if isinstance(bits, bool) or not (isinstance(bits, int) and bits >= 1):
+    if not (is_whole(bits) and bits >= 1):
         raise ValueError(f"bits={bits!r} is no number of bits: give a whole number from 1 on")
     if not is_number(scale) or not 0 < scale < math.inf:
         raise ValueError(f"scale={scale!r} is the largest magnitude of a quantised number: give a positive, finite one")

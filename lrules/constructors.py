@@ -10,7 +10,7 @@ import jax
 
 from lrules.network import Graph, as_network
 from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
-from lrules.rule import Feedback, Initializer, Rule, check_params, grad_of_transform, require_flags
+from lrules.rule import Feedback, Initializer, Rule, check_params, grad_of_transform, is_whole, require_flags
 from lrules.running import run_plan
 
 
@@ -148,7 +148,7 @@ def direct(
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(f"at={pattern!r} is no regular expression: {error}") from None
-    if rank is not None and not (_is_whole(rank) and rank >= 1):
+    if rank is not None and not (is_whole(rank) and rank >= 1):
         raise ValueError(f"rank={rank!r} is no number of directions to send: give an integer of at least 1, or None")
     if rank is not None and init is None:
         raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
@@ -160,17 +160,13 @@ def direct(
 
 def _pairs(shared_axes) -> tuple[tuple[int, int | None], ...]:
     """`shared_axes=` as pairs of an axis of the outputs and one of the hidden signals, None where none is given."""
-    axes = [shared_axes] if _is_whole(shared_axes) else shared_axes
-    pairs = [(a, None) if _is_whole(a) else a for a in axes] if isinstance(axes, Sequence) else [axes]
+    several = isinstance(shared_axes, Iterable) and not isinstance(shared_axes, str)
+    pairs = [(a, None) if is_whole(a) else a for a in (tuple(shared_axes) if several else (shared_axes,))]
     for pair in pairs:
         given = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair,)
-        if not all(_is_whole(a) or a is None for a in given) or given[0] is None:
+        if not all(is_whole(a) or a is None for a in given) or given[0] is None:
             raise ValueError(
                 f"shared_axes={shared_axes!r} names no axes of the outputs: give 1, (1, 2), or pairs [(axis of the "
                 "outputs, axis of the hidden signals)]"
             )
     return tuple((out, within) for out, within in pairs)
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lrules.rule import Initializer, as_initializer, draw
+from lrules.rule import Initializer, as_initializer, draw, is_whole
 
 
 def _around(init: Initializer | None, change: Callable) -> Initializer:
@@ -143,6 +143,6 @@ def averaged(n: int, init: Initializer | None = None) -> Initializer:
     References:
       Baldi, Sadowski, Lu (2018), sections 3 and 6.1.
     """
-    if isinstance(n, bool) or not (isinstance(n, int) and n >= 1):
+    if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged(n={n!r}): give a whole number of draws, one or more")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))

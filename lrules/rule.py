@@ -219,6 +219,11 @@ def is_number(value) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_whole(value) -> TypeGuard[int]:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def as_initializer(init) -> Initializer:
     """The initializer, or `jax.nn.initializers.glorot_normal()` if it is None.
 

@@ -29,6 +29,22 @@ def kinked(x):
 kinked.defjvp(lambda primals, tangents: (kinked(*primals), tangents[0]))
 
 
+@jax.custom_vjp
+def stopped_spike(x):
+    return jax.lax.stop_gradient(jnp.sign(x)) * 1.0
+
+
+stopped_spike.defvjp(lambda x: (stopped_spike(x), x), lambda x, g: (g / (1 + x * x),))
+
+
+@jax.custom_jvp
+def centred_tanh(x):
+    return jnp.tanh(x - x.mean(-1, keepdims=True))
+
+
+centred_tanh.defjvp(lambda primals, tangents: (centred_tanh(*primals), tangents[0]))
+
+
 FOUND = {
     "relu": (nn.relu, "relu"),
     "relu6": (nn.relu6, "relu6"),
@@ -59,6 +75,9 @@ FOUND = {
     "sin": (jnp.sin, "sin"),
     "custom_jvp": (kinked, "kinked"),
     "custom_vjp": (spike, "spike"),
+    "custom_vjp that stops": (stopped_spike, "stopped_spike"),
+    "comparison that stops": (lambda x: jnp.where(jax.lax.stop_gradient(x) > 0, x, 0), "gt_select_n"),
+    "marked, stops": (lrules.activation(lambda x: x + jax.lax.stop_gradient(jnp.sign(x) - x)), "lambda"),
     "jit": (jax.jit(lambda x: jnp.where(x > 0, x, 0.01 * x)), "gt_select_n"),
     "remat": (jax.checkpoint(nn.gelu), "gelu"),
     "vmap": (jax.vmap(nn.relu), "relu"),
@@ -78,6 +97,8 @@ SEVERAL = {
     "chained": (lambda x: (t := jnp.tanh(x)) + jnp.sin(t) * t.mean(), ["tanh", "sin"]),
     "glu's gate": (lambda x: jnp.repeat(nn.glu(x), 2, 1), ["sigmoid"]),
     "geglu": (jax.jit(lambda x: jax.jit(lambda a, b: nn.gelu(a) * b)(x, x[:, ::-1])), ["gelu"]),
+    "straight through": (lambda x: (t := jnp.tanh(x)) + jax.lax.stop_gradient(jnp.round(t) - t), ["tanh", "round"]),
+    "its own factor": (lambda x: x * jax.lax.stop_gradient(nn.sigmoid(x)), ["sigmoid"]),
     "residual relu": (lambda x: nn.relu(x + 2 * x[:, ::-1]) + x, ["relu"]),
 }
 
@@ -119,6 +140,7 @@ DOUBTED = {
     "maxout": lambda x: jnp.maximum(x, x[:, ::-1]),
     "gated by another": lambda x: jnp.where(x[:, ::-1] > 0, x, 0),
     "marked softmax": lrules.activation(nn.softmax),
+    "custom_jvp of a row": centred_tanh,
 }
 
 

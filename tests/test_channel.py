@@ -598,7 +598,8 @@ def test_explicit_mesh(modify, steps):
     wanted = step(params, feedback, x, y, **rng)[1].params
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        split = (jax.device_put(v, NamedSharding(mesh, P("data"))) for v in (x, y))
+        split = jax.device_put((x, y), NamedSharding(mesh, P("data")))
+        params, feedback = jax.device_put((params, feedback), NamedSharding(mesh, P()))
         bridge.close(step(params, feedback, *split, **rng)[1].params, wanted, 1e-5)
 
 

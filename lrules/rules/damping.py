@@ -126,8 +126,8 @@ def _factor(eqn, operand: Value, out: Value) -> float | None:
     if name == "reduce_sum":
         return float(np.sqrt(size / np.prod(out.aval.shape)))
     if name in ("reduce_window_sum", "reduce_window_max"):
-        window, stride = np.asarray(params["window_dimensions"]), np.asarray(params["window_strides"])
-        overlap = np.prod(-(-window // stride))  # so many windows hold one element
+        window, stride, dilation = (np.asarray(params[f"window_{k}"]) for k in ("dimensions", "strides", "dilation"))
+        overlap = np.prod(np.where(dilation == 1, -(-window // stride), window))  # so many windows hold one element
         return float(np.sqrt(overlap * (np.prod(window) if name == "reduce_window_sum" else 1)))
     return 1.0 if name in LINEAR | VIEWS | {"stop_gradient", "name", "slice", "pad", "rev", "reduce_max"} else None
 

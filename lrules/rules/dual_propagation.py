@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.activations import LINEAR, VIEWS, refuse_doubts
-from lrules.analysis import INLINED, Block, is_literal, scan_counts, varying_axes
+from lrules.analysis import INLINED, Block, bind, is_literal, scan_counts, varying_axes
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Direct, Plan, make_plan
 from lrules.rule import (
@@ -41,6 +41,7 @@ from lrules.rule import (
     at_least_float32,
     check_params,
     is_number,
+    is_whole,
     mean_loss,
     mesh_axes,
     require_flags,
@@ -208,7 +209,7 @@ def _check(options: _Options) -> None:
         if not (is_number(b) and 0 < b < math.inf):
             raise ValueError(f"beta={b!r} is the strength of the nudge: give a positive number")
     iterations, damping, nudge = options.iterations, options.damping, options.input_nudge
-    if isinstance(iterations, bool) or not (isinstance(iterations, int | np.integer) and iterations >= 1):
+    if not (is_whole(iterations) and iterations >= 1):
         raise ValueError(f"iterations={iterations!r} is no number of iterations: give a whole number from 1 on")
     if damping is not None and damping not in DAMPINGS and not is_number(damping):
         raise ValueError(f'damping={damping!r} is neither "spectral" nor "contracting" nor a number')
@@ -694,8 +695,9 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
 
     if not _affine(Network(slopes).graph(split.take(outputs), outputs).outs):
         raise ValueError(
-            'output="squared_error" has a closed form for squared errors of single outputs alone, and this loss is not '
-            'quadratic in the outputs, or mixes them: take a sum of squared errors, or output="refreshed"'
+            'output="squared_error" has a closed form for squared errors of single outputs alone, and this loss cannot '
+            "be seen to be quadratic in each of them by itself: write it as a sum of jnp.square(outputs - targets), or "
+            'take output="refreshed"'
         )
 
     def exact(outputs):
@@ -715,16 +717,16 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
 
 def _affine(slopes) -> bool:
     """Whether each element of each slope is an affine function of the output at its own place, and of no other."""
-    stack = [(value, i, None) for i, value in enumerate(slopes)]  # a value, whose slope it is, and its axes' order
+    stack: list[tuple[Any, int, tuple[Any, ...]]] = [(value, i, ()) for i, value in enumerate(slopes)]
     seen: set[Any] = set()
-    while stack:
-        value, i, order = stack.pop()
-        if not value.params or (id(value), i, order) in seen:
+    while stack:  # a value, whose slope it is, and the views between
+        value, i, views = stack.pop()
+        if not value.params or (id(value), i, views) in seen:
             continue
-        seen.add((id(value), i, order))
+        seen.add((id(value), i, views))
         operands, eqn = [v for v in value.operands if v.params], value.producer
         if not operands:
-            if value.params != {i} or order is not None:
+            if value.params != {i} or not _in_place(value, views):
                 return False
             continue
         name = eqn.primitive.name
@@ -734,13 +736,23 @@ def _affine(slopes) -> bool:
         linear |= name == "integer_pow" and eqn.params["y"] == 1  # so do older versions of JAX differentiate squares
         linear |= name == "div" and not value.operands[1].params
         linear |= name == "select_n" and not value.operands[0].params
-        if name == "transpose":
-            order = eqn.params["permutation"] if order is None else tuple(eqn.params["permutation"][k] for k in order)
-            order = None if order == tuple(range(len(order))) else order
-        elif not (linear or (name in VIEWS and order is None and operands[0].aval.size == value.aval.size)):
+        view = name in VIEWS and operands[0].aval.size == value.aval.size
+        if not (linear or view):
             return False
-        stack += [(operand, i, order) for operand in operands]
+        stack += [(operand, i, (eqn, *views) if view else views) for operand in operands]
     return True
+
+
+def _in_place(value, views) -> bool:
+    """Whether views leave all elements in their order."""
+    if not any(eqn.primitive.name == "transpose" for eqn in views):
+        return True
+    order = np.arange(value.aval.size).reshape(value.aval.shape)
+    with jax.ensure_compile_time_eval():
+        places = order
+        for eqn in views:
+            (places,) = bind(eqn, [jnp.asarray(places)])
+        return bool((np.asarray(places).ravel() == order.ravel()).all())
 
 
 # ------------------------------------------------------------------------------------------------------ the levels

@@ -601,6 +601,7 @@ def test_rules_that_cannot_bring_down_the_difference():
         lambda o, t: jnp.maximum(0, 1 - o * t).sum(-1),
         lambda o, t: jnp.square(o - o[:, ::-1]),
         lambda o, t: jnp.square(o[:3] - o[:3].T).sum() + 0 * t[:, 0],
+        lambda o, t: jnp.square(o + o.T.reshape(o.shape)).sum() + 0 * t[:, 0],
     ],
 )
 def test_losses_that_have_no_closed_form(loss):
@@ -616,6 +617,7 @@ def test_losses_that_have_no_closed_form(loss):
     [
         lambda o, t: 0.5 * jnp.square(o.T - t.T).sum(0),
         jax.vmap(lambda o, t: 0.5 * jnp.sum((o.reshape(3, 1) - t.reshape(3, 1)) ** 2)),
+        lambda o, t: 0.5 * ((o.T.reshape(-1) - t.T.reshape(-1)) ** 2).reshape(3, 5).sum(0),
         lambda o, t: jnp.where(t < 9, 0.5 * (o - t) ** 2, 0).sum(-1),
     ],
 )
@@ -659,7 +661,8 @@ def test_nudged_and_damped_inputs_converge():
 def test_refusals():
     refused(ValueError, "has 3", order="forward", iterations=2)
     refused(ValueError, "no minimiser", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
-    refused(ValueError, "not quadratic", loss=optax.softmax_cross_entropy, adjoint=False, output="squared_error")
+    exact = {"adjoint": False, "output": "squared_error"}
+    refused(ValueError, "cannot be seen to be quadratic", loss=optax.softmax_cross_entropy, **exact)
     refused(ValueError, "names no value for 'relu'", alpha={"tanh": 0.5})
     refused(
         ValueError,
