@@ -298,11 +298,11 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
             if not _is_literal(v):
                 users.setdefault(v, set()).add(index)
 
-    candidates: dict[int, list[Any]] = {}  # the operands of elementwise equations that depend on parameters and data
     def compared(eqn) -> bool:
         asks = [i >= 0 and eqns[i].primitive.name in COMPARISONS for i in users.get(eqn.outvars[0], {-1})]
         return eqn.primitive.name == STOP and all(asks)
 
+    candidates: dict[int, list[Any]] = {}  # the operands of elementwise equations that depend on parameters and data
     for index, eqn in enumerate(eqns):
         if len(eqn.outvars) != 1 or not value(eqn.outvars[0]).both or not (is_elementwise(eqn) or compared(eqn)):
             continue

@@ -13,8 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules import products
 from lrules.activations import MARK, UNMARK, Doubt, call_name, find_regions, is_atom
@@ -304,6 +306,24 @@ def varying_axes(aval) -> frozenset:
     """The mesh axes along which a value differs between devices, inside a shard_map that checks it."""
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+
+
+def as_varying(x, axes):
+    """The same value, seen as differing between devices along these mesh axes, too (inside a shard_map)."""
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(x))))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def placed_as(x, aval, lead: int = 0):
+    """The same value on the devices where one of `aval` lies, its `lead` first axes apart.
+
+    On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
+    """
+    sharding = aval.sharding
+    if any(sharding.spec):
+        spec = PartitionSpec(*[None] * lead, *sharding.spec)
+        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+    return as_varying(x, varying_axes(aval))
 
 
 @dataclasses.dataclass(frozen=True)

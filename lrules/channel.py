@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import refuse_doubts
-from lrules.analysis import varying_axes
+from lrules.analysis import placed_as, varying_axes
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network
 from lrules.plan import Sequential
@@ -168,8 +168,7 @@ def drop_error(rule: Rule, rate: float) -> Rule:
         raise ValueError(f"rate={rate!r} is the probability with which errors are dropped: give a number in [0, 1)")
 
     def drop(signal, name, rng):
-        kept, sharding = _kept(rng, signal.shape, rate), jax.typeof(signal).sharding
-        kept = jax.sharding.reshard(kept, sharding) if any(sharding.spec) else kept  # a mesh with explicit axes
+        kept = placed_as(_kept(rng, signal.shape, rate), jax.typeof(signal))
         return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
 
     return modify_error(rule, drop, stochastic=True)

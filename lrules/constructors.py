@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,16 @@ import jax
 
 from lrules.network import Graph, as_network
 from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
-from lrules.rule import Feedback, Initializer, Rule, check_params, grad_of_transform, is_whole, require_flags
+from lrules.rule import (
+    Feedback,
+    Initializer,
+    Rule,
+    check_params,
+    grad_of_transform,
+    is_whole,
+    require_flags,
+    require_pattern,
+)
 from lrules.running import run_plan
 
 
@@ -144,10 +152,7 @@ def direct(
     if where == ():
         raise ValueError("at= names no place for feedback to land: name some, or leave it out for every hidden signal")
     for pattern in where or ():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"at={pattern!r} is no regular expression: {error}") from None
+        require_pattern(pattern, "at=")
     if rank is not None and not (is_whole(rank) and rank >= 1):
         raise ValueError(f"rank={rank!r} is no number of directions to send: give an integer of at least 1, or None")
     if rank is not None and init is None:

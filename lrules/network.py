@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import linear_origins
 from lrules.analysis import (
@@ -32,8 +31,8 @@ from lrules.analysis import (
     Value,
     bind,
     is_literal,
+    placed_as,
     scan_counts,
-    varying_axes,
 )
 
 Pytree = Any
@@ -492,12 +491,7 @@ def zeros_at(value: Value | None):
     assert value is not None and value.place is not None
     lengths = [length for _, length in value.place[0].loops]
     zeros = jnp.zeros((*lengths, *value.aval.shape), value.aval.dtype)
-    sharding = value.aval.sharding
-    if any(sharding.spec):  # on a mesh with explicit axes
-        spec = PartitionSpec(*[None] * len(lengths), *sharding.spec)
-        zeros = jax.sharding.reshard(zeros, NamedSharding(sharding.mesh, spec))
-    axes = tuple(sorted(varying_axes(value.aval)))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return placed_as(zeros, value.aval, len(lengths))
 
 
 def _below(inputs: Mapping[str, Any], child: Block) -> dict[str, Any]:

@@ -7,6 +7,7 @@ down; *direct* rules bring the output error straight to each hidden signal.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -264,6 +265,14 @@ def require_flags(**flags) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
             raise ValueError(f"{name}={value!r} is neither True nor False: give one of them")
+
+
+def require_pattern(pattern, what: str = "") -> None:
+    """A regular expression is one; `what` stands before it in the message."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{what}{pattern!r} is no regular expression: {error}") from None
 
 
 def mesh_axes(axis_name) -> tuple[str, ...]:

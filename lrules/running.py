@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.analysis import Hidden, Layer, bind, varying_axes
+from lrules.analysis import Hidden, Layer, as_varying, bind, varying_axes
 from lrules.network import Frame, Handler, Network
 from lrules.plan import Direct, Landing, Plan, Sequential
 from lrules.rule import Feedback, Pytree
@@ -89,17 +89,13 @@ def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fra
     if plan.shadows:
         names = plan.graph.names
         shadow = [
-            _varying_as(feedback[name], p) if name in plan.entries else jax.lax.stop_gradient(p)
+            as_varying(feedback[name], varying_axes(jax.typeof(p)))
+            if name in plan.entries
+            else jax.lax.stop_gradient(p)
             for name, p in zip(names, params, strict=True)
         ]
     own = _RuleHandler(plan)
     return plan.graph.run(params, inputs, consts=consts, feedback=shadow, handlers=(own, *handlers), frame=frame)
-
-
-def _varying_as(b, p):
-    """Feedback that all devices share, in the place of a weight that is each device's own (under `shard_map`)."""
-    axes = tuple(sorted(varying_axes(jax.typeof(p)) - varying_axes(jax.typeof(b))))
-    return jax.lax.pcast(b, axes, to="varying") if axes else b
 
 
 def _direct_run(plan: Plan) -> Callable:
@@ -144,7 +140,7 @@ def _direct_run(plan: Plan) -> Callable:
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
-        grads[1] = {**grads[1], **{name: as_gradient(g, feedback[name]) for name, g in feedback_grads.items()}}
+        grads[1] = {**grads[1], **{name: _whole(g, feedback[name]) for name, g in feedback_grads.items()}}
         return (*grads, *[None] * (6 - len(grads)))
 
     run.defvjp(forward, backward, symbolic_zeros=True)
@@ -159,7 +155,7 @@ def _instantiate(x):
     return np.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
-def as_gradient(grad, b):
+def _whole(grad, b):
     """Sums a feedback gradient over the devices that share the feedback weight, as the transpose of using it would."""
     axes = tuple(sorted(varying_axes(jax.typeof(grad)) - varying_axes(jax.typeof(b))))
     return jax.lax.psum(grad, axes) if axes else grad

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.activations import LINEAR, VIEWS, refuse_doubts
-from lrules.analysis import INLINED, Block, bind, is_literal, scan_counts, varying_axes
+from lrules.analysis import INLINED, Block, as_varying, bind, is_literal, scan_counts, varying_axes
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Direct, Plan, make_plan
 from lrules.rule import (
@@ -45,6 +45,7 @@ from lrules.rule import (
     mean_loss,
     mesh_axes,
     require_flags,
+    require_pattern,
 )
 from lrules.rules.damping import check_projection, norms, readers
 from lrules.running import plain_run
@@ -198,10 +199,7 @@ def _check(options: _Options) -> None:
     require_flags(adjoint=options.adjoint)
     for name, given in (("alpha", options.alpha), ("beta", options.beta)):
         for pattern in given if isinstance(given, Mapping) else ():
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"{name}: {pattern!r} is no regular expression for names of states: {error}") from None
+            require_pattern(pattern, f"{name}: ")
     for a in options.alpha.values() if isinstance(options.alpha, Mapping) else [options.alpha]:
         if not (is_number(a) and 0 <= a <= 1):
             raise ValueError(f"alpha={a!r} is the weight of one of two states in their mean: give a number in [0, 1]")
@@ -589,8 +587,8 @@ class _Dual:
             return i + 1, carry, found.at[i].set(residual)
 
         found = jnp.where(jnp.arange(options.iterations) < done, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
-        spread = varying_axes(jax.typeof(_residual(carry[0], carry[0]))) if options.axis_name is None else ()
-        found = jax.lax.pcast(found, tuple(sorted(spread)), to="varying") if spread else found
+        if options.axis_name is None:
+            found = as_varying(found, varying_axes(jax.typeof(_residual(carry[0], carry[0]))))
         count, carry, found = jax.lax.while_loop(more, body, (jnp.asarray(done), carry, found))
         return carry, {"residual": found, "iterations": count}
 

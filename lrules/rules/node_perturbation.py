@@ -47,7 +47,7 @@ from lrules.rule import (
     require_flags,
 )
 from lrules.rules.direct import correlate, project
-from lrules.running import as_gradient, direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
+from lrules.running import direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
 
 SOLVERS = ("sgd", "rls")
 
@@ -245,7 +245,7 @@ class _Experiment:
         if not feedback.learned:
             for site, layer in taught.items():
                 d = jnp.moveaxis(arriving[f"{site} output"], next(iter(layer.output_axes.values())), -1)
-                statistics[layer.name] = as_gradient(_covariance(n * d), weights[layer.name])
+                statistics[layer.name] = _covariance(n * d)
         return head, grads, db, statistics
 
     def direct(self, params, feedback, inputs, targets, rng):
@@ -270,8 +270,8 @@ class _Experiment:
         for name, landing in plan.landings.items():
             e = sent_error(plan, landing.spec, output_error(plan, errors), weights)
             taught = dataclasses.replace(landing, spec=dataclasses.replace(landing.spec, learn=learn))
-            db[name] = as_gradient(direct_feedback_gradient(taught, e, lambdas[name], weights[name]), weights[name])
-            statistics[name] = as_gradient(_covariance(n * e), weights[name])
+            db[name] = direct_feedback_gradient(taught, e, lambdas[name], weights[name])
+            statistics[name] = _covariance(n * e)
         head = (value, *out) if net.has_aux else (value, out)
         return head, grads, db, statistics
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from lrules.constructors import layerwise
 from lrules.network import Graph
 from lrules.plan import Direct, Plain
-from lrules.rule import Rule
+from lrules.rule import Rule, require_pattern
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
@@ -38,10 +38,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
     if not rules:
         raise ValueError("partition got no rules: give at least {'.*': rule}")
     for pattern, rule in rules.items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        require_pattern(pattern)
         if not isinstance(rule, Rule):
             raise ValueError(f"partition[{pattern!r}] is a {type(rule).__name__}, not a rule: call its factory first")
         if rule.layer is None:
