@@ -39,6 +39,7 @@ Orders; all start from clean states, s+ = s- = the forward pass, D = 0:
     forward             (0 if nudged,) 1 ... L, each with a_k from the state just renewed and D_k from the old one above
     parallel            all states at once from the old ones
     odd_even            states 1, 3, 5, ... at once, then 0, 2, 4, ... at once
+    a list, of a list of states for each iteration: one after another as it says
 
 "forward" takes L iterations until the lowest weights get a signal; fewer are refused.
 """
@@ -139,9 +140,12 @@ class _Network:
                 self.at_once([k])
         elif order == "parallel":
             self.at_once(states)
-        else:
+        elif order == "odd_even":
             self.at_once([k for k in states if k % 2 == 1])
             self.at_once([k for k in states if k % 2 == 0])
+        else:
+            for k in order:
+                self.at_once([k])
 
 
 def gradients(
@@ -171,7 +175,7 @@ def gradients(
       alpha, beta: numbers, or one per state 0 ... L (entry 0 counts with an input nudge only).
       adjoint: Eq. 19 and 22, else Eq. 2.
       iterations: how many.
-      order: one of `ORDERS`.
+      order: one of `ORDERS`, or a list of lists of states.
       output: "once", "refreshed" or "squared_error".
       error_at: outputs -> output error, for output="refreshed", with the scale of `reduction`.
       targets: y, the shape of the outputs, for output="squared_error".
@@ -180,7 +184,7 @@ def gradients(
       feedback: [None, B_1, ..., B_{L-1}] in place of the kernels on the way down.
       reduction: "mean" or "sum", what the output error is of.
     """
-    if order not in ORDERS or output not in ("once", "refreshed", "squared_error"):
+    if not (order in ORDERS or len(order) == iterations) or output not in ("once", "refreshed", "squared_error"):
         raise ValueError(f"unknown order {order!r} or output {output!r}")
     if order == "forward" and iterations < len(net):
         raise ValueError(f"a forward pass brings the error one layer down: {len(net)} iterations at least")
@@ -199,8 +203,8 @@ def gradients(
 
     rule = exact if output == "squared_error" else linearised
     network = _Network(net, x, alpha, beta, adjoint, damping, input_nudge, feedback, rule)
-    for _ in range(iterations):
-        network.iterate(order)
+    for i in range(iterations):
+        network.iterate(order if order in ORDERS else order[i])
 
     kernels, biases = [], []
     for k, layer in enumerate(net):

@@ -97,6 +97,21 @@ def test_explicit_states(order, alpha, adjoint, output):
     assert grads.report["residual"].shape == (iterations,)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [dense, conv])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("order,alpha,adjoint,output", CASES)
+def test_explicit_states_in_full(order, alpha, adjoint, output, iterations, case):
+    """All that `test_explicit_states` takes a sample of."""
+    net, x = case()
+    if order == "forward" and iterations < len(net):
+        pytest.skip("refused: error would not come down")
+    options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "order": order, "iterations": iterations}
+    options["output"] = output
+    _, grads = computed(net, x, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(expected(net, x, **options)))
+
+
 @pytest.mark.parametrize("adjoint,alpha,iterations", [(True, 0.25, 3), (False, 0.0, 1), (True, 0.5, 2)])
 @pytest.mark.parametrize("case", [dense, conv])
 def test_transform(case, adjoint, alpha, iterations):
@@ -429,22 +444,22 @@ def test_vgg16_takes_sixteen_passes():
         jax.eval_shape(functools.partial(step, iterations=15), params, x, y)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("adjoint,output", VARIANTS)
+def test_random_order(adjoint, output, alpha):
+    """State by state, in the order of the key."""
+    index = VARIANTS.index((adjoint, output))
+    net, x = conv() if (index + int(4 * alpha)) % 3 == 0 else dense()
+    iterations, key = 1 + (index + int(4 * alpha)) % 5, jax.random.key(3)
+    keys = jax.random.split(jax.random.split(key)[1], iterations)
+    states = [[int(i) + 1 for i in np.asarray(jax.random.permutation(k, len(net)))] for k in keys]
+    options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "iterations": iterations, "output": output}
+    _, grads = computed(net, x, rng=key, order="random", **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(expected(net, x, order=states, **options)))
+
+
 def test_random_order_follows_its_key():
-    """State by state, in the order of the key, with the reference's own way of renewing one state."""
     net, x = dense()
-    key = jax.random.key(3)
-    _, grads = computed(net, x, rng=key, alpha=0.3, beta=0.5, iterations=2, order="random")
-    y = targets_of(net, x)
-    e = len(x) * losses.mean(*losses.half_squared_error(nets.forward(net, x).outputs, y))[1]
-    states = reference._Network(
-        net, x, 0.3, 0.5, True, None, None, None, lambda a, up, down, beta: (a - up * beta * e, a + down * beta * e)
-    )
-    for k in jax.random.split(jax.random.split(key)[1], 2):
-        for index in np.asarray(jax.random.permutation(k, len(net))):
-            states.at_once([int(index) + 1])
-    for k, layer in enumerate(net):
-        d = -(states.plus[k + 1] - states.minus[k + 1]) / 0.5 / len(x)
-        bridge.close(grads.params[str(k)]["kernel"], nets.kernel_gradient(layer, states.read(k), d))
     others = [
         computed(net, x, rng=jax.random.key(i), alpha=0.3, beta=0.5, iterations=1, order="random")[1] for i in range(3)
     ]
@@ -756,7 +771,14 @@ def test_error_modifiers_compose():
         return jax.jit(fn)(params, NO_FEEDBACK, jnp.asarray(x), y, **rng)[1].params
 
     weak = lrules.dual_propagation(beta=1e-5)
-    for modify in (lambda r: lrules.modify_error(r, lambda s, name, rng: s.clip(-0.05, 0.05)), lrules.magnitude_error):
+    for modify in (
+        lambda r: lrules.modify_error(r, lambda s, name, rng: s.clip(-0.05, 0.05)),
+        lrules.magnitude_error,
+        lrules.sign_error,
+        lambda r: lrules.quantize_error(r, 3),
+        lambda r: lrules.quantize_error(r, 3, at="output"),
+        lambda r: lrules.sign_error(lrules.quantize_error(r, 3)),
+    ):
         bridge.close(grads(modify(weak)), grads(modify(lrules.backprop())), 1e-6)
     quantised = [lrules.quantize_update(r, 20, 4.0) for r in (weak, lrules.backprop())]
     for a, b in itertools.pairwise([grads(r) for r in quantised]):

@@ -338,6 +338,39 @@ def test_modifiers_and_aux():
     bridge.close(grads.feedback["2/kernel"], plain.feedback["2/kernel"])  # what reaches the top is not modified yet
 
 
+MODIFIERS = {
+    "quantize_error": lambda r: lrules.quantize_error(r, 3),
+    "quantize_error_at_output": lambda r: lrules.quantize_error(r, 3, at="output"),
+    "quantize_update": lambda r: lrules.quantize_update(r, 3),
+    "drop_error": lambda r: lrules.drop_error(r, 0.5),
+    "magnitude_error": lrules.magnitude_error,
+    "modify_error": lambda r: lrules.modify_error(r, lambda s, name, rng: s.clip(-0.05, 0.05)),
+    "replace_derivative": lambda r: lrules.replace_derivative(r, jnp.cos),
+    "without_derivatives": lrules.without_derivatives,
+    "two": lambda r: lrules.without_derivatives(lrules.quantize_error(r, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+@pytest.mark.parametrize("direct", [False, True])
+def test_modified_weights_are_those_of_fixed_feedback(direct, name):
+    """The forward weights learn as under (direct) feedback alignment with the same feedback and modifier."""
+    net, x = conv()
+    apply, params, y = bridge.apply_of(net), bridge.parameters(net), jnp.asarray(targets_of(net, x))
+    rule = lrules.node_perturbation(0.1, direct)
+    other = lrules.direct_feedback_alignment() if direct else lrules.feedback_alignment()
+    feedback = rule.init(KEY, apply, params, jnp.asarray(x))
+
+    def grads(rule, feedback, rng):
+        step = lrules.value_and_grad(apply, half_squared, MODIFIERS[name](rule))
+        return jax.jit(step)(params, feedback, jnp.asarray(x), y, **rng)[1]
+
+    learned = grads(rule, feedback, {"rng": KEY})
+    fixed = grads(other, lrules.Feedback(feedback.learned, {}), {"rng": KEY} if name == "drop_error" else {})
+    bridge.close(learned.params, fixed.params)
+    assert all(bool(jnp.isfinite(g).all() and jnp.any(g)) for g in jax.tree.leaves(learned.feedback))
+
+
 @pytest.mark.parametrize("solver", ["sgd", "rls"])
 @pytest.mark.parametrize("direct", [False, True])
 def test_shard_map(direct, solver):
