@@ -139,8 +139,10 @@ def test_benchmark_measures_rules_and_tells_refusals():
     assert sum(progress) == 4 * (2 + 1)
     modified = rows["sign_error(feedback_alignment)"]
     assert modified.over_rule and rows["feedback_alignment"].over_rule is None
-    assert f"| {modified.over_rule:.3f} |" in benchmark.table(rows).replace("  ", "")
-    assert "| feedback_alignment " in benchmark.table(rows)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in benchmark.table(rows).splitlines()]
+    over = lines[0].index("over its rule")
+    shown = {line[0]: line[over] for line in lines[2:]}
+    assert shown["sign_error(feedback_alignment)"] == f"{modified.over_rule:.3f}" and shown["feedback_alignment"] == "-"
 
 
 def test_benchmark_times_every_modifier_of_the_error_beside_its_rule():
