@@ -27,11 +27,16 @@ worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / worker))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every run, so that a failure is the change's; compilation would miss any deadline.
+hypothesis.settings.register_profile("lrules", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("lrules")
 
 
 @pytest.fixture(autouse=True)

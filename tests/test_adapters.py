@@ -343,9 +343,7 @@ def test_linen_state_goes_in_and_out():
 
 def test_linen_dropout_with_state_advances(linen):
     module, variables = linen
-    net, params, state = from_linen(
-        module, variables, call=train, rngs={"dropout": jax.random.key(1)}, with_state=True
-    )
+    net, params, state = from_linen(module, variables, call=train, rngs={"dropout": jax.random.key(1)}, with_state=True)
     step = jax.jit(net.apply)
     a, state1 = step(params, (state, X))
     b, _ = step(params, (state1, X))

@@ -75,7 +75,7 @@ def test_quantizer_is_the_integer_reference(dtype):
                     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.integers(1, 12))
 def test_quantizer_on_any_float(x, bits):
     assert float(quantize(jnp.float32(x), bits, 0.125)) == integer_reference(x, bits, 0.125)

@@ -31,7 +31,7 @@ def test_reference(name):
 INCREASING = ["tanh", "sigmoid", "relu", "softplus", "elu", "leaky_relu", "hard_tanh", "relu6"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
     st.lists(st.tuples(st.integers(1, 6), st.sampled_from(INCREASING)), min_size=1, max_size=4),

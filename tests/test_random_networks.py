@@ -9,7 +9,7 @@ import numpy as np
 import lrules
 from tests import bridge
 
-SETTINGS = hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+SETTINGS = hypothesis.settings(max_examples=12)
 NAMES = [n for n in bridge.ACTIVATIONS if n != "relu6"]
 
 

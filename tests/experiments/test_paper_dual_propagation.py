@@ -110,7 +110,7 @@ def test_the_tables_on_digits(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--beta=2", "Error: DP, alpha=1/2: output=\"squared_error\" has no minimiser"),
+        ("--beta=2", 'Error: DP, alpha=1/2: output="squared_error" has no minimiser'),
         ("--activation=tanh", "Error: DP, alpha=1: the activation 'tanh' cannot be damped"),
         ("--beta=0", "Error: beta=0.0 is the strength of the nudge: give a positive number."),
     ],

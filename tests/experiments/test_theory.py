@@ -212,7 +212,7 @@ unit = st.integers(0, 8).map(lambda n: n / 8)
 step = st.integers(1, 16).map(lambda n: n / 8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(states=sets, alphas=st.tuples(unit, unit), betas=st.tuples(step, step))
 def test_order_of_relaxations(states, alphas, betas):
     """Propositions 4.1 (a) the other way round, (b) for a loss >= 0, and 4.2, on any finite set of states."""
