@@ -3,9 +3,10 @@
     python -m experiments.papers.dual_propagation         # on digits, with smaller networks: a minute on two cores
     python -m experiments.papers.dual_propagation --dataset=mnist --widths=512,512 --deep_widths=1000,1000,1000,1000
 
-The second command has the paper's settings (for a GPU): beta 1/2, Adam at 1e-3, 20 epochs of batches of 50, half
-squared error on one-hot targets. Batch, iterations, weights of variance 1 / fan-in and the form of the error are those
-of the authors' code, as the paper does not give them; all 60,000 training images are used, the code takes 50,000.
+The second command has the paper's settings (for a GPU; Table 1 alone, `--table=1`, takes a core half an hour a seed):
+beta 1/2, Adam at 1e-3, 20 epochs of batches of 50, half squared error on one-hot targets. Batch, iterations, weights of
+variance 1 / fan-in and the form of the error are those of the authors' code, as the paper does not give them; all
+60,000 training images are used, the code takes 50,000.
 
 Table 1 (section 6.1): test accuracy, and the spectral norm of the product of all weights as an estimate of the
 Lipschitz constant. A smaller alpha should give a smaller constant, far more so for the original (DP) than for the
