@@ -23,8 +23,10 @@ added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in giv
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 # What is compiled is kept for the next run, for each worker by itself, as jax does not write its cache atomically.
-worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / worker))
+# (Workers inherit what the process that starts them has set here.)
+caches, worker = ROOT / ".pytest_cache" / "jax", os.environ.get("PYTEST_XDIST_WORKER", "main")
+if os.environ.get("JAX_COMPILATION_CACHE_DIR", str(caches / "main")) == str(caches / "main"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(caches / worker)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis  # noqa: E402
