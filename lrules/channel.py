@@ -528,8 +528,7 @@ def _meeting(graph: Graph) -> dict[str, list[Any]]:
 
 def _nothing(x):
     """Zeros like x, on the devices where x is, to sum up in."""
-    wide = at_least_float32(x.dtype)
-    return (x - x).astype(wide) if varying_axes(jax.typeof(x)) else jnp.zeros_like(x, wide)
+    return placed_as(jnp.zeros(x.shape, at_least_float32(x.dtype)), jax.typeof(x))
 
 
 def _to_front(x, axis: BatchAxis):

@@ -603,6 +603,25 @@ def test_explicit_mesh(modify, steps):
         bridge.close(step(params, feedback, *split, **rng)[1].params, wanted, 1e-5)
 
 
+def test_an_infinite_update_is_the_largest_number_on_every_device():
+    params, x, t = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}, jnp.ones((4, 3)), jnp.asarray([[1.0], [0], [0], [0]])
+    rule = lrules.quantize_update(lrules.backprop(), 4, 0.5)
+    step = lrules.value_and_grad(
+        lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lambda y, t: (y * jnp.where(t > 0, jnp.inf, 1.0)).sum(-1), rule
+    )
+
+    def grads(p, x, t):
+        return step(p, lrules.Feedback({}, {}), x, t)[1].params
+
+    def on_a_device(p, x, t):
+        return jax.lax.pmean(grads(jax.lax.pcast(p, ("data",), to="varying"), x, t), "data")
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    found = jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())(params, x, t)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    bridge.close(found, grads(params, x, t), 1e-6)
+
+
 def test_drops_differ_between_devices():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
