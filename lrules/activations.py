@@ -425,8 +425,8 @@ def _region(block, start, indices) -> Region | Doubt | None:
 
 def _hides(eqn) -> bool:
     """Whether a function with a derivative of its own, of more than one element, holds what may be an activation."""
-    bodies = eqn.primitive.name in OWN_DERIVATIVE and not is_elementwise(eqn) and call_body(eqn) is not None
-    return bool(bodies) and bool(set(_inner(eqn)) & (NONLINEAR - OF_STATISTICS))
+    of_several = eqn.primitive.name in OWN_DERIVATIVE and not is_elementwise(eqn)
+    return of_several and not (NONLINEAR - OF_STATISTICS).isdisjoint(_inner(eqn))
 
 
 def _bends(eqn, value) -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -28,9 +27,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import refuse_doubts
-from lrules.analysis import placed_as, varying_axes
+from lrules.analysis import placed_as
 from lrules.batch import BatchAxis, doubled, find_batch_axis
-from lrules.network import Graph, Handler, Network
+from lrules.network import Graph, Handler, Network, key_at
 from lrules.plan import Sequential
 from lrules.rule import Rule, at_least_float32, is_number, is_whole, mesh_axes, require_rule
 
@@ -218,16 +217,8 @@ class _AtHidden(Handler):
             return (new / scale).astype(error.dtype), None
 
         identity.defvjp(lambda value, key: (value, key), backward)
-        return identity(value, None if self.key is None else self.key_here(hidden, value, frame))
-
-    def key_here(self, hidden, value, frame):
-        """A key for this hidden signal, this iteration of the loops around it, and this device."""
-        key = jax.random.fold_in(self.key, zlib.crc32(hidden.name.encode()) & 0x7FFFFFFF)
-        for i in frame.index:
-            key = jax.random.fold_in(key, i)
-        for axis in sorted(varying_axes(jax.typeof(value))):
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        return jax.random.key_data(key)
+        key = None if self.key is None else jax.random.key_data(key_at(self.key, hidden, value, frame))
+        return identity(value, key)
 
 
 def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:

@@ -5,14 +5,13 @@ All functions are pure and may be called inside a jitted step.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lrules.network import Frame, Handler, Network, as_network, parameter_name
+from lrules.network import Frame, Handler, Network, as_network, name_number, parameter_name
 from lrules.rule import Feedback, at_least_float32
 
 Pytree = Any
@@ -251,7 +250,7 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
         )
     shape = [n if i in kept else 1 for i, n in enumerate(shape)]
     w = jax.lax.stop_gradient(w)
-    v = jax.random.normal(jax.random.key(zlib.crc32(layer.name.encode()) & 0x7FFFFFFF), shape, layer.operand.aval.dtype)
+    v = jax.random.normal(jax.random.key(name_number(layer.name)), shape, layer.operand.aval.dtype)
 
     def apply(v):
         u, pull = jax.vjp(lambda v: op(w, v), v)

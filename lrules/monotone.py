@@ -11,7 +11,6 @@ sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is e
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import optax
 
 from lrules.activations import sampled
 from lrules.feedback import absolute
-from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
+from lrules.network import Frame, Graph, Handler, Network, as_network, name_number, zeros_at
 from lrules.plan import Entry, Sequential, layer_entries
 from lrules.rule import Initializer, is_number
 
@@ -135,7 +134,7 @@ def initialize(key, net: Network | Callable, params: Pytree, inputs: Pytree, ini
     graph = net.graph(params, inputs)
     leaves, tree = jax.tree.flatten(params)
     for index, entry in _weights(graph, absolute_normal() if init is None else init).items():
-        k = jax.random.fold_in(key, zlib.crc32(graph.names[index].encode()) & 0x7FFFFFFF)
+        k = jax.random.fold_in(key, name_number(graph.names[index]))
         leaves[index] = entry.draw(k, leaves[index])
     return jax.tree.unflatten(tree, leaves)
 

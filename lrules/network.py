@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from lrules.analysis import (
     is_literal,
     placed_as,
     scan_counts,
+    varying_axes,
 )
 
 Pytree = Any
@@ -484,6 +486,21 @@ class _Runner:
         if not (self.shadows and value.shadowed):
             return (pair[0], None)
         return (pair[0], pair[0] if pair[1] is None else pair[1])
+
+
+def name_number(name: str) -> int:
+    """A number for a name, to fold into keys: the same in every process, which hash() is not."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def key_at(key, hidden: Hidden, value, frame: Frame):
+    """A key for this hidden signal, this iteration of the loops around it, and this device."""
+    key = jax.random.fold_in(key, name_number(hidden.name))
+    for i in frame.index:
+        key = jax.random.fold_in(key, i)
+    for axis in sorted(varying_axes(jax.typeof(value))):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
 
 
 def zeros_at(value: Value | None):

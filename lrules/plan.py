@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import math
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 
 from lrules.analysis import Hidden, Layer
 from lrules.batch import BatchAxis, doubled, find_batch_axis
-from lrules.network import Graph, Network
+from lrules.network import Graph, Network, name_number
 from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
 
 # ---------------------------------------------------------------------------------------------- what happens at a layer
@@ -214,7 +213,7 @@ class Plan:
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
-            k = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+            k = jax.random.fold_in(key, name_number(name))
             if name in self.entries:
                 drawn = self.entries[name].draw(k, params[self.entries[name].index])
             elif name in self.landings:

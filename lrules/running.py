@@ -140,7 +140,7 @@ def _direct_run(plan: Plan) -> Callable:
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
-        grads[1] = {**grads[1], **{name: _whole(g, feedback[name]) for name, g in feedback_grads.items()}}
+        grads[1] = {**grads[1], **{name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}}
         return (*grads, *[None] * (6 - len(grads)))
 
     run.defvjp(forward, backward, symbolic_zeros=True)
@@ -155,7 +155,7 @@ def _instantiate(x):
     return np.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
-def _whole(grad, b):
+def _over_devices(grad, b):
     """Sums a feedback gradient over the devices that share the feedback weight, as the transpose of using it would."""
     axes = tuple(sorted(varying_axes(jax.typeof(grad)) - varying_axes(jax.typeof(b))))
     return jax.lax.psum(grad, axes) if axes else grad

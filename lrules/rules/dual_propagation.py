@@ -747,9 +747,9 @@ def _in_place(value, views) -> bool:
         return True
     order = np.arange(value.aval.size).reshape(value.aval.shape)
     with jax.ensure_compile_time_eval():
-        places = order
+        places = jnp.asarray(order)
         for eqn in views:
-            (places,) = bind(eqn, [jnp.asarray(places)])
+            (places,) = bind(eqn, [places])
         return bool((np.asarray(places).ravel() == order.ravel()).all())
 
 

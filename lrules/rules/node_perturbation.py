@@ -23,16 +23,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, varying_axes
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden
 from lrules.batch import BatchAxis, doubled, find_batch_axis
-from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
+from lrules.network import Frame, Graph, Handler, Network, as_network, key_at, zeros_at
 from lrules.plan import Direct, Plan, Sequential, make_plan
 from lrules.rule import (
     Feedback,
@@ -303,11 +302,7 @@ class _Noise(Handler):
     def hidden(self, hidden, value, frame):
         if hidden.mark or hidden.name not in self.names:
             return value
-        key = jax.random.fold_in(self.key, zlib.crc32(hidden.name.encode()) & 0x7FFFFFFF)
-        for i in frame.index:
-            key = jax.random.fold_in(key, i)
-        for axis in sorted(varying_axes(jax.typeof(value))):
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        key = key_at(self.key, hidden, value, frame)
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
         if jnp.shape(xi) != value.shape:
             raise ValueError(
