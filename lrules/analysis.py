@@ -1,16 +1,26 @@
 """Analysis: what a jaxpr's values depend on, and the layers, hidden signals and activations found in it.
 
 Every value is classed by what it depends on: parameters only, data only, both, or neither; classes in scan carries go
-to a fixpoint. A *layer* multiplies a value that depends on data by one that depends on parameters alone; the *hidden
-signal* that it reads is followed back through casts, reshapes and transposes to the tensor where it was defined. Uses
-of parameters that no rule can serve are kept as refusals, for the rule that meets them to raise.
+to a fixpoint. A *layer* multiplies a value that depends on data by a weight; the *hidden signal* that it reads is
+followed back through casts, reshapes and transposes to the tensor where it was defined. What is a weight:
+
+- what depends on parameters alone;
+- what depends on parameters, and on data only through integers and booleans: a weight *chosen* by data, as an expert's
+  behind a router. An embedding is one, too, until something else than data multiplies it: then it is data itself;
+- what a layer has made of its own weight for each example, where that multiplies data as a matrix: a mixed kernel.
+
+Layers may also read what has no batch (coordinates that are closed over, support sets): constants that go through a
+nonlinearity between two multiplications by parameters. The first walk sees them as weights made of parameters; where it
+meets such a nonlinearity, the walk begins anew with the multiplications before it as layers.
+
+Uses of parameters that no rule can serve are kept as refusals, for the rule that meets them to raise.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +29,18 @@ from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules import products
-from lrules.activations import MARK, UNMARK, Doubt, call_name, find_regions, is_atom
+from lrules.activations import (
+    CALLS,
+    COMPARISONS,
+    MARK,
+    NONLINEAR,
+    UNMARK,
+    Doubt,
+    call_name,
+    find_regions,
+    is_atom,
+    is_elementwise,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,6 +56,8 @@ class Layer:
       output_axes: for each other axis of the weight, the axis of the layer's output that it becomes.
       reads: the hidden signal it reads, or None for a first layer.
       scope: the constructs around it, as `("scan", "cond")`.
+      sources: the parameters (by index) that its weight is computed from.
+      mixed: its weight is what another layer has made of the same parameters for each example.
       owned: mesh axes along which the parameter itself is split, inside a `shard_map` that the network contains.
     """
 
@@ -50,7 +73,11 @@ class Layer:
     reads: Hidden | None = None
     owned: frozenset = frozenset()
     eqn: Any = dataclasses.field(default=None, repr=False)
-    weight_first: bool = False
+    sources: frozenset[int] = frozenset()
+    position: int = 0  # which operand of the equation the weight is
+    mixed: bool = False
+    place: Any = dataclasses.field(default=None, repr=False)  # the block and the equation's number
+    uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # what becomes of rows that it looks up
     output: Value | None = dataclasses.field(default=None, repr=False)
 
 
@@ -129,14 +156,19 @@ class Activation:
 class Value:
     """What is known of one value of the jaxpr, at one place in the call tree.
 
-    `axes` maps a parameter (by index) to the parameter's axes that each dimension of the value holds, and the axes that
-    were sliced away; it serves fan-in and fan-out. `varies` are the dimensions along which the value is not merely
-    broadcast (None: all). `products` tells of weights times data in it, see `products.py`.
+    `differentiable` are the parameters, and `smooth` says whether it depends on data, by a derivative: not through
+    integers, booleans or `stop_gradient`. `axes` maps a parameter (by index) to the parameter's axes that each
+    dimension of the value holds, and the axes that were sliced away; it serves fan-in and fan-out. `varies` are the
+    dimensions along which the value is not merely broadcast (None: all). `products` tells of weights times data in it,
+    see `products.py`.
     """
 
     aval: Any
     params: frozenset[int] = frozenset()
     data: bool = False
+    differentiable: frozenset[int] = frozenset()
+    smooth: bool = False
+    batched: bool = False  # depends on an input that has a batch
     source: Value | None = None  # the value that this one is a cast, reshape or transpose of
     view: Any = None
     producer: Any = None
@@ -147,8 +179,10 @@ class Value:
     loops: frozenset = frozenset()
     carried: bool = False
     products: tuple[products.Product, ...] = ()
-    table: bool = False  # holds, for each example, a matrix looked up in a parameter
-    network: bool = False  # made of parameters by products with constants, as a network's output may be
+    lookups: frozenset = frozenset()  # the layers whose rows a chosen value is made of
+    stage: int = 0  # of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one
+    key: Any = None  # where the product stands that made it
+    wanted: bool = False  # a weight is made of it, so that feedback has to ride along
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     layer: Layer | None = None  # the layer whose output this is
@@ -164,6 +198,11 @@ class Value:
         return bool(self.params) and self.data
 
     @property
+    def chosen(self) -> bool:
+        """Depends on parameters, and on data only by what they choose."""
+        return bool(self.differentiable) and self.data and not self.smooth
+
+    @property
     def spread(self) -> frozenset[int]:
         """The dimensions along which it is not merely broadcast."""
         if self.varies is not None:
@@ -172,7 +211,13 @@ class Value:
 
     @property
     def shadowed(self) -> bool:
-        return self.pure and not self.carried
+        return (self.pure or self.wanted) and not self.carried
+
+    @property
+    def weight_dims(self) -> frozenset[int]:
+        """Of a weight, the dimensions that hold axes of its parameters; all where that cannot be told."""
+        held = frozenset(d for dims, _ in self.axes.values() for d, axes in enumerate(dims) if axes)
+        return held or frozenset(range(len(self.aval.shape)))
 
     def root(self) -> tuple[Value, tuple[Any, ...]]:
         """Where it was defined, and the views from there to here."""
@@ -219,6 +264,18 @@ class Block:
         return self.values[atom]
 
 
+def parameter(i: int, aval) -> Value:
+    """The value of a parameter."""
+    axes: dict[int, Any] = {i: (tuple((d,) for d in range(len(aval.shape))), frozenset())}
+    own = frozenset([i])
+    return Value(aval, params=own, differentiable=own, axes=axes)
+
+
+def argument(aval, batched: bool) -> Value:
+    """The value of an input; what has no batch is a constant."""
+    return Value(aval, data=batched, batched=batched, smooth=batched and _inexact(aval))
+
+
 ELEMENTWISE = {
     "add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "nextafter", "and", "or", "xor", "eq",
     "ne", "lt", "gt", "le", "ge", "select_n", "clamp", "complex", "igamma", "igammac", "regularized_incomplete_beta",
@@ -237,6 +294,7 @@ SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 REMATS = {"remat", "remat2", "checkpoint"}
+REMEDIES = {"while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)"}
 
 
 def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -328,88 +386,102 @@ def placed_as(x, aval, lead: int = 0):
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A use of parameters that no rule but backprop can serve."""
+    """A use of parameters that no rule but backprop can serve.
+
+    Attributes:
+      parameters: their numbers.
+      sentence: what stands in the way, and what to write in its place.
+    """
 
     parameters: frozenset[int]
     sentence: str
 
 
 class Analysis:
-    """One walk over a jaxpr and all jaxprs inside it."""
+    """One walk over a jaxpr and all jaxprs inside it.
 
-    def __init__(self, names: Sequence[str], ndims: Sequence[int]):
-        self.names, self.ndims = names, ndims
+    Args:
+      names, ndims: of the parameters.
+      beginnings: keys of the products that are the first layers of networks without a batch.
+    """
+
+    def __init__(self, names: Sequence[str], ndims: Sequence[int], beginnings: frozenset = frozenset()):
+        self.names, self.ndims, self.beginnings = names, ndims, beginnings
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
         self.activations: list[Activation] = []
         self.offsets: list[Offset] = []
         self.refusals: list[Refusal] = []
         self.doubts: list[tuple[Doubt, Value | None]] = []
+        self.found: set[Any] = set()  # keys of further products of that kind
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
         self.sealed: str | None = None  # inside a construct where no layer can be served
+        self.inner: list[Multiplication] | None = None  # the products in a function with a derivative of its own
 
     # -- registering what is found
 
     def refuse(self, params: frozenset[int], what: str):
         if not self.silent:
             names = ", ".join(repr(self.names[i]) for i in sorted(params))
-            self.refusals.append(Refusal(params, what.format(name=names)))
+            refusal = Refusal(params, what.format(name=names))
+            if refusal not in self.refusals:
+                self.refusals.append(refusal)
 
-    def add_layer(self, block: Block, index: int, eqn, w: Value, x: Value, contracted, output_axes, weight_first):
+    def add_layer(self, block: Block, index: int, eqn, found: Multiplication):
+        w, x, sources = found.weight, found.operand, found.sources
+        if self.inner is not None:
+            self.inner.append(found)
+            return
         if self.sealed:
             self.refuse(
-                w.params,
+                sources,
                 f"the parameter {{name}} is multiplied by data inside a {self.sealed}, where no rule can reach it: "
-                f"take the multiplication out of the {self.sealed}, or give that parameter backprop() in a partition",
+                f"take the multiplication out of the {self.sealed}{REMEDIES.get(self.sealed, '')}",
             )
             return
         if w.carried:
             self.refuse(
-                w.params,
+                sources,
                 "the parameter {name} passes through a scan's carry before it multiplies data: scan over it (xs) or "
-                "use it from outside the loop, or give it backprop() in a partition",
-            )
-            return
-        if w.network and eqn.primitive.name in ("gather", "dynamic_slice"):
-            self.refuse(
-                w.params,
-                "rows are looked up in a value that the network computes from the parameter {name} and constants "
-                "alone, so that its layers cannot be seen: look up the constants first, or pass them as inputs, or "
-                "give that parameter backprop() in a partition",
+                "use it from outside the loop",
             )
             return
         if self.silent:
             return
-        order = sorted(w.params, key=lambda i: (self.rank_at_use(w, i) < 2, i))
+        for lookup in w.lookups:
+            lookup.uses.add("weight")
+        order = sorted(sources, key=lambda i: (self.rank_at_use(w, i) < 2, i))
         names = tuple(self.names[i] for i in order)
         layer = Layer(
             name=names[0],
             parameters=names,
             operation=eqn.primitive.name,
-            site=_unique(names[0], {other.site for other in self.layers}),
-            contracted=tuple(contracted),
-            output_axes=output_axes,
+            site="",
+            contracted=tuple(found.contracted),
+            output_axes=found.output_axes,
             weight=w,
             operand=x,
             scope=block.scope,
             owned=_owned_axes(w),
             eqn=eqn,
-            weight_first=weight_first,
+            sources=sources,
+            position=found.position,
+            mixed=found.mixed,
+            place=(block, index),
         )
         self.layers.append(layer)
         block.layers[index] = layer
         if x.both and jnp.issubdtype(x.aval.dtype, jnp.inexact):
-            layer.reads = self.add_hidden(x, names[0], w.loops, mark=False)
+            layer.reads = self.add_hidden(x, "", w.loops, mark=False)
             layer.reads.readers.append(layer)
 
     def add_hidden(self, x: Value, name: str, loops: frozenset, mark: bool) -> Hidden:
         root, views = x.root()
         if mark or root.hidden is None:
             block, variable = root.place  # type: ignore[misc]
-            kin = {h.name for h in self.hidden if h.mark == mark}
             hidden = Hidden(
-                name=_unique(name, kin),
+                name=name,
                 root=root,
                 views=views,
                 reader=x,
@@ -422,6 +494,31 @@ class Analysis:
                 return hidden
             root.hidden = hidden
         return root.hidden
+
+    def finish(self, outs: Sequence[Value]):
+        """Settles which lookups are layers, names all that was found, and says where feedback has to ride along."""
+        for out in outs:
+            for lookup in out.lookups:
+                lookup.uses.add("data")
+        for layer in [layer for layer in self.layers if layer.uses == {"weight"}]:
+            block, index = layer.place
+            self.layers.remove(layer)
+            del block.layers[index]
+            if layer.reads is not None:
+                layer.reads.readers.remove(layer)
+        for hidden in [h for h in self.hidden if not h.mark and not h.readers]:
+            self.hidden.remove(hidden)
+            block, variable = hidden.root.place  # type: ignore[misc]
+            block.hidden[variable].remove(hidden)
+        sites: set[str] = set()
+        for layer in self.layers:
+            layer.site = _unique(layer.name, sites)
+            sites.add(layer.site)
+            _want(layer.weight)
+        taken: dict[bool, set[str]] = {True: set(), False: set()}
+        for hidden in self.hidden:
+            hidden.name = _unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
+            taken[hidden.mark].add(hidden.name)
 
     def add_offset(self, block: Block, index: int, ins: list[Value], out: Value):
         """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
@@ -471,8 +568,9 @@ class Analysis:
     def equation(self, block: Block, index: int, eqn, ins: list[Value], path) -> list[Value]:
         name = eqn.primitive.name
         params = frozenset().union(*(v.params for v in ins))
-        data = any(v.data for v in ins)
         key = (*path, index)
+        begins = key in self.beginnings and not any(v.data for v in ins)
+        data = any(v.data for v in ins) or begins
         atom = is_atom(eqn, ins)
         if name in INLINED and not atom and (params or any(v.loops for v in ins)):
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
@@ -483,48 +581,98 @@ class Analysis:
             self.unmarked = unmarked
             block.children[index] = [child]
             return outs
+        found = None
         if params and data:
             walk = {"scan": self.scan, "cond": self.cond, "while": self.loop, "shard_map": self.shard_map}.get(name)
             if walk is not None:
                 return walk(block, index, eqn, ins, key)
-            if any(v.pure for v in ins):
-                self.mixture(block, index, eqn, ins)
+            if any(v.differentiable for v in ins):
+                found = self.mixture(block, index, eqn, ins)
         elif params and name == "scan":
-            return self.generic(eqn, ins, carried=any(v.carried for v in ins))
+            outs = self.generic(eqn, ins, carried=any(v.carried for v in ins))
+            if multiplies(eqn.params["jaxpr"]):  # a network without a batch may lie inside
+                walked = self.scan(block, index, eqn, ins, key)
+                if any(v.data for v in walked):
+                    return walked
+                del block.children[index]
+                for out, inner in zip(outs, walked, strict=True):
+                    out.stage, out.operands = inner.stage, (*out.operands, inner)
+            return outs
+        elif params:
+            self.find_beginnings(eqn, ins)
         outs = self.generic(eqn, ins)
-        if index in block.layers:
-            outs[0].layer = block.layers[index]
-            outs[0].products = ()
-            outs[0].table = name in ("gather", "dynamic_slice") and len(block.layers[index].output_axes) > 1
-            block.layers[index].output = outs[0]
+        layer = block.layers.get(index)
+        if begins:
+            outs[0].data = outs[0].smooth = True
+        if found is not None:  # of signals a layer makes a signal; else rows are looked up
+            outs[0].smooth |= begins or found.operand.smooth or bool(found.operand.differentiable)
+        if not self.silent and not (outs and outs[0].chosen and layer is None):
+            weights = found.weight.lookups if found else frozenset()
+            for lookup in frozenset().union(*(v.lookups for v in ins)) - weights:
+                lookup.uses.add("data")
+        if layer is not None:
+            outs[0].layer, layer.output = layer, outs[0]
+            outs[0].lookups = frozenset([layer]) if outs[0].chosen else frozenset()
+            if not outs[0].chosen:
+                layer.uses.add("data")
+                outs[0].products, outs[0].axes = products.of_layer(layer), _output_parameter_axes(layer)
         elif params and data and not self.silent and name in ELEMENTWISE:
             self.add_offset(block, index, ins, outs[0])
+        if params and not data and outs and is_product(eqn):
+            outs[0].key = key
         self.sums(block, eqn, ins)
         marked = name == "name" and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)
         return outs
 
-    def mixture(self, block: Block, index: int, eqn, ins: list[Value]):
-        """An equation in which values made of parameters alone meet data: a layer, a bias or scale, or unknown."""
+    def find_beginnings(self, eqn, ins: list[Value]):
+        """Where a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
+        if is_product(eqn) and all(v.params for v in ins[:2]):
+            bent = [v for v in ins[:2] if v.stage == 2]
+            self.found |= {v.key for b in bent for v in _ancestors(b, lambda v: False) if v.key is not None}
+
+    def mixture(self, block: Block, index: int, eqn, ins: list[Value]) -> Multiplication | None:
+        """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
         name = eqn.primitive.name
         found = multiplication(eqn, ins)
         if found is not None:
-            self.add_layer(block, index, eqn, *found)
-            return
-        pure = frozenset().union(*(v.params for v in ins if v.pure))
+            self.add_layer(block, index, eqn, found)
+            return found
+        weights = [v for v in ins if v.pure or v.chosen]
         inner = [v for k, v in eqn.params.items() if k in ("call_jaxpr", "fun_jaxpr")]
+        if not weights or not any(v.data for v in ins if v not in weights):
+            return None
         if name.startswith(("custom_jvp_call", "custom_vjp_call")) and inner:
-            before, self.sealed = self.sealed, self.sealed or "custom_" + name[7:10] + " function"
-            fresh = [dataclasses.replace(v, place=None) for v in ins]
-            self.walk(inner[0], fresh, block.scope, (), (index, "custom"))
-            self.sealed = before
-        elif name not in ELEMENTWISE and name not in STRUCTURAL:
+            return self.own_derivative(block, index, eqn, ins, inner[0])
+        if name not in ELEMENTWISE and name not in STRUCTURAL:
             self.refuse(
-                pure,
+                frozenset().union(*(v.params for v in weights)),
                 f"the parameter {{name}} meets data in the primitive {name!r}, which lrules does not know: write it "
-                "with dot_general or conv_general_dilated, or give that parameter backprop() in a partition",
+                "with dot_general or conv_general_dilated",
             )
+        return None
+
+    def own_derivative(self, block: Block, index: int, eqn, ins: list[Value], body) -> Multiplication | None:
+        """A function with a derivative of its own: one layer if one weight multiplies data in it, else sealed."""
+        what = "custom_" + eqn.primitive.name[7:10] + " function"
+        before = self.inner, self.sealed, self.refusals
+        self.inner, self.sealed, self.refusals = [], self.sealed or what, []
+        self.walk(body, [dataclasses.replace(v, place=None) for v in ins], block.scope, (), (index, "custom"))
+        found, refusals = self.inner, self.refusals
+        self.inner, self.sealed, self.refusals = before
+        served = None if refusals else one_layer(eqn, ins, found)
+        if served is not None:
+            self.add_layer(block, index, eqn, served)
+            return served
+        self.refusals += refusals
+        for product in found:
+            self.refuse(
+                product.sources,
+                f"the parameter {{name}} is multiplied by data inside a {what}, where no rule can reach it: take the "
+                f"multiplication out of the {what}",
+            )
+        return None
 
     def generic(self, eqn, ins: list[Value], carried: bool = False) -> list[Value]:
         """What an equation without a structure of its own passes from its operands to its results."""
@@ -533,44 +681,43 @@ class Analysis:
         return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
 
     def generic_one(self, eqn, ins: list[Value], aval, carried: bool) -> Value:
-        params = frozenset().union(*(v.params for v in ins))
+        name = eqn.primitive.name
         value = Value(
             aval,
-            params=params,
+            params=frozenset().union(*(v.params for v in ins)),
             data=any(v.data for v in ins),
+            batched=any(v.batched for v in ins),
             loops=frozenset().union(*(v.loops for v in ins)),
             carried=carried or any(v.carried for v in ins),
             producer=eqn,
             operands=tuple(ins),
         )
+        stops = name == "stop_gradient" and ins[0].smooth  # of a weight, it only freezes it
+        if _inexact(aval):
+            value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
+            value.smooth = any(v.smooth or (v.data and _counts(v.aval) and name in CASTS) for v in ins)
+        if value.chosen:
+            value.params = value.differentiable
+            value.lookups = frozenset().union(*(v.lookups for v in ins))
         operand = ins[0] if len(ins) == 1 else None
         axes = view_axes(eqn, operand.aval.shape) if operand is not None and hasattr(operand.aval, "shape") else None
         if operand is not None and axes is not None and value.both:
             value.source, value.view = operand, eqn
         value.varies = _varying(eqn, ins, aval, axes)
-        if value.pure:
+        if value.pure or value.chosen:
             value.axes = _parameter_axes(eqn, ins, axes)
-            meets = eqn.primitive.name in ("dot_general", "conv_general_dilated") and not all(v.pure for v in ins)
-            value.network = meets or any(v.network for v in ins)
+        if value.pure:
+            value.stage = stage(eqn, ins)
         elif value.both:
-            found = products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes)
-            value.products = tuple(found)
-            value.table = any(v.table for v in ins) and (axes is not None or eqn.primitive.name in products.LINEAR)
+            value.products = tuple(products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes))
+            if any(p.kind == "output" for p in value.products):
+                value.axes = _parameter_axes(eqn, ins, axes)
         return value
 
     def sums(self, block: Block, eqn, ins: list[Value]):
         """Refuses products of weights and data that are summed by hand."""
-        if by_hand := products.summed(eqn, ins, block):
-            self.refuse(by_hand, products.BY_HAND)
-        if eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][0][0]:
-            for value, other in (ins, ins[::-1]):
-                if value.table and other.both:
-                    self.refuse(
-                        value.params,
-                        "a matrix looked up in the parameter {name} for each example is multiplied by what depends on "
-                        "parameters, which no rule can tell from data: multiply by every one of them and select "
-                        "among the products, or give that parameter backprop() in a partition",
-                    )
+        for params, sentence in products.summed(eqn, ins, block):
+            self.refuse(params, sentence)
 
     # -- constructs
 
@@ -579,14 +726,16 @@ class Analysis:
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         scope, loops = (*block.scope, "scan"), (*block.loops, (key, length))
-        carry = [(v.params, v.data) for v in ins[n_consts : n_consts + n_carry]]
+        carry = [_classes(v) for v in ins[n_consts : n_consts + n_carry]]
 
         def inputs():
             for value in ins[:n_consts]:
                 yield value
-            for (params, data), aval in zip(carry, avals[n_consts : n_consts + n_carry], strict=True):
-                carried = bool(params) and not data
-                yield Value(aval, params, data, carried=carried, loops=frozenset([] if data else [key]))
+            for classes, aval in zip(carry, avals[n_consts : n_consts + n_carry], strict=True):
+                value = Value(aval, **classes)
+                value.carried = value.pure or value.chosen
+                value.loops = frozenset([] if value.data else [key])
+                yield value
             for value, aval in zip(ins[n_consts + n_carry :], avals[n_consts + n_carry :], strict=True):
                 yield _slice(value, aval, key)
 
@@ -594,7 +743,7 @@ class Analysis:
             self.silent += 1
             _, outs = self.walk(body, list(inputs()), scope, loops, key)
             self.silent -= 1
-            merged = [(a | v.params, b or v.data) for (a, b), v in zip(carry, outs[:n_carry], strict=True)]
+            merged = [_merged(a, _classes(v)) for a, v in zip(carry, outs[:n_carry], strict=True)]
             if merged == carry:
                 break
             carry = merged
@@ -603,14 +752,18 @@ class Analysis:
         block.children[index] = [child]
         for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):
             value.operands = (ins[n_consts + i], outs[i])
-        results = []
         for inner in outs[:n_carry]:
-            if summed := frozenset().union(*(p.params for p in inner.products if p.outer and key in p.weight.loops)):
-                self.refuse(summed, products.BY_HAND)
+            for p in inner.products:
+                if p.outer and p.kind == "product" and key in p.weight.loops:
+                    self.refuse(p.params, products.BY_HAND)
+        for lookup in frozenset().union(*(v.lookups for v in (*ins[n_consts : n_consts + n_carry], *outs[:n_carry]))):
+            lookup.uses.add("data")
+        results = []
         for i, (inner, out) in enumerate(zip(outs, eqn.outvars, strict=True)):
-            params, data = carry[i] if i < n_carry else (inner.params, inner.data)
-            result = Value(out.aval, params, data, producer=eqn, operands=(inner,), loops=inner.loops - {key})
-            result.carried = result.pure and (i < n_carry or inner.carried)
+            classes = carry[i] if i < n_carry else _classes(inner)
+            result = Value(out.aval, **classes, producer=eqn, operands=(inner,), loops=inner.loops - {key})
+            result.carried = (result.pure or result.chosen) and (i < n_carry or inner.carried)
+            result.lookups = inner.lookups if i >= n_carry else frozenset()
             results.append(result)
         return results
 
@@ -633,24 +786,23 @@ class Analysis:
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = ins[n : n + m], ins[n + m :]
         everything = self.generic_one(eqn, ins, eqn.outvars[0].aval, False)
+        everything.differentiable = frozenset().union(*(v.differentiable for v in ins))
+        everything.smooth = any(v.smooth for v in ins)
         body = eqn.params["body_jaxpr"]
         inner = [dataclasses.replace(v, place=None) for v in consts] + [
-            Value(v.aval, v.params, v.data) if v.pure else Value(v.aval, everything.params, everything.data)
-            for v in carry
+            Value(v.aval, **_classes(v if v.pure else everything)) for v in carry
         ]
         before, self.sealed = self.sealed, self.sealed or "while loop"
         self.walk(body, inner, block.scope, (), (*key, "while"))
         self.sealed = before
-        return [
-            Value(v.aval, everything.params, everything.data, producer=eqn, operands=tuple(ins)) for v in eqn.outvars
-        ]
+        return [Value(v.aval, **_classes(everything), producer=eqn, operands=tuple(ins)) for v in eqn.outvars]
 
     def shard_map(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
         body = eqn.params["jaxpr"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
             dataclasses.replace(
-                v, aval=aval, source=None, view=None, place=None, hidden=None, operands=(v,),
+                v, aval=aval, source=None, view=None, place=None, hidden=None, operands=(v,), layer=None,
                 split=varying_axes(aval) - varying_axes(v.aval),
             )
             for v, aval in zip(ins, avals, strict=True)
@@ -660,10 +812,58 @@ class Analysis:
         block.children[index] = [child]
         return [
             Value(
-                out.aval, v.params, v.data, axes=v.axes, varies=v.varies, carried=v.carried, producer=eqn, operands=(v,)
+                out.aval, **_classes(v), axes=v.axes, varies=v.varies, carried=v.carried, producer=eqn, operands=(v,),
+                lookups=v.lookups,
             )
             for v, out in zip(outs, eqn.outvars, strict=True)
-        ]
+        ]  # fmt: skip
+
+
+def _classes(value: Value) -> dict[str, Any]:
+    """What a value depends on, and how, as `Value` takes it."""
+    names = ("params", "data", "differentiable", "smooth", "batched", "stage")
+    return {name: getattr(value, name) for name in names}
+
+
+def _merged(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {name: max(a[name], b[name]) if name == "stage" else a[name] | b[name] for name in a}
+
+
+def _inexact(aval) -> bool:
+    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def _counts(aval) -> bool:
+    """Whether its elements are integers, not truth values."""
+    return jnp.issubdtype(getattr(aval, "dtype", jnp.bool_), jnp.integer)
+
+
+def _ancestors(value: Value, stop: Callable[[Value], bool]) -> list[Value]:
+    """A value and all that it is made of, back to those at which to stop."""
+    found: dict[int, Value] = {}
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if id(value) not in found and not stop(value):
+            found[id(value)] = value
+            stack += value.operands
+    return list(found.values())
+
+
+def _want(value: Value) -> None:
+    """Has feedback ride along to a weight, through all that chooses or mixes it."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if value.pure or value.wanted:
+            continue
+        value.wanted = True
+        if value.layer is not None:
+            stack.append(value.layer.weight)
+        elif value.chosen:
+            stack += [v for v in value.operands if v.chosen]
+        else:
+            stack += [v for v in value.operands if any(p.kind == "output" for p in v.products)]
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -673,40 +873,170 @@ def _unique(name: str, taken: set[str]) -> str:
     return next(new for n in range(2, len(taken) + 3) if (new := f"{name}#{n}") not in taken)
 
 
-def multiplication(eqn, ins: list[Value]):
-    """The weight, operand, contracted weight axes and output axes of a layer; None if the equation is none."""
-    name = eqn.primitive.name
-    if name == "dot_general":
+# ------------------------------------------------------------------------------------------------ which one is a layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiplication:
+    """A layer's equation: what is the weight in it, and what the operand.
+
+    Attributes:
+      position: which operand of the equation the weight is.
+      contracted, output_axes, sources, mixed: as in `Layer`.
+      shape: of what comes out.
+    """
+
+    weight: Value
+    operand: Value
+    contracted: Sequence[int]
+    output_axes: dict[int, int]
+    position: int
+    sources: frozenset[int]
+    shape: tuple[int, ...]
+    mixed: bool = False
+
+
+def is_product(eqn) -> bool:
+    """Whether an equation multiplies and sums up."""
+    if eqn.primitive.name == "dot_general":
+        return bool(eqn.params["dimension_numbers"][0][0])
+    return eqn.primitive.name in ("conv_general_dilated", "ragged_dot_general", "ragged_dot")
+
+
+def multiplies(jaxpr) -> bool:
+    """Whether there are products in a jaxpr or the jaxprs inside it."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    inner = [v for eqn in jaxpr.eqns for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+    return any(map(is_product, jaxpr.eqns)) or any(map(multiplies, inner))
+
+
+def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
+    """The layer that an equation is; None if it is none."""
+    name, shape = eqn.primitive.name, tuple(getattr(eqn.outvars[0].aval, "shape", ()))
+    if name == "dot_general" and is_product(eqn):
         contract, batch = eqn.params["dimension_numbers"]
-        if not contract[0] or ins[0].pure == ins[1].pure:
+        free = [
+            frozenset(range(len(v.aval.shape))) - frozenset(contract[k]) - frozenset(batch[k])
+            for k, v in enumerate(ins)
+        ]
+        side, sources = _weight_side(ins, contract, free)
+        if side is None:
             return None
-        side = 0 if ins[0].pure else 1
-        w, x = ins[side], ins[1 - side]
-        n_batch = len(batch[0])
-        free = [i for i in range(len(w.aval.shape)) if i not in contract[side] and i not in batch[side]]
-        start = n_batch if side == 0 else len(eqn.outvars[0].aval.shape) - len(free)
-        output_axes = {axis: i for i, axis in enumerate(batch[side])} | {a: start + i for i, a in enumerate(free)}
-        return w, x, contract[side], output_axes, side == 0
-    if name == "conv_general_dilated" and ins[1].pure and ins[0].data:
-        spec = eqn.params["dimension_numbers"]
+        n_batch, kept = len(batch[0]), sorted(free[side])
+        start = n_batch if side == 0 else len(shape) - len(kept)
+        output_axes = {axis: i for i, axis in enumerate(batch[side])} | {a: start + i for i, a in enumerate(kept)}
+        w = ins[side]
+        mixed = not (w.pure or w.chosen)
+        return Multiplication(w, ins[1 - side], contract[side], output_axes, side, sources, shape, mixed)
+    if name == "conv_general_dilated" and not ins[0].pure:
+        spec, w = eqn.params["dimension_numbers"], ins[1]
         out_axis = spec.rhs_spec[0]
-        contracted = [i for i in range(len(ins[1].aval.shape)) if i != out_axis]
-        return ins[1], ins[0], contracted, {out_axis: spec.out_spec[1]}, False
+        contracted = frozenset(range(len(w.aval.shape))) - {out_axis}
+        sources = w.differentiable if w.pure or w.chosen else _mixed(w, ins[0], contracted, frozenset([out_axis]))
+        if not sources:
+            return None
+        mixed = not (w.pure or w.chosen)
+        return Multiplication(w, ins[0], sorted(contracted), {out_axis: spec.out_spec[1]}, 1, sources, shape, mixed)
+    if name in ("ragged_dot_general", "ragged_dot") and (ins[1].pure or ins[1].chosen):
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (contract, batch), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
+        if not groups or batch[1]:
+            return None
+        w = ins[1]
+        kept = [i for i in range(len(w.aval.shape)) if i not in contract[1] and i not in groups]
+        output_axes = {axis: len(shape) - len(kept) + i for i, axis in enumerate(kept)}
+        return Multiplication(w, ins[0], contract[1], output_axes, 1, w.differentiable, shape)
     if name in ("gather", "dynamic_slice") and ins[0].pure:
         w = ins[0]
-        x = next(v for v in ins[1:] if v.data)
+        x = next((v for v in ins[1:] if v.data), None)
+        if x is None:
+            return None
         if name == "gather":
             dims = eqn.params["dimension_numbers"]
             batching = set(getattr(dims, "operand_batching_dims", ()))
             looked_up = set(dims.start_index_map)
-            kept = [i for i in range(len(w.aval.shape)) if i not in dims.collapsed_slice_dims and i not in batching]
-            output_axes = {a: o for a, o in zip(kept, dims.offset_dims, strict=True) if a not in looked_up}
+            whole = [i for i in range(len(w.aval.shape)) if i not in dims.collapsed_slice_dims and i not in batching]
+            output_axes = {a: o for a, o in zip(whole, dims.offset_dims, strict=True) if a not in looked_up}
         else:
             sizes = eqn.params["slice_sizes"]
             looked_up = {i for i, (n, s) in enumerate(zip(w.aval.shape, sizes, strict=True)) if n != s}
             output_axes = {i: i for i in range(len(sizes)) if i not in looked_up}
-        return w, x, sorted(looked_up), output_axes, True
+        return Multiplication(w, x, sorted(looked_up), output_axes, 0, w.params, shape)
     return None
+
+
+def _weight_side(ins: list[Value], contract, free) -> tuple[int | None, frozenset[int]]:
+    """Which operand of a dot product is the weight, and the parameters that it is made of."""
+    if ins[0].pure != ins[1].pure:
+        side = 0 if ins[0].pure else 1
+        return side, ins[side].params
+    if ins[0].pure:
+        return None, frozenset()
+    chosen = [k for k, v in enumerate(ins) if v.chosen and v.weight_dims & frozenset(contract[k])]
+    if len(chosen) == 2:  # embeddings, of which one may be looked up as a matrix
+        chosen = [k for k in chosen if is_matrix(ins[k].weight_dims, frozenset(contract[k]), free[k])]
+    if len(chosen) == 1:
+        return chosen[0], ins[chosen[0]].differentiable
+    mixed = [_mixed(v, ins[1 - k], frozenset(contract[k]), free[k]) for k, v in enumerate(ins)]
+    if bool(mixed[0]) != bool(mixed[1]):
+        side = 0 if mixed[0] else 1
+        return side, mixed[side]
+    return None, frozenset()
+
+
+def _mixed(w: Value, x: Value, contracted: frozenset[int], free: frozenset[int]) -> frozenset[int]:
+    """The parameters of a matrix that another layer has made for each example, where it multiplies a hidden signal."""
+    made = [p for p in w.products if p.kind == "output" and is_matrix(p.dims, contracted, free)]
+    return made[0].params if made and x.differentiable and w.smooth else frozenset()
+
+
+def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[int]) -> bool:
+    """Whether a value is a matrix in a product: `dims`, along which its weight varies, are its rows and its columns."""
+    return bool(dims & contracted) and bool(free) and free <= dims
+
+
+def one_layer(eqn, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
+    """A function with a derivative of its own as one layer: there is one product in it, of one weight and data."""
+    pure = [k for k, v in enumerate(ins) if v.pure]
+    data = [v for v in ins if v.data]
+    if len(found) != 1 or len(pure) != 1 or len(eqn.outvars) != 1 or not data or found[0].mixed:
+        return None
+    inner, w = found[0], ins[pure[0]]
+    summed = {(i, a) for i, (dims, _) in inner.weight.axes.items() for d in inner.contracted for a in dims[d]}
+    contracted, output_axes = [], {}
+    taken: dict[tuple[int, int], int] = {}
+    for i, (dims, _) in inner.weight.axes.items():
+        taken |= {(i, a): inner.output_axes[d] for d, held in enumerate(dims) if d in inner.output_axes for a in held}
+    for d in range(len(w.aval.shape)):
+        held = {(i, a) for i, (dims, _) in w.axes.items() for a in dims[d]}
+        if held & summed:
+            contracted.append(d)
+        elif outs := {taken[h] for h in held if h in taken}:
+            output_axes[d] = min(outs)
+    if not contracted or tuple(eqn.outvars[0].aval.shape) != inner.shape:
+        return None
+    operand = next((v for v in data if v.differentiable or v.smooth), data[0])
+    return Multiplication(w, operand, contracted, output_axes, pure[0], w.params, inner.shape)
+
+
+CASTS = {"convert_element_type"}
+BENDING = NONLINEAR - COMPARISONS - {"select_n", "mul"}
+
+
+def stage(eqn, ins: list[Value]) -> int:
+    """Of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one.
+
+    A number by which all is multiplied or divided, as a spectral norm, does not count.
+    """
+    name = eqn.primitive.name
+    factors = [v for v in ins if v.spread] if name in ("mul", "div") else ins
+    highest = max((v.stage for v in factors), default=0)
+    if is_product(eqn):
+        return max(highest, 1)
+    bends = name in BENDING or name.startswith("custom_") or (name in CALLS and is_elementwise(eqn))
+    if name == "div":
+        bends = len(factors) > 1 and factors[1].stage > 0
+    return 2 if bends and highest else highest
 
 
 def _owned_axes(w: Value) -> frozenset:
@@ -730,8 +1060,8 @@ def _slice(value: Value, aval, key) -> Value:
         axes[i] = (dims[1:], sliced | frozenset(dims[0]))
     varies = frozenset(d - 1 for d in value.spread if d > 0)
     return Value(
-        aval, value.params, value.data, axes=axes, varies=varies, operands=(value,),
-        loops=value.loops | ({key} if not value.data else set()), carried=value.carried,
+        aval, **_classes(value), axes=axes, varies=varies, operands=(value,), lookups=value.lookups,
+        loops=value.loops | ({key} if not value.data or value.chosen else set()), carried=value.carried,
     )  # fmt: skip
 
 
@@ -798,6 +1128,16 @@ def _parameter_axes(eqn, ins: list[Value], axes):
             else:
                 add(i, ((),) * ndim, sliced)
     return found
+
+
+def _output_parameter_axes(layer: Layer):
+    """Which axes of its parameters the dimensions of a layer's output hold."""
+    came_from = {o: a for a, o in layer.output_axes.items()}
+    ndim = len(layer.output.aval.shape)  # type: ignore[union-attr]
+    return {
+        i: (tuple(dims[came_from[d]] if d in came_from and dims else () for d in range(ndim)), sliced)
+        for i, (dims, sliced) in layer.weight.axes.items()
+    }
 
 
 def is_literal(atom) -> bool:

@@ -239,7 +239,7 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     """
     shape = list(layer.operand.aval.shape)
     if layer.operation == "dot_general":
-        side = 1 if layer.weight_first else 0
+        side = 1 - layer.position
         contract, batch = layer.eqn.params["dimension_numbers"]
         kept = {*contract[side], *batch[side]}
     elif layer.operation == "conv_general_dilated":

@@ -104,7 +104,7 @@ def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytr
 def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, Entry]:
     """The weights of all layers but the first, by their number among the parameters."""
     spec = Sequential(lambda *_: (None, None, None), init)
-    first = frozenset().union(*(layer.weight.params for layer in graph.layers if layer.reads is None))
+    first = frozenset().union(*(layer.sources for layer in graph.layers if layer.reads is None))
     found = {e.index: e for layer in graph.layers if layer.reads is not None for e in layer_entries(graph, layer, spec)}
     if shared := first & set(found):
         raise ValueError(

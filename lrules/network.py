@@ -30,8 +30,10 @@ from lrules.analysis import (
     Layer,
     Offset,
     Value,
+    argument,
     bind,
     is_literal,
+    parameter,
     placed_as,
     scan_counts,
     varying_axes,
@@ -242,18 +244,16 @@ class Graph:
         self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
-        analysis = Analysis(names, [len(a.shape) for a in self.param_avals])
-        ins = [
-            Value(
-                aval,
-                params=frozenset([i]),
-                axes={i: (tuple((d,) for d in range(len(aval.shape))), frozenset())},
-                varies=frozenset(d for d, n in enumerate(aval.shape) if n > 1),
-            )
-            for i, aval in enumerate(self.param_avals)
-        ]
-        ins += [Value(v.aval, data=b) for v, b in zip(invars[len(names) :], batched, strict=True)]
-        self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
+        beginnings: frozenset = frozenset()
+        while True:
+            analysis = Analysis(names, [len(a.shape) for a in self.param_avals], beginnings)
+            ins = [parameter(i, aval) for i, aval in enumerate(self.param_avals)]
+            ins += [argument(v.aval, b) for v, b in zip(invars[len(names) :], batched, strict=True)]
+            self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
+            if analysis.found <= beginnings:
+                break
+            beginnings |= analysis.found
+        analysis.finish(self.outs[:n_outputs])
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
@@ -349,7 +349,10 @@ class _Runner:
     def equation(self, block: Block, index: int, eqn, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]
         if index in block.layers:
-            return [(self.layer(block.layers[index], eqn, pairs, frame), None)]
+            out = self.layer(block.layers[index], eqn, pairs, frame)
+            if not (self.shadows and block.values[eqn.outvars[0]].shadowed):
+                return [(out, None)]
+            return [(out, bind(eqn, [v if s is None else s for v, s in pairs])[0])]
         if self.offsets and index in block.offsets:
             return [(self.offset(block.offsets[index], eqn, values, frame), None)]
         name = eqn.primitive.name
@@ -368,28 +371,22 @@ class _Runner:
         """Whether something in the equation's inner jaxprs has to be handled (else it runs as it stands)."""
         eqn = block.jaxpr.eqns[index]
         ins = [block.value(v) for v in eqn.invars]
-        if all(not v.data for v in ins) or all(not v.params for v in ins):
+        if all(not v.data for v in ins) and not any(child.sites() for child in block.children[index]):
+            return False
+        if all(not v.params for v in ins):
             return False
         mixed_out = self.shadows and any(block.values[v].shadowed for v in eqn.outvars)
         return mixed_out or any(child.sites(offsets=self.offsets) for child in block.children[index])
 
     def layer(self, layer: Layer, eqn, pairs: list[Pair], frame: Frame):
-        rest = [value for value, _ in pairs]
-        if eqn.primitive.name in ("gather", "dynamic_slice"):
-            (w, b), x = pairs[0], tuple(rest[1:])
+        k = layer.position
+        (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
+        single = len(rest) == 1 and layer.operation not in ("gather", "dynamic_slice")
+        x = rest[0] if single else tuple(rest)
 
-            def op(w, x):
-                return bind(eqn, [w, *x])[0]
-        elif layer.weight_first:
-            (w, b), x = pairs[0], rest[1]
-
-            def op(w, x):
-                return bind(eqn, [w, x])[0]
-        else:
-            (w, b), x = pairs[1], rest[0]
-
-            def op(w, x):
-                return bind(eqn, [x, w])[0]
+        def op(w, x):
+            others = [x] if single else list(x)
+            return bind(eqn, [*others[:k], w, *others[k:]])[0]
 
         b = w if b is None else b
 

@@ -330,7 +330,7 @@ def _check_whole_batch(layer: Layer) -> None:
 
 def _feedback_parameters(graph: Graph, layer: Layer) -> list[int]:
     """The parameters of a layer's weight that get feedback: matrices, or vectors where there are only those."""
-    indices = sorted(layer.weight.params)
+    indices = sorted(layer.sources)
     ranks = {i: len(graph.param_avals[i].shape) - len(layer.weight.axes.get(i, ((), ()))[1]) for i in indices}
     return [i for i in indices if ranks[i] >= 2] or indices
 
@@ -346,7 +346,7 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
     contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
     free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
     if layer.operation == "dot_general":  # members of an ensemble, heads: each is a matrix of its own
-        batch = layer.eqn.params["dimension_numbers"][1][0 if layer.weight_first else 1]
+        batch = layer.eqn.params["dimension_numbers"][1][layer.position]
         members = {a for d in batch if d < len(dims) for a in dims[d]} - contracted
         free, sliced = free - members, sliced | members
     lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
@@ -500,7 +500,7 @@ def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) ->
 
 def _feedback_dtype(graph: Graph, hidden: Hidden):
     if hidden.readers:
-        return graph.param_avals[min(hidden.readers[0].weight.params)].dtype
+        return graph.param_avals[min(hidden.readers[0].sources)].dtype
     return hidden.reader.aval.dtype
 
 

@@ -1,9 +1,13 @@
 """Products of weights and data that a model sums by hand, in place of a dot product: layers that no rule would see.
 
 A product is *outer* if the weight varies where the data were broadcast, as in `h[:, :, None] * w`, and a *scale* if
-not, as in `h * gamma`. Outer products are followed through all that is linear, and refused where they are summed.
-Scales are ordinary; they are refused only where the scaled values themselves are summed over the scale's own axes into
-a neuron, or where slices of one parameter scale what is then added up (a convolution written as shifts).
+not, as in `h * gamma`. Both are followed through all that is linear. Outer products are refused where they are summed.
+Scales are ordinary; they are refused only where the scaled values are summed over the scale's own axes into a neuron,
+where they multiply other data as a matrix, or where slices of one parameter scale what is then added up (a convolution
+written as shifts). *Distances* are nonlinear functions of outer sums, differences and products, as in
+`(h[:, None] - m) ** 2`: they are refused where they are summed into one number for each row of the weight.
+
+The *output* of a layer whose weight has several axes of outputs may be a matrix for each example; `analysis.py` asks.
 """
 
 from __future__ import annotations
@@ -13,28 +17,41 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lrules.activations import CALLS, NONLINEAR
+
 LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_element_type", "copy", "copy_p", "name",
           "reduce_precision", "real", "imag", "pad", "concatenate", "stack", "slice", "dynamic_slice", "rev", "gather",
           "squeeze", "reshape", "transpose", "broadcast_in_dim", "expand_dims", "split", "pvary",
           "optimization_barrier", "sharding_constraint", "dynamic_update_slice", "reduce_sum"}  # fmt: skip
-FOR_SCALES = {"neg", "mul", "div", "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pad", "slice"}
+BENDING = NONLINEAR | CALLS.keys() | {"mul"}
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
-    "it as a dot product or convolution (jnp.dot, jnp.einsum), or give that parameter backprop() in a partition"
+    "it as a dot product or convolution (jnp.dot, jnp.einsum)"
+)
+DISTANCES = (
+    "a nonlinear function of the parameter {name} and data, a distance for example, is summed into one number for each "
+    "row of the parameter, a layer written by hand: write it with a dot product (|h|^2 - 2 h.m + |m|^2)"
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """Where a value holds a product of `weight` and data: `dims` are the axes along which the weight varies."""
+    """Where a value holds a product of `weight` and data: `dims` are the axes along which the weight varies.
+
+    Attributes:
+      kind: `"product"`, `"sum"` of the two, `"distance"`, or `"output"` of a layer.
+      rank: along how many axes the weight varied in the beginning.
+    """
 
     weight: Any
     dims: frozenset[int]
     outer: bool
+    kind: str = "product"
+    rank: int = 1
 
     @property
     def params(self) -> frozenset[int]:
-        return self.weight.params
+        return self.weight.differentiable
 
     def is_slice_beside(self, other: Product) -> bool:
         """Whether the two hold different slices of one parameter."""
@@ -60,19 +77,36 @@ def _cuts(weight) -> set[str]:
     return found
 
 
+def of_layer(layer) -> tuple[Product, ...]:
+    """The output of a layer, if it may hold a matrix for each example."""
+    batch = layer.eqn.params["dimension_numbers"][1] if layer.operation == "dot_general" else ((), ())
+    free = frozenset(o for a, o in layer.output_axes.items() if a not in batch[layer.position])
+    several = len(free) > 1 or any(layer.output.aval.shape[o] > 1 for o in free)  # an axis may be taken apart
+    made = [p for p in layer.weight.products if p.kind == "output"] if layer.mixed else []
+    weight = made[0].weight if made else layer.weight
+    return (Product(weight, free, False, "output", len(free)),) if several else ()
+
+
 def made(eqn, ins, out) -> list[Product]:
     """The product that an equation makes of a weight and data."""
     name = eqn.primitive.name
-    if len(ins) != 2 or ins[0].pure == ins[1].pure:
+    weighs = [v.pure or (v.chosen and not other.chosen and other.data) for v, other in zip(ins, ins[::-1], strict=True)]
+    if len(ins) != 2 or weighs[0] == weighs[1] or not hasattr(out.aval, "shape"):
         return []
-    side = 0 if ins[0].pure else 1
+    side = 0 if weighs[0] else 1
     weight, data = ins[side], ins[1 - side]
-    if not data.data or not hasattr(out.aval, "shape"):
+    if not data.data or (out.chosen and not data.differentiable):  # rows, or a weight, chosen by a mask
         return []
-    if name == "mul" or (name == "div" and side == 1):
+    if name in ("mul", "div", "add", "sub"):
         if len(weight.aval.shape) not in (0, len(out.aval.shape)):
             return []
-        return [Product(weight, weight.spread, bool(weight.spread - data.spread))]
+        dims = frozenset(weight.spread if weight.pure else weight.weight_dims & weight.spread)
+        outer = bool(dims - data.spread)
+        if name == "mul" or (name == "div" and side == 1):
+            return [Product(weight, dims, outer, "product", len(dims))]
+        if outer and dims & data.spread and name != "div" and data.differentiable:
+            return [Product(weight, dims, outer, "sum", len(dims))]
+        return []
     if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
         (_, batch) = eqn.params["dimension_numbers"]
         places = []
@@ -81,27 +115,33 @@ def made(eqn, ins, out) -> list[Product]:
             start = len(batch[0]) if k == 0 else len(out.aval.shape) - len(free)
             where = {d: i for i, d in enumerate(batch[k])} | {d: start + i for i, d in enumerate(free)}
             places.append(frozenset(where[d] for d in v.spread))
-        return [Product(weight, places[side], bool(places[side] - places[1 - side]))]
+        dims = places[side]
+        return [Product(weight, dims, bool(dims - places[1 - side]), "product", len(dims))]
     return []
 
 
 def passed(eqn, ins, out, axes) -> list[Product]:
     """The products that an equation passes on; `axes` as from `view_axes`."""
     name = eqn.primitive.name
-    body = eqn.params.get("jaxpr") if name in ("jit", "pjit") else None
-    is_where = body is not None and all(e.primitive.name in LINEAR for e in getattr(body, "jaxpr", body).eqns)
-    if name not in LINEAR and not is_where:
-        return []
-    if name in ("mul", "div") and sum(v.both for v in ins) > 1:
-        return []
     ndim = len(getattr(out.aval, "shape", ()))
+    linear = name in LINEAR or _is_where(eqn)
+    both = sum(v.both for v in ins) > 1
     found = []
-    for value in ins:
+    for k, value in enumerate(ins):
         for product in value.products:
-            offset = name in ("add", "sub") and not all(v.both for v in ins)
-            if not (product.outer or axes is not None or name in FOR_SCALES or offset and not product.dims):
+            kind, outer, dims = product.kind, product.outer, product.dims
+            if not linear or (name in ("mul", "div") and both):
+                if name == "mul" and kind == "output":  # a matrix for each example and data, to be summed by hand
+                    other = ins[1 - k].spread
+                    if not ((dims - other) and (dims & other) and ins[1 - k].differentiable):
+                        continue
+                    kind, outer = "product", True
+                elif name in BENDING and kind != "output" and outer and len(value.aval.shape) == ndim:
+                    kind = "distance"
+                else:
+                    continue
+            if kind == "output" and name == "reduce_sum":
                 continue
-            dims = product.dims
             if axes is not None:
                 dims = frozenset(j for j, held in enumerate(axes) if dims & set(held))
             elif name == "broadcast_in_dim":
@@ -112,41 +152,60 @@ def passed(eqn, ins, out, axes) -> list[Product]:
             elif len(value.aval.shape) != ndim:
                 dims = frozenset(range(ndim))
             if dims or not product.dims:
-                found.append(Product(product.weight, dims, product.outer))
+                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind))
     return found[:8]
 
 
-def summed(eqn, ins, block) -> frozenset[int]:
-    """The parameters of products that an equation sums up."""
+def _is_where(eqn) -> bool:
+    body = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+    return body is not None and all(e.primitive.name in LINEAR for e in getattr(body, "jaxpr", body).eqns)
+
+
+def summed(eqn, ins, block) -> list[tuple[frozenset[int], str]]:
+    """The parameters of products that an equation sums up, and what to say of them."""
     name = eqn.primitive.name
-    hit: frozenset[int] = frozenset()
+    hit: list[tuple[frozenset[int], str]] = []
     for k, value in enumerate(ins):
         for product in value.products:
-            axes: Any = ()
-            if name == "reduce_sum":
-                axes = eqn.params["axes"]
-                if not product.outer and _is_mean(eqn, block):
-                    continue
-            elif name in ("cumsum", "cumlogsumexp") and product.outer:
-                axes = (eqn.params["axis"],)
-            elif name == "reduce_window_sum" and product.outer:
-                axes = tuple(d for d, n in enumerate(eqn.params["window_dimensions"]) if n > 1)
-            elif name == "dot_general" and product.outer and not ins[1 - k].pure:
-                axes = eqn.params["dimension_numbers"][0][k]
-            elif name == "conv_general_dilated" and product.outer and not ins[1 - k].pure:
-                axes = product.dims
-            elif name in ("scatter-add", "scatter_add") and k == 2:
-                axes = product.dims - set(eqn.params["dimension_numbers"].update_window_dims)
-            elif name == "fft" and (product.outer or jnp.issubdtype(product.weight.aval.dtype, jnp.complexfloating)):
-                axes = product.dims
-            if product.dims & set(axes):
-                hit |= product.params
+            if product.kind == "product" and product.dims & _summed_axes(eqn, ins, k, product, block):
+                hit.append((product.params, BY_HAND))
+            elif product.kind == "distance" and name == "reduce_sum" and not _is_mean(eqn, block):
+                axes = frozenset(eqn.params["axes"])
+                if product.dims & axes and product.dims - axes:
+                    hit.append((product.params, DISTANCES))
     if name in ("add", "add_any", "sub") and len(ins) == 2:
         for p in ins[0].products:
             for q in ins[1].products:
-                if p.is_slice_beside(q):
-                    hit |= p.params & q.params
+                if p.kind == q.kind == "product" and p.is_slice_beside(q):
+                    hit.append((p.params & q.params, BY_HAND))
     return hit
+
+
+def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
+    """Along which axes of its operand `k` an equation sums up what must not be summed."""
+    name, outer = eqn.primitive.name, product.outer
+    if name == "reduce_sum":
+        axes = frozenset(eqn.params["axes"])
+        whole = product.rank <= 1 or product.dims <= axes  # not a row of a matrix
+        return frozenset() if not outer and whole and _is_mean(eqn, block) else axes
+    if name == "dot_general":
+        contract, batch = (frozenset(a[k]) for a in eqn.params["dimension_numbers"])
+        free = frozenset(range(len(ins[k].aval.shape))) - contract - batch
+        other = ins[1 - k]
+        matrix = other.data and product.dims & free and free <= product.dims
+        return contract if (outer and not other.pure) or matrix else frozenset()
+    if name == "conv_general_dilated":
+        return product.dims if outer and not ins[1 - k].pure else frozenset()
+    if name in ("scatter-add", "scatter_add") and k == 2:
+        return product.dims - set(eqn.params["dimension_numbers"].update_window_dims)
+    if name == "fft":
+        complex_ = jnp.issubdtype(product.weight.aval.dtype, jnp.complexfloating)
+        return product.dims if outer or complex_ else frozenset()
+    if name in ("cumsum", "cumlogsumexp") and outer:
+        return frozenset([eqn.params["axis"]])
+    if name == "reduce_window_sum" and outer:
+        return frozenset(d for d, n in enumerate(eqn.params["window_dimensions"]) if n > 1)
+    return frozenset()
 
 
 def _is_mean(eqn, block) -> bool:
