@@ -1,5 +1,6 @@
 """Flax modules as networks: `from_nnx` and `from_linen` split a model into function, parameters and other state."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,9 +28,11 @@ def from_nnx(
 
     The parameters are the `nnx.State` that `nnx.split` gives: `jax.grad` with respect to them returns what
     `nnx.Optimizer.update(model, grads)` takes, `nnx.update(model, params)` writes them back, and, holding the model's
-    own variables, they follow the model when an optimizer updates it in place. All else (flags such as `deterministic`,
-    batch statistics, random streams, variables outside `wrt`) is taken as it is now and stays so; what a call changes
-    in it is discarded, or returned with `with_state`. Variables that a call creates (sown values) are dropped.
+    own variables, they follow the model when an optimizer updates it in place. Other `nnx.Param`s are frozen weights:
+    they stay as they are now, and feedback stands in for them as for those that are trained. All else (flags such as
+    `deterministic`, batch statistics, random streams, other variables outside `wrt`) is taken as it is now and stays
+    so; what a call changes in it is discarded, or returned with `with_state`. Variables that a call creates (sown
+    values) are dropped.
 
     Args:
       model: the module, an instance.
@@ -67,19 +70,20 @@ def from_nnx(
     if call is None and not callable(model):
         raise TypeError(f"{type(model).__name__} has no __call__: give from_nnx call=lambda model, inputs: ...")
 
-    graphdef, params, *rest = nnx.split(model, wrt, ...)
+    graphdef, params, *others = nnx.split(model, wrt, nnx.Param, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"No variable of {type(model).__name__} matches wrt={wrt}: give the type of those to train.")
-    state = jax.tree.map(lambda x: x, rest[0])  # split hands out the model's own variables: these must not follow it
+    # split hands out the model's own variables: these must not follow it
+    frozen, state = jax.tree.map(lambda x: x, others)
     switched_off = {path for path, module in nnx.iter_graph(model) if _is_switched_off(module)}
 
-    def run(params, state, inputs):
-        merged = nnx.merge(graphdef, params, state, copy=True)
+    def run(params, frozen, state, inputs):
+        merged = nnx.merge(graphdef, params, frozen, state, copy=True)
         outputs = merged(inputs) if call is None else call(merged, inputs)
-        return outputs, _like(state, nnx.state(merged, nnx.Not(wrt)))
+        return outputs, _like(state, nnx.state(merged, nnx.Not(nnx.Any(wrt, nnx.Param))))
 
-    def stateless(params, inputs):
-        outputs, after = run(params, state, inputs)
+    def stateless(params, frozen, inputs):
+        outputs, after = run(params, frozen, state, inputs)
         drawn = _drawn_streams(state, after, switched_off)
         if drawn:
             warnings.warn(
@@ -90,8 +94,8 @@ def from_nnx(
         return outputs
 
     if not with_state:
-        return Network(stateless, batch_axes=batch_axes), params
-    return _stateful(run, batch_axes), params, state
+        return Network(stateless, batch_axes=batch_axes, frozen=frozen), params
+    return dataclasses.replace(_stateful(run, batch_axes), frozen=frozen), params, state
 
 
 def from_linen(
@@ -190,12 +194,13 @@ def from_linen(
 def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Network:
     """The network of inputs `(state, inputs)` whose aux is the new state."""
 
-    def apply(params, inputs):
+    def apply(params, *given):  # with the frozen weights in front of the inputs, where there are any
+        *frozen, inputs = given
         if not isinstance(inputs, tuple | list) or len(inputs) != 2:
             raise TypeError(
                 f"A network made with with_state=True takes inputs (state, inputs), and got {type(inputs).__name__}."
             )
-        return run(params, *inputs)
+        return run(params, *frozen, *inputs)
 
     return Network(apply, has_aux=True, batch_axes=(None, batch_axes))
 

@@ -850,6 +850,22 @@ def _ancestors(value: Value, stop: Callable[[Value], bool]) -> list[Value]:
     return list(found.values())
 
 
+def reach(outs: Sequence[Value]) -> set[int]:
+    """The values (by id) from which a derivative leads to one of these."""
+    def ends(value: Value) -> bool:
+        return not _inexact(value.aval) or not (value.params or value.data)
+
+    found: set[int] = set()
+    stack = list(outs)
+    while stack:
+        value = stack.pop()
+        if id(value) not in found and not ends(value):
+            found.add(id(value))
+            stops = value.producer is not None and value.producer.primitive.name == "stop_gradient"
+            stack += () if stops else value.operands
+    return found
+
+
 def _want(value: Value) -> None:
     """Has feedback ride along to a weight, through all that chooses or mixes it."""
     stack = [value]

@@ -44,6 +44,28 @@ class BatchAxis:
         return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
 
 
+    def in_front(self, x, shape: Sequence[int], batch: int):
+        """A tensor of that shape as `[batch, *rest]`."""
+        x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
+        return jnp.moveaxis(x, self.axis + 1, 0).reshape(-1, *self.rest(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbatched(BatchAxis):
+    """In place of a batch axis, of a tensor that is the same for all examples: their signals add up there."""
+
+    axis: int = -1
+
+    def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
+    def restore(self, x, shape: Sequence[int]):
+        return x.sum(0).reshape(shape)
+
+    def in_front(self, x, shape: Sequence[int], batch: int):
+        return jnp.broadcast_to(x.reshape(1, *shape), (batch, *shape))
+
+
 class Moved(Exception):
     """Examples were put into another order."""
 

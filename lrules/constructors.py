@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-
 from lrules.network import Graph, as_network
 from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
 from lrules.rule import (
@@ -38,7 +36,7 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
     def init(key, net, params, inputs) -> Feedback:
         net = as_network(net)
         check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, jax.tree.leaves(params))
+        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
     def run(net, params, feedback, inputs, targets, rng):
         graph = net.graph(params, inputs)
@@ -115,6 +113,7 @@ def direct(
     rank: int | None = None,
     channel: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
+    error_at: str = "layer",
     max_feedback_bytes: int = 2**30,
 ) -> Rule:
     """A rule that brings the output error straight to every hidden signal.
@@ -137,6 +136,8 @@ def direct(
         `[batch, rank]`.
       channel: in place of `signal`, see `Direct`.
       targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
+      error_at: where the output error is taken. `"layer"`: where the outputs are a function without parameters of a
+        layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs. `"outputs"`: at the outputs themselves.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
@@ -159,7 +160,9 @@ def direct(
         raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
-    spec = Direct(signal, init, learn, redrawn, where, _pairs(shared_axes), rank, channel, targets, max_feedback_bytes)
+    spec = Direct(
+        signal, init, learn, redrawn, where, _pairs(shared_axes), rank, channel, targets, error_at, max_feedback_bytes
+    )
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 

@@ -170,7 +170,7 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
     graph = net.graph(params, jax.tree.unflatten(jax.tree.structure(inputs), [one]))
 
     def linear(x):
-        outputs, _ = graph.run(jax.tree.leaves(params), [x], handlers=(_LeftOut(),), frame=Frame())
+        outputs, _ = graph.run(as_network(net).parameters(params), [x], handlers=(_LeftOut(),), frame=Frame())
         if len(jax.tree.leaves(outputs)) != 1:
             raise ValueError("lipschitz_product wants one output: wrap the network in a function that returns it")
         return jnp.ravel(jax.tree.leaves(outputs)[0])
@@ -197,7 +197,7 @@ def spectral_norms(
     """
     graph, frame = as_network(net).graph(params, inputs), Frame()
     handler = _SpectralNorms(iterations)
-    graph.run(jax.tree.leaves(params), jax.tree.leaves(inputs), handlers=(handler,), frame=frame)
+    graph.run(as_network(net).parameters(params), jax.tree.leaves(inputs), handlers=(handler,), frame=frame)
     return {name.removesuffix(" norm"): norm for name, norm in frame.records.items()}
 
 

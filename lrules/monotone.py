@@ -229,7 +229,7 @@ def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
     """
     net = as_network(net)
     graph = net.graph(params, inputs)
-    leaves = jax.tree.leaves(params)
+    leaves = net.parameters(params)
     for index in _weights(graph):
         if bool(jnp.any(leaves[index] < 0)):
             raise ValueError(

@@ -35,6 +35,7 @@ from lrules.analysis import (
     is_literal,
     parameter,
     placed_as,
+    reach,
     scan_counts,
     varying_axes,
 )
@@ -55,6 +56,8 @@ class Network:
       has_aux: `apply` returns `(outputs, aux)`; no error arrives at `aux`.
       batch_axes: where the batch lies in `inputs`: a prefix pytree of it, as vmap's `in_axes`; None for what has no
         batch (state, keys, positions).
+      frozen: a pytree of weights that are not trained; `apply` is then `apply(params, frozen, inputs)`. Rules treat
+        their layers as all others: feedback stands in for a frozen weight, too. None: there are none.
       handlers: what modifiers do at layers, hidden signals and activations, the outermost first.
     """
 
@@ -62,10 +65,15 @@ class Network:
     _: dataclasses.KW_ONLY
     has_aux: bool = False
     batch_axes: Pytree = 0
+    frozen: Pytree = dataclasses.field(default=None, compare=False)
     handlers: tuple[Handler, ...] = ()
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
-        return self.apply(params, inputs)
+        return self.apply(params, inputs) if self.frozen is None else self.apply(params, self.frozen, inputs)
+
+    def parameters(self, params: Pytree) -> list[Any]:
+        """The leaves of the parameters, and after them the frozen weights."""
+        return [*jax.tree.leaves(params), *map(jax.lax.stop_gradient, jax.tree.leaves(self.frozen))]
 
     def pushing(self, handler: Handler) -> Network:
         """The same network with one more handler, inside those that it has."""
@@ -73,7 +81,8 @@ class Network:
 
     def graph(self, params: Pytree, inputs: Pytree, *, double: bool = False) -> Graph:
         """Traces the network; with `double`, on the batch put after itself (to see which axes grow with it)."""
-        paths, params_tree = jax.tree_util.tree_flatten_with_path(params)
+        paths, params_tree = jax.tree_util.tree_flatten_with_path((params, self.frozen))
+        paths = [(path[1:], leaf) for path, leaf in paths]
         names = [parameter_name(path) for path, _ in paths]
         leaves, inputs_tree = jax.tree.flatten(inputs)
         trees: list[Any] = []
@@ -84,8 +93,9 @@ class Network:
                     x if a is None else jax.lax.concatenate([x, x], a % jnp.ndim(x))
                     for x, a in zip(input_leaves, axes, strict=True)
                 ]
-            p = jax.tree.unflatten(params_tree, param_leaves)
-            out = self.apply(p, jax.tree.unflatten(inputs_tree, input_leaves))
+            p, frozen = jax.tree.unflatten(params_tree, param_leaves)
+            given = (p,) if frozen is None else (p, frozen)
+            out = self.apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
             outputs, aux = _split_aux(out) if self.has_aux else (out, None)
             (out_leaves, out_tree), (aux_leaves, aux_tree) = jax.tree.flatten(outputs), jax.tree.flatten(aux)
             trees[:] = [out_tree, aux_tree, len(out_leaves)]
@@ -237,7 +247,10 @@ class Frame:
 
 
 class Graph:
-    """A traced network: its layers, hidden signals and activations, and the running of it."""
+    """A traced network: its layers, hidden signals and activations, and the running of it.
+
+    `live` are the hidden signals from which a way leads to the outputs: none through `stop_gradient`, or to aux alone.
+    """
 
     def __init__(self, closed, names: Sequence[str], batched: Sequence[bool], out_tree, aux_tree, n_outputs: int):
         self.closed, self.names = closed, list(names)
@@ -256,8 +269,17 @@ class Graph:
         analysis.finish(self.outs[:n_outputs])
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
+        reached = reach(self.outs[:n_outputs])
+        self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
+
+    def mark(self, value: Value, name: str) -> Hidden:
+        """A mark at the definition of a value, for handlers to see it there."""
+        block, variable = value.place  # type: ignore[misc]
+        hidden = Hidden(name=name, root=value, views=(), reader=value, mark=True)
+        block.hidden.setdefault(variable, []).append(hidden)
+        return hidden
 
     @property
     def consts(self) -> list[Any]:

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.analysis import Hidden, Layer
-from lrules.batch import BatchAxis, doubled, find_batch_axis
+from lrules.batch import BatchAxis, Unbatched, doubled, find_batch_axis
+from lrules.head import Head, heads
 from lrules.network import Graph, Network, name_number
 from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
 
@@ -70,6 +71,8 @@ class Direct:
       channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
+      error_at: where the output error is taken. `"layer"`: at the last layer's outputs, below a softmax or the like
+        that has no parameters (see `head.py`); or `"outputs"`.
       max_feedback_bytes: what the feedback weights of one rule may take.
     """
 
@@ -82,10 +85,13 @@ class Direct:
     rank: int | None = None
     channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
+    error_at: str = "layer"
     max_feedback_bytes: int = 2**30
 
     def __post_init__(self):
         as_initializer(self.init)
+        if self.error_at not in ("layer", "outputs"):
+            raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
             raise ValueError(f"max_feedback_bytes={self.max_feedback_bytes!r} is no number of bytes: give one, or inf")
 
@@ -188,6 +194,7 @@ class Plan:
     landings: dict[str, Landing]  # direct feedback, by hidden signal
     batch: int | None = None
     output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
+    heads: dict[Hidden, Head] = dataclasses.field(default_factory=dict)  # where the output error is taken, see head.py
     reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
 
     @property
@@ -368,7 +375,7 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
     directs = list(dict.fromkeys(s for s in plan.specs.values() if isinstance(s, Direct)))
     chosen: list[tuple[Hidden, Direct]] = []
     for hidden in graph.hidden:
-        if hidden.mark:
+        if hidden.mark or hidden not in graph.live:
             continue
         specs = {id(plan.specs[layer.site]): plan.specs[layer.site] for layer in hidden.readers}
         if any(isinstance(s, Direct) for s in specs.values()) and len(specs) > 1:
@@ -391,7 +398,7 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                 )
         for hidden in graph.hidden:
             landed = any(other.root is hidden.root for other, _ in chosen)  # one feedback for one tensor
-            if hidden.mark and not landed and _matches(spec.at, hidden.name):
+            if hidden.mark and hidden in graph.live and not landed and _matches(spec.at, hidden.name):
                 if len(directs) > 1:
                     raise ValueError(
                         f"the mark {hidden.name!r} belongs to no layer, so a partition of several direct rules "
@@ -413,6 +420,7 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
     twice = doubled(net, params, inputs, graph)
     outs = range(graph.n_outputs)
     plan.output_axes = [find_batch_axis(graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs]
+    plan.heads = _heads(graph, {spec for _, spec in chosen})
     avals = [graph.outs[i].aval for i in outs]
     for aval, axis in zip(avals, plan.output_axes, strict=True):
         if jnp.issubdtype(aval.dtype, jnp.inexact) and (axis is None or axis.before * axis.after > 1):
@@ -435,7 +443,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             sizes[spec] = spec.rank
     for hidden, spec in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
-        axis = find_batch_axis(hidden.reader, other, batch)
+        batched = hidden.reader.batched
+        axis = find_batch_axis(hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
@@ -457,6 +466,16 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                 f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, or let feedback land at "
                 "fewer places (at=) or share it along axes (shared_axes=), as direct_feedback_alignment can"
             )
+
+
+def _heads(graph: Graph, specs: set[Direct]) -> dict[Hidden, Head]:
+    """Where the output error is taken below the outputs; each place is entered as a mark, so that a run records it."""
+    where = {spec.error_at for spec in specs if spec.lands}
+    if len(where) > 1:
+        raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
+    if where != {"layer"} or any(spec.channel for spec in specs):
+        return {}
+    return {graph.mark(head.value, f"output {i} of {head.layer}"): head for i, head in heads(graph).items()}
 
 
 def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from lrules.analysis import Hidden, Layer, as_varying, bind, varying_axes
+from lrules.head import finish
 from lrules.network import Frame, Handler, Network
 from lrules.plan import Direct, Landing, Plan, Sequential
 from lrules.rule import Feedback, Pytree
@@ -32,6 +33,9 @@ class _RuleHandler(Handler):
         return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
+        if hidden in self.plan.heads:
+            frame.records[hidden.name] = value
+            return value
         landing = self.plan.landings.get(hidden.name)
         if landing is None or landing.hidden is not hidden:
             return value
@@ -51,37 +55,48 @@ def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
     def backward(residuals, d):
         w, b, x = residuals
         dw, dx, db = spec.backward(op, w, b, x, d, layer)
-        return dw, db, dx if _floating(x) else None
+        return dw, db, None if dx is None else jax.tree.map(_if_floating, x, dx)
 
     multiply.defvjp(forward, backward)
     return multiply
 
 
-def _floating(x) -> bool:
-    return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(x))
+def _if_floating(x, dx):
+    return dx if jnp.issubdtype(x.dtype, jnp.inexact) else None
 
 
 def run_plan(
     plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
 ) -> Any:
     """Runs the network under a plan; what comes out differentiates as the rule says."""
-    plan.check(feedback)
-    weights = {**feedback.fixed, **feedback.learned}
-    if rng is not None:
-        weights |= plan.init(rng, jax.tree.leaves(params), redrawn=True).fixed
-    args = (
-        jax.tree.leaves(params),
-        weights,
-        jax.tree.leaves(inputs),
-        plan.graph.consts,
-        net.handlers,
-        targets,
-    )
-    if any(landing.spec.lands for landing in plan.landings.values()):
-        outputs, aux = _direct_run(plan)(*args)
-    else:
-        outputs, aux = plain_run(plan, *args[:5], Frame())
+    outputs, aux = run_to_heads(plan, net, params, feedback, inputs, targets=targets, rng=rng)
+    outputs = from_heads(plan, net, outputs, params, inputs)
     return (outputs, aux) if net.has_aux else outputs
+
+
+def run_to_heads(
+    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
+) -> Any:
+    """The same up to where the output error is taken: `(outputs, aux)`, see `head.py`."""
+    plan.check(feedback)
+    weights, leaves = {**feedback.fixed, **feedback.learned}, net.parameters(params)
+    if rng is not None:
+        weights |= plan.init(rng, leaves, redrawn=True).fixed
+    args = (leaves, weights, jax.tree.leaves(inputs), plan.graph.consts, net.handlers, targets)
+    if any(landing.spec.lands for landing in plan.landings.values()):
+        return _direct_run(plan)(*args)
+    return plain_run(plan, *args[:5], Frame())
+
+
+def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs: Pytree) -> Pytree:
+    """The network's outputs, from what `run_to_heads` gives in their place."""
+    if not plan.heads:
+        return outputs
+    leaves, tree = jax.tree.flatten(outputs)
+    given = {id(head.value): leaves[head.output] for head in plan.heads.values()}
+    outs = finish(plan.graph, given, jax.lax.stop_gradient(net.parameters(params)), jax.tree.leaves(inputs))
+    below = {head.output for head in plan.heads.values()}
+    return jax.tree.unflatten(tree, [outs[i] if i in below else leaf for i, leaf in enumerate(leaves)])
 
 
 def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
@@ -95,7 +110,13 @@ def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fra
             for name, p in zip(names, params, strict=True)
         ]
     own = _RuleHandler(plan)
-    return plan.graph.run(params, inputs, consts=consts, feedback=shadow, handlers=(own, *handlers), frame=frame)
+    outputs, aux = plan.graph.run(
+        params, inputs, consts=consts, feedback=shadow, handlers=(own, *handlers), frame=frame
+    )
+    leaves, tree = jax.tree.flatten(outputs)
+    for hidden, head in plan.heads.items():
+        leaves[head.output] = frame.records.pop(hidden.name)
+    return jax.tree.unflatten(tree, leaves), aux
 
 
 def _direct_run(plan: Plan) -> Callable:
@@ -228,9 +249,7 @@ def direct_feedback_gradient(landing: Landing, e, record, b):
     def seen(value):  # as the reader sees it, the batch in front
         for eqn in hidden.views:
             (value,) = bind(eqn, [value])
-        shape = hidden.reader.aval.shape
-        value = value.reshape((*shape[: axis.axis], axis.before, -1, axis.after, *shape[axis.axis + 1 :]))
-        return jnp.moveaxis(value, axis.axis + 1, 0).reshape(-1, *axis.rest(shape))
+        return axis.in_front(value, hidden.reader.aval.shape, e.shape[len(shared)])
 
     for _ in range(n):
         seen = jax.vmap(seen)

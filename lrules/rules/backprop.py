@@ -32,7 +32,7 @@ def backprop() -> Rule:
                 return net(params, inputs)
             graph = net.graph(params, inputs)
             outputs, aux = graph.run(
-                jax.tree.leaves(params), jax.tree.leaves(inputs), handlers=net.handlers, frame=Frame()
+                net.parameters(params), jax.tree.leaves(inputs), handlers=net.handlers, frame=Frame()
             )
             return (outputs, aux) if net.has_aux else outputs
 

@@ -36,6 +36,7 @@ def direct_feedback_alignment(
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int]] = (),
     rank: int | None = None,
+    error_at: str = "layer",
     max_feedback_bytes: int = 2**30,
 ) -> Rule:
     """Direct feedback alignment (DFA), which Baldi, Sadowski and Lu call skipped random backpropagation (SRBP).
@@ -55,6 +56,9 @@ def direct_feedback_alignment(
         of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise.
       rank: for outputs in the tens of thousands: the feedback weights are products of one random matrix
         `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned.
+      error_at: where the output error e is taken. `"layer"`: where the outputs are a function without parameters of a
+        layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs, so that e is T - O with the
+        cross-entropy that belongs to the function, as the papers have it. `"outputs"`: at the outputs themselves.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
@@ -78,5 +82,6 @@ def direct_feedback_alignment(
         at=at,
         shared_axes=shared_axes,
         rank=rank,
+        error_at=error_at,
         max_feedback_bytes=max_feedback_bytes,
     )

@@ -137,7 +137,7 @@ def dual_propagation(
     def init(key, net, params, inputs) -> Feedback:
         net = as_network(net)
         check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, jax.tree.leaves(params))
+        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
     def transform(net, *, reduction="mean"):
         if output != "once":
@@ -166,7 +166,8 @@ def dual_propagation(
             if output != "once":
                 error_at = _error_function(network, lambda o: mean_loss(net, loss, o, inputs, targets), outputs)
             (grads, learned, *_), report = network.gradients(args, keys, begin, outputs, error_at)
-            params_grad = jax.tree.unflatten(jax.tree.structure(params), grads)
+            tree = jax.tree.structure(params)
+            params_grad = jax.tree.unflatten(tree, grads[: tree.num_leaves])
             learned = {name: learned[name] for name in feedback.learned}
             head = (value, outputs, aux) if net.has_aux else (value, outputs)
             return head, Gradients(params_grad, learned, feedback.state, report)
@@ -445,7 +446,7 @@ class _Dual:
     def arguments(self, net: Network, params, feedback: Feedback, inputs, rng):
         """What the network is run on, as arguments of functions with their own derivative; and a key per iteration."""
         self.plan.check(feedback)
-        leaves = jax.tree.leaves(params)
+        leaves = net.parameters(params)
         weights = {**feedback.fixed, **feedback.learned}
         keys = None
         if self.options.order == "random":

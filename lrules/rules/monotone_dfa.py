@@ -11,7 +11,9 @@ from lrules.rule import Initializer, Rule
 from lrules.rules.direct import direct_feedback_alignment
 
 
-def monotone_dfa(init: Initializer | None = None, *, max_feedback_bytes: int = 2**30) -> Rule:
+def monotone_dfa(
+    init: Initializer | None = None, *, error_at: str = "layer", max_feedback_bytes: int = 2**30
+) -> Rule:
     """Monotone direct feedback alignment (mDFA): DFA with positive feedback, for nets with positive weights.
 
     delta_l = (B_l^T e) * f'(z_l),  B_l >= 0
@@ -22,6 +24,7 @@ def monotone_dfa(init: Initializer | None = None, *, max_feedback_bytes: int = 2
     Args:
       init: the initializer whose absolute values the feedback weights are, drawn as `[hidden size, outputs]`; default
         `jax.nn.initializers.glorot_normal()`.
+      error_at: as in `direct_feedback_alignment`.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
@@ -33,4 +36,4 @@ def monotone_dfa(init: Initializer | None = None, *, max_feedback_bytes: int = 2
     References:
       Lechner: Learning representations for binary-classification without backpropagation (2020), section 3.
     """
-    return direct_feedback_alignment(absolute(init), max_feedback_bytes=max_feedback_bytes)
+    return direct_feedback_alignment(absolute(init), error_at=error_at, max_feedback_bytes=max_feedback_bytes)

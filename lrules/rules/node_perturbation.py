@@ -46,7 +46,7 @@ from lrules.rule import (
     require_flags,
 )
 from lrules.rules.direct import correlate, project
-from lrules.running import direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
+from lrules.running import direct_feedback_gradient, from_heads, output_error, plain_run, run_to_heads, sent_error
 
 SOLVERS = ("sgd", "rls")
 
@@ -123,7 +123,7 @@ def node_perturbation(
         check_params(params)
         graph = net.graph(params, inputs)
         made = plan(net, graph, params, inputs)
-        feedback = made.init(key, jax.tree.leaves(params))
+        feedback = made.init(key, net.parameters(params))
         return feedback if learned else Feedback({}, {}, _Rows(made).begin(feedback.fixed, ridge))
 
     def transform(net, *, reduction="mean"):
@@ -194,7 +194,7 @@ class _Experiment:
         twice = doubled(net, params, inputs, graph)
         frame = Frame()
         handlers = (_Noise({h.name for h in self.hidden}, self.std, self.noise, rng),)
-        noisy, _ = graph.run(jax.tree.leaves(params), jax.tree.leaves(inputs), handlers=handlers, frame=frame)
+        noisy, _ = graph.run(net.parameters(params), jax.tree.leaves(inputs), handlers=handlers, frame=frame)
         losses = [self.loss(o, targets) for o in (noisy, outputs)]
         difference = jnp.mean((losses[0] - losses[1]).reshape(batch, -1), axis=1) / self.std
         found = {}
@@ -223,7 +223,8 @@ class _Experiment:
 
         def clean(params, probes):
             handlers = (_ArrivingAtHidden(), *self.net.handlers, _ArrivingAtLayers())
-            outputs, aux = plain_run(plan, jax.tree.leaves(params), weights, leaves, consts, handlers, Frame(probes))
+            run = plain_run(plan, self.net.parameters(params), weights, leaves, consts, handlers, Frame(probes))
+            outputs, aux = run
             return self.objective(outputs, inputs, targets), (outputs, aux)
 
         (value, (outputs, aux)), (grads, arriving) = jax.value_and_grad(clean, argnums=(0, 1), has_aux=True)(
@@ -235,7 +236,7 @@ class _Experiment:
 
         def stand_in(weights):
             frame = Frame(residuals)
-            plain_run(plan, jax.tree.leaves(params), weights, leaves, consts, (_StandIn(set(taught)),), frame)
+            plain_run(plan, self.net.parameters(params), weights, leaves, consts, (_StandIn(set(taught)),), frame)
             return frame.records
 
         (db,) = jax.vjp(stand_in, weights)[1]({site: arriving[f"{site} output"] for site in taught})
@@ -250,14 +251,17 @@ class _Experiment:
     def direct(self, params, feedback, inputs, targets, rng):
         plan, net = self.plan, self.net
 
-        def clean(params):
-            out = run_plan(plan, net, params, feedback, inputs)
-            outputs = out[0] if net.has_aux else out
-            return self.objective(outputs, inputs, targets), out
+        def of_outputs(ends):
+            outputs = from_heads(plan, net, ends, params, inputs)
+            return self.objective(outputs, inputs, targets), outputs
 
-        (value, out), grads = jax.value_and_grad(clean, has_aux=True)(params)
-        outputs = out[0] if net.has_aux else out
-        errors = jax.grad(lambda o: self.objective(o, inputs, targets), allow_int=True)(outputs)
+        def clean(params):
+            ends, aux = run_to_heads(plan, net, params, feedback, inputs)
+            value, outputs = of_outputs(ends)
+            return value, (ends, outputs, aux)
+
+        (value, (ends, outputs, aux)), grads = jax.value_and_grad(clean, has_aux=True)(params)
+        errors, _ = jax.grad(of_outputs, allow_int=True, has_aux=True)(ends)
         lambdas = self.estimates(params, inputs, targets, outputs, rng)
         n = net.batch_size(inputs)
         weights = {**feedback.fixed, **feedback.learned}
@@ -271,7 +275,7 @@ class _Experiment:
             taught = dataclasses.replace(landing, spec=dataclasses.replace(landing.spec, learn=learn))
             db[name] = direct_feedback_gradient(taught, e, lambdas[name], weights[name])
             statistics[name] = _covariance(n * e)
-        head = (value, *out) if net.has_aux else (value, out)
+        head = (value, outputs, aux) if net.has_aux else (value, outputs)
         return head, grads, db, statistics
 
 
