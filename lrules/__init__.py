@@ -20,6 +20,7 @@ from lrules.channel import (
 from lrules.constructors import direct, sequential
 from lrules.description import describe
 from lrules.network import Network
+from lrules.plan import refusals
 from lrules.rule import Feedback, Gradients, Rule, transform, value_and_grad
 from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only

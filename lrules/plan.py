@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from lrules.analysis import Hidden, Layer
 from lrules.batch import BatchAxis, Unbatched, doubled, find_batch_axis
 from lrules.head import Head, heads
-from lrules.network import Graph, Network, name_number
-from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
+from lrules.network import Graph, Network, as_network, name_number
+from lrules.rule import Feedback, Initializer, Pytree, Rule, as_initializer, draw, is_number
 
 # ---------------------------------------------------------------------------------------------- what happens at a layer
 
@@ -272,33 +272,103 @@ def _draw_direct(landing: Landing, key) -> jax.Array:
 # ------------------------------------------------------------------------------------------------------ making a plan
 
 
-def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose: Callable[[str], LayerRule]) -> Plan:
+class Refused(NotImplementedError):
+    """A network holds what the rule cannot serve.
+
+    Attributes:
+      refusals: what stands in the way, by parameter.
+    """
+
+    def __init__(self, found: Sequence[tuple[Sequence[str], str]], partition: bool):
+        self.refusals: dict[str, str] = {}
+        for names, sentence in found:
+            for name in names:
+                known = self.refusals.get(name)
+                self.refusals[name] = sentence if known in (None, sentence) else f"{known}; {sentence}"
+        sentences = list(dict.fromkeys(sentence for _, sentence in found))
+        listed = ", ".join(map(repr, self.refusals))
+        message = sentences[0]
+        if len(sentences) > 1:
+            message = f"{len(sentences)} things cannot be served: "
+            message += "; ".join(f"({i}) {sentence}" for i, sentence in enumerate(sentences, 1))
+        if partition:
+            message += f", or give {listed} backprop() in a partition"
+        super().__init__(message)
+
+
+def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
+    """What stands in the way of a rule: the parameters that it cannot serve, each with the reason and the remedy.
+
+    Args:
+      net: the network.
+      rule: the rule.
+      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+
+    Returns:
+      Sentences by the name of the parameter; empty where the rule serves all.
+
+    Example:
+      >>> import re
+      >>> import lrules
+      >>> net = lambda p, x: (jnp.tanh(x @ p["a"])[:, :, None] * p["b"]).sum(1) @ p["c"]  # 'b' by hand
+      >>> params, x = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4)), "c": jnp.ones((4, 2))}, jnp.ones((5, 2))
+      >>> rule = lrules.feedback_alignment()
+      >>> refused = refusals(net, rule, params, x)
+      >>> list(refused)
+      ['b']
+      >>> rule = lrules.partition({f"^{re.escape(name)}$": lrules.backprop() for name in refused} | {".*": rule})
+      >>> refusals(net, rule, params, x)
+      {}
+    """
+    net = as_network(net)
+    try:
+        if rule.plan is not None:
+            rule.plan(net, net.graph(params, inputs), params, inputs)
+    except Refused as error:
+        return error.refusals
+    return {}
+
+
+def make_plan(
+    net: Network,
+    graph: Graph,
+    params: Pytree,
+    inputs: Pytree,
+    choose: Callable[[str], LayerRule],
+    *,
+    partition: bool = True,
+) -> Plan:
     """Settles what a rule does where, and refuses what it cannot serve.
 
     Args:
       net, graph, params, inputs: the network, traced on these.
       choose: the rule of a layer, by name.
+      partition: whether a partition can give single layers another rule.
 
     Raises:
       ValueError: no layer was found, or the rules of one hidden signal disagree.
-      NotImplementedError: a construct cannot be served.
+      Refused: constructs cannot be served; a NotImplementedError that names them all.
     """
-    for refusal in graph.refusals:
-        if any(not isinstance(choose(graph.names[i]), Plain) for i in refusal.parameters):
-            raise NotImplementedError(refusal.sentence)
-    if not graph.layers:
+    specs = {layer.site: choose(layer.name) for layer in graph.layers}
+    found = [
+        ([graph.names[i] for i in sorted(refusal.parameters)], refusal.sentence)
+        for refusal in graph.refusals
+        if any(not isinstance(choose(graph.names[i]), Plain) for i in refusal.parameters)
+    ]
+    for layer in graph.layers:
+        found += [([layer.name], sentence) for sentence in _not_served(layer, specs[layer.site])]
+    if found:
+        raise Refused(found, partition)
+    if not graph.layers and not graph.refusals:
         raise ValueError(
             "no layer found: the network never multiplies something that depends on its inputs by a parameter "
             "(dot_general or conv_general_dilated); check that the parameters and inputs are the function's arguments "
             "and not closed over"
         )
-    specs = {layer.site: choose(layer.name) for layer in graph.layers}
     entries: dict[str, Entry] = {}
     for layer in graph.layers:
         spec = specs[layer.site]
         if isinstance(spec, Sequential):
-            if spec.whole_batch:
-                _check_whole_batch(layer)
             if spec.init is not None and layer.reads is not None:
                 for entry in layer_entries(graph, layer, spec):
                     name = graph.names[entry.index]
@@ -307,12 +377,6 @@ def make_plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree, choose
                             f"the parameter {name!r} is used by layers under two rules with feedback, of which each "
                             f"would draw its own: give the layer {layer.name!r} the rule of the other"
                         )
-        if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
-            construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
-            raise NotImplementedError(
-                f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a "
-                f"sequential rule for it (partition), or take the layer out of the {construct}"
-            )
     plan = Plan(graph, specs, entries, {})
     _plan_landings(plan, net, params, inputs)
     return plan
@@ -322,16 +386,30 @@ def _bare(scope: Sequence[str]) -> list[str]:
     return [s.split(" ")[0] for s in scope]
 
 
-def _check_whole_batch(layer: Layer) -> None:
+def _not_served(layer: Layer, spec: LayerRule) -> Iterator[str]:
+    """What stands in the way of one layer's rule."""
+    if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
+        construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
+        yield (
+            f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a sequential "
+            f"rule for it, or take the layer out of the {construct}"
+        )
+    if not (isinstance(spec, Sequential) and spec.whole_batch):
+        return
     if "shard_map unchecked" in layer.scope:
-        raise NotImplementedError(
+        yield (
             f"the layer {layer.name!r} lies inside a shard_map with check_vma=False, where it cannot be seen over "
-            "which devices the batch is spread: set check_vma=True, or use another rule for it (partition)"
+            "which devices the batch is spread: set check_vma=True, or use another rule for it"
         )
     if layer.owned:
-        raise NotImplementedError(
+        yield (
             f"the parameter {layer.name!r} is itself split over the mesh axes {sorted(layer.owned)} inside a "
-            "shard_map, so its neurons' norms would need a sum that depends on how: use another rule for it (partition)"
+            "shard_map, so its neurons' norms would need a sum that depends on how: use another rule for it"
+        )
+    if layer.weight.chosen and layer.weight.batched:
+        yield (
+            f"the weight of the layer {layer.name!r} is chosen for each example, so that its neurons have no gradient "
+            "of the whole batch: multiply by every choice and select among the products, or use another rule for it"
         )
 
 

@@ -248,10 +248,9 @@ def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan
                 f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: "
                 f"take it out of the {inside[0]}"
             )
-    for refusal in graph.refusals:
-        raise NotImplementedError(refusal.sentence)
+    own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     if options.feedback is None:
-        return make_plan(net, graph, params, inputs, lambda name: _Own())  # type: ignore[arg-type,return-value]
+        return own
     assert options.feedback.plan is not None
     plan = options.feedback.plan(net, graph, params, inputs)
     if any(isinstance(spec, Direct) for spec in plan.specs.values()):

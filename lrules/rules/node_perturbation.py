@@ -116,7 +116,7 @@ def node_perturbation(
         spec = Sequential(_backward, draw, learned)
 
     def plan(net, graph, params, inputs) -> Plan:
-        return make_plan(net, graph, params, inputs, lambda name: spec)
+        return make_plan(net, graph, params, inputs, lambda name: spec, partition=False)
 
     def rule_init(key, net, params, inputs) -> Feedback:
         net = as_network(net)

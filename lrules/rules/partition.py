@@ -53,7 +53,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
         first = {name: next((p for p in rules if re.search(p, name)), None) for name in names}
         listed = ", ".join(map(repr, dict.fromkeys(names)))
         for pattern in rules:
-            if pattern not in first.values() and names:
+            if pattern not in first.values() and names and not re.search(pattern, ""):  # one for all others may be idle
                 why = (
                     "is shadowed by those before it"
                     if any(re.search(pattern, n) for n in names)
