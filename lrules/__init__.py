@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name as hidden
 from lrules import diagnostics, feedback, monotone, testing
 from lrules.activations import activation, not_activation
 from lrules.adapters import from_linen, from_nnx
+from lrules.audit import audit
 from lrules.channel import (
     drop_error,
     magnitude_error,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -402,18 +402,20 @@ class Analysis:
 
     Args:
       names, ndims: of the parameters.
-      beginnings: keys of the products that are the first layers of networks without a batch.
+      promoted: keys of equations that an earlier walk has found to be layers: the first ones of networks without a
+        batch (0), and products between a Fourier transform and its inverse (over so many axes).
     """
 
-    def __init__(self, names: Sequence[str], ndims: Sequence[int], beginnings: frozenset = frozenset()):
-        self.names, self.ndims, self.beginnings = names, ndims, beginnings
+    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]):
+        self.names, self.ndims, self.promoted = names, ndims, promoted
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
         self.activations: list[Activation] = []
         self.offsets: list[Offset] = []
         self.refusals: list[Refusal] = []
         self.doubts: list[tuple[Doubt, Value | None]] = []
-        self.found: set[Any] = set()  # keys of further products of that kind
+        self.tables: list[frozenset[int]] = []
+        self.found: dict[Any, int] = {}  # further ones
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
         self.sealed: str | None = None  # inside a construct where no layer can be served
@@ -569,7 +571,7 @@ class Analysis:
         name = eqn.primitive.name
         params = frozenset().union(*(v.params for v in ins))
         key = (*path, index)
-        begins = key in self.beginnings and not any(v.data for v in ins)
+        begins = key in self.promoted and not any(v.data for v in ins)
         data = any(v.data for v in ins) or begins
         atom = is_atom(eqn, ins)
         if name in INLINED and not atom and (params or any(v.loops for v in ins)):
@@ -587,7 +589,7 @@ class Analysis:
             if walk is not None:
                 return walk(block, index, eqn, ins, key)
             if any(v.differentiable for v in ins):
-                found = self.mixture(block, index, eqn, ins)
+                found = self.mixture(block, index, eqn, ins, key)
         elif params and name == "scan":
             outs = self.generic(eqn, ins, carried=any(v.carried for v in ins))
             if multiplies(eqn.params["jaxpr"]):  # a network without a batch may lie inside
@@ -604,6 +606,7 @@ class Analysis:
         layer = block.layers.get(index)
         if begins:
             outs[0].data = outs[0].smooth = True
+            self.tables += [params] if found is None and not self.silent else []
         if found is not None:  # of signals a layer makes a signal; else rows are looked up
             outs[0].smooth |= begins or found.operand.smooth or bool(found.operand.differentiable)
         if not self.silent and not (outs and outs[0].chosen and layer is None):
@@ -620,6 +623,8 @@ class Analysis:
             self.add_offset(block, index, ins, outs[0])
         if params and not data and outs and is_product(eqn):
             outs[0].key = key
+        for out in outs:
+            out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
         self.sums(block, eqn, ins)
         marked = name == "name" and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
@@ -630,12 +635,12 @@ class Analysis:
         """Where a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
         if is_product(eqn) and all(v.params for v in ins[:2]):
             bent = [v for v in ins[:2] if v.stage == 2]
-            self.found |= {v.key for b in bent for v in _ancestors(b, lambda v: False) if v.key is not None}
+            self.found |= {v.key: 0 for b in bent for v in _ancestors(b, lambda v: False) if v.key is not None}
 
-    def mixture(self, block: Block, index: int, eqn, ins: list[Value]) -> Multiplication | None:
+    def mixture(self, block: Block, index: int, eqn, ins: list[Value], key) -> Multiplication | None:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
         name = eqn.primitive.name
-        found = multiplication(eqn, ins)
+        found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
         if found is not None:
             self.add_layer(block, index, eqn, found)
             return found
@@ -716,8 +721,11 @@ class Analysis:
 
     def sums(self, block: Block, eqn, ins: list[Value]):
         """Refuses products of weights and data that are summed by hand."""
-        for params, sentence in products.summed(eqn, ins, block):
-            self.refuse(params, sentence)
+        for product, sentence in products.summed(eqn, ins, block):
+            if eqn.primitive.name == "fft":  # a product between two transforms is a convolution
+                self.found[product.key] = len(eqn.params["fft_lengths"])
+            else:
+                self.refuse(product.params, sentence)
 
     # -- constructs
 
@@ -979,6 +987,17 @@ def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
             output_axes = {i: i for i in range(len(sizes)) if i not in looked_up}
         return Multiplication(w, x, sorted(looked_up), output_axes, 0, w.params, shape)
     return None
+
+
+def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
+    """An elementwise product between a Fourier transform over the last axes and its inverse."""
+    pure = [k for k, v in enumerate(ins) if v.pure]
+    if not axes or eqn.primitive.name != "mul" or len(pure) != 1:
+        return None
+    w, shape = ins[pure[0]], tuple(eqn.outvars[0].aval.shape)
+    contracted = range(len(shape) - axes, len(shape))
+    kept = {d: d for d in range(len(shape) - axes) if d in w.spread}
+    return Multiplication(w, ins[1 - pure[0]], contracted, kept, pure[0], w.params, shape)
 
 
 def _weight_side(ins: list[Value], contract, free) -> tuple[int | None, frozenset[int]]:

@@ -88,6 +88,12 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
     return BatchAxis(axis) if shape[axis] == batch else None
 
 
+def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
+    """The same for an output or a hidden signal, where the network may say it itself (`Network.signal_axes`)."""
+    stated = net.stated_axis(name, a.aval.shape, batch)
+    return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
+
+
 def _grown(a: Value, b: Value) -> int | None:
     """The one axis that doubles with the batch."""
     if len(a.aval.shape) != len(b.aval.shape):

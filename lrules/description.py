@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lrules.analysis import Hidden, Layer
-from lrules.batch import doubled, find_batch_axis
+from lrules.batch import batch_axis, doubled
 from lrules.network import Graph, Network, as_network
 from lrules.plan import Direct, Plain, Sequential
 from lrules.rule import Pytree, Rule
@@ -33,15 +33,15 @@ class Description(NamedTuple):
     feedback_bytes: int
 
     def __str__(self) -> str:
-        lines = _table(self.layers, ("layer", "operation", "weight", "rule", "reads", "reached by"))
+        lines = table(self.layers, ("layer", "operation", "weight", "rule", "reads", "reached by"))
         if self.hidden:
-            lines += ["", *_table(self.hidden, ("hidden signal", "shape", "feedback", "bytes"))]
+            lines += ["", *table(self.hidden, ("hidden signal", "shape", "feedback", "bytes"))]
         lines += ["", f"activations: {', '.join(self.activations) or 'none'}"]
         lines += [f"feedback: {self.feedback_bytes:,} bytes"]
         return "\n".join(lines)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
     cells = [list(columns)] + [[str(row[c]) for c in columns] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
@@ -108,7 +108,7 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
     except ValueError:  # there is no batch, or another one makes another network
         return shapes
     others = [h.reader for h in twice.hidden] if twice else [None] * len(shapes)
-    axes = [find_batch_axis(h.reader, other, batch) for h, other in zip(graph.hidden, others, strict=True)]
+    axes = [batch_axis(net, h.name, h.reader, other, batch) for h, other in zip(graph.hidden, others, strict=True)]
     return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 
 
@@ -136,7 +136,8 @@ def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list
             seen.add(id(value))
             if value.layer is not None and source not in reach[value.layer.site]:
                 reach[value.layer.site].append(source)
-            stack += [(v, False) for v in (*value.operands, *([value.source] if value.source else []))]
+            stops = value.producer is not None and value.producer.primitive.name == "stop_gradient"
+            stack += [] if stops else [(v, False) for v in value.operands]
 
     for hidden in sorted((h for h, lands in stops.items() if lands), key=graph.hidden.index):
         spread(hidden.root, hidden.name, set(), True)

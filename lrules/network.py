@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,10 @@ class Network:
         batch (state, keys, positions).
       frozen: a pytree of weights that are not trained; `apply` is then `apply(params, frozen, inputs)`. Rules treat
         their layers as all others: feedback stands in for a frozen weight, too. None: there are none.
+      signal_axes: where the batch lies in the outputs and hidden signals, in the order of the inputs, for rules that
+        send each example its own error: one axis for all, or axes by regular expression on the names of hidden signals
+        and on `"outputs"`. None: it is found. To be said where rows are the nodes of one graph (`segment_sum`), or
+        where examples are put into another order and back.
       handlers: what modifiers do at layers, hidden signals and activations, the outermost first.
     """
 
@@ -66,6 +71,7 @@ class Network:
     has_aux: bool = False
     batch_axes: Pytree = 0
     frozen: Pytree = dataclasses.field(default=None, compare=False)
+    signal_axes: int | Mapping[str, int] | None = None
     handlers: tuple[Handler, ...] = ()
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
@@ -125,6 +131,24 @@ class Network:
                 f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in_axes of jax.vmap"
             ) from None
         return jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
+
+    def stated_axis(self, name: str, shape: Sequence[int], batch: int) -> int | None:
+        """Where `signal_axes` says that the batch lies in a hidden signal or, as `"outputs"`, in an output.
+
+        Raises:
+          ValueError: there is no such axis of the size of the batch.
+        """
+        stated = self.signal_axes
+        if isinstance(stated, Mapping):
+            stated = next((axis for pattern, axis in stated.items() if re.search(pattern, name)), None)
+        if stated is None:
+            return None
+        if not -len(shape) <= stated < len(shape) or shape[stated] != batch:
+            raise ValueError(
+                f"signal_axes says that the batch lies in axis {stated} of {name!r}, but its shape is {tuple(shape)} "
+                f"and the batch {batch}: give axes by name, signal_axes={{{name!r}: ...}}"
+            )
+        return stated % len(shape)
 
     def batch_size(self, inputs: Pytree) -> int:
         """How many examples `inputs` holds.
@@ -249,7 +273,9 @@ class Frame:
 class Graph:
     """A traced network: its layers, hidden signals and activations, and the running of it.
 
-    `live` are the hidden signals from which a way leads to the outputs: none through `stop_gradient`, or to aux alone.
+    `parameters` and `arguments` are the values that go in, `tables` the sets of parameters whose product is what a
+    network without a batch begins with. `live` are the hidden signals from which a way leads to the
+    outputs: none through `stop_gradient`, or to aux alone.
     """
 
     def __init__(self, closed, names: Sequence[str], batched: Sequence[bool], out_tree, aux_tree, n_outputs: int):
@@ -257,18 +283,20 @@ class Graph:
         self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
-        beginnings: frozenset = frozenset()
+        promoted: dict[Any, int] = {}
         while True:
-            analysis = Analysis(names, [len(a.shape) for a in self.param_avals], beginnings)
-            ins = [parameter(i, aval) for i, aval in enumerate(self.param_avals)]
-            ins += [argument(v.aval, b) for v, b in zip(invars[len(names) :], batched, strict=True)]
+            analysis = Analysis(names, [len(a.shape) for a in self.param_avals], promoted)
+            self.parameters = [parameter(i, aval) for i, aval in enumerate(self.param_avals)]
+            self.arguments = [argument(v.aval, b) for v, b in zip(invars[len(names) :], batched, strict=True)]
+            ins = [*self.parameters, *self.arguments]
             self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
-            if analysis.found <= beginnings:
+            if analysis.found.keys() <= promoted.keys():
                 break
-            beginnings |= analysis.found
+            promoted |= analysis.found
         analysis.finish(self.outs[:n_outputs])
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
+        self.tables = analysis.tables
         reached = reach(self.outs[:n_outputs])
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])

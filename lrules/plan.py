@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.analysis import Hidden, Layer
-from lrules.batch import BatchAxis, Unbatched, doubled, find_batch_axis
+from lrules.batch import BatchAxis, Unbatched, batch_axis, doubled
 from lrules.head import Head, heads
 from lrules.network import Graph, Network, as_network, name_number
 from lrules.rule import Feedback, Initializer, Pytree, Rule, as_initializer, draw, is_number
@@ -497,7 +497,9 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
     plan.batch = batch = net.batch_size(inputs)
     twice = doubled(net, params, inputs, graph)
     outs = range(graph.n_outputs)
-    plan.output_axes = [find_batch_axis(graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs]
+    plan.output_axes = [
+        batch_axis(net, "outputs", graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs
+    ]
     plan.heads = _heads(graph, {spec for _, spec in chosen})
     avals = [graph.outs[i].aval for i in outs]
     for aval, axis in zip(avals, plan.output_axes, strict=True):
@@ -505,7 +507,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             raise ValueError(
                 f"an output of shape {aval.shape} has no batch axis, of {batch} examples in the order of the inputs, "
                 "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or "
-                "return what has no batch as aux (has_aux=True)"
+                "return what has no batch as aux (has_aux=True); where rows are the nodes of one graph (segment_sum, "
+                "scatter), say where they lie, Network(apply, signal_axes=0)"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
@@ -522,12 +525,12 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
     for hidden, spec in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
         batched = hidden.reader.batched
-        axis = find_batch_axis(hidden.reader, other, batch) if batched else Unbatched()
+        axis = batch_axis(net, hidden.name, hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
-                f"be told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where "
-                "feedback lands"
+                f"be told (batch {batch}): give that layer a sequential rule (partition), choose with at= where "
+                "feedback lands, or say where it lies, Network(apply, signal_axes=...)"
             )
         lengths = tuple(length for length, own in hidden.loops if own)
         shared = _shared_places(plan, hidden, spec, axis)

@@ -41,6 +41,7 @@ class Product:
     Attributes:
       kind: `"product"`, `"sum"` of the two, `"distance"`, or `"output"` of a layer.
       rank: along how many axes the weight varied in the beginning.
+      key: of the equation that made it.
     """
 
     weight: Any
@@ -48,6 +49,7 @@ class Product:
     outer: bool
     kind: str = "product"
     rank: int = 1
+    key: Any = None
 
     @property
     def params(self) -> frozenset[int]:
@@ -161,23 +163,23 @@ def _is_where(eqn) -> bool:
     return body is not None and all(e.primitive.name in LINEAR for e in getattr(body, "jaxpr", body).eqns)
 
 
-def summed(eqn, ins, block) -> list[tuple[frozenset[int], str]]:
-    """The parameters of products that an equation sums up, and what to say of them."""
+def summed(eqn, ins, block) -> list[tuple[Product, str]]:
+    """The products that an equation sums up, and what to say of them."""
     name = eqn.primitive.name
-    hit: list[tuple[frozenset[int], str]] = []
+    hit: list[tuple[Product, str]] = []
     for k, value in enumerate(ins):
         for product in value.products:
             if product.kind == "product" and product.dims & _summed_axes(eqn, ins, k, product, block):
-                hit.append((product.params, BY_HAND))
+                hit.append((product, BY_HAND))
             elif product.kind == "distance" and name == "reduce_sum" and not _is_mean(eqn, block):
                 axes = frozenset(eqn.params["axes"])
                 if product.dims & axes and product.dims - axes:
-                    hit.append((product.params, DISTANCES))
+                    hit.append((product, DISTANCES))
     if name in ("add", "add_any", "sub") and len(ins) == 2:
         for p in ins[0].products:
             for q in ins[1].products:
                 if p.kind == q.kind == "product" and p.is_slice_beside(q):
-                    hit.append((p.params & q.params, BY_HAND))
+                    hit.append((p, BY_HAND))
     return hit
 
 

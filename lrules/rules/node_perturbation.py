@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.analysis import SAME_SHAPE_VIEWS, Hidden
-from lrules.batch import BatchAxis, doubled, find_batch_axis
+from lrules.batch import BatchAxis, batch_axis, doubled
 from lrules.network import Frame, Graph, Handler, Network, as_network, key_at, zeros_at
 from lrules.plan import Direct, Plan, Sequential, make_plan
 from lrules.rule import (
@@ -200,7 +200,7 @@ class _Experiment:
         found = {}
         for h in self.hidden:
             other = twice.hidden[graph.hidden.index(h)].root if twice else None
-            axis = find_batch_axis(h.root, other, batch)
+            axis = batch_axis(net, h.name, h.root, other, batch)
             if axis is None:
                 raise NotImplementedError(
                     f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be told "

@@ -1,0 +1,263 @@
+"""Audit: by which route each parameter learns, and a second proof that none learns by backpropagation unseen.
+
+The analysis says where the layers of a network are, and rules act there. The audit looks at the result, without the
+analysis: it takes the program of the gradients, forward and backward together, under feedback alignment, and follows
+the error through it. A number by which error is multiplied on its way may be a recorded forward value, a feedback
+weight, or a scale that the analysis knows; a number that is made of parameters alone would be a weight that the
+analysis has missed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lrules.analysis import is_literal, open_jaxpr, reach, scan_counts
+from lrules.description import feedback_reach, table
+from lrules.network import Frame, Graph, Handler, Network, as_network
+from lrules.plan import Direct, Plain, Plan, Sequential, make_plan
+from lrules.rule import Pytree, Rule, as_initializer, check_params, require_rule
+from lrules.running import plain_run
+
+RECORDED = "lrules recorded"
+
+
+class Audit(NamedTuple):
+    """By which route each parameter learns; prints as a table.
+
+    Attributes:
+      rows: a row per parameter: its name, the route, the layers that it makes the weight of, and what reaches those.
+    """
+
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        return "\n".join(table(self.rows, ("parameter", "route", "layers", "reached by")))
+
+
+def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
+    """By which route each parameter learns under a rule, checked twice.
+
+    Routes: `"layer, feedback"` and `"layer"`, where the rule forms its gradient, with feedback weights or without;
+    `"layer, direct"`, where the output error comes straight to what it reads; `"last layer"`, the true gradient of what
+    crosses no hidden signal; `"bias or scale"`, the signal that arrives where it meets the data; `"backprop"`, where
+    the rule says so; `"frozen"`; and `"not reached"`, where no way leads to the outputs.
+
+    Args:
+      net: the network.
+      rule: the rule.
+      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+
+    Returns:
+      An `Audit`: print it, or read its rows.
+
+    Raises:
+      NotImplementedError, ValueError: what `rule.init` would raise.
+      RuntimeError: the program of the gradients multiplies error by parameters that the analysis does not know as a
+        layer's, a bias or a scale.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lrules
+      >>> params = {"a": jnp.ones((3, 4)), "bias": jnp.ones(4), "b": jnp.ones((4, 2))}
+      >>> net = lambda p, x: jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"]
+      >>> print(audit(net, lrules.feedback_alignment(), params, jnp.ones((5, 3))))
+      parameter  route            layers  reached by
+      a          layer            a       b
+      b          layer, feedback  b       output
+      bias       bias or scale    -       -
+    """
+    require_rule(rule)
+    check_params(params)
+    net = as_network(net)
+    graph = net.graph(params, inputs)
+    plan = rule.plan(net, graph, params, inputs) if rule.plan is not None else None
+    trained = len(jax.tree.leaves(params))
+    live = {i for i, value in enumerate(graph.parameters) if id(value) in reach(graph.outs[: graph.n_outputs])}
+    reached = _reached_by(graph)
+    rows = []
+    for i, name in enumerate(graph.names):
+        layers = [layer for layer in graph.layers if i in layer.sources]
+        rows.append(
+            {
+                "parameter": name,
+                "route": "frozen" if i >= trained else _route(plan, rule, layers) if i in live else "not reached",
+                "layers": ", ".join(layer.site for layer in layers) or "-",
+                "reached by": ", ".join(dict.fromkeys(s for layer in layers for s in reached[layer.site])) or "-",
+            }
+        )
+    if plan is not None:
+        _prove(net, graph, plan, params, inputs, live)
+    return Audit(rows)
+
+
+def _reached_by(graph: Graph) -> dict[str, list[str]]:
+    """For each layer, the hidden signals whose error reaches it first, and the outputs."""
+    return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
+
+
+def _route(plan: Plan | None, rule: Rule, layers) -> str:
+    if plan is None:
+        return "backprop" if isinstance(rule.layer, Plain) else "the rule's own"
+    if not layers:
+        return "bias or scale"
+    routes = []
+    for layer in layers:
+        spec = plan.specs[layer.site]
+        if isinstance(spec, Plain):
+            routes.append("backprop")
+        elif isinstance(spec, Direct):
+            routes.append("layer, direct" if layer.reads is not None else "layer")
+        else:
+            routes.append("layer, feedback" if set(layer.parameters) & set(plan.entries) else "layer")
+    return "; ".join(dict.fromkeys(routes))
+
+
+# --------------------------------------------------------------------------------------------------------- the proof
+
+
+class _Recorded(Handler):
+    """Marks what layers compute and read as recorded forward values."""
+
+    def layer(self, layer, op, w, b, x, frame):
+        return checkpoint_name(op(w, x), RECORDED)
+
+    def hidden(self, hidden, value, frame):
+        return value if hidden.mark else checkpoint_name(value, RECORDED)
+
+
+def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int]) -> None:
+    """Follows the error through the program of the gradients."""
+    plain = {layer.name for layer in graph.layers if isinstance(plan.specs[layer.site], Plain)}
+    refused = {graph.names[i] for refusal in graph.refusals for i in refusal.parameters}
+    probe = Sequential(_through_feedback, as_initializer(None))
+    choose = lambda name: Plain() if name in plain | refused else probe  # noqa: E731
+    made = make_plan(net, graph, params, inputs, choose)
+
+    def program(leaves, weights, values, errors):
+        def outputs(leaves):
+            out, _ = plain_run(made, leaves, weights, values, graph.consts, (_Recorded(),), Frame())
+            return [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
+
+        return jax.vjp(outputs, leaves)[1](errors)[0]
+
+    leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in graph.param_avals]
+    weights = {name: leaves[entry.index] for name, entry in made.entries.items()}
+    values = jax.tree.leaves(inputs)
+    outs = [graph.outs[i].aval for i in range(graph.n_outputs)]
+    errors = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outs if jnp.issubdtype(a.dtype, jnp.inexact)]
+    closed = jax.make_jaxpr(program)(leaves, weights, values, errors)
+    ins = [_Trace(params=frozenset([i])) for i in range(len(leaves))]
+    ins += [_Trace(known=True)] * len(weights)
+    ins += [_Trace(known=v.data) for v in graph.arguments]
+    ins += [_Trace(error=True)] * len(errors)
+    gradients = _follow(closed.jaxpr, ins)
+
+    scales = frozenset().union(*(offset.value.params for offset in graph.offsets))
+    exempt = scales | {i for i, name in enumerate(graph.names) if name in plain | refused}
+    for i, gradient in enumerate(gradients):
+        own = frozenset().union(*(layer.sources for layer in graph.layers if i in layer.sources), {i})
+        own = own.union(*(table for table in graph.tables if i in table))
+        if missed := gradient.via - exempt - own:
+            named = ", ".join(repr(graph.names[j]) for j in sorted(missed))
+            raise RuntimeError(
+                f"the error of the parameter {graph.names[i]!r} is multiplied by the value of {named} on its way, "
+                "which the analysis has not seen as a layer: please report the network; until then give these "
+                "backprop() in a partition"
+            )
+        if gradient.error and i not in live:
+            raise RuntimeError(
+                f"error reaches the parameter {graph.names[i]!r}, to which no way leads back from the outputs in the "
+                "analysis: please report the network"
+            )
+
+
+def _through_feedback(op, w, b, x, d, layer):
+    (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
+    (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
+    return dw, dx, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """What a value of the program is made of.
+
+    Attributes:
+      params: the parameters, by a derivative.
+      known: also of data by a derivative, of feedback, or of what layers compute.
+      error: it is error, on its way.
+      via: the parameters by which it has been multiplied, where these were made of nothing else.
+    """
+
+    params: frozenset[int] = frozenset()
+    known: bool = False
+    error: bool = False
+    via: frozenset[int] = frozenset()
+
+
+def _union(traces: Iterable[_Trace]) -> _Trace:
+    traces = list(traces)
+    return _Trace(
+        frozenset().union(*(t.params for t in traces)),
+        any(t.known for t in traces),
+        any(t.error for t in traces),
+        frozenset().union(*(t.via for t in traces)),
+    )
+
+
+def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
+    """What the results of a jaxpr are made of."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    env = dict.fromkeys(jaxpr.constvars, _Trace()) | dict(zip(jaxpr.invars, ins, strict=True))
+
+    def read(atom) -> _Trace:
+        return _Trace() if is_literal(atom) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        outs = _equation(eqn, [read(v) for v in eqn.invars])
+        env |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _loop(params["jaxpr"], ins, *scan_counts(params))
+    if name == "while":
+        n, m = params["cond_nconsts"], params["body_nconsts"]
+        return _loop(params["body_jaxpr"], ins[n:], m, len(ins) - n - m)
+    if name == "cond":
+        outs = [_follow(branch, ins[1:]) for branch in params["branches"]]
+        return [_union(out) for out in zip(*outs, strict=True)]
+    inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
+    if inner is not None and len(open_jaxpr(inner)[0].invars) == len(ins):
+        return _follow(inner, ins)
+    return [_result(eqn, ins, out.aval) for out in eqn.outvars]
+
+
+def _result(eqn, ins: list[_Trace], aval) -> _Trace:
+    dtype = getattr(aval, "dtype", jnp.bool_)
+    if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans choose, and multiply nothing
+        return _Trace(known=jnp.issubdtype(dtype, jnp.integer) and any(t.known for t in ins))
+    real = [jnp.issubdtype(getattr(v.aval, "dtype", jnp.bool_), jnp.inexact) for v in eqn.invars]
+    met = _union(t for t, r in zip(ins, real, strict=True) if r or eqn.primitive.name == "convert_element_type")
+    if met.error:
+        factors = [t.params for t in ins if not t.error and not t.known]
+        return _Trace(error=True, via=met.via.union(*factors))
+    recorded = eqn.primitive.name == "name" and eqn.params["name"] == RECORDED
+    return dataclasses.replace(met, known=met.known or recorded)
+
+
+def _loop(body, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
+    carry = ins[n_consts : n_consts + n_carry]
+    while True:
+        outs = _follow(body, [*ins[:n_consts], *carry, *ins[n_consts + n_carry :]])
+        merged = [_union(pair) for pair in zip(carry, outs[:n_carry], strict=True)]
+        if merged == carry:
+            return outs
+        carry = merged
