@@ -1,8 +1,8 @@
 """Modifiers: what may happen to the error on its way, or to the updates that it makes. Each maps a rule to a rule.
 
-Those of the error act at *hidden signals*, on all that arrives there, before the derivative of the activation below and
-before it goes further down. Of several modifiers the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)`
-quantises an error and then drops some of it.
+Those of the error act at *hidden signals*, and at marked tensors (`lrules.hidden`) where direct feedback lands: on all
+that arrives there, before the derivative of the activation below and before it goes further down. Of several modifiers
+the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)` quantises an error and then drops some of it.
 
 Modifiers that are not linear act on the gradient of the per-example *sum*: an error that arrives as that of a mean over
 n examples is multiplied by n, modified, and divided by n. For rules whose gradient depends on the batch as a whole
@@ -196,7 +196,8 @@ class _AtHidden(Handler):
         self.fn, self.scale, self.key = fn, scale, key
 
     def hidden(self, hidden, value, frame):
-        if hidden.mark or not jnp.issubdtype(value.dtype, jnp.inexact):
+        twice = hidden.mark and hidden.root.hidden is not None  # a layer reads this tensor, so it has that name too
+        if twice or not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
         fn, scale, name = self.fn, self.scale, hidden.name
 

@@ -264,7 +264,7 @@ class Graph:
         """Arrays that the function closed over; they are arguments of `run`, so that gradients reach them."""
         return list(self.closed.consts)
 
-    def run(self, params, inputs, *, consts=None, feedback=None, handlers=(), frame: Frame | None = None):
+    def run(self, params, inputs, *, consts=None, feedback=None, handlers=(), frame: Frame | None = None, marks=()):
         """Evaluates the network.
 
         Args:
@@ -273,12 +273,13 @@ class Graph:
           feedback: what stands in for each parameter in the shadow (None: no shadow is computed).
           handlers: called at each site; the first acts last in the forward direction, nearest to the readers.
           frame: what handlers read and write.
+          marks: which marks are hidden signals to the handlers (of the others they hear nothing).
 
         Returns:
           `(outputs, aux)`; records are in `frame.records`.
         """
         shadows = list(feedback) if feedback is not None else [None] * len(params)
-        runner = _Runner(tuple(handlers), feedback is not None)
+        runner = _Runner(tuple(handlers), feedback is not None, frozenset(marks))
         pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
         outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)
         flat = [value for value, _ in outs]
@@ -289,8 +290,8 @@ class Graph:
 class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
-    def __init__(self, handlers: tuple[Handler, ...], shadows: bool):
-        self.handlers, self.shadows = handlers, shadows
+    def __init__(self, handlers: tuple[Handler, ...], shadows: bool, marks: frozenset[Hidden]):
+        self.handlers, self.shadows, self.marks = handlers, shadows, marks
         self.activations = any(h.activations for h in handlers)
         self.offsets = any(h.offsets for h in handlers)
 
@@ -302,8 +303,9 @@ class _Runner:
 
         def write(variable, pair: Pair):
             value, shadow = pair
-            for hidden in block.hidden.get(variable, ()):
-                for handler in reversed(self.handlers):
+            here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
+            for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
+                for hidden in here:
                     value = handler.hidden(hidden, value, frame)
             env[variable] = (value, shadow)
 

@@ -191,6 +191,11 @@ class Plan:
     reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
 
     @property
+    def marks(self) -> list[Hidden]:
+        """The marks where feedback lands."""
+        return [landing.hidden for landing in self.landings.values() if landing.hidden.mark]
+
+    @property
     def shadows(self) -> bool:
         return any(isinstance(s, Sequential) and s.init is not None for s in self.specs.values())
 

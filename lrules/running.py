@@ -95,7 +95,8 @@ def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fra
             for name, p in zip(names, params, strict=True)
         ]
     own = _RuleHandler(plan)
-    return plan.graph.run(params, inputs, consts=consts, feedback=shadow, handlers=(own, *handlers), frame=frame)
+    options = {"consts": consts, "feedback": shadow, "frame": frame, "marks": plan.marks}
+    return plan.graph.run(params, inputs, handlers=(own, *handlers), **options)
 
 
 def _direct_run(plan: Plan) -> Callable:

@@ -308,6 +308,106 @@ def test_turning_the_error_round(name):
         bridge.close({k: jax.tree.map(lambda g, k=k: sign[k] * g, v) for k, v in got.items()}, turned)
 
 
+# ------------------------------------------------------------------------------------------------------------- marks
+
+
+def marked(p, x):
+    """Two blocks with a residual stream that no layer reads, marked after each, and a layer's signal that is marked."""
+    normal = lambda h: h / (1 + jnp.abs(h))  # noqa: E731
+    h = lrules.hidden(x @ p["a"] + jnp.sin(x @ p["a"]), "first")
+    h = lrules.hidden(h + normal(h) @ p["b"], "second")
+    return lrules.hidden(lrules.hidden(jnp.tanh(normal(h) @ p["c"]), "top"), "again") @ p["d"]
+
+
+def marked_arguments():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (4, 4), "c": (4, 4), "d": (4, 2)}
+    params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+    return params, jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)) / 5)
+
+
+@pytest.mark.parametrize("at", ["first", "second", "top", "again", ("first", "second", "top"), ("second", "^d$")])
+@pytest.mark.parametrize("modify", [lambda s: 3 * s, jnp.sign, lambda s: jnp.tanh(3 * s)])
+def test_modifiers_act_where_feedback_lands_on_a_mark(at, modify):
+    """Once on what lands there, be it a layer's signal too, and on nothing at the other marks."""
+    with jax.enable_x64(True):
+        params, x, e = marked_arguments()
+        rule = lrules.direct_feedback_alignment(at=at)
+        feedback = rule.init(KEY, marked, params, x)
+        new = lrules.modify_error(rule, lambda signal, name, rng: modify(signal))
+        got = jax.vjp(lambda p: lrules.transform(marked, new)(p, feedback, x), params)[1](e)[0]
+
+        # By hand: between landings error flows as in backprop, through the modifier at each signal that a layer reads.
+        b = {"top" if k in ("again", "d") else k: v for k, v in feedback.fixed.items()}
+        changed = lambda s: modify(s * 5) / 5  # noqa: E731
+
+        def at_mark(name, h):
+            @jax.custom_vjp
+            def identity(h):
+                return h
+
+            def backward(_, error):
+                if name not in b and name in ("first", "second"):
+                    return (error,)
+                return (changed(e @ b[name] if name in b else error),)
+
+            identity.defvjp(lambda h: (h, None), backward)
+            return identity(h)
+
+        def network(p):
+            h = at_mark("first", x @ p["a"] + jnp.sin(x @ p["a"]))
+            h = at_mark("second", h + (u := at_mark("u", h / (1 + jnp.abs(h)))) @ p["b"])
+            u = at_mark("v", h / (1 + jnp.abs(h)))
+            return at_mark("top", jnp.tanh(u @ p["c"])) @ p["d"]
+
+        bridge.close(got, jax.vjp(network, params)[1](e)[0])
+
+
+def test_every_error_modifier_acts_on_a_mark():
+    """A mark of what a layer reads, and the layer itself: the same numbers, but for what is drawn; stacks too."""
+    with jax.enable_x64(True):
+        params, x, e = marked_arguments()
+        feedback = lrules.direct_feedback_alignment(at="^d$").init(KEY, marked, params, x).fixed["d"]
+        stack = lambda r: lrules.quantize_error(lrules.modify_error(r, lambda s, n, k: s + 1), 2)  # noqa: E731
+        for modify in (*(m for m, _ in MODIFIERS.values()), stack):
+            found = []
+            for at in ("^d$", "top"):
+                rule = modify(lrules.direct_feedback_alignment(at=at))
+                fixed = lrules.Feedback({at.strip("^$"): feedback}, {})
+                rng = {"rng": KEY} if rule.stochastic else {}
+                f = lrules.transform(marked, rule)
+                found.append(jax.vjp(lambda p, f=f, fb=fixed, rng=rng: f(p, fb, x, **rng), params)[1](e)[0])
+            bridge.close(*found)
+
+
+def test_modifiers_on_marks_in_loops_and_partitions():
+    with jax.enable_x64(True):
+        params, x, e = marked_arguments()
+        params["b"] = jnp.stack([params["b"], params["c"], -params["b"]])
+
+        def block(h, w):
+            return lrules.hidden(h + jnp.tanh(jnp.sin(h) @ w), "stream"), None
+
+        def scanned(p, x):
+            return jnp.sin(jax.lax.scan(block, x @ p["a"], p["b"])[0]) @ p["d"]
+
+        def unrolled(p, x):
+            h = x @ p["a"]
+            for i in range(3):
+                h = lrules.hidden(h + jnp.tanh(jnp.sin(h) @ p["b"][i]), f"stream{i}")
+            return jnp.sin(h) @ p["d"]
+
+        direct = lrules.direct_feedback_alignment(at="stream")
+        for base in (direct, lrules.partition({"^b": direct, ".*": lrules.backprop()})):
+            rule = lrules.sign_error(base)
+            feedback = rule.init(KEY, scanned, params, x)
+            assert feedback.fixed["stream"].shape == (3, 2, 4)
+            flat = lrules.Feedback({f"stream{i}": b for i, b in enumerate(feedback.fixed["stream"])}, {})
+            pull = lambda net, fb, r=rule: jax.vjp(lambda p: lrules.transform(net, r)(p, fb, x), params)[1](e)[0]  # noqa: E731
+            bridge.close(jax.jit(lambda: pull(scanned, feedback))(), pull(unrolled, flat))  # noqa: B023
+            assert float(jnp.abs(pull(scanned, feedback)["b"] - pull(scanned, feedback, base)["b"]).max()) > 0.1
+
+
 # -------------------------------------------------------------------------------------------------- the output error
 
 

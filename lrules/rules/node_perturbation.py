@@ -300,7 +300,7 @@ class _Noise(Handler):
         self.names, self.std, self.noise, self.key = names, std, noise, key
 
     def hidden(self, hidden, value, frame):
-        if hidden.mark or hidden.name not in self.names:
+        if hidden.name not in self.names:
             return value
         key = key_at(self.key, hidden, value, frame)
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
@@ -316,7 +316,7 @@ class _ArrivingAtHidden(Handler):
     """Makes the error that arrives at hidden signals that of a probe too."""
 
     def hidden(self, hidden, value, frame):
-        return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs and not hidden.mark else value
+        return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs else value
 
 
 class _ArrivingAtLayers(Handler):
@@ -342,7 +342,7 @@ class _StandIn(Handler):
         self.sites = sites
 
     def hidden(self, hidden, value, frame):
-        return value if hidden.mark else frame.inputs.get(hidden.name, value)
+        return frame.inputs.get(hidden.name, value)
 
     def layer(self, layer, op, w, b, x, frame):
         if layer.site in self.sites:
