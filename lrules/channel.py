@@ -113,7 +113,7 @@ def quantize_error(
 def sign_error(rule: Rule, *, axis_name: AxisName = None) -> Rule:
     """Keeps the sign of the error at each hidden signal and drops its magnitude.
 
-    s_l <- sign(s_l),  and 0 stays 0
+    s_l <- sign(s_l),  and 0 stays 0; of a complex error the signs of its real and imaginary part
 
     Args:
       rule: the rule to modify.
@@ -125,13 +125,13 @@ def sign_error(rule: Rule, *, axis_name: AxisName = None) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 4.2, observation 5.
     """
-    return modify_error(rule, lambda signal, name, rng: jnp.sign(signal), axis_name=axis_name)
+    return modify_error(rule, lambda signal, name, rng: _by_parts(jnp.sign, signal), axis_name=axis_name)
 
 
 def magnitude_error(rule: Rule) -> Rule:
     """Keeps the magnitude of the error at each hidden signal and drops its sign.
 
-    s_l <- |s_l|
+    s_l <- |s_l|; of a complex error the modulus, a real number
 
     Args:
       rule: the rule to modify.
@@ -148,7 +148,7 @@ def magnitude_error(rule: Rule) -> Rule:
 def drop_error(rule: Rule, rate: float) -> Rule:
     """Dropout in the learning channel: at each hidden signal, errors are dropped at random and the others scaled up.
 
-    s_l <- s_l m_l / (1 - rate),  with m_l = 0 with probability rate, else 1
+    s_l <- s_l m_l / (1 - rate),  with m_l = 0 with probability rate, else 1; a complex error is one number
 
     Args:
       rule: the rule to modify.
@@ -469,7 +469,7 @@ class _PerExample(Handler):
                 if c is None:
                     return jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)[1](d)
                 (g,) = jax.vjp(lambda w: plain(w, x), w)[1](d)
-                return g.astype(c.dtype) * c, db
+                return g.astype(at_least_float32(g.dtype)) * c, db
 
             def example(total, slices):
                 x, d = slices
@@ -555,7 +555,8 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
     So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them.
     No logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1),
     exactly (there is no tie, as no float squares to one half). The quotient is rounded to the precision of x, at least
-    float32; if alpha is a power of two, it is exact. NaN stays NaN.
+    float32; if alpha is a power of two, it is exact. NaN stays NaN. Of complex numbers, real and imaginary part are
+    quantised.
 
     Args:
       x: an array.
@@ -572,12 +573,19 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
       >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
       [1.0, 0.25, -0.25, 0.0]
     """
+    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        return _by_parts(lambda part: quantize(part, bits, scale), jnp.asarray(x))
     wide = jnp.asarray(x)
     wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
     mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
     exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
     level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
     return (jnp.sign(wide) * level).astype(jnp.result_type(x))
+
+
+def _by_parts(fn: Callable, x):
+    """The function of a real array; of a complex one, of its real and imaginary part."""
+    return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
 
 
 def _root_half(dtype) -> Any:

@@ -308,6 +308,87 @@ def test_turning_the_error_round(name):
         bridge.close({k: jax.tree.map(lambda g, k=k: sign[k] * g, v) for k, v in got.items()}, turned)
 
 
+# ----------------------------------------------------------------------------------------------------- complex numbers
+
+
+def complex_arguments():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape) + 1j * rng.normal(size=shape)  # noqa: E731
+    return {"a": normal(3, 5), "b": normal(5, 2)}, normal(4, 3), rng.normal(size=(4, 2)) / 4
+
+
+def complex_net(p, x):
+    return (jnp.tanh(x @ p["a"]) @ p["b"]).real
+
+
+def by_parts(fn):
+    return lambda z: fn(np.real(z)) + 1j * fn(np.imag(z))
+
+
+def test_quantizer_of_complex_numbers():
+    x = np.random.default_rng(0).normal(size=50) * 10.0 ** np.arange(-25, 25)
+    z = np.asarray(x + 1j * x[::-1], np.complex64)
+    got = quantize(z, 4, 0.125)
+    assert got.dtype == np.complex64
+    np.testing.assert_array_equal(got.real, quantize(z.real, 4, 0.125))
+    np.testing.assert_array_equal(got.imag, quantize(z.imag, 4, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("modify", "wanted"),
+    [
+        (lambda r: lrules.quantize_error(r, 3), by_parts(lambda s: quantise.quantise(s, 3, 2**-3))),
+        (lrules.sign_error, by_parts(np.sign)),
+        (lrules.magnitude_error, np.abs),
+        (lambda r: lrules.modify_error(r, lambda s, n, k: s * 1j), lambda s: s * 1j),
+    ],
+)
+def test_modifiers_of_complex_errors(modify, wanted):
+    """They act on real and imaginary part; the error is handed over as it is."""
+    with jax.enable_x64(True):
+        params, x, e = complex_arguments()
+        h = np.tanh(x @ params["a"])
+        for rule in (lrules.backprop(), lrules.direct_feedback_alignment()):
+            feedback = rule.init(KEY, complex_net, params, x)
+            f = lrules.transform(complex_net, modify(rule))
+            got = jax.vjp(lambda p, f=f, fb=feedback: f(p, fb, x), params)[1](e)[0]
+            arriving = e @ np.asarray(feedback.fixed["b"] if feedback.fixed else params["b"].T)
+            bridge.close(got["a"], x.T @ (wanted(4 * arriving) / 4 * (1 - h**2)))
+            bridge.close(got["b"], h.T @ e)
+
+
+def test_dropped_complex_errors_are_dropped_whole():
+    with jax.enable_x64(True):
+        params, x, e = complex_arguments()
+        seen = []
+        inner = lrules.modify_error(lrules.backprop(), lambda s, n, k: seen.append(np.asarray(s)) or s)
+        f = lrules.transform(complex_net, lrules.drop_error(inner, 0.5))
+        jax.vjp(lambda p: f(p, NONE, x, rng=KEY), params)[1](e)
+        (got,), arriving = seen, 4 * (e @ params["b"].T)
+        np.testing.assert_allclose(got, np.where(got == 0, 0, 2 * arriving), rtol=1e-12)
+        assert 0 < np.sum(got == 0) < got.size
+
+
+@pytest.mark.parametrize("alpha", [1.0, "gradient_norm"])
+def test_quantised_complex_updates(alpha):
+    with jax.enable_x64(True):
+        params, x, e = complex_arguments()
+        h, quantiser = np.tanh(x @ params["a"]), by_parts(lambda s: quantise.quantise(s, 3, 2**-6))
+        d = (e @ params["b"].T) * (1 - h**2)
+        f = lrules.transform(complex_net, lrules.quantize_update(lrules.backprop(), 3))
+        got = jax.vjp(lambda p: f(p, NONE, x), params)[1](e)[0]
+        wanted = {"a": sum(quantiser(4 * np.outer(x[i], d[i])) for i in range(4)) / 4}
+        wanted["b"] = sum(quantiser(4 * np.outer(h[i], e[i])) for i in range(4)) / 4
+        bridge.close(got, wanted)
+        rule = lrules.backman(alpha)
+        c = np.linalg.norm(h.T @ e, axis=0, keepdims=True)  # of each neuron's gradient
+        c = 1 / c * (1 if alpha == 1 else np.linalg.norm(e) / np.linalg.norm(np.linalg.norm(e, axis=0) / c))
+        plain, quantised = (lrules.transform(complex_net, r) for r in (rule, lrules.quantize_update(rule, 3)))
+        plain, quantised = (jax.vjp(lambda p, f=f: f(p, NONE, x), params)[1](e)[0]["b"] for f in (plain, quantised))
+        bridge.close(plain, c * (h.T @ e))
+        bridge.close(quantised, sum(quantiser(c * np.outer(h[i], e[i])) for i in range(4)))
+
+
 # ------------------------------------------------------------------------------------------------------------- marks
 
 

@@ -47,7 +47,7 @@ def sign_symmetry(magnitude: str = "unit", init: Initializer | None = None) -> R
 
 def _backward(op, w, b, x, d, layer):
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
-    signed = jnp.sign(w) if b is None else jnp.abs(b) * jnp.sign(w)
+    signed = jnp.sign(w) if b is None else jnp.abs(b).astype(w.dtype) * jnp.sign(w)
     feedback = w if layer.reads is None else signed  # what goes down to the inputs is no feedback
     (dx,) = jax.vjp(lambda x: op(feedback, x), x)[1](d)
     return dw, dx, None
