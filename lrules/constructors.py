@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ def direct(
     learn: Callable[..., Any] | None = None,
     redrawn: bool = False,
     at: str | Sequence[str] | None = None,
-    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
     channel: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
@@ -130,9 +131,8 @@ def direct(
       at: where feedback lands in place of every hidden signal: regular expressions that names of hidden signals or of
         tensors marked with `lrules.hidden` match.
       shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
-        time in `[batch, time, classes]`. The corresponding axis of the hidden signals is that of the same number, or a
-        loop of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise. `e`,
-        `b` and the hidden signals then come without these axes.
+        time in `[batch, time, classes]`; places in the hidden signals are found, or said in pairs, as in
+        `direct_feedback_alignment`. `e`, `b` and the hidden signals then come without these axes.
       rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent; `e` is then
         `[batch, rank]`.
       channel: in place of `signal`, see `Direct`.
@@ -163,15 +163,24 @@ def direct(
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 
-def _pairs(shared_axes) -> tuple[tuple[int, int | None], ...]:
-    """`shared_axes=` as pairs of an axis of the outputs and one of the hidden signals, None where none is given."""
+def _pairs(shared_axes) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
+    """`shared_axes=` as axes of the outputs, each with the places of the hidden signals that are given for it."""
     several = isinstance(shared_axes, Iterable) and not isinstance(shared_axes, str)
     pairs = [(a, None) if is_whole(a) else a for a in (tuple(shared_axes) if several else (shared_axes,))]
+    places: dict[int, tuple[int | str, ...]] = {}
     for pair in pairs:
-        given = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair,)
-        if not all(is_whole(a) or a is None for a in given) or given[0] is None:
+        given = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair, "")
+        loop = isinstance(given[1], str) and re.fullmatch(r"loop \d+", given[1])
+        if not (is_whole(given[0]) and (loop or is_whole(given[1]) or given[1] is None)):
             raise ValueError(
-                f"shared_axes={shared_axes!r} names no axes of the outputs: give 1, (1, 2), or pairs [(axis of the "
-                "outputs, axis of the hidden signals)]"
+                f"shared_axes must be an axis of the outputs, several, or pairs [(axis of the outputs, axis of the "
+                f'hidden signals or "loop 0")], got {shared_axes!r}'
             )
-    return tuple((out, within) for out, within in pairs)
+        out, within = given
+        if out in places and (within is None or not places[out]):
+            raise ValueError(
+                f"shared_axes names the axis {out} of the outputs twice, got {shared_axes!r}: name each once, or give "
+                "pairs in a list, [(axis of the outputs, axis of the hidden signals)]"
+            )
+        places[out] = (*places.get(out, ()), *(() if within is None else (within,)))
+    return tuple(places.items())

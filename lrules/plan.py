@@ -64,8 +64,8 @@ class Direct:
       learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed ones.
       redrawn: whether the feedback weights are drawn anew at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
-      shared_axes: pairs of an axis of the outputs and the axis of the hidden signals that corresponds to it (None: of
-        the same number): one feedback weight serves all positions.
+      shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
+        hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
       rank: of the error that is sent, brought to it by one more feedback weight, `outputs`; None: as it is.
       channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
@@ -78,7 +78,7 @@ class Direct:
     learn: Callable[..., Any] | None = None
     redrawn: bool = False
     at: tuple[str, ...] | None = None
-    shared_axes: tuple[tuple[int, int | None], ...] = ()
+    shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
     channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
@@ -438,7 +438,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
             sizes[spec] = spec.rank
-    for hidden, spec in chosen:
+    axes: dict[Hidden, BatchAxis] = {}
+    for hidden, _ in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
         axis = find_batch_axis(hidden.reader, other, batch)
         if axis is None:
@@ -447,8 +448,11 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                 f"be told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where "
                 "feedback lands"
             )
+        axes[hidden] = axis
+    for hidden, spec in chosen:
+        axis = axes[hidden]
         lengths = tuple(length for length, own in hidden.loops if own)
-        shared = _shared_places(plan, hidden, spec, axis)
+        shared = _shared_places(plan, hidden, spec, {h: axes[h] for h, s in chosen if s is spec})
         positions = {place for kind, place in shared if kind == "axis"}
         rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
         shape = (*lengths, sizes[spec], *rest)
@@ -478,29 +482,72 @@ def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
     return [aval.shape[out] for out, _ in spec.shared_axes]
 
 
-def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) -> tuple[tuple[str, int], ...]:
-    """Where the shared axes of the outputs lie in a hidden signal."""
-    if not spec.shared_axes:
-        return ()
+def _fitting(hidden: Hidden, axis: BatchAxis, size: int) -> dict[tuple[str, int], int | str]:
+    """What of a hidden signal has the size of a shared axis, and how a pair names it."""
     shape = hidden.reader.aval.shape
     axes = [*range(axis.axis), *([axis.axis] * sum(n > 1 for n in (axis.before, axis.after)))]
     axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
-    rest, places = axis.rest(shape), []
-    for (out, within), size in zip(spec.shared_axes, _shared_sizes(plan, spec), strict=True):
-        loops = [i for i, (n, own) in enumerate(hidden.loops) if n == size and not own]
-        same = [i for i, a in enumerate(axes) if a == (out if within is None else within) and rest[i] == size]
-        merged = [i for i, a in enumerate(axes) if a == axis.axis and rest[i] == size]
-        found = [("axis", i) for i in same] if within is not None else [
-            *(("loop", i) for i in loops), *(("axis", i) for i in (*same, *merged))
-        ]  # fmt: skip
-        found = [place for place in found if place not in places]
-        if not found:
+    found: dict[tuple[str, int], int | str] = {
+        ("loop", i): f"loop {i}" for i, (n, own) in enumerate(hidden.loops) if n == size and not own
+    }
+    return found | {("axis", i): axes[i] for i, n in enumerate(axis.rest(shape)) if n == size}
+
+
+def _shared_places(
+    plan: Plan, hidden: Hidden, spec: Direct, landings: dict[Hidden, BatchAxis]
+) -> tuple[tuple[str, int], ...]:
+    """Where the shared axes of the outputs lie in a hidden signal; `landings` are all signals of its rule."""
+    if not spec.shared_axes:
+        return ()
+    places: list[tuple[str, int]] = []
+    sizes = dict(zip((out for out, _ in spec.shared_axes), _shared_sizes(plan, spec), strict=True))
+    merged = landings[hidden].axis
+    for out, given in spec.shared_axes:
+        fits = {p: name for p, name in _fitting(hidden, landings[hidden], sizes[out]).items() if p not in places}
+        if given:
+            wanted = next((name for name in given if name in fits.values()), None)
+            likely = [place for place, name in fits.items() if name == wanted]
+            rivals = likely
+        else:
+            likely = [p for p, name in fits.items() if p[0] == "loop" or name in (out, merged)]
+            others = {o for o, within in spec.shared_axes if not within and o != out and sizes[o] == sizes[out]}
+            rivals = [
+                p for p, name in fits.items() if name not in others or name == merged
+            ]  # those have their own axes
+        if not likely or (len(rivals) > 1 and sizes[out] > 1):
+            shape = hidden.reader.aval.shape
+            says = [f"shared_axes={_settled(spec, sizes, landings, hidden, out, fits[p])}" for p in rivals or fits]
+            remedy = " or ".join(dict.fromkeys(says)) if len(set(fits.values())) == len(fits) else ""
+            if not likely:
+                raise ValueError(
+                    f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of "
+                    f"the outputs, of size {sizes[out]}: "
+                    + (f"if another place does, name it, {remedy}, else " if remedy else "")
+                    + "leave that signal out (at=)"
+                )
+            where = " and ".join(name if isinstance(name, str) else f"axis {name}" for name in map(fits.get, rivals))
             raise ValueError(
-                f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of the "
-                f"outputs, of size {size}: name it, shared_axes=[({out}, its axis)], or leave that signal out (at=)"
+                f"axis {out} of the outputs has size {sizes[out]}, as have {where} of the hidden signal "
+                f"{hidden.name!r} of shape {shape}: "
+                + (f"say which it is, {remedy}" if remedy else "leave that signal out (at=), or take its axes apart")
             )
-        places.append(found[0])
+        places.append(likely[0])
     return tuple(places)
+
+
+def _settled(
+    spec: Direct, sizes: dict[int, int], landings: dict[Hidden, BatchAxis], hidden: Hidden, out: int, name: int | str
+) -> list[tuple[int, int | str]]:
+    """`shared_axes=` as pairs in which `name` is where axis `out` of the outputs lies in a hidden signal."""
+    pairs = {o: list(given) for o, given in spec.shared_axes}
+    pairs[out].append(name)
+    for signal in (hidden, *landings):  # what is left open is said too, so that following this settles the others
+        for o, size in sizes.items():
+            fits = list(_fitting(signal, landings[signal], size).values())
+            taken = {n for other, names in pairs.items() if other != o for n in names}
+            if not set(pairs[o]) & set(fits) and (free := [n for n in fits if n not in taken]):
+                pairs[o].append(o if o in free else free[0])
+    return [(o, n) for o, names in pairs.items() for n in names]
 
 
 def _feedback_dtype(graph: Graph, hidden: Hidden):

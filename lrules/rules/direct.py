@@ -34,7 +34,7 @@ def direct_feedback_alignment(
     adaptive: bool = False,
     *,
     at: str | Sequence[str] | None = None,
-    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
     max_feedback_bytes: int = 2**30,
 ) -> Rule:
@@ -51,8 +51,10 @@ def direct_feedback_alignment(
         signals, or of tensors marked with `lrules.hidden`, match. Between landings the error flows as in backprop.
       shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
         1 for `[batch, time, classes]`, (1, 2) for `[batch, height, width, classes]`. The error of a position then
-        reaches that position alone. The corresponding axis of the hidden signals is that of the same number, or a loop
-        of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise.
+        reaches that position alone. The corresponding place in a hidden signal is the axis of the same number, or a
+        loop of that length around it. Where another axis or loop has that length too, pairs have to say which it is:
+        `[(1, 2)]` is axis 2 of the hidden signals (counted with the batch), `[(1, "loop 0")]` the outermost loop around
+        them; of several pairs for one axis of the outputs, the first that fits a hidden signal holds there.
       rank: for outputs in the tens of thousands: the feedback weights are products of one random matrix
         `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned.
       max_feedback_bytes: refuse to make more feedback than this.
