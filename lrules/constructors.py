@@ -133,8 +133,8 @@ def direct(
       shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
         time in `[batch, time, classes]`; places in the hidden signals are found, or said in pairs, as in
         `direct_feedback_alignment`. `e`, `b` and the hidden signals then come without these axes.
-      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent; `e` is then
-        `[batch, rank]`.
+      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent, as in
+        `direct_feedback_alignment`; `e` is then `[batch, rank]`.
       channel: in place of `signal`, see `Direct`.
       targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
       max_feedback_bytes: refuse to make more feedback than this.
@@ -154,7 +154,7 @@ def direct(
     for pattern in where or ():
         require_pattern(pattern, "at=")
     if rank is not None and not (is_whole(rank) and rank >= 1):
-        raise ValueError(f"rank={rank!r} is no number of directions to send: give an integer of at least 1, or None")
+        raise ValueError(f"rank must be an integer >= 1 or None, got {rank!r}")
     if rank is not None and init is None:
         raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
     if redrawn and learn is not None:

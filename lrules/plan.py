@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lrules.analysis import Hidden, Layer
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Network, name_number
-from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
+from lrules.rule import Feedback, Initializer, Pytree, as_initializer, at_least_float32, draw, is_number
 
 # ---------------------------------------------------------------------------------------------- what happens at a layer
 
@@ -66,7 +66,7 @@ class Direct:
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
       shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
-      rank: of the error that is sent, brought to it by one more feedback weight, `outputs`; None: as it is.
+      rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
       channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
@@ -107,6 +107,7 @@ class Landing:
       spec: what the rule brings there.
       axis: the batch axis, as the reader sees it.
       shape: of the feedback weights, `[*lengths, outputs, *hidden]`.
+      outputs: how many numbers the error has before it is brought to `Direct.rank`.
       lengths: of the scans whose iterations have feedback weights of their own.
       shared: where the shared axes of the outputs lie in the hidden signal: its axis without the batch, or the loop.
       dtype: of the feedback weights.
@@ -119,6 +120,7 @@ class Landing:
     lengths: tuple[int, ...] = ()
     shared: tuple[tuple[str, int], ...] = ()
     dtype: Any = jnp.float32
+    outputs: int = 0
 
     def axes_named(self) -> str:
         """The shape of the feedback weights, as `3 iterations x 10 outputs x (128,)`."""
@@ -224,7 +226,7 @@ class Plan:
             elif name in self.landings:
                 drawn = _draw_direct(self.landings[name], k)
             else:
-                drawn = draw(self.reduced[name][0].init, k, shape[::-1], dtype).T  # type: ignore[arg-type]
+                drawn = _draw_reduction(k, shape, dtype)
             (learned if is_learned else fixed)[name] = drawn
         return Feedback(fixed, learned)
 
@@ -255,16 +257,37 @@ class Plan:
 
 
 def _draw_direct(landing: Landing, key) -> jax.Array:
+    """Draws `[hidden size, outputs]`, of which feedback of a rank keeps so many outputs, as good as any others.
+
+    Where such a matrix would be larger than all feedback may be, of as many outputs as fit.
+    """
     n = len(landing.lengths)
-    outputs, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
+    sent, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
+    fitting = landing.spec.max_feedback_bytes / max(size * jnp.dtype(landing.dtype).itemsize, 1)
+    outputs = landing.outputs if landing.spec.rank is None else max(sent, int(min(landing.outputs, fitting)))
 
     def one(k):
         drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
-        return drawn.T.reshape(landing.shape[n:])
+        return drawn[:, :sent].T.reshape(landing.shape[n:])
 
     if not n:
         return one(key)
     return jax.vmap(one)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
+
+
+def _draw_reduction(key, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The matrix `[outputs, rank]` that brings errors to a rank: random rows of length one that sum to one.
+
+    Independent numbers have the same mean and variance after it as before. Fewer than three numbers of length one
+    cannot sum to one at random: there the rows are normal, of squares that sum to one on average.
+    """
+    wide, rank = at_least_float32(dtype), shape[1]
+    rows = jax.random.normal(key, shape, wide)
+    if rank <= 2:
+        return (rows / rank**0.5).astype(dtype)
+    rows = rows - rows.mean(1, keepdims=True)
+    rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True).astype(wide)
+    return (rows * (1 - 1 / rank) ** 0.5 + 1 / rank).astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ making a plan
@@ -428,16 +451,18 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
-    sizes = {spec: outputs for spec in directs}
+    sizes, sent = {spec: outputs for spec in directs}, {}
     for spec in directs:
         if spec.shared_axes:
             sizes[spec] = outputs // math.prod(_shared_sizes(plan, spec))
         if spec.rank is not None and spec.signal is not None:
-            name = "outputs" + (f"#{len(plan.reduced) + 1}" if plan.reduced else "")
+            name = "(outputs)"
+            while name in (*graph.names, *(h.name for h in graph.hidden), *plan.reduced):
+                name = f"({name})"
             dtype = next(a.dtype for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
             plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
-            sizes[spec] = spec.rank
+        sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
     for hidden, _ in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
@@ -455,9 +480,9 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         shared = _shared_places(plan, hidden, spec, {h: axes[h] for h, s in chosen if s is spec})
         positions = {place for kind, place in shared if kind == "axis"}
         rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
-        shape = (*lengths, sizes[spec], *rest)
+        shape = (*lengths, sent[spec], *rest)
         dtype = _feedback_dtype(graph, hidden)
-        landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype)
+        landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype, sizes[spec])
         plan.landings[hidden.name] = landing
         total += landing.nbytes
         if total > spec.max_feedback_bytes:

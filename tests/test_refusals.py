@@ -273,8 +273,8 @@ def test_options():
         ({"at": 3}, "at=3 is no regular expression"),
         ({"at": ["b", None]}, "at=None is no regular expression"),
         ({"at": "("}, r"at='\(' is no regular expression"),
-        ({"rank": True}, "rank=True is no number of directions"),
-        ({"rank": "2"}, "rank='2' is no number of directions"),
+        ({"rank": True}, "rank must be an integer >= 1 or None, got True"),
+        ({"rank": "2"}, "rank must be an integer >= 1 or None, got '2'"),
         ({"adaptive": "yes"}, "adaptive='yes' is neither True nor False"),
     ],
 )

@@ -56,7 +56,11 @@ def direct_feedback_alignment(
         `[(1, 2)]` is axis 2 of the hidden signals (counted with the batch), `[(1, "loop 0")]` the outermost loop around
         them; of several pairs for one axis of the outputs, the first that fits a hidden signal holds there.
       rank: for outputs in the tens of thousands: the feedback weights are products of one random matrix
-        `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned.
+        `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned; its name
+        is `(outputs)`, in more brackets where a parameter, a mark or another such matrix has that. The latter are so
+        many rows of what `init` draws for all outputs (for as many as `max_feedback_bytes` holds, if fewer), and the
+        products have numbers of the mean (from a rank of 3 on) and variance of such feedback, but not its zeros or
+        signs.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:

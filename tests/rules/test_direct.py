@@ -297,7 +297,7 @@ def test_refusals_of_shared_axes():
     refused("no axis of the outputs", apply, shared_axes=0)
     refused("outputs that are one array", lambda p, x: (apply(p, x), apply(p, x)), shared_axes=1)
     refused("no axis that corresponds", lambda p, x: apply(p, x)[:, :4], shared_axes=1)
-    with pytest.raises(ValueError, match="rank=0"):
+    with pytest.raises(ValueError, match="rank must be an integer >= 1 or None, got 0"):
         lrules.direct_feedback_alignment(rank=0)
 
 
@@ -310,8 +310,8 @@ def test_low_rank(name):
         net, x, e = make(name)
         rule = lrules.direct_feedback_alignment(rank=2, adaptive=True)
         feedback = rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x))
-        shared = np.asarray(feedback.fixed["outputs"])
-        assert list(feedback.fixed) == ["outputs"] and shared.shape == (3, 2)
+        shared = np.asarray(feedback.fixed["(outputs)"])
+        assert list(feedback.fixed) == ["(outputs)"] and shared.shape == (3, 2)
         listed = [np.asarray(feedback.learned[f"{k}/kernel"]) for k in range(1, len(net))]
         products = [None, *(np.tensordot(shared, b, axes=1) for b in listed)]
         got = pull(net, rule, feedback, x, e)
@@ -334,3 +334,93 @@ def test_low_rank_saves_memory_for_many_outputs():
     with pytest.raises(ValueError, match="max_feedback_bytes"):
         rule = lrules.direct_feedback_alignment(rank=16, max_feedback_bytes=10**6)
         rule.init(jax.random.key(0), apply, params, x)
+
+
+INITIALISERS = {
+    "glorot_normal": jax.nn.initializers.glorot_normal(),
+    "lecun_uniform": jax.nn.initializers.lecun_uniform(),
+    "sparse": lrules.feedback.sparse(20),
+    "rescaled": lrules.feedback.sparse(20, rescale=True),
+    "all ones": lrules.feedback.sparse(400),
+    "absolute": lrules.feedback.absolute(),
+    "shifted": lrules.feedback.shifted(0.1),
+    "binary": lrules.feedback.binary(0, 1),
+    "averaged": lrules.feedback.averaged(4),
+}
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("rank", [3, 40])
+def test_low_rank_has_the_mean_and_variance_of_full_feedback(name, rank):
+    params = {"a": jnp.zeros((2, 400)), "b": jnp.zeros((400, 300))}
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+
+    def drawn(**options):
+        rule = lrules.direct_feedback_alignment(INITIALISERS[name], **options)
+        draw = lambda key: rule.init(key, apply, params, jnp.zeros((2, 2))).fixed  # noqa: E731
+        return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 10))
+
+    full, low = drawn()["b"], drawn(rank=rank)
+    assert low["b"].shape == (10, rank, 400) and low["(outputs)"].shape == (10, 300, rank)
+    product = low["(outputs)"] @ low["b"]
+    spread = float(full.std())
+    np.testing.assert_allclose(product.mean(), full.mean(), atol=0.05 * spread + 1e-5)
+    np.testing.assert_allclose(product.std(), spread, rtol=0.1, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_low_rank_of_sparse_feedback_sends_errors_that_sum_to_zero(rank):
+    """As those of softmax do: a matrix of ones would send nothing."""
+    params = {"a": jnp.ones((2, 6)), "b": jnp.ones((6, 5))}
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    rule = lrules.direct_feedback_alignment(lrules.feedback.sparse(3), rank=rank)
+    e = jnp.asarray([[1.0, -1, 0, 0, 0], [0, 0.5, 0, -0.25, -0.25]])
+    for key in jax.random.split(jax.random.key(0), 5):
+        feedback = rule.init(key, apply, params, jnp.ones((2, 2)))
+        sent = e @ feedback.fixed["(outputs)"]
+        assert float(jnp.abs(sent).max(1).min()) > 1e-3
+
+
+def test_the_matrix_that_all_share_has_a_name_of_its_own():
+    """Beside parameters and a mark of names like its own, and a second one in a partition."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        names = ["first", "outputs", "(outputs)", "last"]
+        shapes = [(3, 4), (4, 4), (4, 4), (4, 2)]
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in zip(names, shapes, strict=True)}
+        x, e = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+        def apply(p, x):
+            for name in names[:-1]:
+                x = lrules.hidden(jnp.tanh(x @ p[name]), "((outputs))")
+            return x @ p["last"]
+
+        low, other = lrules.direct_feedback_alignment(rank=3), lrules.direct_feedback_alignment(rank=2)
+        own = "(((outputs)))"
+        mixed = lrules.partition({"^outputs": low, ".*": other})
+        for rule, shared in {low: [own] * 3, mixed: [f"({own})", own, own]}.items():
+            feedback = rule.init(jax.random.key(0), apply, params, x).fixed
+            assert sorted(feedback) == sorted({*names[1:], *shared})
+            got = jax.vjp(
+                lambda p, r=rule, f=feedback: lrules.transform(apply, r)(p, lrules.Feedback(f, {}), x), params
+            )
+            got, h = got[1](e)[0], np.asarray(x)
+            for name, above, matrix in zip(names[:-1], names[1:], shared, strict=True):
+                new = np.tanh(h @ np.asarray(params[name]))
+                bridge.close(got[name], h.T @ (np.asarray(e @ feedback[matrix] @ feedback[above]) * (1 - new**2)))
+                h = new
+
+
+def test_low_rank_draws_no_matrix_larger_than_all_feedback_may_be():
+    drawn = []
+
+    def init(key, shape, dtype):
+        drawn.append(shape)
+        return jax.random.normal(key, shape, dtype)
+
+    params = {"a": jnp.zeros((2, 10)), "b": jnp.zeros((10, 100))}
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    for most in (float("inf"), 2000, 1000):
+        rule = lrules.direct_feedback_alignment(init, rank=2, max_feedback_bytes=most)
+        rule.init(jax.random.key(0), apply, params, jnp.zeros((3, 2)))
+    assert drawn == [(10, 100), (10, 50), (10, 25)]
