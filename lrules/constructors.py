@@ -41,9 +41,12 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
         check_params(params)
         return plan(net, net.graph(params, inputs), params, inputs).init(key, jax.tree.leaves(params))
 
-    def run(net, params, feedback, inputs, targets, rng):
+    def run(net, params, feedback, inputs, targets, rng, loss=None):
         graph = net.graph(params, inputs)
         made = plan(net, graph, params, inputs)
+        if loss is not None:
+            outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
+            made.elements = jax.eval_shape(loss, outputs, targets).size
         return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
 
     def transform(net, *, reduction="mean"):
@@ -59,7 +62,7 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
 
     def value_and_grad(net, loss):
         def f(params, feedback, inputs, *, rng=None, targets=None):
-            return run(net, params, feedback, inputs, targets, rng)
+            return run(net, params, feedback, inputs, targets, rng, loss)
 
         return grad_of_transform(f, net, loss, pass_targets=True)
 
@@ -136,7 +139,9 @@ def direct(
       rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent, as in
         `direct_feedback_alignment`; `e` is then `[batch, rank]`.
       channel: in place of `signal`, see `Direct`.
-      targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
+      targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None). If it has
+        an argument `elements`, it also gets how many losses the objective is the mean of: the batch, or more where the
+        loss is `[batch, ...]`.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:

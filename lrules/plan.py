@@ -69,7 +69,8 @@ class Direct:
       rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
       channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
-      targets: whether `signal` needs the targets.
+      targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
+        how many losses the objective is the mean of.
       max_feedback_bytes: what the feedback weights of one rule may take.
     """
 
@@ -191,6 +192,7 @@ class Plan:
     batch: int | None = None
     output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
     reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
+    elements: int | None = None  # how many losses the objective is the mean of, where rules need the targets
 
     @property
     def marks(self) -> list[Hidden]:

@@ -5,6 +5,7 @@ Sequential rules are a `custom_vjp` around each layer, direct ones one `custom_v
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,7 @@ def _direct_run(plan: Plan) -> Callable:
                 continue
             if spec not in sent:
                 sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
-            signals[name] = _land(landing, sent[spec], b, targets)
+            signals[name] = _land(landing, sent[spec], b, targets, plan.elements)
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
@@ -186,15 +187,17 @@ def sent_error(plan: Plan, spec: Direct, e, feedback):
     return e
 
 
-def _land(landing: Landing, e, b, targets):
+def _land(landing: Landing, e, b, targets, elements: int | None = None):
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.signal is not None
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
 
+    more = {"elements": elements} if "elements" in inspect.signature(landing.spec.signal).parameters else {}
+
     def signal(e, b):  # [*shared, batch, *hidden without shared axes]
-        return landing.spec.signal(e, b, targets, hidden.name)  # type: ignore[misc]
+        return landing.spec.signal(e, b, targets, hidden.name, **more)  # type: ignore[misc]
 
     for _ in shared:
         signal = jax.vmap(signal, in_axes=(0, None))

@@ -23,6 +23,8 @@ def random_target_projection(init: Initializer | None = None) -> Rule:
 
     Hidden layers need no output, and so do not wait for the forward pass. It serves `lrules.value_and_grad` alone.
     Targets are integer classes, which are made one-hot, or have as many elements per example as the outputs.
+    The signals are divided by as many losses as the objective is the mean of, as the last layer's gradient is: by the
+    batch, or with a loss `[batch, time]` by batch times time.
 
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`, drawn as `[hidden size, outputs]`;
@@ -39,8 +41,8 @@ def random_target_projection(init: Initializer | None = None) -> Rule:
       algorithm with layerwise feedforward training (2019).
     """
 
-    def signal(e, b, targets, name):
-        return project(-_as_outputs(targets, e), b) / e.shape[0]
+    def signal(e, b, targets, name, elements):
+        return project(-_as_outputs(targets, e), b) / elements
 
     return direct(signal, init=as_initializer(init), targets=True)
 
