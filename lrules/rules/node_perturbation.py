@@ -16,7 +16,9 @@ gradient with the residual in the place of what the layer reads, <d, op(B, resid
 which residuals stand in for the hidden signals gives it for layers of any kind; of that run nothing else is needed, and
 under `jit` nothing else is computed.
 
-Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = ridge B_0 + sum lambda d^T.
+Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = sum lambda d^T, sums over all batches so
+far. The B that `init` draws brings the error down in the first step and has no part in what follows. A batch's pairs
+enter B after the forward weights have been given their gradients from it.
 """
 
 from __future__ import annotations
@@ -68,8 +70,9 @@ def node_perturbation(
     Two forward passes; the noise is fresh at every step, from `rng=`; value and outputs are those of the clean pass.
     With `solver="sgd"` the feedback weights are learned ones: `grads.feedback` is their gradient, a mean over examples,
     for an optimizer and a learning rate of its own. With `"rls"` they are the least-squares solution for all batches so
-    far: continue with `feedback._replace(state=grads.state)`. To let them settle before the forward weights move,
-    begin with steps that leave `grads.params` out.
+    far: continue with `feedback._replace(state=grads.state)`. A batch enters them after its own `grads.params`, which
+    are those of the feedback weights before it: in the first step, of what `init` drew, which then is forgotten. To let
+    them settle before the forward weights move, begin with steps that leave `grads.params` out.
 
     Args:
       std: the standard deviation of the noise.
@@ -393,7 +396,7 @@ class _Rows:
         state = {}
         for name, b in drawn.items():
             rows = self.of(name, b)
-            state[name] = {"b": b, "s": ridge * rows, "v": ridge * jnp.eye(rows.shape[-2], dtype=rows.dtype)}
+            state[name] = {"b": b, "s": jnp.zeros_like(rows), "v": ridge * jnp.eye(rows.shape[-2], dtype=rows.dtype)}
         return state
 
     def step(self, name: str, state, gradient, covariance):

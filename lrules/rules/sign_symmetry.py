@@ -24,11 +24,10 @@ def sign_symmetry(magnitude: str = "unit", init: Initializer | None = None) -> R
 
     Args:
       magnitude: of the feedback weights: `"unit"`, all one (uSF), for nets of few layers: in ReLU nets initialised by
-        He's rule the error was infinite in float32 44 layers down at width 128, where it grows eightfold a layer, and 34
-        at width 512;
-        `"scaled"`, for a layer all the standard deviation of its weights when `rule.init` gets them (zero, for a layer
-        that starts from equal weights: nothing goes down then); `"random"`, drawn anew at every step from `rng=`
-        (brSF); `"fixed"`, drawn once (frSF).
+        He's rule the error was infinite in float32 44 layers down at width 128, where it grows eightfold a layer, and
+        34 at width 512; `"scaled"`, for a layer all the standard deviation of its weights when `rule.init` gets them
+        (zero, for a layer that starts from equal weights: nothing goes down then); `"random"`, drawn anew at every
+        step from `rng=` (brSF); `"fixed"`, drawn once (frSF).
       init: the initializer whose absolute values the magnitudes are; default `jax.nn.initializers.glorot_normal()`.
         `"unit"` and `"scaled"` take none.
 
