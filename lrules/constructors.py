@@ -120,6 +120,7 @@ def direct(
     channel: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
     max_feedback_bytes: int = 2**30,
+    offers: Sequence[str] = ("at", "shared_axes", "rank"),
 ) -> Rule:
     """A rule that brings the output error straight to every hidden signal.
 
@@ -143,6 +144,7 @@ def direct(
         an argument `elements`, it also gets how many losses the objective is the mean of: the batch, or more where the
         loss is `[batch, ...]`.
       max_feedback_bytes: refuse to make more feedback than this.
+      offers: which of the options `at`, `shared_axes` and `rank` your own rule passes on: refusals advise no others.
 
     Returns:
       The rule.
@@ -164,7 +166,8 @@ def direct(
         raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
-    spec = Direct(signal, init, learn, redrawn, where, _pairs(shared_axes), rank, channel, targets, max_feedback_bytes)
+    pairs, passed = _pairs(shared_axes), tuple(offers)
+    spec = Direct(signal, init, learn, redrawn, where, pairs, rank, channel, targets, max_feedback_bytes, passed)
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 

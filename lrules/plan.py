@@ -22,6 +22,12 @@ from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Network, name_number
 from lrules.rule import Feedback, Initializer, Pytree, as_initializer, at_least_float32, draw, is_number
 
+SMALLER = {  # what makes direct feedback smaller, by option
+    "at": "let it land at fewer places (at=)",
+    "shared_axes": "share it along axes of the outputs (shared_axes=)",
+    "rank": "make it of two factors (rank=)",
+}
+
 # ---------------------------------------------------------------------------------------------- what happens at a layer
 
 
@@ -72,6 +78,7 @@ class Direct:
       targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
         how many losses the objective is the mean of.
       max_feedback_bytes: what the feedback weights of one rule may take.
+      offers: which of `at`, `shared_axes` and `rank` the rule's user can give, for refusals to advise.
     """
 
     signal: Callable[..., Any] | None
@@ -84,11 +91,12 @@ class Direct:
     channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
     max_feedback_bytes: int = 2**30
+    offers: tuple[str, ...] = ("at", "shared_axes", "rank")
 
     def __post_init__(self):
         as_initializer(self.init)
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
-            raise ValueError(f"max_feedback_bytes={self.max_feedback_bytes!r} is no number of bytes: give one, or inf")
+            raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
 
     @property
     def lands(self) -> bool:
@@ -466,14 +474,16 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
-    for hidden, _ in chosen:
+    for hidden, spec in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
         axis = find_batch_axis(hidden.reader, other, batch)
         if axis is None:
+            remedy = "write the network so that the batch stays an axis of its own, in the order of the inputs"
+            if "at" in spec.offers:
+                remedy = "give that layer a sequential rule (partition), or choose with at= where feedback lands"
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
-                f"be told (batch {batch}): give that layer a sequential rule (partition), or choose with at= where "
-                "feedback lands"
+                f"be told (batch {batch}): {remedy}"
             )
         axes[hidden] = axis
     for hidden, spec in chosen:
@@ -490,8 +500,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         if total > spec.max_feedback_bytes:
             raise ValueError(
                 f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
-                f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, or let feedback land at "
-                "fewer places (at=) or share it along axes (shared_axes=), as direct_feedback_alignment can"
+                f"max_feedback_bytes={spec.max_feedback_bytes:,}: "
+                + ", or ".join(["raise max_feedback_bytes", *(SMALLER[option] for option in spec.offers)])
             )
 
 

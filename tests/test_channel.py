@@ -99,19 +99,19 @@ def test_quantizer_in_low_precision_and_at_nan():
 @pytest.mark.parametrize(
     ("make_rule", "match"),
     [
-        (lambda r: lrules.quantize_error(r, 0), "bits=0"),
-        (lambda r: lrules.quantize_update(r, 2.5), "bits=2.5"),
-        (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale=0.0"),
-        (lambda r: lrules.quantize_error(r, 3, at="input"), 'neither "hidden" nor "output"'),
-        (lambda r: lrules.quantize_update(r, True), "bits=True"),
-        (lambda r: lrules.quantize_error(r, "3"), "bits='3'"),
-        (lambda r: lrules.quantize_error(r, 3, scale=math.inf), "scale=inf"),
-        (lambda r: lrules.quantize_error(r, 3, scale=math.nan), "scale=nan"),
-        (lambda r: lrules.quantize_update(r, 3, scale=True), "scale=True"),
-        (lambda r: lrules.quantize_update(r, 3, scale="1"), "scale='1'"),
-        (lambda r: lrules.drop_error(r, False), "rate=False"),
-        (lambda r: lrules.drop_error(r, 1.0), "rate=1.0"),
-        (lambda r: lrules.drop_error(r, "half"), "rate='half'"),
+        (lambda r: lrules.quantize_error(r, 0), "bits must be an integer >= 1, got 0"),
+        (lambda r: lrules.quantize_update(r, 2.5), "bits must be an integer >= 1, got 2.5"),
+        (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale must be a finite number > 0, got 0.0"),
+        (lambda r: lrules.quantize_error(r, 3, at="input"), 'at must be "hidden" or "output", got .input'),
+        (lambda r: lrules.quantize_update(r, True), "bits must be an integer >= 1, got True"),
+        (lambda r: lrules.quantize_error(r, "3"), "bits must be an integer >= 1, got '3'"),
+        (lambda r: lrules.quantize_error(r, 3, scale=math.inf), "scale must be a finite number > 0, got inf"),
+        (lambda r: lrules.quantize_error(r, 3, scale=math.nan), "scale must be a finite number > 0, got nan"),
+        (lambda r: lrules.quantize_update(r, 3, scale=True), "scale must be a finite number > 0, got True"),
+        (lambda r: lrules.quantize_update(r, 3, scale="1"), "scale must be a finite number > 0, got '1'"),
+        (lambda r: lrules.drop_error(r, False), "rate must be a number >= 0 and < 1, got False"),
+        (lambda r: lrules.drop_error(r, 1.0), "rate must be a number >= 0 and < 1, got 1.0"),
+        (lambda r: lrules.drop_error(r, "half"), "rate must be a number >= 0 and < 1, got 'half'"),
         (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
     ],
 )
@@ -271,6 +271,49 @@ def test_rate_of_drops(rate):
     if rate:
         for apart in (1, 16, 151):
             assert abs(float(np.corrcoef(signal[:-apart], signal[apart:])[0, 1])) < 0.3
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(1 - 2**-9, 2**-9), (1 - 2**-17, 0.0), (1 - 1e-9, 0.0), (1e-9, 1.0)])
+def test_rates_near_the_ends(rate, kept):
+    """Met to 2^-17: the mean of errors of one is 1, or 0 where all are dropped."""
+    f = lrules.transform(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], lrules.drop_error(lrules.backprop(), rate))
+    params = {"a": jnp.zeros((1, 1000)), "b": jnp.ones((1000, 1))}
+    got = jax.grad(lambda p: f(p, NONE, jnp.ones((200, 1)), rng=KEY).sum())(params)["a"]
+    np.testing.assert_allclose(float(got.mean()) / 200, kept / (1 - rate), rtol=0.2)
+
+
+def test_what_functions_of_the_error_see():
+    """The tensor as the model makes it: any order of axes, a vmapped model's batch, a loop's iterations one by one."""
+    seen = {}
+
+    def fn(signal, name, rng):
+        seen.setdefault(name, []).append(signal.shape)
+        return signal
+
+    def apply(p, x):  # [batch 5, time 3, features 4]
+        h = jnp.tanh(x.reshape(15, 4) @ p["merged"]).reshape(5, 3, 4)
+        h = jnp.tanh(jnp.einsum("btf,fg->tgb", h, p["moved"]))
+        h = jnp.einsum("tgb,gf->btf", h, p["first"])
+        h = jax.vmap(lambda row: jnp.tanh(jax.vmap(lambda v: p["left"] @ v)(row)))(jnp.sin(h))
+        h = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["looped"]), None), h, None, length=6)[0]
+        return h @ p["last"]
+
+    names = ["merged", "moved", "first", "left", "looped", "last"]
+    params = {k: jnp.eye(4) for k in names}
+    f = lrules.transform(apply, lrules.modify_error(lrules.backprop(), fn))
+    jax.grad(lambda p: f(p, NONE, jnp.ones((5, 3, 4))).sum())(params)
+    shapes = {"moved": (15, 4), "first": (3, 4, 5), "left": (5, 3, 4), "looped": (5, 3, 4), "last": (5, 3, 4)}
+    assert seen == {name: [shape] for name, shape in shapes.items()}
+
+
+def test_learned_direct_feedback_is_not_quantised():
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        rule = lrules.direct_feedback_alignment(adaptive=True)
+        feedback, _ = draw(rule, net, x)
+        plain, quantised = (pull(net, r, feedback, x, e) for r in (rule, lrules.quantize_update(rule, 2)))
+        bridge.close(quantised[1], plain[1])
+        assert not np.allclose(quantised[0]["0"]["kernel"], plain[0]["0"]["kernel"], rtol=0.1)
 
 
 def test_outermost_derivative_holds():

@@ -21,6 +21,11 @@ def project(e, b):
     return jnp.tensordot(e.astype(b.dtype), b, axes=1)
 
 
+def arrive(e, b, targets, name):
+    """The signal of direct feedback alignment."""
+    return project(e, b)
+
+
 def correlate(e, h, b):
     """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`, summed.
 
@@ -78,7 +83,7 @@ def direct_feedback_alignment(
     """
     require_flags(adaptive=adaptive)
     return direct(
-        lambda e, b, targets, name: project(e, b),
+        arrive,
         init=as_initializer(init),
         learn=correlate if adaptive else None,
         at=at,

@@ -47,7 +47,7 @@ from lrules.rule import (
     mean_loss,
     require_flags,
 )
-from lrules.rules.direct import correlate, project
+from lrules.rules.direct import arrive, correlate, project
 from lrules.running import direct_feedback_gradient, output_error, plain_run, run_plan, sent_error
 
 SOLVERS = ("sgd", "rls")
@@ -102,19 +102,19 @@ def node_perturbation(
       9, 11; Theorems 1 and 2, Corollary 1.
     """
     if not (is_number(std) and 0 < std < math.inf):
-        raise ValueError(f"std={std!r} is the standard deviation of the noise: give a positive number")
+        raise ValueError(f"std must be a finite number > 0, got {std!r}")
     require_flags(direct=direct)
     if solver not in SOLVERS:
-        raise ValueError(f'solver={solver!r} is neither "sgd" nor "rls"')
+        raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
     if not (is_number(ridge) and 0 < ridge < math.inf):
-        raise ValueError(f"ridge={ridge!r} keeps the least squares solvable: give a positive number")
+        raise ValueError(f"ridge must be a finite number > 0, got {ridge!r}")
     if not callable(noise):
         raise TypeError(f"noise= is a {type(noise).__name__}: give a function (key, shape, dtype) -> array")
     draw = as_initializer(init)
     learned = solver == "sgd"
     if direct:
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
-        spec: Any = Direct(_arrive, draw, learn, max_feedback_bytes=max_feedback_bytes)
+        spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
         spec = Sequential(_backward, draw, learned)
 
@@ -164,10 +164,6 @@ def _backward(op, w, b, x, d, layer):
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
-
-
-def _arrive(e, b, targets, name):
-    return project(e, b)
 
 
 class _Experiment:

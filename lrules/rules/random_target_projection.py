@@ -16,7 +16,7 @@ from lrules.rule import Initializer, Rule, as_initializer
 from lrules.rules.direct import project
 
 
-def random_target_projection(init: Initializer | None = None) -> Rule:
+def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: int = 2**30) -> Rule:
     """Direct random target projection (DRTP): each hidden signal gets a random projection of the targets.
 
     delta_l = -(B_l^T t) * f'(z_l)
@@ -29,6 +29,7 @@ def random_target_projection(init: Initializer | None = None) -> Rule:
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`, drawn as `[hidden size, outputs]`;
         default `jax.nn.initializers.glorot_normal()`.
+      max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
       The rule. One feedback weight `[outputs, *hidden shape]` per hidden signal.
@@ -44,7 +45,7 @@ def random_target_projection(init: Initializer | None = None) -> Rule:
     def signal(e, b, targets, name, elements):
         return project(-_as_outputs(targets, e), b) / elements
 
-    return direct(signal, init=as_initializer(init), targets=True)
+    return direct(signal, init=as_initializer(init), targets=True, max_feedback_bytes=max_feedback_bytes, offers=())
 
 
 def _as_outputs(targets, e):

@@ -399,12 +399,12 @@ def test_shard_map(direct, solver):
 
 def test_refusals():
     for options, message in [
-        ({"std": 0.0}, "positive"),
-        ({"std": 1.0, "solver": "adam"}, '"sgd" nor "rls"'),
-        ({"std": 1.0, "ridge": 0.0}, "positive"),
-        ({"std": None}, "positive"),
-        ({"std": float("inf")}, "positive"),
-        ({"std": 1.0, "ridge": "a"}, "positive"),
+        ({"std": 0.0}, "std must be a finite number > 0, got 0.0"),
+        ({"std": 1.0, "solver": "adam"}, 'solver must be "sgd" or "rls", got .adam'),
+        ({"std": 1.0, "ridge": 0.0}, "ridge must be a finite number > 0, got 0.0"),
+        ({"std": None}, "std must be .* got None"),
+        ({"std": float("inf")}, "std must be .* got inf"),
+        ({"std": 1.0, "ridge": "a"}, "ridge must be .* got 'a'"),
         ({"std": 1.0, "direct": "yes"}, "neither True nor False"),
         ({"std": 1.0, "noise": 3}, "give a function"),
         ({"std": 1.0, "init": 3}, "give a function"),
