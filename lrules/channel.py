@@ -53,7 +53,7 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
     Args:
       rule: the rule to modify.
       fn: `(signal, name, rng) -> signal` of the same shape. `signal` is of the shape of the hidden tensor where it is
-        defined (see below), in float32 at least (complex where the tensor is) and on the scale of the per-example sum
+        defined, as said above, in float32 at least (or complex), on the scale of the per-example sum
         (around BackMAN, whose `additive` is False: the cotangent as it stands); `name` is the hidden signal's, or the
         mark's; `rng` a key of its own (None unless `stochastic`).
       stochastic: whether `fn` needs `rng`; the rule then asks for `rng=` at every step.
@@ -159,8 +159,8 @@ def drop_error(rule: Rule, rate: float) -> Rule:
       rule: the rule to modify.
       rate: the probability with which an error is dropped. Errors keep their mean and get 1 / (1 - rate) times the
         mean square: a thousand times at 0.999. The rate is met to a precision of 2^-17, so that near one the mean is
-        off by up to 2^-17 / (1 - rate), 0.8% at 0.999, and from 1 - 2^-17 on everything is dropped. (Rates that are
-        multiples of 1/256 are met exactly.)
+        off by up to 2^-17 / (1 - rate), 0.8% at 0.999, and from 1 - 2^-17 on everything is dropped. (Multiples of
+        2^-16 are met exactly.)
 
     Returns:
       The modified rule; it needs `rng=`.
