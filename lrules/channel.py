@@ -1,8 +1,8 @@
 """Modifiers: what may happen to the error on its way, or to the updates that it makes. Each maps a rule to a rule.
 
-Those of the error act at *hidden signals*, on all that arrives there, before the derivative of the activation below and
-before it goes further down. Of several modifiers the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)`
-quantises an error and then drops some of it.
+Those of the error act at *hidden signals*, and at marked tensors (`lrules.hidden`) where direct feedback lands: on all
+that arrives there, before the derivative of the activation below and before it goes further down. Of several modifiers
+the outermost acts first: `quantize_error(drop_error(rule, 0.5), 5)` quantises an error and then drops some of it.
 
 Modifiers that are not linear act on the gradient of the per-example *sum*: an error that arrives as that of a mean over
 n examples is multiplied by n, modified, and divided by n. For rules whose gradient depends on the batch as a whole
@@ -45,12 +45,17 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
 
     s_l <- fn(s_l)
 
+    A signal has the shape that the model itself gives the tensor, the whole batch in it: `[batch, features]` mostly,
+    but the batch need not be in front, and may be merged with other axes (`[batch * time, features]`). Of a model
+    under `jax.vmap` it is the batched tensor. Inside a scan, `fn` gets one iteration at a time, without an axis for the
+    loop; inside a `shard_map` or `pmap`, the examples of one device.
+
     Args:
       rule: the rule to modify.
       fn: `(signal, name, rng) -> signal` of the same shape. `signal` is of the shape of the hidden tensor where it is
-        defined, the batch included, in float32 at least and on the scale of the per-example sum (around BackMAN, whose
-        `additive` is False: the cotangent as it stands); `name` is the hidden signal's; `rng` a key of its own (None
-        unless `stochastic`).
+        defined, as said above, in float32 at least (or complex), on the scale of the per-example sum
+        (around BackMAN, whose `additive` is False: the cotangent as it stands); `name` is the hidden signal's, or the
+        mark's; `rng` a key of its own (None unless `stochastic`).
       stochastic: whether `fn` needs `rng`; the rule then asks for `rng=` at every step.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does.
 
@@ -107,13 +112,13 @@ def quantize_error(
         return modify_error(rule, lambda signal, name, rng: quantize(signal, bits, scale), axis_name=axis_name)
     if at == "output":
         return _at_output(rule, lambda error: quantize(error, bits, scale), axis_name)
-    raise ValueError(f'at={at!r} is neither "hidden" nor "output"')
+    raise ValueError(f'at must be "hidden" or "output", got {at!r}')
 
 
 def sign_error(rule: Rule, *, axis_name: AxisName = None) -> Rule:
     """Keeps the sign of the error at each hidden signal and drops its magnitude.
 
-    s_l <- sign(s_l),  and 0 stays 0
+    s_l <- sign(s_l),  and 0 stays 0; of a complex error the signs of its real and imaginary part
 
     Args:
       rule: the rule to modify.
@@ -125,13 +130,13 @@ def sign_error(rule: Rule, *, axis_name: AxisName = None) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 4.2, observation 5.
     """
-    return modify_error(rule, lambda signal, name, rng: jnp.sign(signal), axis_name=axis_name)
+    return modify_error(rule, lambda signal, name, rng: _by_parts(jnp.sign, signal), axis_name=axis_name)
 
 
 def magnitude_error(rule: Rule) -> Rule:
     """Keeps the magnitude of the error at each hidden signal and drops its sign.
 
-    s_l <- |s_l|
+    s_l <- |s_l|; of a complex error the modulus, a real number
 
     Args:
       rule: the rule to modify.
@@ -148,11 +153,14 @@ def magnitude_error(rule: Rule) -> Rule:
 def drop_error(rule: Rule, rate: float) -> Rule:
     """Dropout in the learning channel: at each hidden signal, errors are dropped at random and the others scaled up.
 
-    s_l <- s_l m_l / (1 - rate),  with m_l = 0 with probability rate, else 1
+    s_l <- s_l m_l / (1 - rate),  with m_l = 0 with probability rate, else 1; a complex error is one number
 
     Args:
       rule: the rule to modify.
-      rate: the probability with which an error is dropped, met to a precision of 2^-17.
+      rate: the probability with which an error is dropped. Errors keep their mean and get 1 / (1 - rate) times the
+        mean square: a thousand times at 0.999. The rate is met to a precision of 2^-17, so that near one the mean is
+        off by up to 2^-17 / (1 - rate), 0.8% at 0.999, and from 1 - 2^-17 on everything is dropped. (Multiples of
+        2^-16 are met exactly.)
 
     Returns:
       The modified rule; it needs `rng=`.
@@ -164,7 +172,7 @@ def drop_error(rule: Rule, rate: float) -> Rule:
       Baldi, Sadowski, Lu (2018), section 6.1.
     """
     if not is_number(rate) or not 0 <= rate < 1:
-        raise ValueError(f"rate={rate!r} is the probability with which errors are dropped: give a number in [0, 1)")
+        raise ValueError(f"rate must be a number >= 0 and < 1, got {rate!r}")
 
     def drop(signal, name, rng):
         kept = placed_as(_kept(rng, signal.shape, rate), jax.typeof(signal))
@@ -196,7 +204,8 @@ class _AtHidden(Handler):
         self.fn, self.scale, self.key = fn, scale, key
 
     def hidden(self, hidden, value, frame):
-        if hidden.mark or not jnp.issubdtype(value.dtype, jnp.inexact):
+        twice = hidden.mark and hidden.root.hidden is not None  # a layer reads this tensor, so it has that name too
+        if twice or not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
         fn, scale, name = self.fn, self.scale, hidden.name
 
@@ -378,9 +387,11 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     Every use of a weight is quantised on its own, and so are biases and scales where they meet the data. What meets a
     statistic of the whole batch (as BatchNorm's scale in some models) has no update per example and keeps its gradient,
     as does a parameter that joins the data otherwise, by concatenation. Learned sequential feedback, whose update is
-    the same product, is quantised too. Examples are taken one by one: the memory does not grow with batch times
-    parameters, the time does; on a mesh with explicit axes, every device takes all examples. Of BackMAN, c times the
-    example's gradient is quantised, as it stands, with c from the unquantised gradient of the batch.
+    the same product, is quantised too; learned direct feedback (`direct_feedback_alignment(adaptive=True)`), whose
+    update is formed from the output error and the hidden signal, is not. Examples are taken one by one: the memory does
+    not grow with batch times parameters, the time does; on a mesh with explicit axes, every device takes all examples.
+    Of BackMAN, c times the example's gradient is quantised, as it stands, with c from the unquantised gradient of the
+    batch.
 
     Args:
       rule: the rule to modify.
@@ -468,7 +479,7 @@ class _PerExample(Handler):
                 if c is None:
                     return jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)[1](d)
                 (g,) = jax.vjp(lambda w: plain(w, x), w)[1](d)
-                return g.astype(c.dtype) * c, db
+                return g.astype(at_least_float32(g.dtype)) * c, db
 
             def example(total, slices):
                 x, d = slices
@@ -554,7 +565,8 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
     So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them.
     No logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1),
     exactly (there is no tie, as no float squares to one half). The quotient is rounded to the precision of x, at least
-    float32; if alpha is a power of two, it is exact. NaN stays NaN.
+    float32; if alpha is a power of two, it is exact. NaN stays NaN. Of complex numbers, real and imaginary part are
+    quantised.
 
     Args:
       x: an array.
@@ -571,12 +583,19 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
       >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
       [1.0, 0.25, -0.25, 0.0]
     """
+    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        return _by_parts(lambda part: quantize(part, bits, scale), jnp.asarray(x))
     wide = jnp.asarray(x)
     wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
     mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
     exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
     level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
     return (jnp.sign(wide) * level).astype(jnp.result_type(x))
+
+
+def _by_parts(fn: Callable, x):
+    """The function of a real array; of a complex one, of its real and imaginary part."""
+    return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
 
 
 def _root_half(dtype) -> Any:
@@ -589,9 +608,9 @@ def _root_half(dtype) -> Any:
 
 def _check_quantizer(bits: int, scale: float) -> None:
     if not (is_whole(bits) and bits >= 1):
-        raise ValueError(f"bits={bits!r} is no number of bits: give a whole number from 1 on")
+        raise ValueError(f"bits must be an integer >= 1, got {bits!r}")
     if not is_number(scale) or not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale!r} is the largest magnitude of a quantised number: give a positive, finite one")
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
 
 
 # ------------------------------------------------------------------------------------------------- making modifiers

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import jax
 
 from lrules.network import Graph, as_network
 from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
@@ -38,9 +41,12 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
         check_params(params)
         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
-    def run(net, params, feedback, inputs, targets, rng):
+    def run(net, params, feedback, inputs, targets, rng, loss=None):
         graph = net.graph(params, inputs)
         made = plan(net, graph, params, inputs)
+        if loss is not None:
+            outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
+            made.elements = jax.eval_shape(loss, outputs, targets).size
         return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
 
     def transform(net, *, reduction="mean"):
@@ -56,7 +62,7 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
 
     def value_and_grad(net, loss):
         def f(params, feedback, inputs, *, rng=None, targets=None):
-            return run(net, params, feedback, inputs, targets, rng)
+            return run(net, params, feedback, inputs, targets, rng, loss)
 
         return grad_of_transform(f, net, loss, pass_targets=True)
 
@@ -109,12 +115,13 @@ def direct(
     learn: Callable[..., Any] | None = None,
     redrawn: bool = False,
     at: str | Sequence[str] | None = None,
-    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
     channel: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
     error_at: str = "layer",
     max_feedback_bytes: int = 2**30,
+    offers: Sequence[str] = ("at", "shared_axes", "rank"),
 ) -> Rule:
     """A rule that brings the output error straight to every hidden signal.
 
@@ -129,16 +136,18 @@ def direct(
       at: where feedback lands in place of every hidden signal: regular expressions that names of hidden signals or of
         tensors marked with `lrules.hidden` match.
       shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
-        time in `[batch, time, classes]`. The corresponding axis of the hidden signals is that of the same number, or a
-        loop of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise. `e`,
-        `b` and the hidden signals then come without these axes.
-      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent; `e` is then
-        `[batch, rank]`.
+        time in `[batch, time, classes]`; places in the hidden signals are found, or said in pairs, as in
+        `direct_feedback_alignment`. `e`, `b` and the hidden signals then come without these axes.
+      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent, as in
+        `direct_feedback_alignment`; `e` is then `[batch, rank]`.
       channel: in place of `signal`, see `Direct`.
-      targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
+      targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None). If it has
+        an argument `elements`, it also gets how many losses the objective is the mean of: the batch, or more where the
+        loss is `[batch, ...]`.
       error_at: where the output error is taken. `"layer"`: where the outputs are a function without parameters of a
         layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs. `"outputs"`: at the outputs themselves.
       max_feedback_bytes: refuse to make more feedback than this.
+      offers: which of the options `at`, `shared_axes` and `rank` your own rule passes on: refusals advise no others.
 
     Returns:
       The rule.
@@ -155,26 +164,35 @@ def direct(
     for pattern in where or ():
         require_pattern(pattern, "at=")
     if rank is not None and not (is_whole(rank) and rank >= 1):
-        raise ValueError(f"rank={rank!r} is no number of directions to send: give an integer of at least 1, or None")
+        raise ValueError(f"rank must be an integer >= 1 or None, got {rank!r}")
     if rank is not None and init is None:
         raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
-    spec = Direct(
-        signal, init, learn, redrawn, where, _pairs(shared_axes), rank, channel, targets, error_at, max_feedback_bytes
-    )
+    pairs, passed = _pairs(shared_axes), tuple(offers)
+    limits = max_feedback_bytes, passed
+    spec = Direct(signal, init, learn, redrawn, where, pairs, rank, channel, targets, error_at, *limits)
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 
-def _pairs(shared_axes) -> tuple[tuple[int, int | None], ...]:
-    """`shared_axes=` as pairs of an axis of the outputs and one of the hidden signals, None where none is given."""
+def _pairs(shared_axes) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
+    """`shared_axes=` as axes of the outputs, each with the places of the hidden signals that are given for it."""
     several = isinstance(shared_axes, Iterable) and not isinstance(shared_axes, str)
     pairs = [(a, None) if is_whole(a) else a for a in (tuple(shared_axes) if several else (shared_axes,))]
+    places: dict[int, tuple[int | str, ...]] = {}
     for pair in pairs:
-        given = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair,)
-        if not all(is_whole(a) or a is None for a in given) or given[0] is None:
+        given = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair, "")
+        loop = isinstance(given[1], str) and re.fullmatch(r"loop \d+", given[1])
+        if not (is_whole(given[0]) and (loop or is_whole(given[1]) or given[1] is None)):
             raise ValueError(
-                f"shared_axes={shared_axes!r} names no axes of the outputs: give 1, (1, 2), or pairs [(axis of the "
-                "outputs, axis of the hidden signals)]"
+                f"shared_axes must be an axis of the outputs, several, or pairs [(axis of the outputs, axis of the "
+                f'hidden signals or "loop 0")], got {shared_axes!r}'
             )
-    return tuple((out, within) for out, within in pairs)
+        out, within = given
+        if out in places and (within is None or not places[out]):
+            raise ValueError(
+                f"shared_axes names the axis {out} of the outputs twice, got {shared_axes!r}: name each once, or give "
+                "pairs in a list, [(axis of the outputs, axis of the hidden signals)]"
+            )
+        places[out] = (*places.get(out, ()), *(() if within is None else (within,)))
+    return tuple(places.items())

@@ -302,19 +302,23 @@ class Graph:
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
 
-    def mark(self, value: Value, name: str) -> Hidden:
-        """A mark at the definition of a value, for handlers to see it there."""
-        block, variable = value.place  # type: ignore[misc]
-        hidden = Hidden(name=name, root=value, views=(), reader=value, mark=True)
-        block.hidden.setdefault(variable, []).append(hidden)
-        return hidden
-
     @property
     def consts(self) -> list[Any]:
         """Arrays that the function closed over; they are arguments of `run`, so that gradients reach them."""
         return list(self.closed.consts)
 
-    def run(self, params, inputs, *, consts=None, feedback=None, handlers=(), frame: Frame | None = None):
+    def run(
+        self,
+        params,
+        inputs,
+        *,
+        consts=None,
+        feedback=None,
+        handlers=(),
+        frame: Frame | None = None,
+        marks: Sequence[Hidden] = (),
+        taps: Mapping[str, Value] | None = None,
+    ):
         """Evaluates the network.
 
         Args:
@@ -323,12 +327,14 @@ class Graph:
           feedback: what stands in for each parameter in the shadow (None: no shadow is computed).
           handlers: called at each site; the first acts last in the forward direction, nearest to the readers.
           frame: what handlers read and write.
+          marks: which marks are hidden signals to the handlers (of the others they hear nothing).
+          taps: values outside of all loops to record, by name.
 
         Returns:
           `(outputs, aux)`; records are in `frame.records`.
         """
         shadows = list(feedback) if feedback is not None else [None] * len(params)
-        runner = _Runner(tuple(handlers), feedback is not None)
+        runner = _Runner(tuple(handlers), feedback is not None, frozenset(marks), taps or {})
         pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
         outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)
         flat = [value for value, _ in outs]
@@ -339,8 +345,9 @@ class Graph:
 class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
-    def __init__(self, handlers: tuple[Handler, ...], shadows: bool):
-        self.handlers, self.shadows = handlers, shadows
+    def __init__(self, handlers: tuple[Handler, ...], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]):
+        self.handlers, self.shadows, self.marks = handlers, shadows, marks
+        self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.offsets = any(h.offsets for h in handlers)
 
@@ -352,9 +359,12 @@ class _Runner:
 
         def write(variable, pair: Pair):
             value, shadow = pair
-            for hidden in block.hidden.get(variable, ()):
-                for handler in reversed(self.handlers):
+            here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
+            for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
+                for hidden in here:
                     value = handler.hidden(hidden, value, frame)
+            if (block, variable) in self.taps:
+                frame.records[self.taps[block, variable]] = value
             env[variable] = (value, shadow)
 
         for var, const in zip(block.jaxpr.constvars, block.consts if consts is None else consts, strict=True):

@@ -21,7 +21,13 @@ from lrules.analysis import Hidden, Layer
 from lrules.batch import BatchAxis, Unbatched, batch_axis, doubled
 from lrules.head import Head, heads
 from lrules.network import Graph, Network, as_network, name_number
-from lrules.rule import Feedback, Initializer, Pytree, Rule, as_initializer, draw, is_number
+from lrules.rule import Feedback, Initializer, Pytree, Rule, as_initializer, at_least_float32, draw, is_number
+
+SMALLER = {  # what makes direct feedback smaller, by option
+    "at": "let it land at fewer places (at=)",
+    "shared_axes": "share it along axes of the outputs (shared_axes=)",
+    "rank": "make it of two factors (rank=)",
+}
 
 # ---------------------------------------------------------------------------------------------- what happens at a layer
 
@@ -65,15 +71,17 @@ class Direct:
       learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed ones.
       redrawn: whether the feedback weights are drawn anew at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
-      shared_axes: pairs of an axis of the outputs and the axis of the hidden signals that corresponds to it (None: of
-        the same number): one feedback weight serves all positions.
-      rank: of the error that is sent, brought to it by one more feedback weight, `outputs`; None: as it is.
+      shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
+        hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
+      rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
       channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
-      targets: whether `signal` needs the targets.
+      targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
+        how many losses the objective is the mean of.
       error_at: where the output error is taken. `"layer"`: at the last layer's outputs, below a softmax or the like
         that has no parameters (see `head.py`); or `"outputs"`.
       max_feedback_bytes: what the feedback weights of one rule may take.
+      offers: which of `at`, `shared_axes` and `rank` the rule's user can give, for refusals to advise.
     """
 
     signal: Callable[..., Any] | None
@@ -81,19 +89,20 @@ class Direct:
     learn: Callable[..., Any] | None = None
     redrawn: bool = False
     at: tuple[str, ...] | None = None
-    shared_axes: tuple[tuple[int, int | None], ...] = ()
+    shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
     channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
     error_at: str = "layer"
     max_feedback_bytes: int = 2**30
+    offers: tuple[str, ...] = ("at", "shared_axes", "rank")
 
     def __post_init__(self):
         as_initializer(self.init)
         if self.error_at not in ("layer", "outputs"):
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
-            raise ValueError(f"max_feedback_bytes={self.max_feedback_bytes!r} is no number of bytes: give one, or inf")
+            raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
 
     @property
     def lands(self) -> bool:
@@ -113,6 +122,7 @@ class Landing:
       spec: what the rule brings there.
       axis: the batch axis, as the reader sees it.
       shape: of the feedback weights, `[*lengths, outputs, *hidden]`.
+      outputs: how many numbers the error has before it is brought to `Direct.rank`.
       lengths: of the scans whose iterations have feedback weights of their own.
       shared: where the shared axes of the outputs lie in the hidden signal: its axis without the batch, or the loop.
       dtype: of the feedback weights.
@@ -125,6 +135,7 @@ class Landing:
     lengths: tuple[int, ...] = ()
     shared: tuple[tuple[str, int], ...] = ()
     dtype: Any = jnp.float32
+    outputs: int = 0
 
     def axes_named(self) -> str:
         """The shape of the feedback weights, as `3 iterations x 10 outputs x (128,)`."""
@@ -194,8 +205,14 @@ class Plan:
     landings: dict[str, Landing]  # direct feedback, by hidden signal
     batch: int | None = None
     output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
-    heads: dict[Hidden, Head] = dataclasses.field(default_factory=dict)  # where the output error is taken, see head.py
+    heads: dict[str, Head] = dataclasses.field(default_factory=dict)  # where the output error is taken, see head.py
     reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
+    elements: int | None = None  # how many losses the objective is the mean of, where rules need the targets
+
+    @property
+    def marks(self) -> list[Hidden]:
+        """The marks where feedback lands."""
+        return [landing.hidden for landing in self.landings.values() if landing.hidden.mark]
 
     @property
     def shadows(self) -> bool:
@@ -226,7 +243,7 @@ class Plan:
             elif name in self.landings:
                 drawn = _draw_direct(self.landings[name], k)
             else:
-                drawn = draw(self.reduced[name][0].init, k, shape[::-1], dtype).T  # type: ignore[arg-type]
+                drawn = _draw_reduction(k, shape, dtype)
             (learned if is_learned else fixed)[name] = drawn
         return Feedback(fixed, learned)
 
@@ -257,16 +274,37 @@ class Plan:
 
 
 def _draw_direct(landing: Landing, key) -> jax.Array:
+    """Draws `[hidden size, outputs]`, of which feedback of a rank keeps so many outputs, as good as any others.
+
+    Where such a matrix would be larger than all feedback may be, of as many outputs as fit.
+    """
     n = len(landing.lengths)
-    outputs, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
+    sent, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
+    fitting = landing.spec.max_feedback_bytes / max(size * jnp.dtype(landing.dtype).itemsize, 1)
+    outputs = landing.outputs if landing.spec.rank is None else max(sent, int(min(landing.outputs, fitting)))
 
     def one(k):
         drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
-        return drawn.T.reshape(landing.shape[n:])
+        return drawn[:, :sent].T.reshape(landing.shape[n:])
 
     if not n:
         return one(key)
     return jax.vmap(one)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
+
+
+def _draw_reduction(key, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The matrix `[outputs, rank]` that brings errors to a rank: random rows of length one that sum to one.
+
+    Independent numbers have the same mean and variance after it as before. Fewer than three numbers of length one
+    cannot sum to one at random: there the rows are normal, of squares that sum to one on average.
+    """
+    wide, rank = at_least_float32(dtype), shape[1]
+    rows = jax.random.normal(key, shape, wide)
+    if rank <= 2:
+        return (rows / rank**0.5).astype(dtype)
+    rows = rows - rows.mean(1, keepdims=True)
+    rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True).astype(wide)
+    return (rows * (1 - 1 / rank) ** 0.5 + 1 / rank).astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ making a plan
@@ -512,51 +550,59 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
-    sizes = {spec: outputs for spec in directs}
+    sizes, sent = {spec: outputs for spec in directs}, {}
     for spec in directs:
         if spec.shared_axes:
             sizes[spec] = outputs // math.prod(_shared_sizes(plan, spec))
         if spec.rank is not None and spec.signal is not None:
-            name = "outputs" + (f"#{len(plan.reduced) + 1}" if plan.reduced else "")
+            name = "(outputs)"
+            while name in (*graph.names, *(h.name for h in graph.hidden), *plan.reduced):
+                name = f"({name})"
             dtype = next(a.dtype for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
             plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
-            sizes[spec] = spec.rank
+        sent[spec] = sizes[spec] if spec.rank is None else spec.rank
+    axes: dict[Hidden, BatchAxis] = {}
     for hidden, spec in chosen:
         other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
         batched = hidden.reader.batched
         axis = batch_axis(net, hidden.name, hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:
+            remedy = "write the network so that the batch stays an axis of its own, in the order of the inputs"
+            if "at" in spec.offers:
+                remedy = "give that layer a sequential rule (partition), or choose with at= where feedback lands"
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
-                f"be told (batch {batch}): give that layer a sequential rule (partition), choose with at= where "
-                "feedback lands, or say where it lies, Network(apply, signal_axes=...)"
+                f"be told (batch {batch}): {remedy}, or say where it lies, Network(apply, signal_axes=...)"
             )
+        axes[hidden] = axis
+    for hidden, spec in chosen:
+        axis = axes[hidden]
         lengths = tuple(length for length, own in hidden.loops if own)
-        shared = _shared_places(plan, hidden, spec, axis)
+        shared = _shared_places(plan, hidden, spec, {h: axes[h] for h, s in chosen if s is spec})
         positions = {place for kind, place in shared if kind == "axis"}
         rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
-        shape = (*lengths, sizes[spec], *rest)
+        shape = (*lengths, sent[spec], *rest)
         dtype = _feedback_dtype(graph, hidden)
-        landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype)
+        landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype, sizes[spec])
         plan.landings[hidden.name] = landing
         total += landing.nbytes
         if total > spec.max_feedback_bytes:
             raise ValueError(
                 f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
-                f"max_feedback_bytes={spec.max_feedback_bytes:,}: raise max_feedback_bytes, or let feedback land at "
-                "fewer places (at=) or share it along axes (shared_axes=), as direct_feedback_alignment can"
+                f"max_feedback_bytes={spec.max_feedback_bytes:,}: "
+                + ", or ".join(["raise max_feedback_bytes", *(SMALLER[option] for option in spec.offers)])
             )
 
 
-def _heads(graph: Graph, specs: set[Direct]) -> dict[Hidden, Head]:
-    """Where the output error is taken below the outputs; each place is entered as a mark, so that a run records it."""
+def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
+    """Where the output error is taken below the outputs, by the name under which a run records what is there."""
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
         raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
     if where != {"layer"} or any(spec.channel for spec in specs):
         return {}
-    return {graph.mark(head.value, f"output {i} of {head.layer}"): head for i, head in heads(graph).items()}
+    return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}
 
 
 def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
@@ -573,29 +619,72 @@ def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
     return [aval.shape[out] for out, _ in spec.shared_axes]
 
 
-def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) -> tuple[tuple[str, int], ...]:
-    """Where the shared axes of the outputs lie in a hidden signal."""
-    if not spec.shared_axes:
-        return ()
+def _fitting(hidden: Hidden, axis: BatchAxis, size: int) -> dict[tuple[str, int], int | str]:
+    """What of a hidden signal has the size of a shared axis, and how a pair names it."""
     shape = hidden.reader.aval.shape
     axes = [*range(axis.axis), *([axis.axis] * sum(n > 1 for n in (axis.before, axis.after)))]
     axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
-    rest, places = axis.rest(shape), []
-    for (out, within), size in zip(spec.shared_axes, _shared_sizes(plan, spec), strict=True):
-        loops = [i for i, (n, own) in enumerate(hidden.loops) if n == size and not own]
-        same = [i for i, a in enumerate(axes) if a == (out if within is None else within) and rest[i] == size]
-        merged = [i for i, a in enumerate(axes) if a == axis.axis and rest[i] == size]
-        found = [("axis", i) for i in same] if within is not None else [
-            *(("loop", i) for i in loops), *(("axis", i) for i in (*same, *merged))
-        ]  # fmt: skip
-        found = [place for place in found if place not in places]
-        if not found:
+    found: dict[tuple[str, int], int | str] = {
+        ("loop", i): f"loop {i}" for i, (n, own) in enumerate(hidden.loops) if n == size and not own
+    }
+    return found | {("axis", i): axes[i] for i, n in enumerate(axis.rest(shape)) if n == size}
+
+
+def _shared_places(
+    plan: Plan, hidden: Hidden, spec: Direct, landings: dict[Hidden, BatchAxis]
+) -> tuple[tuple[str, int], ...]:
+    """Where the shared axes of the outputs lie in a hidden signal; `landings` are all signals of its rule."""
+    if not spec.shared_axes:
+        return ()
+    places: list[tuple[str, int]] = []
+    sizes = dict(zip((out for out, _ in spec.shared_axes), _shared_sizes(plan, spec), strict=True))
+    merged = landings[hidden].axis
+    for out, given in spec.shared_axes:
+        fits = {p: name for p, name in _fitting(hidden, landings[hidden], sizes[out]).items() if p not in places}
+        if given:
+            wanted = next((name for name in given if name in fits.values()), None)
+            likely = [place for place, name in fits.items() if name == wanted]
+            rivals = likely
+        else:
+            likely = [p for p, name in fits.items() if p[0] == "loop" or name in (out, merged)]
+            others = {o for o, within in spec.shared_axes if not within and o != out and sizes[o] == sizes[out]}
+            rivals = [
+                p for p, name in fits.items() if name not in others or name == merged
+            ]  # those have their own axes
+        if not likely or (len(rivals) > 1 and sizes[out] > 1):
+            shape = hidden.reader.aval.shape
+            says = [f"shared_axes={_settled(spec, sizes, landings, hidden, out, fits[p])}" for p in rivals or fits]
+            remedy = " or ".join(dict.fromkeys(says)) if len(set(fits.values())) == len(fits) else ""
+            if not likely:
+                raise ValueError(
+                    f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of "
+                    f"the outputs, of size {sizes[out]}: "
+                    + (f"if another place does, name it, {remedy}, else " if remedy else "")
+                    + "leave that signal out (at=)"
+                )
+            where = " and ".join(name if isinstance(name, str) else f"axis {name}" for name in map(fits.get, rivals))
             raise ValueError(
-                f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of the "
-                f"outputs, of size {size}: name it, shared_axes=[({out}, its axis)], or leave that signal out (at=)"
+                f"axis {out} of the outputs has size {sizes[out]}, as have {where} of the hidden signal "
+                f"{hidden.name!r} of shape {shape}: "
+                + (f"say which it is, {remedy}" if remedy else "leave that signal out (at=), or take its axes apart")
             )
-        places.append(found[0])
+        places.append(likely[0])
     return tuple(places)
+
+
+def _settled(
+    spec: Direct, sizes: dict[int, int], landings: dict[Hidden, BatchAxis], hidden: Hidden, out: int, name: int | str
+) -> list[tuple[int, int | str]]:
+    """`shared_axes=` as pairs in which `name` is where axis `out` of the outputs lies in a hidden signal."""
+    pairs = {o: list(given) for o, given in spec.shared_axes}
+    pairs[out].append(name)
+    for signal in (hidden, *landings):  # what is left open is said too, so that following this settles the others
+        for o, size in sizes.items():
+            fits = list(_fitting(signal, landings[signal], size).values())
+            taken = {n for other, names in pairs.items() if other != o for n in names}
+            if not set(pairs[o]) & set(fits) and (free := [n for n in fits if n not in taken]):
+                pairs[o].append(o if o in free else free[0])
+    return [(o, n) for o, names in pairs.items() for n in names]
 
 
 def _feedback_dtype(graph: Graph, hidden: Hidden):

@@ -8,7 +8,7 @@ down; *direct* rules bring the output error straight to each hidden signal.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import jax
@@ -205,10 +205,10 @@ def require_rule(rule) -> None:
 def require_feedback(feedback) -> None:
     """Feedback is a `Feedback`, empty for rules that need none."""
     if not isinstance(feedback, Feedback):
-        raise TypeError(
-            f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: make it with "
-            "rule.init(key, net, params, inputs)"
-        )
+        restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
+        remedy = "make one of it, lrules.Feedback(**restored)" if restored else "make it with "
+        remedy += "" if restored else "rule.init(key, net, params, inputs)"
+        raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 
 def is_number(value) -> TypeGuard[float]:
@@ -310,5 +310,6 @@ def check_params(params: Pytree) -> None:
             what = f"has dtype {dtype}" if dtype is not None else f"is a {type(leaf).__name__}, not an array"
             raise TypeError(
                 f"the parameter {name!r} {what}: only floating-point arrays can be trained, so pass it with the inputs "
-                "(batch_axes=None for what has no batch) or close over it"
+                "(batch_axes=None for what has no batch), close over it, or take an Equinox model apart, by "
+                "params, static = eqx.partition(model, eqx.is_inexact_array)"
             )

@@ -5,6 +5,7 @@ Sequential rules are a `custom_vjp` around each layer, direct ones one `custom_v
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,6 @@ class _RuleHandler(Handler):
         return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
-        if hidden in self.plan.heads:
-            frame.records[hidden.name] = value
-            return value
         landing = self.plan.landings.get(hidden.name)
         if landing is None or landing.hidden is not hidden:
             return value
@@ -110,12 +108,12 @@ def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fra
             for name, p in zip(names, params, strict=True)
         ]
     own = _RuleHandler(plan)
-    outputs, aux = plan.graph.run(
-        params, inputs, consts=consts, feedback=shadow, handlers=(own, *handlers), frame=frame
-    )
+    options: dict[str, Any] = {"consts": consts, "feedback": shadow, "frame": frame, "marks": plan.marks}
+    taps = {name: head.value for name, head in plan.heads.items()}
+    outputs, aux = plan.graph.run(params, inputs, handlers=(own, *handlers), taps=taps, **options)
     leaves, tree = jax.tree.flatten(outputs)
-    for hidden, head in plan.heads.items():
-        leaves[head.output] = frame.records.pop(hidden.name)
+    for name, head in plan.heads.items():
+        leaves[head.output] = frame.records.pop(name)
     return jax.tree.unflatten(tree, leaves), aux
 
 
@@ -157,7 +155,7 @@ def _direct_run(plan: Plan) -> Callable:
                 continue
             if spec not in sent:
                 sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
-            signals[name] = _land(landing, sent[spec], b, targets)
+            signals[name] = _land(landing, sent[spec], b, targets, plan.elements)
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
@@ -206,15 +204,17 @@ def sent_error(plan: Plan, spec: Direct, e, feedback):
     return e
 
 
-def _land(landing: Landing, e, b, targets):
+def _land(landing: Landing, e, b, targets, elements: int | None = None):
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.signal is not None
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
 
+    more = {"elements": elements} if "elements" in inspect.signature(landing.spec.signal).parameters else {}
+
     def signal(e, b):  # [*shared, batch, *hidden without shared axes]
-        return landing.spec.signal(e, b, targets, hidden.name)  # type: ignore[misc]
+        return landing.spec.signal(e, b, targets, hidden.name, **more)  # type: ignore[misc]
 
     for _ in shared:
         signal = jax.vmap(signal, in_axes=(0, None))

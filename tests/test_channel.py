@@ -99,19 +99,19 @@ def test_quantizer_in_low_precision_and_at_nan():
 @pytest.mark.parametrize(
     ("make_rule", "match"),
     [
-        (lambda r: lrules.quantize_error(r, 0), "bits=0"),
-        (lambda r: lrules.quantize_update(r, 2.5), "bits=2.5"),
-        (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale=0.0"),
-        (lambda r: lrules.quantize_error(r, 3, at="input"), 'neither "hidden" nor "output"'),
-        (lambda r: lrules.quantize_update(r, True), "bits=True"),
-        (lambda r: lrules.quantize_error(r, "3"), "bits='3'"),
-        (lambda r: lrules.quantize_error(r, 3, scale=math.inf), "scale=inf"),
-        (lambda r: lrules.quantize_error(r, 3, scale=math.nan), "scale=nan"),
-        (lambda r: lrules.quantize_update(r, 3, scale=True), "scale=True"),
-        (lambda r: lrules.quantize_update(r, 3, scale="1"), "scale='1'"),
-        (lambda r: lrules.drop_error(r, False), "rate=False"),
-        (lambda r: lrules.drop_error(r, 1.0), "rate=1.0"),
-        (lambda r: lrules.drop_error(r, "half"), "rate='half'"),
+        (lambda r: lrules.quantize_error(r, 0), "bits must be an integer >= 1, got 0"),
+        (lambda r: lrules.quantize_update(r, 2.5), "bits must be an integer >= 1, got 2.5"),
+        (lambda r: lrules.quantize_error(r, 3, scale=0.0), "scale must be a finite number > 0, got 0.0"),
+        (lambda r: lrules.quantize_error(r, 3, at="input"), 'at must be "hidden" or "output", got .input'),
+        (lambda r: lrules.quantize_update(r, True), "bits must be an integer >= 1, got True"),
+        (lambda r: lrules.quantize_error(r, "3"), "bits must be an integer >= 1, got '3'"),
+        (lambda r: lrules.quantize_error(r, 3, scale=math.inf), "scale must be a finite number > 0, got inf"),
+        (lambda r: lrules.quantize_error(r, 3, scale=math.nan), "scale must be a finite number > 0, got nan"),
+        (lambda r: lrules.quantize_update(r, 3, scale=True), "scale must be a finite number > 0, got True"),
+        (lambda r: lrules.quantize_update(r, 3, scale="1"), "scale must be a finite number > 0, got '1'"),
+        (lambda r: lrules.drop_error(r, False), "rate must be a number >= 0 and < 1, got False"),
+        (lambda r: lrules.drop_error(r, 1.0), "rate must be a number >= 0 and < 1, got 1.0"),
+        (lambda r: lrules.drop_error(r, "half"), "rate must be a number >= 0 and < 1, got 'half'"),
         (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
     ],
 )
@@ -273,6 +273,49 @@ def test_rate_of_drops(rate):
             assert abs(float(np.corrcoef(signal[:-apart], signal[apart:])[0, 1])) < 0.3
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(1 - 2**-9, 2**-9), (1 - 2**-17, 0.0), (1 - 1e-9, 0.0), (1e-9, 1.0)])
+def test_rates_near_the_ends(rate, kept):
+    """Met to 2^-17: the mean of errors of one is 1, or 0 where all are dropped."""
+    f = lrules.transform(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], lrules.drop_error(lrules.backprop(), rate))
+    params = {"a": jnp.zeros((1, 1000)), "b": jnp.ones((1000, 1))}
+    got = jax.grad(lambda p: f(p, NONE, jnp.ones((200, 1)), rng=KEY).sum())(params)["a"]
+    np.testing.assert_allclose(float(got.mean()) / 200, kept / (1 - rate), rtol=0.2)
+
+
+def test_what_functions_of_the_error_see():
+    """The tensor as the model makes it: any order of axes, a vmapped model's batch, a loop's iterations one by one."""
+    seen = {}
+
+    def fn(signal, name, rng):
+        seen.setdefault(name, []).append(signal.shape)
+        return signal
+
+    def apply(p, x):  # [batch 5, time 3, features 4]
+        h = jnp.tanh(x.reshape(15, 4) @ p["merged"]).reshape(5, 3, 4)
+        h = jnp.tanh(jnp.einsum("btf,fg->tgb", h, p["moved"]))
+        h = jnp.einsum("tgb,gf->btf", h, p["first"])
+        h = jax.vmap(lambda row: jnp.tanh(jax.vmap(lambda v: p["left"] @ v)(row)))(jnp.sin(h))
+        h = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["looped"]), None), h, None, length=6)[0]
+        return h @ p["last"]
+
+    names = ["merged", "moved", "first", "left", "looped", "last"]
+    params = {k: jnp.eye(4) for k in names}
+    f = lrules.transform(apply, lrules.modify_error(lrules.backprop(), fn))
+    jax.grad(lambda p: f(p, NONE, jnp.ones((5, 3, 4))).sum())(params)
+    shapes = {"moved": (15, 4), "first": (3, 4, 5), "left": (5, 3, 4), "looped": (5, 3, 4), "last": (5, 3, 4)}
+    assert seen == {name: [shape] for name, shape in shapes.items()}
+
+
+def test_learned_direct_feedback_is_not_quantised():
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        rule = lrules.direct_feedback_alignment(adaptive=True)
+        feedback, _ = draw(rule, net, x)
+        plain, quantised = (pull(net, r, feedback, x, e) for r in (rule, lrules.quantize_update(rule, 2)))
+        bridge.close(quantised[1], plain[1])
+        assert not np.allclose(quantised[0]["0"]["kernel"], plain[0]["0"]["kernel"], rtol=0.1)
+
+
 def test_outermost_derivative_holds():
     with jax.enable_x64(True):
         net, x, e = make("deep")
@@ -306,6 +349,187 @@ def test_turning_the_error_round(name):
         got, turned = (pull(net, new, feedback, x, s * e, **rng)[0] for s in (1, -1))
         sign = {"0": 1 if name == "magnitude" else -1, "1": -1}
         bridge.close({k: jax.tree.map(lambda g, k=k: sign[k] * g, v) for k, v in got.items()}, turned)
+
+
+# ----------------------------------------------------------------------------------------------------- complex numbers
+
+
+def complex_arguments():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape) + 1j * rng.normal(size=shape)  # noqa: E731
+    return {"a": normal(3, 5), "b": normal(5, 2)}, normal(4, 3), rng.normal(size=(4, 2)) / 4
+
+
+def complex_net(p, x):
+    return (jnp.tanh(x @ p["a"]) @ p["b"]).real
+
+
+def by_parts(fn):
+    return lambda z: fn(np.real(z)) + 1j * fn(np.imag(z))
+
+
+def test_quantizer_of_complex_numbers():
+    x = np.random.default_rng(0).normal(size=50) * 10.0 ** np.arange(-25, 25)
+    z = np.asarray(x + 1j * x[::-1], np.complex64)
+    got = quantize(z, 4, 0.125)
+    assert got.dtype == np.complex64
+    np.testing.assert_array_equal(got.real, quantize(z.real, 4, 0.125))
+    np.testing.assert_array_equal(got.imag, quantize(z.imag, 4, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("modify", "wanted"),
+    [
+        (lambda r: lrules.quantize_error(r, 3), by_parts(lambda s: quantise.quantise(s, 3, 2**-3))),
+        (lrules.sign_error, by_parts(np.sign)),
+        (lrules.magnitude_error, np.abs),
+        (lambda r: lrules.modify_error(r, lambda s, n, k: s * 1j), lambda s: s * 1j),
+    ],
+)
+def test_modifiers_of_complex_errors(modify, wanted):
+    """They act on real and imaginary part; the error is handed over as it is."""
+    with jax.enable_x64(True):
+        params, x, e = complex_arguments()
+        h = np.tanh(x @ params["a"])
+        for rule in (lrules.backprop(), lrules.direct_feedback_alignment()):
+            feedback = rule.init(KEY, complex_net, params, x)
+            f = lrules.transform(complex_net, modify(rule))
+            got = jax.vjp(lambda p, f=f, fb=feedback: f(p, fb, x), params)[1](e)[0]
+            arriving = e @ np.asarray(feedback.fixed["b"] if feedback.fixed else params["b"].T)
+            bridge.close(got["a"], x.T @ (wanted(4 * arriving) / 4 * (1 - h**2)))
+            bridge.close(got["b"], h.T @ e)
+
+
+def test_dropped_complex_errors_are_dropped_whole():
+    with jax.enable_x64(True):
+        params, x, e = complex_arguments()
+        seen = []
+        inner = lrules.modify_error(lrules.backprop(), lambda s, n, k: seen.append(np.asarray(s)) or s)
+        f = lrules.transform(complex_net, lrules.drop_error(inner, 0.5))
+        jax.vjp(lambda p: f(p, NONE, x, rng=KEY), params)[1](e)
+        (got,), arriving = seen, 4 * (e @ params["b"].T)
+        np.testing.assert_allclose(got, np.where(got == 0, 0, 2 * arriving), rtol=1e-12)
+        assert 0 < np.sum(got == 0) < got.size
+
+
+@pytest.mark.parametrize("alpha", [1.0, "gradient_norm"])
+def test_quantised_complex_updates(alpha):
+    with jax.enable_x64(True):
+        params, x, e = complex_arguments()
+        h, quantiser = np.tanh(x @ params["a"]), by_parts(lambda s: quantise.quantise(s, 3, 2**-6))
+        d = (e @ params["b"].T) * (1 - h**2)
+        f = lrules.transform(complex_net, lrules.quantize_update(lrules.backprop(), 3))
+        got = jax.vjp(lambda p: f(p, NONE, x), params)[1](e)[0]
+        wanted = {"a": sum(quantiser(4 * np.outer(x[i], d[i])) for i in range(4)) / 4}
+        wanted["b"] = sum(quantiser(4 * np.outer(h[i], e[i])) for i in range(4)) / 4
+        bridge.close(got, wanted)
+        rule = lrules.backman(alpha)
+        c = np.linalg.norm(h.T @ e, axis=0, keepdims=True)  # of each neuron's gradient
+        c = 1 / c * (1 if alpha == 1 else np.linalg.norm(e) / np.linalg.norm(np.linalg.norm(e, axis=0) / c))
+        plain, quantised = (lrules.transform(complex_net, r) for r in (rule, lrules.quantize_update(rule, 3)))
+        plain, quantised = (jax.vjp(lambda p, f=f: f(p, NONE, x), params)[1](e)[0]["b"] for f in (plain, quantised))
+        bridge.close(plain, c * (h.T @ e))
+        bridge.close(quantised, sum(quantiser(c * np.outer(h[i], e[i])) for i in range(4)))
+
+
+# ------------------------------------------------------------------------------------------------------------- marks
+
+
+def marked(p, x):
+    """Two blocks with a residual stream that no layer reads, marked after each, and a layer's signal that is marked."""
+    normal = lambda h: h / (1 + jnp.abs(h))  # noqa: E731
+    h = lrules.hidden(x @ p["a"] + jnp.sin(x @ p["a"]), "first")
+    h = lrules.hidden(h + normal(h) @ p["b"], "second")
+    return lrules.hidden(lrules.hidden(jnp.tanh(normal(h) @ p["c"]), "top"), "again") @ p["d"]
+
+
+def marked_arguments():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (4, 4), "c": (4, 4), "d": (4, 2)}
+    params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+    return params, jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)) / 5)
+
+
+@pytest.mark.parametrize("at", ["first", "second", "top", "again", ("first", "second", "top"), ("second", "^d$")])
+@pytest.mark.parametrize("modify", [lambda s: 3 * s, jnp.sign, lambda s: jnp.tanh(3 * s)])
+def test_modifiers_act_where_feedback_lands_on_a_mark(at, modify):
+    """Once on what lands there, be it a layer's signal too, and on nothing at the other marks."""
+    with jax.enable_x64(True):
+        params, x, e = marked_arguments()
+        rule = lrules.direct_feedback_alignment(at=at)
+        feedback = rule.init(KEY, marked, params, x)
+        new = lrules.modify_error(rule, lambda signal, name, rng: modify(signal))
+        got = jax.vjp(lambda p: lrules.transform(marked, new)(p, feedback, x), params)[1](e)[0]
+
+        # By hand: between landings error flows as in backprop, through the modifier at each signal that a layer reads.
+        b = {"top" if k in ("again", "d") else k: v for k, v in feedback.fixed.items()}
+        changed = lambda s: modify(s * 5) / 5  # noqa: E731
+
+        def at_mark(name, h):
+            @jax.custom_vjp
+            def identity(h):
+                return h
+
+            def backward(_, error):
+                if name not in b and name in ("first", "second"):
+                    return (error,)
+                return (changed(e @ b[name] if name in b else error),)
+
+            identity.defvjp(lambda h: (h, None), backward)
+            return identity(h)
+
+        def network(p):
+            h = at_mark("first", x @ p["a"] + jnp.sin(x @ p["a"]))
+            h = at_mark("second", h + (u := at_mark("u", h / (1 + jnp.abs(h)))) @ p["b"])
+            u = at_mark("v", h / (1 + jnp.abs(h)))
+            return at_mark("top", jnp.tanh(u @ p["c"])) @ p["d"]
+
+        bridge.close(got, jax.vjp(network, params)[1](e)[0])
+
+
+def test_every_error_modifier_acts_on_a_mark():
+    """A mark of what a layer reads, and the layer itself: the same numbers, but for what is drawn; stacks too."""
+    with jax.enable_x64(True):
+        params, x, e = marked_arguments()
+        feedback = lrules.direct_feedback_alignment(at="^d$").init(KEY, marked, params, x).fixed["d"]
+        stack = lambda r: lrules.quantize_error(lrules.modify_error(r, lambda s, n, k: s + 1), 2)  # noqa: E731
+        for modify in (*(m for m, _ in MODIFIERS.values()), stack):
+            found = []
+            for at in ("^d$", "top"):
+                rule = modify(lrules.direct_feedback_alignment(at=at))
+                fixed = lrules.Feedback({at.strip("^$"): feedback}, {})
+                rng = {"rng": KEY} if rule.stochastic else {}
+                f = lrules.transform(marked, rule)
+                found.append(jax.vjp(lambda p, f=f, fb=fixed, rng=rng: f(p, fb, x, **rng), params)[1](e)[0])
+            bridge.close(*found)
+
+
+def test_modifiers_on_marks_in_loops_and_partitions():
+    with jax.enable_x64(True):
+        params, x, e = marked_arguments()
+        params["b"] = jnp.stack([params["b"], params["c"], -params["b"]])
+
+        def block(h, w):
+            return lrules.hidden(h + jnp.tanh(jnp.sin(h) @ w), "stream"), None
+
+        def scanned(p, x):
+            return jnp.sin(jax.lax.scan(block, x @ p["a"], p["b"])[0]) @ p["d"]
+
+        def unrolled(p, x):
+            h = x @ p["a"]
+            for i in range(3):
+                h = lrules.hidden(h + jnp.tanh(jnp.sin(h) @ p["b"][i]), f"stream{i}")
+            return jnp.sin(h) @ p["d"]
+
+        direct = lrules.direct_feedback_alignment(at="stream")
+        for base in (direct, lrules.partition({"^b": direct, ".*": lrules.backprop()})):
+            rule = lrules.sign_error(base)
+            feedback = rule.init(KEY, scanned, params, x)
+            assert feedback.fixed["stream"].shape == (3, 2, 4)
+            flat = lrules.Feedback({f"stream{i}": b for i, b in enumerate(feedback.fixed["stream"])}, {})
+            pull = lambda net, fb, r=rule: jax.vjp(lambda p: lrules.transform(net, r)(p, fb, x), params)[1](e)[0]  # noqa: E731
+            bridge.close(jax.jit(lambda: pull(scanned, feedback))(), pull(unrolled, flat))  # noqa: B023
+            assert float(jnp.abs(pull(scanned, feedback)["b"] - pull(scanned, feedback, base)["b"]).max()) > 0.1
 
 
 # -------------------------------------------------------------------------------------------------- the output error

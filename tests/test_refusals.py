@@ -1,5 +1,6 @@
 """Bad input and constructs that cannot be served: one sentence that names the thing and the remedy."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +13,7 @@ KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (4, 5))
 NONE = lrules.Feedback({}, {})
 W = {"a": jnp.ones((5, 6)), "b": jnp.ones((6, 6)), "c": jnp.ones((6, 3))}
+GLOROT = jax.nn.initializers.glorot_normal()
 FA, DFA, BACKMAN = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.backman()
 
 
@@ -231,7 +233,72 @@ def test_rule_that_needs_the_targets():
 
 def test_feedback_above_the_limit():
     rule = lrules.direct_feedback_alignment(max_feedback_bytes=100)
-    refused(mlp, "144 bytes", "max_feedback_bytes", "at=", "shared_axes", rule=rule, error=ValueError)
+    refused(mlp, "144 bytes", "max_feedback_bytes", "at=", "shared_axes", "rank=", rule=rule, error=ValueError)
+    wide = W | {"c": jnp.ones((6, 30))}
+    for remedy in ({"at": "b"}, {"rank": 1}, {"max_feedback_bytes": 1440}):
+        most = {"max_feedback_bytes": 720} | remedy
+        lrules.direct_feedback_alignment(**most).init(KEY, mlp, wide, X)
+    shared = lrules.direct_feedback_alignment(shared_axes=1, max_feedback_bytes=144)
+    shared.init(KEY, mlp, W, jnp.ones((4, 7, 5)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lrules.monotone_dfa,
+        lambda **more: lrules.node_perturbation(0.1, direct=True, **more),
+        lrules.random_target_projection,
+        lambda **more: lrules.direct(lambda e, b, t, n: e @ b, init=GLOROT, offers=(), **more),
+    ],
+)
+def test_no_remedy_that_the_rule_does_not_have(make):
+    with pytest.raises(ValueError, match="raise max_feedback_bytes$"):
+        make(max_feedback_bytes=100).init(KEY, mlp, W, X)
+    make(max_feedback_bytes=144).init(KEY, mlp, W, X)
+
+    def reversed_examples(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"] @ p["c"] + (jnp.sin(x @ p["a"])[::-1] @ p["b"])[::-1] @ p["c"]
+
+    with pytest.raises(ValueError, match="batch axis .* cannot be told .*: write the network so") as caught:
+        make().init(KEY, reversed_examples, W, X)
+    assert "at=" not in str(caught.value) and "partition" not in str(caught.value)
+    refused(reversed_examples, "partition", "at=", rule=DFA, error=ValueError)
+
+
+@pytest.mark.parametrize("rule", [FA, DFA, lrules.node_perturbation(0.1, True, "rls")])
+def test_feedback_restored_as_a_dict(rule):
+    """What a checkpoint gives back without the structure that was saved; the remedy works."""
+    feedback = rule.init(KEY, mlp, W, X)
+    restored = dict(feedback._asdict())
+    step = lrules.value_and_grad(mlp, half_square, rule)
+    rng = {"rng": KEY} if rule.stochastic else {}
+    wanted = step(W, feedback, X, jnp.ones((4, 3)), **rng)
+    for given in (restored, {k: v for k, v in restored.items() if k != "state" or v}):
+        with pytest.raises(
+            TypeError, match=r"the feedback is a dict, .*: make one of it, lrules.Feedback\(\*\*restored\)"
+        ):
+            step(W, given, X, jnp.ones((4, 3)), **rng)
+        got = step(W, lrules.Feedback(**given), X, jnp.ones((4, 3)), **rng)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, got, wanted))
+    with pytest.raises(TypeError, match=r"make it with rule.init\(key, net, params, inputs\)"):
+        step(W, restored["fixed"], X, jnp.ones((4, 3)), **rng)
+
+
+@pytest.mark.foreign
+def test_a_whole_equinox_model_as_parameters():
+    """Its functions and numbers are no parameters; taken apart as the message says, it is served."""
+    model = eqx.nn.Sequential([eqx.nn.Linear(5, 6, key=KEY), eqx.nn.Lambda(jnp.tanh), eqx.nn.Linear(6, 3, key=KEY)])
+    apply = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+    for step in (lambda: FA.init(KEY, apply, model, X), lambda: lrules.transform(apply, FA)(model, NONE, X)):
+        with pytest.raises(
+            TypeError, match=r"not an array: .* params, static = eqx.partition\(model, eqx.is_inexact_array"
+        ):
+            step()
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    whole = lambda p, x: apply(eqx.combine(p, static), x)  # noqa: E731
+    feedback = FA.init(KEY, whole, params, X)
+    grads = lrules.value_and_grad(whole, half_square, FA)(params, feedback, X, jnp.ones((4, 3)))[1].params
+    assert all(jnp.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_nowhere_to_land():
@@ -258,20 +325,23 @@ def test_options():
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        ({"shared_axes": [(1, 1, 1)]}, r"shared_axes=\[\(1, 1, 1\)\] names no axes of the outputs: give 1"),
-        ({"shared_axes": "1"}, "shared_axes='1' names no axes"),
-        ({"shared_axes": 1.5}, "shared_axes=1.5 names no axes"),
-        ({"shared_axes": True}, "shared_axes=True names no axes"),
-        ({"shared_axes": None}, "shared_axes=None names no axes"),
-        ({"shared_axes": [(1, "2")]}, "names no axes"),
-        ({"max_feedback_bytes": None}, "max_feedback_bytes=None is no number of bytes"),
-        ({"max_feedback_bytes": "1G"}, "max_feedback_bytes='1G' is no number of bytes"),
-        ({"max_feedback_bytes": float("nan")}, "max_feedback_bytes=nan"),
+        ({"shared_axes": [(1, 1, 1)]}, r"shared_axes must be an axis of the outputs, .* got \[\(1, 1, 1\)\]"),
+        ({"shared_axes": "1"}, "shared_axes must be .* got '1'"),
+        ({"shared_axes": 1.5}, "shared_axes must be .* got 1.5"),
+        ({"shared_axes": True}, "shared_axes must be .* got True"),
+        ({"shared_axes": None}, "shared_axes must be .* got None"),
+        ({"shared_axes": [(1, "2")]}, "shared_axes must be .* got"),
+        ({"shared_axes": [(1, "loop")]}, "shared_axes must be .* got"),
+        ({"shared_axes": (1, 1)}, r"names the axis 1 of the outputs twice, got \(1, 1\): .* give pairs in a list"),
+        ({"shared_axes": [1, (1, 2)]}, "names the axis 1 of the outputs twice"),
+        ({"max_feedback_bytes": None}, "max_feedback_bytes must be a number >= 0 or inf, got None"),
+        ({"max_feedback_bytes": "1G"}, "max_feedback_bytes must be a number >= 0 or inf, got '1G'"),
+        ({"max_feedback_bytes": float("nan")}, "max_feedback_bytes must be .* got nan"),
         ({"at": 3}, "at=3 is no regular expression"),
         ({"at": ["b", None]}, "at=None is no regular expression"),
         ({"at": "("}, r"at='\(' is no regular expression"),
-        ({"rank": True}, "rank=True is no number of directions"),
-        ({"rank": "2"}, "rank='2' is no number of directions"),
+        ({"rank": True}, "rank must be an integer >= 1 or None, got True"),
+        ({"rank": "2"}, "rank must be an integer >= 1 or None, got '2'"),
         ({"adaptive": "yes"}, "adaptive='yes' is neither True nor False"),
     ],
 )
@@ -292,7 +362,6 @@ def test_options_that_are_flags():
         lrules.sequential(lambda *_: None, learned="no")
 
 
-GLOROT = jax.nn.initializers.glorot_normal()
 RULES_WITH_INIT = {
     "feedback_alignment": lrules.feedback_alignment,
     "direct": lrules.direct_feedback_alignment,

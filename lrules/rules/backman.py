@@ -73,8 +73,9 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         if named:
             size = whole(_squares(d.astype(wide), raw.ndim, layer))
             total, scaled = size.sum(), (size * c * c).sum()
-            return c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
-        return c * jnp.asarray(alpha, wide)
+            c = c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
+            return c.astype(wide)  # which is complex where the gradient is
+        return c.astype(wide) * jnp.asarray(alpha, wide)
 
     def raw_gradient(op, w, x, d):
         return jax.vjp(lambda w: op(w, x), w)[1](d)[0]

@@ -21,6 +21,11 @@ def project(e, b):
     return jnp.tensordot(e.astype(b.dtype), b, axes=1)
 
 
+def arrive(e, b, targets, name):
+    """The signal of direct feedback alignment."""
+    return project(e, b)
+
+
 def correlate(e, h, b):
     """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`, summed.
 
@@ -34,7 +39,7 @@ def direct_feedback_alignment(
     adaptive: bool = False,
     *,
     at: str | Sequence[str] | None = None,
-    shared_axes: int | Sequence[int | tuple[int, int]] = (),
+    shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
     error_at: str = "layer",
     max_feedback_bytes: int = 2**30,
@@ -52,10 +57,16 @@ def direct_feedback_alignment(
         signals, or of tensors marked with `lrules.hidden`, match. Between landings the error flows as in backprop.
       shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
         1 for `[batch, time, classes]`, (1, 2) for `[batch, height, width, classes]`. The error of a position then
-        reaches that position alone. The corresponding axis of the hidden signals is that of the same number, or a loop
-        of that length around them; pairs `(axis of the outputs, axis of the hidden signals)` say otherwise.
+        reaches that position alone. The corresponding place in a hidden signal is the axis of the same number, or a
+        loop of that length around it. Where another axis or loop has that length too, pairs have to say which it is:
+        `[(1, 2)]` is axis 2 of the hidden signals (counted with the batch), `[(1, "loop 0")]` the outermost loop around
+        them; of several pairs for one axis of the outputs, the first that fits a hidden signal holds there.
       rank: for outputs in the tens of thousands: the feedback weights are products of one random matrix
-        `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned.
+        `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned; its name
+        is `(outputs)`, in more brackets where a parameter, a mark or another such matrix has that. The latter are so
+        many rows of what `init` draws for all outputs (for as many as `max_feedback_bytes` holds, if fewer), and the
+        products have numbers of the mean (from a rank of 3 on) and variance of such feedback, but not its zeros or
+        signs.
       error_at: where the output error e is taken. `"layer"`: where the outputs are a function without parameters of a
         layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs, so that e is T - O with the
         cross-entropy that belongs to the function, as the papers have it. `"outputs"`: at the outputs themselves.
@@ -76,7 +87,7 @@ def direct_feedback_alignment(
     """
     require_flags(adaptive=adaptive)
     return direct(
-        lambda e, b, targets, name: project(e, b),
+        arrive,
         init=as_initializer(init),
         learn=correlate if adaptive else None,
         at=at,

@@ -6,9 +6,10 @@ one output, the update of every example then agrees in sign with its gradient (T
 
 from __future__ import annotations
 
+from lrules.constructors import direct
 from lrules.feedback import absolute
 from lrules.rule import Initializer, Rule
-from lrules.rules.direct import direct_feedback_alignment
+from lrules.rules.direct import arrive
 
 
 def monotone_dfa(
@@ -36,4 +37,6 @@ def monotone_dfa(
     References:
       Lechner: Learning representations for binary-classification without backpropagation (2020), section 3.
     """
-    return direct_feedback_alignment(absolute(init), error_at=error_at, max_feedback_bytes=max_feedback_bytes)
+    return direct(
+        arrive, init=absolute(init), error_at=error_at, max_feedback_bytes=max_feedback_bytes, offers=()
+    )

@@ -16,7 +16,9 @@ gradient with the residual in the place of what the layer reads, <d, op(B, resid
 which residuals stand in for the hidden signals gives it for layers of any kind; of that run nothing else is needed, and
 under `jit` nothing else is computed.
 
-Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = ridge B_0 + sum lambda d^T.
+Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = sum lambda d^T, sums over all batches so
+far. The B that `init` draws brings the error down in the first step and has no part in what follows. A batch's pairs
+enter B after the forward weights have been given their gradients from it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from lrules.rule import (
     mean_loss,
     require_flags,
 )
-from lrules.rules.direct import correlate, project
+from lrules.rules.direct import arrive, correlate, project
 from lrules.running import direct_feedback_gradient, from_heads, output_error, plain_run, run_to_heads, sent_error
 
 SOLVERS = ("sgd", "rls")
@@ -68,8 +70,9 @@ def node_perturbation(
     Two forward passes; the noise is fresh at every step, from `rng=`; value and outputs are those of the clean pass.
     With `solver="sgd"` the feedback weights are learned ones: `grads.feedback` is their gradient, a mean over examples,
     for an optimizer and a learning rate of its own. With `"rls"` they are the least-squares solution for all batches so
-    far: continue with `feedback._replace(state=grads.state)`. To let them settle before the forward weights move,
-    begin with steps that leave `grads.params` out.
+    far: continue with `feedback._replace(state=grads.state)`. A batch enters them after its own `grads.params`, which
+    are those of the feedback weights before it: in the first step, of what `init` drew, which then is forgotten. To let
+    them settle before the forward weights move, begin with steps that leave `grads.params` out.
 
     Args:
       std: the standard deviation of the noise.
@@ -99,19 +102,19 @@ def node_perturbation(
       9, 11; Theorems 1 and 2, Corollary 1.
     """
     if not (is_number(std) and 0 < std < math.inf):
-        raise ValueError(f"std={std!r} is the standard deviation of the noise: give a positive number")
+        raise ValueError(f"std must be a finite number > 0, got {std!r}")
     require_flags(direct=direct)
     if solver not in SOLVERS:
-        raise ValueError(f'solver={solver!r} is neither "sgd" nor "rls"')
+        raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
     if not (is_number(ridge) and 0 < ridge < math.inf):
-        raise ValueError(f"ridge={ridge!r} keeps the least squares solvable: give a positive number")
+        raise ValueError(f"ridge must be a finite number > 0, got {ridge!r}")
     if not callable(noise):
         raise TypeError(f"noise= is a {type(noise).__name__}: give a function (key, shape, dtype) -> array")
     draw = as_initializer(init)
     learned = solver == "sgd"
     if direct:
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
-        spec: Any = Direct(_arrive, draw, learn, max_feedback_bytes=max_feedback_bytes)
+        spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
         spec = Sequential(_backward, draw, learned)
 
@@ -161,10 +164,6 @@ def _backward(op, w, b, x, d, layer):
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
-
-
-def _arrive(e, b, targets, name):
-    return project(e, b)
 
 
 class _Experiment:
@@ -304,7 +303,7 @@ class _Noise(Handler):
         self.names, self.std, self.noise, self.key = names, std, noise, key
 
     def hidden(self, hidden, value, frame):
-        if hidden.mark or hidden.name not in self.names:
+        if hidden.name not in self.names:
             return value
         key = key_at(self.key, hidden, value, frame)
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
@@ -320,7 +319,7 @@ class _ArrivingAtHidden(Handler):
     """Makes the error that arrives at hidden signals that of a probe too."""
 
     def hidden(self, hidden, value, frame):
-        return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs and not hidden.mark else value
+        return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs else value
 
 
 class _ArrivingAtLayers(Handler):
@@ -346,7 +345,7 @@ class _StandIn(Handler):
         self.sites = sites
 
     def hidden(self, hidden, value, frame):
-        return value if hidden.mark else frame.inputs.get(hidden.name, value)
+        return frame.inputs.get(hidden.name, value)
 
     def layer(self, layer, op, w, b, x, frame):
         if layer.site in self.sites:
@@ -397,7 +396,7 @@ class _Rows:
         state = {}
         for name, b in drawn.items():
             rows = self.of(name, b)
-            state[name] = {"b": b, "s": ridge * rows, "v": ridge * jnp.eye(rows.shape[-2], dtype=rows.dtype)}
+            state[name] = {"b": b, "s": jnp.zeros_like(rows), "v": ridge * jnp.eye(rows.shape[-2], dtype=rows.dtype)}
         return state
 
     def step(self, name: str, state, gradient, covariance):

@@ -16,17 +16,20 @@ from lrules.rule import Initializer, Rule, as_initializer
 from lrules.rules.direct import project
 
 
-def random_target_projection(init: Initializer | None = None) -> Rule:
+def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: int = 2**30) -> Rule:
     """Direct random target projection (DRTP): each hidden signal gets a random projection of the targets.
 
     delta_l = -(B_l^T t) * f'(z_l)
 
     Hidden layers need no output, and so do not wait for the forward pass. It serves `lrules.value_and_grad` alone.
     Targets are integer classes, which are made one-hot, or have as many elements per example as the outputs.
+    The signals are divided by as many losses as the objective is the mean of, as the last layer's gradient is: by the
+    batch, or with a loss `[batch, time]` by batch times time.
 
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`, drawn as `[hidden size, outputs]`;
         default `jax.nn.initializers.glorot_normal()`.
+      max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
       The rule. One feedback weight `[outputs, *hidden shape]` per hidden signal.
@@ -39,10 +42,10 @@ def random_target_projection(init: Initializer | None = None) -> Rule:
       algorithm with layerwise feedforward training (2019).
     """
 
-    def signal(e, b, targets, name):
-        return project(-_as_outputs(targets, e), b) / e.shape[0]
+    def signal(e, b, targets, name, elements):
+        return project(-_as_outputs(targets, e), b) / elements
 
-    return direct(signal, init=as_initializer(init), targets=True)
+    return direct(signal, init=as_initializer(init), targets=True, max_feedback_bytes=max_feedback_bytes, offers=())
 
 
 def _as_outputs(targets, e):

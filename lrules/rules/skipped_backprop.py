@@ -54,7 +54,8 @@ def _channel(plan: Plan, params, inputs, consts, records):
     handler = _Linear(set(records))
 
     def network(records):
-        return plan.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=Frame(records))
+        frame = Frame(records)
+        return plan.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame, marks=plan.marks)
 
     _, pull, _ = jax.vjp(network, records, has_aux=True)
     return jax.tree_util.Partial(_only, pull)

@@ -15,10 +15,13 @@ paper's e~, on the scale of the per-example sum) B_k descends
 Direct: direct feedback alignment, and B_k descends 1/2 |e . B_k - lambda_k|^2 with e the output error (Corollary 1).
 The signs: lambda estimates a gradient and e, d are gradients, so B_k goes to W_k (sequential, top layer; linear nets).
 
-Where the objective is a batch mean, so is that of B. Least squares, Eq. 5 and 11, recursive in that sums over batches
+Where the objective is a batch mean, so is that of B. Least squares, Eq. 5, 9 and 11, recursive: sums over batches
 are kept (dense layers, direct):
 
-    V = ridge I + sum d d^T,   S = ridge B_0 + sum lambda d^T,   B = S V^-1        B [in, out]; direct: its transpose
+    V = ridge I + sum d d^T,   S = sum lambda d^T,   B = S V^-1        B [in, out]; direct: its transpose
+
+The multiple of the identity is the authors' programs', which start from S = 0. A batch is brought down by the B of the
+batches before it (the first one by any B), and enters B afterwards.
 """
 
 import numpy as np
@@ -86,17 +89,18 @@ def direct_gradients(net, feedback, x, e, lambdas, reduction="mean"):
     return direct.gradients(net, feedback, x, e)._replace(feedback=learned)
 
 
-def least_squares(pairs, ridge=0.1, initial=None):
+def least_squares(pairs, ridge=0.1):
     """B [in, out] that solves the problem over all batches seen.
 
     Args:
       pairs: (lambda [batch, in], d [batch, out]) of each batch, on the scale of the per-example sum.
       ridge: the multiple of the identity that V starts from.
-      initial: B_0 [in, out]; zeros if None. Direct: use d = e and transpose the result to [outputs, hidden].
+
+    Direct: use d = e and transpose the result to [outputs, hidden].
     """
     width_in, width_out = pairs[0][0].shape[1], pairs[0][1].shape[1]
     v = ridge * np.eye(width_out)
-    s = np.zeros((width_in, width_out)) if initial is None else ridge * np.asarray(initial, dtype=np.float64)
+    s = np.zeros((width_in, width_out))
     for estimate, d in pairs:
         v = v + d.T @ d
         s = s + estimate.T @ d

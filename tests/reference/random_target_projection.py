@@ -6,8 +6,11 @@ output error; the last layer still gets its true gradient:
     s_k = sign scale t . B_k
 
 With fixed random B of either sign, the sign is a convention: +1 puts t where the gradient of the loss stood (the
-authors' program); -1 is the direction of the error, as dL/do = o - t falls with t. `scale` stands for the reduction:
-1 / batch for a mean over the batch, 1 for a sum.
+authors' program); -1 is the direction of the error, as dL/do = o - t falls with t. `scale` stands for the reduction,
+which multiplies all losses alike, and so their gradients in the last layer and their projections in the others:
+
+    objective = scale * sum of losses    scale: 1 / batch for a mean over the batch, 1 for a sum,
+                                         1 / (batch time) for a mean over losses [batch, time]
 """
 
 import numpy as np
@@ -22,7 +25,7 @@ def gradients(net, feedback, x, e, targets, *, sign=1.0, scale=None, modify=nets
       net, feedback, x, e, modify, derivative: as in `direct.gradients`; e serves the last layer only.
       targets: [batch, outputs].
       sign: +1 or -1.
-      scale: 1 / batch if None.
+      scale: what every loss is multiplied by; 1 / batch if None.
     """
     trace = nets.forward(net, x)
     targets = np.asarray(targets, dtype=np.float64)

@@ -645,4 +645,7 @@ def test_top_layer_feedback_is_learned():
     found = node_perturbation.least_squares(pairs)
     assert np.abs(found - net[1].kernel).max() < 0.1
     exact = [(d @ net[1].kernel.T, d) for _, d in pairs]
-    np.testing.assert_allclose(node_perturbation.least_squares(exact, 0.1, net[1].kernel), net[1].kernel)
+    np.testing.assert_allclose(node_perturbation.least_squares(exact, 1e-6), net[1].kernel, rtol=1e-6)
+    (estimate, d), ridge = pairs[0], 0.1  # what minimises sum |d B^T - lambda|^2 + ridge |B|^2
+    b = node_perturbation.least_squares(pairs[:1], ridge)
+    np.testing.assert_allclose((d @ b.T - estimate).T @ d + ridge * b, 0, atol=1e-12 * np.abs(estimate.T @ d).max())

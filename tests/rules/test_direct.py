@@ -1,5 +1,8 @@
 """Adaptive direct feedback, feedback shared along axes, feedback of low rank."""
 
+import ast
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +160,132 @@ def test_shared_pixels_and_pairs():
         bridge.close(same, got)
 
 
+def gradients_of(apply, params, x, e, b, **options):
+    """The gradients of shared feedback, all of whose weights are slices of `b` where they have its rank."""
+    rule = lrules.direct_feedback_alignment(**options)
+    drawn = rule.init(jax.random.key(0), apply, params, x).fixed
+    fixed = {k: b[:, : v.shape[-1]] if v.ndim == 2 else v for k, v in drawn.items()}
+    return jax.vjp(lambda p: lrules.transform(apply, rule)(p, lrules.Feedback(fixed, {}), x), params)[1](e)[0]
+
+
+def offered(apply, params, x, **options):
+    """What the refusal says to give for `shared_axes=`."""
+    with pytest.raises(ValueError) as caught:
+        lrules.direct_feedback_alignment(**options).init(jax.random.key(0), apply, params, x)
+    assert "\n" not in str(caught.value)
+    return [ast.literal_eval(found) for found in re.findall(r"shared_axes=(\[.*?\])(?: or|,|$)", str(caught.value))]
+
+
+def deep_sequences(steps, features, transposed=False):
+    """A loop over four layers of signals [batch, time, features], or [batch, features, time], and one after it."""
+
+    def apply(p, x):
+        h = x @ p["in"]
+        if transposed:
+            h = h.swapaxes(1, 2)
+        way, last = ("bft,fg->bgt", "bft,fg->btg") if transposed else ("btf,fg->btg",) * 2
+        h = jax.lax.scan(lambda h, _: (jnp.tanh(jnp.einsum(way, h, p["w"])), None), h, None, length=4)[0]
+        return jnp.einsum(last, jnp.tanh(jnp.einsum(way, h, p["v"])), p["out"])
+
+    rng = np.random.default_rng(0)
+    shapes = {"in": (3, features), "w": (features, features), "v": (features, features), "out": (features, 2)}
+    params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+    x, e = jnp.asarray(rng.normal(size=(6, steps, 3))), jnp.asarray(rng.normal(size=(6, steps, 2)))
+    return apply, params, x, e, jnp.asarray(rng.normal(size=(2, features)))
+
+
+def deep_by_hand(params, x, e, b):
+    """Each position of each signal gets its own error, whichever way it lies."""
+    h, signal, grads = np.asarray(x @ params["in"]), np.asarray(e @ b), {}
+    grads["in"] = np.einsum("nti,ntf->if", x, signal)
+    grads["w"] = np.zeros(params["w"].shape)
+    for name in ["w"] * 4 + ["v"]:
+        new = np.tanh(h @ np.asarray(params[name]))
+        grads[name] = grads.get(name, 0) + np.einsum("ntf,ntg->fg", h, signal * (1 - new**2))
+        h = new
+    return grads | {"out": np.einsum("ntf,nto->fo", h, e)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "features", "transposed", "pair"),
+    [(4, 5, False, 1), (5, 5, False, 1), (4, 4, False, 1), (4, 5, True, 2), (5, 5, True, 2), (4, 4, True, 2)],
+)
+def test_shared_axes_where_several_places_fit(steps, features, transposed, pair):
+    """The depth of a loop, the features: refused, and each pair that is offered is served, the right one rightly."""
+    with jax.enable_x64(True):
+        *net, e, b = deep_sequences(steps, features, transposed)
+        pairs = offered(*net, shared_axes=1)
+        found = [gradients_of(*net, e, b, shared_axes=p) for p in pairs]
+        assert [p[0] for p in pairs].count((1, pair)) == 1
+        assert len(pairs) == 1 + (steps == 4) + (features == steps)
+        right = next(g for p, g in zip(pairs, found, strict=True) if p[0] == (1, pair))
+        bridge.close(right, deep_by_hand(*net[1:], e, b))
+        assert all(np.abs(g["in"] - right["in"]).max() > 1e-3 for g in found if g is not right)
+        bridge.close(gradients_of(*net, e, b, shared_axes=[(1, pair)]), right)
+
+
+def test_shared_axes_that_lie_elsewhere_are_named():
+    *net, e, b = deep_sequences(7, 5, transposed=True)
+    assert offered(*net, shared_axes=1) == [[(1, 2)]]
+    assert offered(*net, shared_axes=[(1, 1)]) == [[(1, 1), (1, 2)]]
+    gradients_of(*net, e, b, shared_axes=[(1, 1), (1, 2)])
+
+
+def test_shared_along_a_named_loop():
+    """A recurrence as wide as it is long, inside a loop over as many layers, and a layer for all steps after it."""
+    with jax.enable_x64(True):
+        rng, n = np.random.default_rng(0), 4
+        shapes = {"i": (3, n), "h": (n, n), "u": (n, 5), "o": (5, 2)}
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+        x, e, b = (jnp.asarray(rng.normal(size=s)) for s in ((5, n, 3), (5, n, 2), (2, 5)))
+
+        def looped(p, x):
+            def over_time(xs, _):
+                step = lambda h, x: (new := jnp.tanh(x + h @ p["h"]), new)  # noqa: E731
+                return jax.lax.scan(step, jnp.sin(xs[0]), xs)[1], None
+
+            h = jax.lax.scan(over_time, (x @ p["i"]).swapaxes(0, 1), None, length=n)[0]
+            return jnp.tanh(h.swapaxes(0, 1) @ p["u"]) @ p["o"]
+
+        def unrolled(p, x):
+            xs = (x @ p["i"]).swapaxes(0, 1)
+            for _ in range(n):
+                h, new = jnp.sin(xs[0]), []
+                for t in range(n):
+                    h = jnp.tanh(xs[t] + land(h, t) @ p["h"])
+                    new.append(h)
+                xs = jnp.stack(new)
+            h = land(jnp.tanh(land(xs.swapaxes(0, 1), slice(None)) @ p["u"]), slice(None))
+            return h @ p["o"]
+
+        def land(h, t):
+            @jax.custom_vjp
+            def identity(h):
+                return h
+
+            identity.defvjp(lambda h: (h, None), lambda _, d: (e[:, t] @ b[:, : h.shape[-1]],))
+            return identity(h)
+
+        pairs = [(1, "loop 1"), (1, 1)]
+        assert pairs in offered(looped, params, x, shared_axes=1)
+        got = gradients_of(looped, params, x, e, b, shared_axes=pairs)
+        bridge.close(got, jax.vjp(lambda p: unrolled(p, x), params)[1](e)[0])
+
+
+def test_square_images_keep_their_axes():
+    """Where each axis of the outputs has the axis of its number, one is no rival of the other."""
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=(1, 3))), "b": jnp.asarray(rng.normal(size=(3, 2)))}
+    x, e, b = (jnp.asarray(rng.normal(size=s)) for s in ((2, 5, 5, 1), (2, 5, 5, 2), (2, 3)))
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    one, two = (gradients_of(apply, params, x, e, b, shared_axes=s) for s in ((1, 2), [(1, 1), (2, 2)]))
+    bridge.close(one, two)
+    h = np.tanh(np.asarray(x @ params["a"]))
+    bridge.close(one["a"], np.einsum("nhwi,nhwf->if", x, np.asarray(e @ b) * (1 - h**2)), 1e-5)
+    params["a"], params["b"] = params["a"][:, jnp.arange(5) % 3], params["b"][jnp.arange(5) % 3]
+    assert [(1, 1), (2, 2)] in offered(apply, params, x, shared_axes=(1, 2))  # five features, too
+
+
 def test_refusals_of_shared_axes():
     apply, params, x = sequences(np.random.default_rng(0))
 
@@ -168,7 +297,7 @@ def test_refusals_of_shared_axes():
     refused("no axis of the outputs", apply, shared_axes=0)
     refused("outputs that are one array", lambda p, x: (apply(p, x), apply(p, x)), shared_axes=1)
     refused("no axis that corresponds", lambda p, x: apply(p, x)[:, :4], shared_axes=1)
-    with pytest.raises(ValueError, match="rank=0"):
+    with pytest.raises(ValueError, match="rank must be an integer >= 1 or None, got 0"):
         lrules.direct_feedback_alignment(rank=0)
 
 
@@ -181,8 +310,8 @@ def test_low_rank(name):
         net, x, e = make(name)
         rule = lrules.direct_feedback_alignment(rank=2, adaptive=True)
         feedback = rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x))
-        shared = np.asarray(feedback.fixed["outputs"])
-        assert list(feedback.fixed) == ["outputs"] and shared.shape == (3, 2)
+        shared = np.asarray(feedback.fixed["(outputs)"])
+        assert list(feedback.fixed) == ["(outputs)"] and shared.shape == (3, 2)
         listed = [np.asarray(feedback.learned[f"{k}/kernel"]) for k in range(1, len(net))]
         products = [None, *(np.tensordot(shared, b, axes=1) for b in listed)]
         got = pull(net, rule, feedback, x, e)
@@ -205,3 +334,93 @@ def test_low_rank_saves_memory_for_many_outputs():
     with pytest.raises(ValueError, match="max_feedback_bytes"):
         rule = lrules.direct_feedback_alignment(rank=16, max_feedback_bytes=10**6)
         rule.init(jax.random.key(0), apply, params, x)
+
+
+INITIALISERS = {
+    "glorot_normal": jax.nn.initializers.glorot_normal(),
+    "lecun_uniform": jax.nn.initializers.lecun_uniform(),
+    "sparse": lrules.feedback.sparse(20),
+    "rescaled": lrules.feedback.sparse(20, rescale=True),
+    "all ones": lrules.feedback.sparse(400),
+    "absolute": lrules.feedback.absolute(),
+    "shifted": lrules.feedback.shifted(0.1),
+    "binary": lrules.feedback.binary(0, 1),
+    "averaged": lrules.feedback.averaged(4),
+}
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("rank", [3, 40])
+def test_low_rank_has_the_mean_and_variance_of_full_feedback(name, rank):
+    params = {"a": jnp.zeros((2, 400)), "b": jnp.zeros((400, 300))}
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+
+    def drawn(**options):
+        rule = lrules.direct_feedback_alignment(INITIALISERS[name], **options)
+        draw = lambda key: rule.init(key, apply, params, jnp.zeros((2, 2))).fixed  # noqa: E731
+        return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 10))
+
+    full, low = drawn()["b"], drawn(rank=rank)
+    assert low["b"].shape == (10, rank, 400) and low["(outputs)"].shape == (10, 300, rank)
+    product = low["(outputs)"] @ low["b"]
+    spread = float(full.std())
+    np.testing.assert_allclose(product.mean(), full.mean(), atol=0.05 * spread + 1e-5)
+    np.testing.assert_allclose(product.std(), spread, rtol=0.1, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_low_rank_of_sparse_feedback_sends_errors_that_sum_to_zero(rank):
+    """As those of softmax do: a matrix of ones would send nothing."""
+    params = {"a": jnp.ones((2, 6)), "b": jnp.ones((6, 5))}
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    rule = lrules.direct_feedback_alignment(lrules.feedback.sparse(3), rank=rank)
+    e = jnp.asarray([[1.0, -1, 0, 0, 0], [0, 0.5, 0, -0.25, -0.25]])
+    for key in jax.random.split(jax.random.key(0), 5):
+        feedback = rule.init(key, apply, params, jnp.ones((2, 2)))
+        sent = e @ feedback.fixed["(outputs)"]
+        assert float(jnp.abs(sent).max(1).min()) > 1e-3
+
+
+def test_the_matrix_that_all_share_has_a_name_of_its_own():
+    """Beside parameters and a mark of names like its own, and a second one in a partition."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        names = ["first", "outputs", "(outputs)", "last"]
+        shapes = [(3, 4), (4, 4), (4, 4), (4, 2)]
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in zip(names, shapes, strict=True)}
+        x, e = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+        def apply(p, x):
+            for name in names[:-1]:
+                x = lrules.hidden(jnp.tanh(x @ p[name]), "((outputs))")
+            return x @ p["last"]
+
+        low, other = lrules.direct_feedback_alignment(rank=3), lrules.direct_feedback_alignment(rank=2)
+        own = "(((outputs)))"
+        mixed = lrules.partition({"^outputs": low, ".*": other})
+        for rule, shared in {low: [own] * 3, mixed: [f"({own})", own, own]}.items():
+            feedback = rule.init(jax.random.key(0), apply, params, x).fixed
+            assert sorted(feedback) == sorted({*names[1:], *shared})
+            got = jax.vjp(
+                lambda p, r=rule, f=feedback: lrules.transform(apply, r)(p, lrules.Feedback(f, {}), x), params
+            )
+            got, h = got[1](e)[0], np.asarray(x)
+            for name, above, matrix in zip(names[:-1], names[1:], shared, strict=True):
+                new = np.tanh(h @ np.asarray(params[name]))
+                bridge.close(got[name], h.T @ (np.asarray(e @ feedback[matrix] @ feedback[above]) * (1 - new**2)))
+                h = new
+
+
+def test_low_rank_draws_no_matrix_larger_than_all_feedback_may_be():
+    drawn = []
+
+    def init(key, shape, dtype):
+        drawn.append(shape)
+        return jax.random.normal(key, shape, dtype)
+
+    params = {"a": jnp.zeros((2, 10)), "b": jnp.zeros((10, 100))}
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    for most in (float("inf"), 2000, 1000):
+        rule = lrules.direct_feedback_alignment(init, rank=2, max_feedback_bytes=most)
+        rule.init(jax.random.key(0), apply, params, jnp.zeros((3, 2)))
+    assert drawn == [(10, 100), (10, 50), (10, 25)]

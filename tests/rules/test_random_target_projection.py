@@ -34,6 +34,30 @@ def test_reference(name):
         bridge.close(dense, classes)
 
 
+@pytest.mark.parametrize("wrapped", [lambda r: r, lambda r: lrules.partition({".*": r})])
+def test_a_loss_per_example_and_time(wrapped):
+    """The mean over both: hidden layers and the last layer are divided by the same number."""
+    with jax.enable_x64(True):
+        steps, classes = 4, 2
+        net = bridge.random_dense(np.random.default_rng(0), (5, 6, steps * classes), ["tanh"])
+        x = np.random.default_rng(1).normal(size=(BATCH, 5))
+        labels = np.random.default_rng(2).integers(0, classes, size=(BATCH, steps))
+        rule, apply = wrapped(lrules.random_target_projection()), bridge.apply_of(net)
+        feedback, listed = draw(rule, net, x)
+
+        def loss(outputs, targets):
+            return CLASSES(outputs.reshape(BATCH, steps, classes), targets)
+
+        step = lrules.value_and_grad(apply, loss, rule)
+        got = jax.jit(step)(bridge.parameters(net), feedback, jnp.asarray(x), jnp.asarray(labels))[1].params
+        outputs, targets = nets.forward(net, x).outputs, losses.one_hot(labels.ravel(), classes)
+        e = losses.softmax_cross_entropy(outputs.reshape(-1, classes), targets)[1].reshape(BATCH, -1) / (BATCH * steps)
+        wanted = random_target_projection.gradients(
+            net, listed, x, e, targets.reshape(BATCH, -1), sign=-1.0, scale=1 / (BATCH * steps)
+        )
+        bridge.close(got, bridge.kernels_and_biases(wanted))
+
+
 def test_within_a_partition():
     """One layer reads the projected targets, the others the projected error."""
     with jax.enable_x64(True):

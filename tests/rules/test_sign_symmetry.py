@@ -31,6 +31,54 @@ def test_reference(name, magnitude):
         agrees(got, sign_symmetry.gradients(net, drawn, x, e))
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_scaled_by_the_deviation_of_the_weights_at_the_start(name):
+    """The scale stays when the weights move, the signs follow them."""
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        rule = lrules.sign_symmetry("scaled")
+        assert not rule.stochastic
+        feedback, listed = draw(rule, net, x)
+        wanted = sign_symmetry.deviations(net)
+        for b, m in zip(listed[1:], wanted[1:], strict=True):
+            bridge.close(b, m)
+        moved = [layer._replace(kernel=layer.kernel - 0.7) for layer in net]
+        for now in (net, moved):
+            agrees(pull(now, rule, feedback, x, e), sign_symmetry.gradients(now, wanted, x, e))
+        assert not np.any(pull(net, rule, feedback, x, e)[1].fixed["1/kernel"])
+
+
+def test_scaled_stays_finite_where_unit_overflows():
+    """As large as backprop's, thirty layers down; a loop over layers has a scale for each."""
+    sizes = [512] * 30 + [1]
+    keys = jax.random.split(jax.random.key(0), 32)
+    weights = [jax.random.normal(k, (512, n)) * 512**-0.5 for k, n in zip(keys, sizes, strict=False)]
+    unrolled = {f"{i:02}": w for i, w in enumerate(weights)}
+    scanned = {"w": jnp.stack(weights[:-1]), "out": weights[-1]}
+    x = jax.random.normal(keys[-1], (4, 512))
+
+    def plain(p, x):
+        for name in sorted(p)[:-1]:
+            x = jnp.tanh(x @ p[name])
+        return x @ p[sorted(p)[-1]]
+
+    def looped(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0] @ p["out"]
+
+    def norms(rule, apply, params):
+        feedback = rule.init(keys[0], apply, params, x)
+        f = lrules.transform(apply, rule)
+        grads = jax.grad(lambda p: f(p, feedback, x).sum())(params)
+        return [float(jnp.linalg.norm(g)) for g in (grads["w"] if "w" in grads else list(grads.values())[:-1])]
+
+    true, unit, scaled = (
+        norms(r, plain, unrolled) for r in (lrules.backprop(), lrules.sign_symmetry(), lrules.sign_symmetry("scaled"))
+    )
+    assert not np.isfinite(unit[0]) and np.isfinite(scaled).all()
+    assert all(0.2 < s / t < 5 for s, t in zip(scaled, true, strict=True))
+    np.testing.assert_allclose(norms(lrules.sign_symmetry("scaled"), looped, scanned), scaled, rtol=1e-3)
+
+
 def test_no_gradient_of_the_feedback_or_through_it():
     with jax.enable_x64(True):
         net, x, e = make("shallow")
@@ -61,10 +109,11 @@ def test_congruent_feedback(name):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="none of 'unit', 'random', 'fixed'"):
+    with pytest.raises(ValueError, match="magnitude must be one of 'unit', 'scaled', 'random', 'fixed', got 'half'"):
         lrules.sign_symmetry("half")
-    with pytest.raises(ValueError, match="leave out init="):
-        lrules.sign_symmetry("unit", init=jax.nn.initializers.zeros)
+    for magnitude in ("unit", "scaled"):
+        with pytest.raises(ValueError, match=f'"{magnitude}" draws nothing: leave out init='):
+            lrules.sign_symmetry(magnitude, init=jax.nn.initializers.zeros)
     net, x, _ = make("shallow")
     with pytest.raises(ValueError, match="use a sequential rule"):
         draw(lrules.direct_feedback_alignment(init=lrules.feedback.congruent()), net, jnp.asarray(x))

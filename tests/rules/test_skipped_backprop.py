@@ -77,3 +77,25 @@ def test_linear_net_is_backprop():
         nothing, _ = draw(lrules.skipped_backprop(), net, x)
         assert nothing == lrules.Feedback({}, {})
         bridge.close(pull(net, lrules.skipped_backprop(), nothing, x, e), pull(net, lrules.backprop(), nothing, x, e))
+
+
+@pytest.mark.parametrize("rule", [lrules.skipped_backprop(), lrules.node_perturbation(0.1)])
+def test_a_mark_named_like_a_layer_changes_nothing(rule):
+    """Where no feedback lands on it, a mark is no hidden signal, whatever its name."""
+    params = {"a": jnp.eye(3), "b": 2 * jnp.eye(3), "c": jnp.ones((3, 2))}
+    x, y = jnp.arange(6.0).reshape(2, 3) / 6, jnp.ones((2, 2))
+
+    def apply(p, x, mark=lrules.hidden):
+        h = mark(x @ p["a"], "b")
+        return jnp.tanh(jnp.tanh(h) @ p["b"]) @ p["c"]
+
+    def unmarked(p, x):
+        return apply(p, x, lambda h, name: h)
+
+    feedback = rule.init(jax.random.key(0), unmarked, params, x)
+    rng = {"rng": jax.random.key(1)} if rule.stochastic else {}
+    one, two = (
+        lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)(params, feedback, x, y, **rng)
+        for net in (apply, unmarked)
+    )
+    bridge.close(one, two, 1e-6)
