@@ -334,7 +334,7 @@ class Graph:
           `(outputs, aux)`; records are in `frame.records`.
         """
         shadows = list(feedback) if feedback is not None else [None] * len(params)
-        runner = _Runner(tuple(handlers), feedback is not None, frozenset(marks), taps or {})
+        runner = _Runner(handlers, feedback is not None, frozenset(marks), taps or {})
         pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
         outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)
         flat = [value for value, _ in outs]
@@ -345,8 +345,8 @@ class Graph:
 class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
-    def __init__(self, handlers: tuple[Handler, ...], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]):
-        self.handlers, self.shadows, self.marks = handlers, shadows, marks
+    def __init__(self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]):
+        self.handlers, self.shadows, self.marks = tuple(handlers), shadows, marks
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.offsets = any(h.offsets for h in handlers)
