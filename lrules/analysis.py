@@ -9,6 +9,7 @@ of parameters that no rule can serve are kept as refusals, for the rule that mee
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -151,6 +152,9 @@ class Value:
     network: bool = False  # made of parameters by products with constants, as a network's output may be
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
+    plain: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
+    order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
     split: frozenset = frozenset()  # mesh axes along which a shard_map of the network splits it
 
