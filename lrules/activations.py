@@ -7,13 +7,14 @@ primitive: gelu is one activation, not the tanh inside it. Factors and terms bef
 exp, log, root, power or quotient is none (softmax, exp(logvar / 2)), nor is what normalisations do to means and
 variances. What may be meant as an activation and is none by these rules, a square that a layer reads (as it is, scaled,
 normalised or added to something), a maximum of two values, or a bent function of whole rows with a derivative of its
-own, is kept as a `Doubt`, which rules that need activations refuse; `activation` and `not_activation` settle it.
+own, is kept as a `Doubt`, which rules that need activations refuse; `activation` and `not_activation` settle it inside
+the model, an option `passing=` of the rule from outside.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -127,24 +128,50 @@ class Doubt:
     Attributes:
       name: its primitives.
       output: the variable that it gives; None if it is one whatever reads it.
+      why: what keeps a marked function from being an activation.
     """
 
     name: str
     output: Any = None
+    why: str = ""
 
 
-def refuse_doubts(doubts: Sequence[Doubt]) -> None:
-    """For rules that treat activations specially.
+def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
+    """The names that an option `passing=` gives.
+
+    Raises:
+      ValueError: it is neither a name nor several.
+    """
+    names = [passing] if isinstance(passing, str) else list(passing) if isinstance(passing, Iterable) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f'passing={passing!r} names no functions: give names, such as {{"exp", "tanh#2"}}')
+    return frozenset(names)
+
+
+def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
+    """The activations of a network for rules that treat them specially: all but those that `passing` names.
 
     Raises:
       NotImplementedError: a nonlinearity is neither recognised as an activation nor said to be none.
+      ValueError: a name in `passing` is that of nothing in the network.
     """
+    names = {name for a in graph.activations for name in (a.name, a.site)} | set(graph.nonlinearities)
+    for name in sorted(passing - names):
+        there = f"give one of {', '.join(map(repr, sorted(names)))}" if names else "leave it out, it has none"
+        raise ValueError(f"passing: {name!r} is no activation and no nonlinearity of this network: {there}")
+    doubts = {d.name: f"{d.name} ({d.why})" if d.why else d.name for d in graph.doubts if d.name not in passing}
     if doubts:
+        named = sorted(doubts)
+        what, are, kind = "nonlinearities", "are", "activations"
+        if len(named) == 1:
+            what, are, kind = "nonlinearity", "is", "an activation"
         raise NotImplementedError(
-            f"the nonlinearity {doubts[0].name} is not recognised as an activation, which this rule needs to know: "
-            "write it as lrules.activation(f)(x), with f elementwise and without parameters, or, if error is to pass "
-            "through it by its derivative, as lrules.not_activation(f)(x)"
+            f"the {what} {', '.join(doubts[name] for name in named)} {are} not recognised as {kind}, "
+            "which this rule needs to know: write it as lrules.activation(f)(x), with f elementwise and "
+            "without parameters, or, if error is to pass through it by its derivative, as lrules.not_activation(f)(x), "
+            f"or give the rule passing={{{', '.join(map(repr, named))}}}"
         )
+    return [a for a in graph.activations if passing.isdisjoint((a.name, a.site))]
 
 
 def call_body(eqn):

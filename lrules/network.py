@@ -259,6 +259,7 @@ class Graph:
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
+        self.nonlinearities = [d.name for d, _ in analysis.doubts]
 
     @property
     def consts(self) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 from flax import linen
 
 import lrules
-from lrules.activations import refuse_doubts
+from lrules.activations import treated
 from lrules.network import Frame, Handler, Network
 
 nn = jax.nn
@@ -239,10 +239,12 @@ def test_none(name):
 
 @pytest.mark.parametrize("name", DOUBTED)
 def test_doubted(name):
-    doubts = network(DOUBTED[name]).graph(*arguments()).doubts
-    assert doubts
-    with pytest.raises(NotImplementedError, match=r"write it as lrules.activation\(f\)\(x\)"):
-        refuse_doubts(doubts)
+    graph = network(DOUBTED[name]).graph(*arguments())
+    assert graph.doubts
+    with pytest.raises(NotImplementedError, match=r"write it as lrules.activation\(f\)\(x\)") as refusal:
+        treated(graph)
+    offered = eval(str(refusal.value).split("passing=")[1])  # noqa: S307  the set, as Python writes it
+    assert treated(graph, frozenset(offered)) == graph.activations
 
 
 def test_leaky_relu_with_a_learned_slope_is_doubted():

@@ -13,14 +13,16 @@ import jax
 import numpy as np
 
 from lrules.activations import LINEAR, VIEWS, sampled
-from lrules.analysis import Layer, Value, is_literal
+from lrules.analysis import Activation, Layer, Value, is_literal
 from lrules.diagnostics import spectral_norm
 from lrules.network import Frame, Graph, Handler
 
 POWER_ITERATIONS = 5
 
 
-def norms(graph: Graph, params, inputs, consts, reading: dict[str, list[Reader]]) -> Iterator[tuple[str, str, Any]]:
+def norms(
+    graph: Graph, sites: set[str], params, inputs, consts, reading: dict[str, list[Reader]]
+) -> Iterator[tuple[str, str, Any]]:
     """|W^T W| between each state and those above it, by power iterations: `(state, state above, norm)`.
 
     Factors and pooling on the way count; of pooling it may be a bound.
@@ -31,7 +33,7 @@ def norms(graph: Graph, params, inputs, consts, reading: dict[str, list[Reader]]
     frame = Frame()
     handler = _Norms({reader.layer.site for readers in reading.values() for reader in readers})
     graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame)
-    states = {id(activation.output) for activation in graph.activations}
+    states = {id(activation.output) for activation in graph.activations if activation.site in sites}
     for site, readers in reading.items():
         for layer, target, above in readers:
             grown = _growth(target, states) * _growth(layer.operand, states)
@@ -58,9 +60,9 @@ class Reader(NamedTuple):
     above: str
 
 
-def readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Reader]]:
+def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[str]) -> dict[str, list[Reader]]:
     """What reads each state, in a chain with one layer between two activations; `inputs` are states too."""
-    outputs = {id(a.output): a.site for a in graph.activations}
+    outputs = {id(a.output): a.site for a in activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 
     def above(start) -> tuple[set[str], list[Any]]:
@@ -80,8 +82,8 @@ def readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Reader]]:
                 stack += [*value.operands, *([value.source] if value.source is not None else [])]
         return sites, found
 
-    reading: dict[str, list[Reader]] = {a.site: [] for a in graph.activations}
-    driven = [(a.source, a.site) for a in graph.activations if a.source is not None]
+    reading: dict[str, list[Reader]] = {a.site: [] for a in activations}
+    driven = [(a.source, a.site) for a in activations if a.source is not None]
     for target, name in [*driven, *((out, "outputs") for out in graph.outs[: graph.n_outputs])]:
         sites, found = above(target)
         below = [above(layer.operand) for layer in found]
@@ -92,7 +94,7 @@ def readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Reader]]:
             )
         for site in below[0][0] or inputs:
             reading.setdefault(site, []).append(Reader(found[0], target, name))
-    if any(a.scope for a in graph.activations):
+    if any(a.scope for a in activations):
         raise NotImplementedError("damping serves chains of layers: this network has activations inside a loop")
     return reading
 

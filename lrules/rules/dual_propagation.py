@@ -23,14 +23,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import LINEAR, VIEWS, refuse_doubts
+from lrules.activations import LINEAR, VIEWS, passing_names, treated
 from lrules.analysis import INLINED, Block, as_varying, bind, is_literal, scan_counts, varying_axes
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Direct, Plan, make_plan
@@ -71,6 +71,7 @@ def dual_propagation(
     tolerance: float | None = None,
     *,
     axis_name: str | Sequence[str] | None = None,
+    passing: str | Iterable[str] = (),
 ) -> Rule:
     """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states in the place of derivatives.
 
@@ -113,6 +114,9 @@ def dual_propagation(
       tolerance: stop as soon as the residual is at most this.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does (that
         of `value_and_grad` runs over one device's share).
+      passing: names of functions that have no states, so that error passes them by their derivative: activations as
+        `lrules.describe` lists them (`"tanh"`: all of that name, `"tanh#2"`: that one) and nonlinearities as refusals
+        name them (`{"exp"}`).
 
     Returns:
       The rule. Under `lrules.transform` only with `output="once"`. It needs `rng=` if the order is `"random"`.
@@ -127,8 +131,9 @@ def dual_propagation(
       to 22, 44 to 50.
     """
     options = _Options(
-        alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance, axis_name
-    )
+        alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance, axis_name,
+        passing_names(passing),
+    )  # fmt: skip
     _check(options)
 
     def plan(net, graph, params, inputs) -> Plan:
@@ -190,6 +195,7 @@ class _Options:
     feedback: Rule | None
     tolerance: float | None
     axis_name: str | Sequence[str] | None
+    passing: frozenset[str]
 
 
 def _check(options: _Options) -> None:
@@ -239,13 +245,13 @@ class _Own:
 
 
 def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan:
-    refuse_doubts(graph.doubts)
-    for activation in graph.activations:
+    for activation in treated(graph, options.passing):
         inside = [s.split(" ")[0] for s in activation.scope if s != "scan"]
         if inside:
             raise NotImplementedError(
                 f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: "
-                f"take it out of the {inside[0]}"
+                f"take it out of the {inside[0]}, or give passing={{{activation.site!r}}}, by which error passes it by "
+                "its derivative"
             )
     for refusal in graph.refusals:
         raise NotImplementedError(refusal.sentence)
@@ -310,6 +316,8 @@ class _Dyads(Handler):
         self.units, self.mode, self.projections = units, mode, projections
 
     def activation(self, activation, fn, x, frame):
+        if activation.site not in self.units:
+            return fn(x)
         if self.projections:
             check_projection(activation.site, fn, x)
         return self.state(activation.site, fn, x, frame)
@@ -393,14 +401,15 @@ class _Dual:
             )
         firsts = [f"inputs{f'#{k}' if k > 1 else ''}" for k in range(1, sum(nudged) + 1)]
         self.nudged = {i: name for i, name in zip([i for i, n in enumerate(nudged) if n], firsts, strict=True)}
-        self.clean = {a.site: zeros_at(a.output) for a in graph.activations}
+        activations = treated(graph, options.passing)
+        self.clean = {a.site: zeros_at(a.output) for a in activations}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
-        self.readers = readers(graph, list(self.nudged.values())) if options.damping is not None else {}
+        self.readers = readers(graph, activations, list(self.nudged.values())) if options.damping is not None else {}
         self.levels: dict[str, np.ndarray] = {}
         self.depth = 1
         if options.order != "forward_backward":
-            self.levels, self.depth = _levels(graph)
+            self.levels, self.depth = _levels(graph, set(self.clean))
             self.levels |= {name: np.zeros((), int) for name in self.nudged.values()}
         if options.order == "forward" and options.iterations < self.depth:
             raise ValueError(
@@ -603,7 +612,7 @@ class _Dual:
             return {site: jnp.asarray(options.damping, jnp.result_type(float)) for site in self.readers}
         params, _, inputs, consts, _ = args
         found: dict[str, Any] = {}
-        for site, above, norm in norms(self.graph, params, inputs, consts, self.readers):
+        for site, above, norm in norms(self.graph, set(self.clean), params, inputs, consts, self.readers):
             beta = self.units[site].scale * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
             higher = self.units[above].scale if above in self.units else self.units[site].scale
             if options.output == "refreshed" and above == "outputs":  # losses of a curvature up to 1
@@ -756,7 +765,7 @@ def _in_place(value, views) -> bool:
 # ------------------------------------------------------------------------------------------------------ the levels
 
 
-def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
+def _levels(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int]:
     """The number of activations up to each state, per iteration of the loops, and that of the outputs."""
 
     def walk(block: Block, ins: list[int]) -> tuple[list[int], dict[str, Any]]:
@@ -769,7 +778,7 @@ def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
         for index, eqn in enumerate(block.jaxpr.eqns):
             levels = [read(v) for v in eqn.invars]
             outs = [max(levels, default=0)] * len(eqn.outvars)
-            if index in block.regions:
+            if index in block.regions and block.regions[index].activation.site in sites:
                 region = block.regions[index]
                 outs = [read(region.root) + 1]
                 found[region.activation.site] = np.asarray(outs[0])
