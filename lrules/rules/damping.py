@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrules.activations import LINEAR, VIEWS, sampled
@@ -143,7 +144,9 @@ def check_projection(site: str, fn: Callable, x) -> None:
             f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot "
             "be told whether damping serves it: write them as literals"
         ) from None
-    if not np.allclose(values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3):
+    if jnp.iscomplexobj(x) or not np.allclose(
+        values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3
+    ):
         raise NotImplementedError(
             f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an "
             "interval (its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has "

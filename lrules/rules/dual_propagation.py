@@ -48,6 +48,7 @@ from lrules.rule import (
     require_pattern,
 )
 from lrules.rules.damping import check_projection, norms, readers
+from lrules.rules.differences import check_differences
 from lrules.running import plain_run
 
 Number = float | Mapping[str, float]
@@ -245,7 +246,8 @@ class _Own:
 
 
 def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan:
-    for activation in treated(graph, options.passing):
+    activations = treated(graph, options.passing)
+    for activation in activations:
         inside = [s.split(" ")[0] for s in activation.scope if s != "scan"]
         if inside:
             raise NotImplementedError(
@@ -253,6 +255,7 @@ def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan
                 f"take it out of the {inside[0]}, or give passing={{{activation.site!r}}}, by which error passes it by "
                 "its derivative"
             )
+    check_differences(graph, activations)
     for refusal in graph.refusals:
         raise NotImplementedError(refusal.sentence)
     if options.feedback is None:
@@ -670,7 +673,7 @@ def _joined(state: State, damping: Mapping[str, Any]) -> State:
 
 
 def _norm(x):
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))))
 
 
 def _residual(old: State, new: State):
