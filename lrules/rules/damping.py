@@ -63,6 +63,12 @@ class Reader(NamedTuple):
 
 def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[str]) -> dict[str, list[Reader]]:
     """What reads each state, in a chain with one layer between two activations; `inputs` are states too."""
+    for activation in activations:
+        if "scan" in activation.scope:
+            raise NotImplementedError(
+                f"the activation {activation.site!r} lies inside a loop, where damping does not know which state comes "
+                "next: write the loop out, layer by layer, or give no damping"
+            )
     outputs = {id(a.output): a.site for a in activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 
@@ -95,8 +101,6 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
             )
         for site in below[0][0] or inputs:
             reading.setdefault(site, []).append(Reader(found[0], target, name))
-    if any(a.scope for a in activations):
-        raise NotImplementedError("damping serves chains of layers: this network has activations inside a loop")
     return reading
 
 

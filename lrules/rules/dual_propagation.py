@@ -9,6 +9,7 @@ State k has the pre-activation a_k from below and the top-down signal D_k from a
                 (at alpha = 0 and 1 one of the two is not nudged, and is f(a_k) as it is)
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta
 
+Where beta differs by state, D_k is multiplied by beta_k / beta_{k+1} and dW_k divided by beta_{k+1} (Eq. 12, 45).
 What lies between two activations (weights, pooling, normalisation, skip connections) is linearised at sbar.
 
 What travels here is delta = -(s+ - s-) / beta, on the scale on which the cotangent arrives: at beta -> 0 it is the
@@ -80,26 +81,37 @@ def dual_propagation(
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta  with  sbar = alpha s+ + ~alpha s-  and  ~alpha = 1 - alpha
 
     The outputs and the value are those of the clean forward pass. States start clean; an iteration renews each once
-    (`"forward_backward"`: on the way up and on the way down). In `grads.report` of `value_and_grad` are, per iteration,
-    the `residual`, the largest change of s+ and s- relative to their difference (it falls to zero where the states
-    converge, and stays of order 1 where they do not; 1 by definition in the first), and how many `iterations` ran.
+    (`"forward_backward"`: on the way up and on the way down). In `grads.report` of `value_and_grad` are the `residual`
+    of each iteration and how many `iterations` ran. For one activation it is the norm of the change of s+ and s- over
+    that of s+ - s-, both taken over the whole batch; the residual is the maximum over the hidden activations, with
+    `input_nudge` the inputs too; the outputs do not count. It falls to zero where the states converge, and stays of
+    order 1 where they do not; it is 1 by definition in the first iteration (but in `"odd_even"` and `"random"`, where
+    it is measured), and NaN in those that `tolerance` saves.
+
     States have the precision of their activation: in half precision the difference of two is mostly rounding unless
-    beta is large. As differences of values stand in for derivatives, an activation's own derivative (`custom_vjp`, a
-    surrogate gradient) plays no part.
+    beta is large. Differences of values stand in for derivatives: an activation that declares another derivative than
+    its own (a surrogate gradient, a straight-through one) is refused, and so is a complex one that is not holomorphic.
+
+    Max pooling sends error to the maximum of sbar. With the adjoint, sbar is f(a) to O(beta^2) for every alpha; with
+    the original at alpha other than 1/2 it is that only to O(beta), so that another element may be the maximum. (The
+    authors' programs take the maximum of the last s+ and pool before the activation.)
 
     Args:
       alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to
         O(beta^2), else to O(beta). A number, or numbers by regular expression (`re.search`, first match) on the names
         of activations as `lrules.describe` lists them; at the ends there are `"inputs"`, with `input_nudge`, and
         `"outputs"`, with `output="squared_error"`.
-      beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name.
+      beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name: then
+        D_k is multiplied by beta_k / beta_{k+1} (Eq. 12, 45).
       adjoint: DP^T (Eq. 19 and 22), which is stable for every alpha; else the original (Eq. 2).
       iterations: how many.
       order: `"forward_backward"`, a sweep up and one down: n of them cost (2n + 1) / 3 of backprop. `"forward"`, sweeps
         up alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
-        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order (those of
-        a scanned activation together): in these, too, error needs up to as many iterations as there are layers to come
-        down, and the lowest weights get none before.
+        `"odd_even"`, the odd ones at once, then the even ones, where a state's number is that of the activations on the
+        longest way from the inputs to it, itself included (in a loop each iteration has its own), the inputs have 0 and
+        the outputs one more than the highest before them; `"random"`, one after another in random order (those of a
+        scanned activation together): in these three, too, error needs up to as many iterations as there are layers to
+        come down, and the lowest weights get none before.
       output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones
         in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors of single outputs,
         original only. It exists where ~alpha beta h < 1, h the loss's curvature (1 for half a squared error), and is
@@ -107,9 +119,12 @@ def dual_propagation(
       damping: of the original: L_k = (beta_k / beta_{k+1}) ||W^T W|| from 5 power iterations (`"spectral"`, Eq. 46),
         max(0, that - 1) / 2, at which a state contracts while its neighbours stand still (`"contracting"`; all together
         may still oscillate), or a number (Eq. 50). For chains of dense layers and convolutions, with constant factors
-        and pooling; the first two not with normalisation. At alpha 0 or 1 the state that is not nudged is not damped.
+        and pooling, written without loops; the first two not with normalisation. At alpha 0 or 1 the state that is not
+        nudged is not damped.
       input_nudge: g, to let the inputs be states too, damped where the others are: s+_0 = x + ~alpha g D_0 and so on
-        (the original: x + alpha g D_0; section 6.1 has g = 1). A sweep renews them once, on its way down.
+        (the original: x + alpha g D_0; section 6.1 has g = 1). `"forward_backward"` renews them once, at the end
+        of its way down, `"forward"` before all others, with the D of the old states, `"parallel"` with all others,
+        `"odd_even"` with the even ones, `"random"` in their turn.
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
         `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
       tolerance: stop as soon as the residual is at most this.
@@ -125,7 +140,8 @@ def dual_propagation(
     Raises:
       ValueError: an argument is out of range, or two do not go together; at use: fewer forward iterations than layers.
       NotImplementedError: at use: an activation is not recognised, or lies inside a `cond` or `shard_map` of the
-        network; a modifier replaces derivatives; the network is no chain that can be damped.
+        network, declares another derivative than its own, or is complex and not holomorphic; a modifier replaces
+        derivatives; the network is no chain that can be damped.
 
     References:
       Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18

@@ -321,6 +321,26 @@ def test_loops(order):
     )
 
 
+def test_damping_of_a_loop():
+    """Refused for what it is; written out, as the refusal says, the same chain is damped."""
+    width, options = 4, {"alpha": 1.0, "adjoint": False, "iterations": 2}
+    params, x = {"w": jnp.ones((3, width, width)) / 9, "out": jnp.ones((width, 2))}, jnp.ones((5, width))
+
+    def looped(p, x):
+        return jax.lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, p["w"])[0] @ p["out"]
+
+    def written_out(p, x):
+        for w in p["w"]:
+            x = jax.nn.relu(x @ w)
+        return x @ p["out"]
+
+    for damping in ("spectral", "contracting", 0.5):
+        rule = lrules.dual_propagation(damping=damping, **options)
+        with pytest.raises(NotImplementedError, match="'relu' lies inside a loop, .*: write the loop out"):
+            gradient_of_sum(looped, rule, params, x)
+        assert jnp.any(gradient_of_sum(written_out, rule, params, x)["w"])
+
+
 def test_a_loop_counts_as_many_layers_as_it_has_iterations():
     net, x, apply, params = stacked(6)
     rule = lrules.dual_propagation(order="forward", iterations=6)
