@@ -263,14 +263,14 @@ class _Own:
 
 def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan:
     activations = treated(graph, options.passing)
-    for activation in activations:
-        inside = [s.split(" ")[0] for s in activation.scope if s != "scan"]
-        if inside:
-            raise NotImplementedError(
-                f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: "
-                f"take it out of the {inside[0]}, or give passing={{{activation.site!r}}}, by which error passes it by "
-                "its derivative"
-            )
+    inside = {a.site: s.split(" ")[0] for a in activations for s in a.scope if s != "scan"}
+    if inside:
+        listed = ", ".join(map(repr, inside))
+        what, lie = ("activation", "lies") if len(inside) == 1 else ("activations", "lie")
+        raise NotImplementedError(
+            f"the {what} {listed} {lie} inside a {next(iter(inside.values()))}, where two states cannot be kept: take "
+            f"them out of it, or give passing={{{listed}}}, by which error passes by their derivative"
+        )
     check_differences(graph, activations)
     for refusal in graph.refusals:
         raise NotImplementedError(refusal.sentence)

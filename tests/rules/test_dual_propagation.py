@@ -738,6 +738,20 @@ def test_refused_activations(construct, message):
         lrules.value_and_grad(apply, half_squared, lrules.dual_propagation())(params, NO_FEEDBACK, x, y)
 
 
+def test_what_lies_in_a_branch_can_pass():
+    """As the refusal says."""
+    params, x = {"a": jnp.eye(3), "b": jnp.ones((3, 3)) / 2, "c": jnp.ones((3, 2))}, jnp.ones((5, 3))
+
+    def net(p, x):
+        h = jnp.sin(x @ p["a"]) @ p["b"]
+        return jax.lax.cond(h.sum() > 0, jax.nn.silu, jnp.tanh, h) @ p["c"]
+
+    with pytest.raises(NotImplementedError, match=r"'tanh', 'silu' lie inside a cond, .* passing=\{'tanh', 'silu'\},"):
+        gradient_of_sum(net, lrules.dual_propagation(), params, x)
+    found = gradient_of_sum(net, lrules.dual_propagation(beta=1e-5, passing={"silu", "tanh"}), params, x)
+    bridge.close(found, jax.grad(lambda p: net(p, x).sum())(params), 1e-6)
+
+
 def gradient_of_sum(net, rule, params, x):
     f = lrules.transform(net, rule)
     return jax.grad(lambda p: f(p, NO_FEEDBACK, x).sum())(params)
