@@ -7,7 +7,8 @@ followed back through casts, reshapes and transposes to the tensor where it was 
 - what depends on parameters alone;
 - what depends on parameters, and on data only through integers and booleans: a weight *chosen* by data, as an expert's
   behind a router. An embedding is one, too, until something else than data multiplies it: then it is data itself;
-- what a layer has made of its own weight for each example, where that multiplies data as a matrix: a mixed kernel.
+- what layers have made of their own weights, where it multiplies data with a batch and has none, or has one and
+  multiplies as a matrix: the weights that a hypernetwork makes, a mixed kernel.
 
 Layers may also read what has no batch (coordinates that are closed over, support sets): constants that go through a
 nonlinearity between two multiplications by parameters. The first walk sees them as weights made of parameters; where it
@@ -57,7 +58,7 @@ class Layer:
       reads: the hidden signal it reads, or None for a first layer.
       scope: the constructs around it, as `("scan", "cond")`.
       sources: the parameters (by index) that its weight is computed from.
-      mixed: its weight is what another layer has made of the same parameters for each example.
+      mixed: its weight is what other layers have made, of the same parameters.
       owned: mesh axes along which the parameter itself is split, inside a `shard_map` that the network contains.
     """
 
@@ -509,6 +510,7 @@ class Analysis:
             block, index = layer.place
             self.layers.remove(layer)
             del block.layers[index]
+            layer.output.layer = None  # type: ignore[union-attr]
             if layer.reads is not None:
                 layer.reads.readers.remove(layer)
         for hidden in [h for h in self.hidden if not h.mark and not h.readers]:
@@ -519,7 +521,8 @@ class Analysis:
         for layer in self.layers:
             layer.site = _unique(layer.name, sites)
             sites.add(layer.site)
-            _want(layer.weight)
+            for value in _parts(layer.weight)[0]:
+                value.wanted = True
         taken: dict[bool, set[str]] = {True: set(), False: set()}
         for hidden in self.hidden:
             hidden.name = _unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
@@ -718,7 +721,7 @@ class Analysis:
             value.stage = stage(eqn, ins)
         elif value.both:
             value.products = tuple(products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes))
-            if any(p.kind == "output" for p in value.products):
+            if not value.batched or any(p.is_matrix for p in value.products):
                 value.axes = _parameter_axes(eqn, ins, axes)
         return value
 
@@ -759,6 +762,8 @@ class Analysis:
                 break
             carry = merged
         inner_ins = list(inputs())
+        for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):  # those that come around, of the last walk
+            value.operands = (ins[n_consts + i], outs[i])
         child, outs = self.walk(body, inner_ins, scope, loops, key)
         block.children[index] = [child]
         for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):
@@ -877,20 +882,29 @@ def reach(outs: Sequence[Value]) -> set[int]:
     return found
 
 
-def _want(value: Value) -> None:
-    """Has feedback ride along to a weight, through all that chooses or mixes it."""
-    stack = [value]
+def _parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
+    """The values through which feedback has to ride along to a weight, and the parameters that it is made of.
+
+    They choose it, mix it, or make it without a batch; what depends on a batch otherwise is data, and is left out.
+    """
+    found: dict[int, Value] = {}
+    sources: frozenset[int] = frozenset()
+    stack = [weight]
     while stack:
         value = stack.pop()
-        if value.pure or value.wanted:
-            continue
-        value.wanted = True
-        if value.layer is not None:
-            stack.append(value.layer.weight)
-        elif value.chosen:
-            stack += [v for v in value.operands if v.chosen]
-        else:
-            stack += [v for v in value.operands if any(p.kind == "output" for p in v.products)]
+        if value.pure:
+            sources |= value.differentiable
+        elif id(value) not in found:
+            found[id(value)] = value
+            if value.layer is not None and value.batched:
+                stack.append(value.layer.weight)
+            elif value.chosen:
+                stack += [v for v in value.operands if v.chosen or v.pure]
+            elif value.batched:
+                stack += [v for v in value.operands if v.pure or any(p.is_matrix for p in v.products)]
+            else:
+                stack += [v for v in value.operands if v.differentiable]
+    return list(found.values()), sources
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -1023,9 +1037,14 @@ def _weight_side(ins: list[Value], contract, free) -> tuple[int | None, frozense
 
 
 def _mixed(w: Value, x: Value, contracted: frozenset[int], free: frozenset[int]) -> frozenset[int]:
-    """The parameters of a matrix that another layer has made for each example, where it multiplies a hidden signal."""
-    made = [p for p in w.products if p.kind == "output" and is_matrix(p.dims, contracted, free)]
-    return made[0].params if made and x.differentiable and w.smooth else frozenset()
+    """The parameters of a weight that layers have made: for each example, where it multiplies a hidden signal as a
+    matrix, or without a batch, where it multiplies what has one."""
+    if not (w.both and w.smooth and w.differentiable):
+        return frozenset()
+    if not w.batched and x.batched:
+        return w.differentiable
+    made = any(p.is_matrix and is_matrix(p.dims, contracted, free) for p in w.products)
+    return _parts(w)[1] if made and x.differentiable else frozenset()
 
 
 def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[int]) -> bool:
@@ -1071,7 +1090,8 @@ def stage(eqn, ins: list[Value]) -> int:
     highest = max((v.stage for v in factors), default=0)
     if is_product(eqn):
         return max(highest, 1)
-    bends = name in BENDING or name in CALLS
+    bends = name in BENDING or name in CALLS or (name == "select_n" and bool(ins[0].stage))
+    bends |= name == "mul" and sum(v.stage > 0 for v in factors) > 1
     if name == "div":
         bends = len(factors) > 1 and factors[1].stage > 0
     return 2 if bends and highest else highest

@@ -83,10 +83,11 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     rows = []
     for i, name in enumerate(graph.names):
         layers = [layer for layer in graph.layers if i in layer.sources]
+        route = _route(plan, rule, layers, any(i in table for table in graph.tables))
         rows.append(
             {
                 "parameter": name,
-                "route": "frozen" if i >= trained else _route(plan, rule, layers) if i in live else "not reached",
+                "route": "frozen" if i >= trained else route if i in live else "not reached",
                 "layers": ", ".join(layer.site for layer in layers) or "-",
                 "reached by": ", ".join(dict.fromkeys(s for layer in layers for s in reached[layer.site])) or "-",
             }
@@ -101,11 +102,11 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan | None, rule: Rule, layers) -> str:
+def _route(plan: Plan | None, rule: Rule, layers, first: bool) -> str:
     if plan is None:
         return "backprop" if isinstance(rule.layer, Plain) else "the rule's own"
     if not layers:
-        return "bias or scale"
+        return "layer" if first else "bias or scale"
     routes = []
     for layer in layers:
         spec = plan.specs[layer.site]

@@ -11,9 +11,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lrules.activations import CALLS, NONLINEAR
 from lrules.analysis import INLINED, Block, Value, bind, is_literal
 from lrules.network import Graph
-from lrules.products import LINEAR
+
+BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +58,8 @@ def _head(graph: Graph, i: int) -> Head | None:
         moving = [v for v in value.operands if v.params]
         if eqn is None or not moving or eqn.primitive.name in ("scan", "while", "cond", "shard_map"):
             return None
-        bends |= eqn.primitive.name not in LINEAR or (eqn.primitive.name in ("mul", "div") and len(moving) > 1)
+        name = eqn.primitive.name
+        bends |= name in BENDING or (name in ("mul", "div", "dot_general") and len(moving) > 1)
         names.append(str(eqn.params.get("name", eqn.primitive.name)))
         stack += moving
     (value, *others) = found.values() or (out,)

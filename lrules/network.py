@@ -381,7 +381,7 @@ class _Runner:
                 continue
             if self.activations and index in block.regions:
                 region = block.regions[index]
-                write(region.output, (self.activation(region, read, frame), None))
+                write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
             outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
             inlined = index in block.children and eqn.primitive.name in INLINED
@@ -392,8 +392,9 @@ class _Runner:
                     write(var, pair)
         return [read(v) for v in block.jaxpr.outvars]
 
-    def activation(self, region, read, frame: Frame):
-        captured = [read(v)[0] for v in region.others]
+    def activation(self, region, read, frame: Frame, shadowed: bool) -> Pair:
+        root, others = read(region.root), [read(v) for v in region.others]
+        captured = [value for value, _ in others]
 
         def fn(x, *others):
             env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
@@ -402,11 +403,14 @@ class _Runner:
                 env.update(zip(eqn.outvars, got, strict=True))
             return env[region.output]
 
-        x = read(region.root)[0].transpose(region.axes)
+        x = root[0].transpose(region.axes)
         run = (lambda x: fn(x, *captured)) if captured else fn
         for handler in self.handlers:  # the rule's own innermost
             run = _nest_activation(handler, region.activation, run, frame)
-        return run(x)
+        if not (self.shadows and shadowed):
+            return run(x), None
+        x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
+        return run(x), fn(x_shadow.transpose(region.axes), *rest)
 
     def equation(self, block: Block, index: int, eqn, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]
@@ -488,17 +492,20 @@ class _Runner:
         n_consts, n_carry = scan_counts(params)
         consts, carry, xs = pairs[:n_consts], pairs[n_consts : n_consts + n_carry], pairs[n_consts + n_carry :]
 
+        classes = [child.value(v) for v in child.jaxpr.invars[n_consts : n_consts + n_carry]]
+
         def body(carry, sliced):
             xs, inputs, i = sliced
             inner = Frame(inputs, {}, (*frame.index, i))
-            outs = self.block(child, [*consts, *((c, None) for c in carry), *xs], inner)
+            outs = self.block(child, [*consts, *carry, *xs], inner)
             ys = [self.paired(child.value(v), p) for v, p in zip(child.jaxpr.outvars, outs, strict=True)][n_carry:]
-            return [value for value, _ in outs[:n_carry]], (ys, inner.records)
+            carry = [self.paired(c, p) for c, p in zip(classes, outs[:n_carry], strict=True)]
+            return carry, (ys, inner.records)
 
         options = {"_split_transpose": params["_split_transpose"]} if "_split_transpose" in params else {}
         carry, (ys, records) = jax.lax.scan(
             body,
-            [value for value, _ in carry],
+            [self.paired(c, p) for c, p in zip(classes, carry, strict=True)],
             (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),
             length=params["length"],
             reverse=params["reverse"],
@@ -506,7 +513,7 @@ class _Runner:
             **options,
         )
         frame.records.update(records)
-        return [*((c, None) for c in carry), *ys]
+        return [*carry, *ys]
 
     def cond(self, block: Block, index: int, eqn, pairs, frame: Frame):
         classes = [block.values[v] for v in eqn.outvars]

@@ -39,7 +39,7 @@ class Product:
     """Where a value holds a product of `weight` and data: `dims` are the axes along which the weight varies.
 
     Attributes:
-      kind: `"product"`, `"sum"` of the two, `"distance"`, or `"output"` of a layer.
+      kind: `"product"`, `"sum"` of the two, `"distance"`, `"output"` of a layer, or `"base"`: a matrix added to data.
       rank: along how many axes the weight varied in the beginning.
       key: of the equation that made it.
     """
@@ -50,6 +50,11 @@ class Product:
     kind: str = "product"
     rank: int = 1
     key: Any = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it may be a matrix for each example."""
+        return self.kind in ("output", "base")
 
     @property
     def params(self) -> frozenset[int]:
@@ -84,15 +89,13 @@ def of_layer(layer) -> tuple[Product, ...]:
     batch = layer.eqn.params["dimension_numbers"][1] if layer.operation == "dot_general" else ((), ())
     free = frozenset(o for a, o in layer.output_axes.items() if a not in batch[layer.position])
     several = len(free) > 1 or any(layer.output.aval.shape[o] > 1 for o in free)  # an axis may be taken apart
-    made = [p for p in layer.weight.products if p.kind == "output"] if layer.mixed else []
-    weight = made[0].weight if made else layer.weight
-    return (Product(weight, free, False, "output", len(free)),) if several else ()
+    return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
 def made(eqn, ins, out) -> list[Product]:
     """The product that an equation makes of a weight and data."""
     name = eqn.primitive.name
-    weighs = [v.pure or (v.chosen and not other.chosen and other.data) for v, other in zip(ins, ins[::-1], strict=True)]
+    weighs = [v.pure or _is_weight(v, other) for v, other in zip(ins, ins[::-1], strict=True)]
     if len(ins) != 2 or weighs[0] == weighs[1] or not hasattr(out.aval, "shape"):
         return []
     side = 0 if weighs[0] else 1
@@ -106,9 +109,10 @@ def made(eqn, ins, out) -> list[Product]:
         outer = bool(dims - data.spread)
         if name == "mul" or (name == "div" and side == 1):
             return [Product(weight, dims, outer, "product", len(dims))]
-        if outer and dims & data.spread and name != "div" and data.differentiable:
-            return [Product(weight, dims, outer, "sum", len(dims))]
-        return []
+        if name == "div" or not data.differentiable:
+            return []
+        sums = [Product(weight, dims, True, "sum", len(dims))] if outer and dims & data.spread else []
+        return sums + ([Product(weight, dims, False, "base", len(dims))] if len(dims) > 1 else [])
     if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
         (_, batch) = eqn.params["dimension_numbers"]
         places = []
@@ -122,6 +126,12 @@ def made(eqn, ins, out) -> list[Product]:
     return []
 
 
+def _is_weight(value, other) -> bool:
+    """Whether of two values that meet, neither made of parameters alone, this one is the weight."""
+    chosen = value.chosen and not other.chosen and other.data
+    return chosen or (value.both and not value.batched and other.batched)
+
+
 def passed(eqn, ins, out, axes) -> list[Product]:
     """The products that an equation passes on; `axes` as from `view_axes`."""
     name = eqn.primitive.name
@@ -133,16 +143,18 @@ def passed(eqn, ins, out, axes) -> list[Product]:
         for product in value.products:
             kind, outer, dims = product.kind, product.outer, product.dims
             if not linear or (name in ("mul", "div") and both):
-                if name == "mul" and kind == "output":  # a matrix for each example and data, to be summed by hand
+                if name == "mul" and product.is_matrix:  # a matrix for each example and data, to be summed by hand
                     other = ins[1 - k].spread
                     if not ((dims - other) and (dims & other) and ins[1 - k].differentiable):
                         continue
                     kind, outer = "product", True
-                elif name in BENDING and kind != "output" and outer and len(value.aval.shape) == ndim:
-                    kind = "distance"
-                else:
+                elif name not in BENDING or len(value.aval.shape) != ndim or (name == "div" and k == 1):
                     continue
-            if kind == "output" and name == "reduce_sum":
+                elif not product.is_matrix:
+                    if not outer:
+                        continue
+                    kind = "distance"
+            if product.is_matrix and name == "reduce_sum":
                 continue
             if axes is not None:
                 dims = frozenset(j for j, held in enumerate(axes) if dims & set(held))

@@ -29,7 +29,7 @@ class _RuleHandler(Handler):
 
     def layer(self, layer: Layer, op, w, b, x, frame: Frame):
         spec = self.plan.specs[layer.site]
-        if not isinstance(spec, Sequential) or (layer.mixed and spec.whole_batch):
+        if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
         return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
 
