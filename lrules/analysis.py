@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -168,7 +169,7 @@ class Value:
         """The dimensions along which it is not merely broadcast."""
         if self.varies is not None:
             return self.varies
-        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n > 1)
+        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n != 1)
 
     @property
     def shadowed(self) -> bool:
@@ -247,7 +248,7 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
         m, n = (a[i] if left else 1), (b[j] if right else 1)
         i, j = i + len(left), j + len(right)
         while m != n:
-            if m < n and i < len(a):
+            if i < len(a) and (j == len(b) or _smaller(m, n)):
                 left.append(i)
                 m *= a[i]
                 i += 1
@@ -259,6 +260,13 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
                 break
         groups.append((left, right))
     return groups
+
+
+def _smaller(m, n) -> bool:
+    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
+    if is_symbolic_dim(m) or is_symbolic_dim(n):
+        return n % m == 0
+    return m < n
 
 
 def view_axes(eqn, shape: Sequence[int]) -> list[tuple[int, ...]] | None:
@@ -741,7 +749,7 @@ def _through(axes, dims: frozenset[int]) -> frozenset[int]:
 
 def _varying(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     name = eqn.primitive.name
-    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n > 1)
+    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
     if axes is not None:
         return _through(axes, ins[0].spread) & full
     if name == "broadcast_in_dim":

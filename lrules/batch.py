@@ -35,7 +35,7 @@ class BatchAxis:
 
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape without the batch, a merged axis taken apart."""
-        middle = [n for n in (self.before, self.after) if n > 1]
+        middle = [n for n in (self.before, self.after) if n != 1]
         return (*shape[: self.axis], *middle, *shape[self.axis + 1 :])
 
     def restore(self, x, shape: Sequence[int]):
@@ -52,7 +52,7 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
     """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
     shape = a.aval.shape
     if b is None:  # the model takes no other batch: the only axis that can hold it
-        candidates = [i for i, n in enumerate(shape) if n and n % batch == 0]
+        candidates = [i for i, n in enumerate(shape) if n != 0 and n % batch == 0]
         return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
     axis = _grown(a, b)
     if axis is None:

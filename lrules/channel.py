@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import refuse_doubts
@@ -606,7 +607,8 @@ def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName
     """What makes the arriving error that of the per-example sum."""
     if reduction == "sum" or not rule.additive:
         return 1.0
-    return float(net.batch_size(inputs) * (jax.lax.psum(1, axis_name) if axis_name is not None else 1))
+    n = net.batch_size(inputs) * (jax.lax.psum(1, axis_name) if axis_name is not None else 1)
+    return n if is_symbolic_dim(n) else float(n)
 
 
 def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:

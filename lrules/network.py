@@ -99,10 +99,11 @@ class Network:
         return Graph(closed, names, batched, *trees)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
-        """The batch axis of each leaf of `inputs`."""
+        """The batch axis of each leaf of `inputs`; None among the inputs is no leaf."""
+        axes: list[int | None] = []
         try:
-            spread = jax.tree.map(
-                lambda axis, sub: jax.tree.map(lambda _: axis, sub),
+            jax.tree.map(
+                lambda axis, sub: axes.extend([axis] * len(jax.tree.leaves(sub))),
                 self.batch_axes,
                 inputs,
                 is_leaf=lambda axis: axis is None,
@@ -112,7 +113,7 @@ class Network:
                 f"batch_axes={self.batch_axes} is no prefix of the inputs, whose structure is "
                 f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in_axes of jax.vmap"
             ) from None
-        return jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
+        return axes
 
     def batch_size(self, inputs: Pytree) -> int:
         """How many examples `inputs` holds.
@@ -120,7 +121,7 @@ class Network:
         Raises:
           ValueError: no input has a batch axis, or they differ in size.
         """
-        sizes = set()
+        sizes: dict[int, None] = {}  # in the order of the inputs: symbolic ones may not compare
         for leaf, axis in zip(jax.tree.leaves(inputs), self.input_batch_axes(inputs), strict=True):
             if axis is not None:
                 if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
@@ -128,11 +129,11 @@ class Network:
                         f"an input of shape {jnp.shape(leaf)} has no batch axis {axis}: "
                         "say where the batch lies with Network(apply, batch_axes=...)"
                     )
-                sizes.add(jnp.shape(leaf)[axis])
+                sizes[jnp.shape(leaf)[axis]] = None
         if len(sizes) != 1:
-            found = f"the inputs' batch axes differ in size, {sorted(sizes)}" if sizes else "no input has a batch axis"
+            found = f"the inputs' batch axes differ in size, {list(sizes)}" if sizes else "no input has a batch axis"
             raise ValueError(f"{found}: say where the batch lies with Network(apply, batch_axes=...)")
-        return sizes.pop()
+        return next(iter(sizes))
 
 
 def as_network(net: Network | Callable[..., Any]) -> Network:
@@ -248,7 +249,7 @@ class Graph:
                 aval,
                 params=frozenset([i]),
                 axes={i: (tuple((d,) for d in range(len(aval.shape))), frozenset())},
-                varies=frozenset(d for d, n in enumerate(aval.shape) if n > 1),
+                varies=frozenset(d for d, n in enumerate(aval.shape) if n != 1),
             )
             for i, aval in enumerate(self.param_avals)
         ]

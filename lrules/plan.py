@@ -478,7 +478,7 @@ def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) ->
     if not spec.shared_axes:
         return ()
     shape = hidden.reader.aval.shape
-    axes = [*range(axis.axis), *([axis.axis] * sum(n > 1 for n in (axis.before, axis.after)))]
+    axes = [*range(axis.axis), *([axis.axis] * sum(n != 1 for n in (axis.before, axis.after)))]
     axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
     rest, places = axis.rest(shape), []
     for (out, within), size in zip(spec.shared_axes, _shared_sizes(plan, spec), strict=True):

@@ -130,7 +130,7 @@ def summed(eqn, ins, block) -> frozenset[int]:
             elif name in ("cumsum", "cumlogsumexp") and product.outer:
                 axes = (eqn.params["axis"],)
             elif name == "reduce_window_sum" and product.outer:
-                axes = tuple(d for d, n in enumerate(eqn.params["window_dimensions"]) if n > 1)
+                axes = tuple(d for d, n in enumerate(eqn.params["window_dimensions"]) if n != 1)
             elif name == "dot_general" and product.outer and not ins[1 - k].pure:
                 axes = eqn.params["dimension_numbers"][0][k]
             elif name == "conv_general_dilated" and product.outer and not ins[1 - k].pure:

@@ -270,13 +270,19 @@ class _Unit:
     Attributes:
       alpha: the weight of s+ in the mean.
       up, down: the factors of D in s+ and of -D in s-.
-      scale: n beta: minus what arrives times this is D, minus a difference of states over this is what goes down.
+      beta, n: minus what arrives times n beta is D, minus a difference of states over n beta is what goes down. The
+        batch n may be symbolic, so that each use makes a number of it.
     """
 
     alpha: float
     up: float
     down: float
-    scale: float
+    beta: float
+    n: int
+
+    @property
+    def scale(self) -> float:
+        return self.beta * self.n
 
     def settle(self, fn, a, arriving, damping, plus, minus):
         """The new states from what comes from below and above, and the old states."""
@@ -426,7 +432,7 @@ class _Dual:
             alpha, beta = number(options.alpha, name, "alpha"), number(options.beta, name, "beta")
             gain = 1.0 if name not in self.nudged.values() else float(options.input_nudge or 0)
             up, down = (1 - alpha, alpha) if options.adjoint else (alpha, 1 - alpha)
-            units[name] = _Unit(alpha, up * gain, down * gain, beta * self.batch)
+            units[name] = _Unit(alpha, up * gain, down * gain, beta, self.batch)
             if name == "outputs" and (1 - alpha) * beta >= 1:
                 raise ValueError(
                     f'output="squared_error" has no minimiser for (1 - alpha) beta = {(1 - alpha) * beta:g} >= 1: take '
@@ -604,10 +610,10 @@ class _Dual:
         params, _, inputs, consts, _ = args
         found: dict[str, Any] = {}
         for site, above, norm in norms(self.graph, params, inputs, consts, self.readers):
-            beta = self.units[site].scale * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
-            higher = self.units[above].scale if above in self.units else self.units[site].scale
+            beta = self.units[site].beta * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
+            higher = self.units[above].beta if above in self.units else self.units[site].beta
             if options.output == "refreshed" and above == "outputs":  # losses of a curvature up to 1
-                higher = min(higher, self.batch)
+                higher = min(higher, 1.0)
             found[site] = found.get(site, 0) + beta / higher * norm
         if options.damping == "spectral":
             return found
@@ -702,7 +708,7 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
         """-(s+ - s-) / (n beta), s+ and s- the minimisers of Eq. 3 for the gradient g and the curvature h."""
 
         def leaf(g, h):
-            h = h * n * (unit.scale / n)
+            h = h * n * unit.beta
             a, b = unit.alpha, 1 - unit.alpha
             return g * jnp.where(b * h < 1, a / (1 + a * h) + b / (1 - b * h), jnp.nan)
 
