@@ -327,11 +327,16 @@ def placed_as(x, aval, lead: int = 0):
 
     On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
     """
-    sharding = aval.sharding
-    if any(sharding.spec):
-        spec = PartitionSpec(*[None] * lead, *sharding.spec)
-        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
-    return as_varying(x, varying_axes(aval))
+    return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
+
+
+def split_as(x, *spec):
+    """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
+    sharding = jax.typeof(x).sharding
+    if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
+        return x
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,10 +33,14 @@ class BatchAxis:
     before: int = 1
     after: int = 1
 
+    @property
+    def merged(self) -> list[int]:
+        """The sizes of what is merged with the batch."""
+        return [n for n in (self.before, self.after) if n != 1]
+
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape without the batch, a merged axis taken apart."""
-        middle = [n for n in (self.before, self.after) if n != 1]
-        return (*shape[: self.axis], *middle, *shape[self.axis + 1 :])
+        return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
 
     def restore(self, x, shape: Sequence[int]):
         """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import Hidden, Layer
+from lrules.analysis import Hidden, Layer, split_as
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Network, name_number
 from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
@@ -127,6 +127,15 @@ class Landing:
         return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
 
     @property
+    def split(self) -> tuple[Any, ...]:
+        """The explicit mesh axes that the feedback weights are split over: those of the hidden signal's features."""
+        assert self.axis is not None
+        positions = {place for kind, place in self.shared if kind == "axis"}
+        spec, axis = self.hidden.reader.aval.sharding.spec, self.axis.axis
+        rest = (*spec[:axis], *[None] * len(self.axis.merged), *spec[axis + 1 :])
+        return (*[None] * (len(self.lengths) + 1), *(s for i, s in enumerate(rest) if i not in positions))
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize if self.spec.init is not None else 0
 
@@ -165,7 +174,7 @@ class Entry:
         order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
         weights = None
         if "weight" in inspect.signature(init).parameters:
-            weights = jax.lax.stop_gradient(jnp.transpose(weight, order)).reshape(count, *shape)
+            weights = split_as(jax.lax.stop_gradient(jnp.transpose(weight, order))).reshape(count, *shape)
 
         def one(k, w):
             return draw(init, k, shape, self.dtype, **({} if w is None else {"weight": w}))
@@ -215,9 +224,10 @@ class Plan:
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, name_number(name))
             if name in self.entries:
-                drawn = self.entries[name].draw(k, params[self.entries[name].index])
+                i = self.entries[name].index
+                drawn = split_as(self.entries[name].draw(k, params[i]), *self.graph.param_avals[i].sharding.spec)
             elif name in self.landings:
-                drawn = _draw_direct(self.landings[name], k)
+                drawn = split_as(_draw_direct(self.landings[name], k), *self.landings[name].split)
             else:
                 drawn = draw(self.reduced[name][0].init, k, shape[::-1], dtype).T  # type: ignore[arg-type]
             (learned if is_learned else fixed)[name] = drawn
@@ -478,7 +488,7 @@ def _shared_places(plan: Plan, hidden: Hidden, spec: Direct, axis: BatchAxis) ->
     if not spec.shared_axes:
         return ()
     shape = hidden.reader.aval.shape
-    axes = [*range(axis.axis), *([axis.axis] * sum(n != 1 for n in (axis.before, axis.after)))]
+    axes = [*range(axis.axis), *([axis.axis] * len(axis.merged))]
     axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
     rest, places = axis.rest(shape), []
     for (out, within), size in zip(spec.shared_axes, _shared_sizes(plan, spec), strict=True):

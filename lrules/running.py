@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.analysis import Hidden, Layer, as_varying, bind, varying_axes
+from lrules.analysis import Hidden, Layer, bind, placed_as, split_as, varying_axes
 from lrules.network import Frame, Handler, Network
 from lrules.plan import Direct, Landing, Plan, Sequential
 from lrules.rule import Feedback, Pytree
@@ -89,7 +89,7 @@ def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fra
     if plan.shadows:
         names = plan.graph.names
         shadow = [
-            as_varying(feedback[name], varying_axes(jax.typeof(p)))
+            placed_as(feedback[name], jax.typeof(p))
             if name in plan.entries
             else jax.lax.stop_gradient(p)
             for name, p in zip(names, params, strict=True)
@@ -140,7 +140,8 @@ def _direct_run(plan: Plan) -> Callable:
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
-        grads[1] = {**grads[1], **{name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}}
+        summed = {name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}
+        grads[1] = {**grads[1], **{name: split_as(g, *_spec(feedback[name])) for name, g in summed.items()}}
         return (*grads, *[None] * (6 - len(grads)))
 
     run.defvjp(forward, backward, symbolic_zeros=True)
@@ -161,11 +162,17 @@ def _over_devices(grad, b):
     return jax.lax.psum(grad, axes) if axes else grad
 
 
+def _spec(x):
+    """Which axes of an array are split over which explicit axes of a mesh."""
+    return jax.typeof(x).sharding.spec
+
+
 def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     """The cotangent of the outputs, flattened per example: `[batch, outputs]`."""
     flat = []
     for error, axis in zip(jax.tree.leaves(errors), plan.output_axes, strict=True):
         if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
+            error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # whole but for the batch
             flat.append(jnp.moveaxis(error, axis.axis, 0).reshape(plan.batch, -1))
     dtype = jnp.result_type(*[x.dtype for x in flat]) if len({x.dtype for x in flat}) == 1 else jnp.float32
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
@@ -191,6 +198,9 @@ def _land(landing: Landing, e, b, targets):
     assert axis is not None and landing.spec.signal is not None
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
+    lies = None if axis.merged else hidden.reader.aval.sharding.spec[axis.axis]  # over which the batch is split there
+    e = split_as(e, *[None] * len(shared), lies)
+    b = None if b is None else split_as(b, *landing.split)
 
     def signal(e, b):  # [*shared, batch, *hidden without shared axes]
         return landing.spec.signal(e, b, targets, hidden.name)  # type: ignore[misc]
@@ -199,7 +209,10 @@ def _land(landing: Landing, e, b, targets):
         signal = jax.vmap(signal, in_axes=(0, None))
 
     def define(s):
-        return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
+        s = axis.restore(s, hidden.reader.aval.shape)
+        if hidden.views and any(landing.split):  # their inverses take no axes that are split
+            s = split_as(s, *[None] * axis.axis, lies)
+        return hidden.to_definition(s)
 
     for _ in turns:
         define = jax.vmap(define)
@@ -216,7 +229,8 @@ def _land(landing: Landing, e, b, targets):
     out = jnp.moveaxis(out, range(len(order)), [sorted(order).index(i) for i in order])
     lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
     out = out.reshape(*lead, *out.shape[len(order) :])
-    return jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
+    out = jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
+    return placed_as(out, hidden.root.aval, len(hidden.loops))
 
 
 def direct_feedback_gradient(landing: Landing, e, record, b):
