@@ -819,8 +819,13 @@ def is_literal(atom) -> bool:
 
 
 def bind(eqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands."""
-    prepared = eqn.primitive.get_bind_params(eqn.params)
+    """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
+    params = eqn.params
+    if params.get("out_sharding") is not None and any(
+        jnp.shape(value) != atom.aval.shape for value, atom in zip(values, eqn.invars, strict=True)
+    ):
+        params, values = params | {"out_sharding": None}, [split_as(value) for value in values]
+    prepared = eqn.primitive.get_bind_params(params)
     with eqn.ctx.manager:
         if isinstance(prepared, tuple):  # before JAX 0.9
             out = eqn.primitive.bind(*prepared[0], *values, **prepared[1])

@@ -127,6 +127,12 @@ class Landing:
         return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
 
     @property
+    def batch_split(self) -> Any:
+        """The explicit mesh axes over which the batch of the hidden signal is split; None where it is merged."""
+        assert self.axis is not None
+        return None if self.axis.merged else self.hidden.reader.aval.sharding.spec[self.axis.axis]
+
+    @property
     def split(self) -> tuple[Any, ...]:
         """The explicit mesh axes that the feedback weights are split over: those of the hidden signal's features."""
         assert self.axis is not None

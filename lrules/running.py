@@ -140,8 +140,7 @@ def _direct_run(plan: Plan) -> Callable:
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
-        summed = {name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}
-        grads[1] = {**grads[1], **{name: split_as(g, *_spec(feedback[name])) for name, g in summed.items()}}
+        grads[1] = {**grads[1], **{name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}}
         return (*grads, *[None] * (6 - len(grads)))
 
     run.defvjp(forward, backward, symbolic_zeros=True)
@@ -198,8 +197,7 @@ def _land(landing: Landing, e, b, targets):
     assert axis is not None and landing.spec.signal is not None
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
-    lies = None if axis.merged else hidden.reader.aval.sharding.spec[axis.axis]  # over which the batch is split there
-    e = split_as(e, *[None] * len(shared), lies)
+    e = split_as(e, *[None] * len(shared), landing.batch_split)
     b = None if b is None else split_as(b, *landing.split)
 
     def signal(e, b):  # [*shared, batch, *hidden without shared axes]
@@ -211,7 +209,7 @@ def _land(landing: Landing, e, b, targets):
     def define(s):
         s = axis.restore(s, hidden.reader.aval.shape)
         if hidden.views and any(landing.split):  # their inverses take no axes that are split
-            s = split_as(s, *[None] * axis.axis, lies)
+            s = split_as(s, *[None] * axis.axis, landing.batch_split)
         return hidden.to_definition(s)
 
     for _ in turns:
@@ -238,11 +236,14 @@ def direct_feedback_gradient(landing: Landing, e, record, b):
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.learn is not None
     n = len(hidden.loops)
+    given, b = b, split_as(b, *landing.split)
+    e = split_as(e, *[None] * len(shared), landing.batch_split)
 
     def seen(value):  # as the reader sees it, the batch in front
         for eqn in hidden.views:
             (value,) = bind(eqn, [value])
-        shape = hidden.reader.aval.shape
+        shape, spec = hidden.reader.aval.shape, hidden.reader.aval.sharding.spec
+        value = split_as(value, *spec[: axis.axis], landing.batch_split, *spec[axis.axis + 1 :])
         value = value.reshape((*shape[: axis.axis], axis.before, -1, axis.after, *shape[axis.axis + 1 :]))
         return jnp.moveaxis(value, axis.axis + 1, 0).reshape(-1, *axis.rest(shape))
 
@@ -264,4 +265,4 @@ def direct_feedback_gradient(landing: Landing, e, record, b):
         learn = summed(learn, (None, 0, None))
     for _ in own:
         learn = jax.vmap(learn, (None, 0, 0))
-    return learn(e, h, b)
+    return split_as(learn(e, h, b), *_spec(given))
