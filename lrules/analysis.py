@@ -233,8 +233,8 @@ STRUCTURAL = {"concatenate", "stack", "dynamic_update_slice", "pad", "scatter", 
               "scatter-mul", "scatter_max", "scatter_min", "scatter-max", "scatter-min", "iota", "argmax", "argmin",
               "sort", "split", "slice", "rev", "gather", "dynamic_slice", "dot_general", "optimization_barrier",
               "reduce_window_sum", "threefry2x32", "random_bits", "debug_callback", "debug_print"}  # fmt: skip
-SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint",
-                    "reduce_precision", "optimization_barrier"}  # fmt: skip
+SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint", "reshard",
+                    "mesh_cast", "layout_constraint", "reduce_precision", "optimization_barrier"}  # fmt: skip
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 REMATS = {"remat", "remat2", "checkpoint"}

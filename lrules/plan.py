@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import Hidden, Layer, split_as
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, split_as
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Network, name_number
 from lrules.rule import Feedback, Initializer, Pytree, as_initializer, draw, is_number
@@ -127,18 +127,26 @@ class Landing:
         return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
 
     @property
+    def lies(self) -> Sequence[Any]:
+        """The explicit mesh axes over which the hidden signal is split, before the reader gathers it."""
+        value = self.hidden.reader
+        while value.source is not None and value.view.primitive.name in SAME_SHAPE_VIEWS:
+            value = value.source
+        return value.aval.sharding.spec
+
+    @property
     def batch_split(self) -> Any:
-        """The explicit mesh axes over which the batch of the hidden signal is split; None where it is merged."""
+        """Those over which its batch is split; None where it is merged with other axes."""
         assert self.axis is not None
-        return None if self.axis.merged else self.hidden.reader.aval.sharding.spec[self.axis.axis]
+        return None if self.axis.merged else self.lies[self.axis.axis]
 
     @property
     def split(self) -> tuple[Any, ...]:
-        """The explicit mesh axes that the feedback weights are split over: those of the hidden signal's features."""
+        """Those over which the feedback weights are split, as the hidden signal's features are."""
         assert self.axis is not None
         positions = {place for kind, place in self.shared if kind == "axis"}
-        spec, axis = self.hidden.reader.aval.sharding.spec, self.axis.axis
-        rest = (*spec[:axis], *[None] * len(self.axis.merged), *spec[axis + 1 :])
+        axis = self.axis.axis
+        rest = (*self.lies[:axis], *[None] * len(self.axis.merged), *self.lies[axis + 1 :])
         return (*[None] * (len(self.lengths) + 1), *(s for i, s in enumerate(rest) if i not in positions))
 
     @property

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_element_type", "copy", "copy_p", "name",
           "reduce_precision", "real", "imag", "pad", "concatenate", "stack", "slice", "dynamic_slice", "rev", "gather",
           "squeeze", "reshape", "transpose", "broadcast_in_dim", "expand_dims", "split", "pvary",
-          "optimization_barrier", "sharding_constraint", "dynamic_update_slice", "reduce_sum"}  # fmt: skip
+          "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "layout_constraint",
+          "dynamic_update_slice", "reduce_sum"}  # fmt: skip
 FOR_SCALES = {"neg", "mul", "div", "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pad", "slice"}
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.analysis import Hidden, Layer, bind, placed_as, split_as, varying_axes
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, bind, placed_as, split_as, varying_axes
 from lrules.network import Frame, Handler, Network
 from lrules.plan import Direct, Landing, Plan, Sequential
 from lrules.rule import Feedback, Pytree
@@ -207,10 +207,9 @@ def _land(landing: Landing, e, b, targets):
         signal = jax.vmap(signal, in_axes=(0, None))
 
     def define(s):
-        s = axis.restore(s, hidden.reader.aval.shape)
-        if hidden.views and any(landing.split):  # their inverses take no axes that are split
-            s = split_as(s, *[None] * axis.axis, landing.batch_split)
-        return hidden.to_definition(s)
+        if axis.merged or any(eqn.primitive.name not in SAME_SHAPE_VIEWS for eqn in hidden.views):
+            s = split_as(s, landing.batch_split)  # reshapes take few axes that are split
+        return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
 
     for _ in turns:
         define = jax.vmap(define)
@@ -242,7 +241,7 @@ def direct_feedback_gradient(landing: Landing, e, record, b):
     def seen(value):  # as the reader sees it, the batch in front
         for eqn in hidden.views:
             (value,) = bind(eqn, [value])
-        shape, spec = hidden.reader.aval.shape, hidden.reader.aval.sharding.spec
+        shape, spec = hidden.reader.aval.shape, landing.lies
         value = split_as(value, *spec[: axis.axis], landing.batch_split, *spec[axis.axis + 1 :])
         value = value.reshape((*shape[: axis.axis], axis.before, -1, axis.after, *shape[axis.axis + 1 :]))
         return jnp.moveaxis(value, axis.axis + 1, 0).reshape(-1, *axis.rest(shape))
