@@ -441,8 +441,7 @@ class _Runner:
         carry, (ys, records) = jax.lax.scan(
             body,
             [value for value, _ in carry],
-            (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),
-            length=params["length"],
+            (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),  # which may be symbolic
             reverse=params["reverse"],
             unroll=params["unroll"],
             **options,

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, split_as
 from lrules.batch import BatchAxis, doubled, find_batch_axis
@@ -471,6 +472,11 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         positions = {place for kind, place in shared if kind == "axis"}
         rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
         shape = (*lengths, sizes[spec], *rest)
+        if any(map(is_symbolic_dim, shape)):
+            raise ValueError(
+                f"direct feedback to {hidden.name!r} would have the symbolic shape {shape}, where the batch alone may "
+                "be symbolic: give the inputs' other axes their sizes, or share feedback along them (shared_axes=)"
+            )
         dtype = _feedback_dtype(graph, hidden)
         landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype)
         plan.landings[hidden.name] = landing

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from lrules.activations import LINEAR, VIEWS, refuse_doubts
 from lrules.analysis import INLINED, Block, as_varying, bind, is_literal, scan_counts, varying_axes
@@ -402,6 +403,11 @@ class _Dual:
         self.clean = {a.site: zeros_at(a.output) for a in graph.activations}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
+        if options.damping is not None and any(is_symbolic_dim(zeros.size) for zeros in self.clean.values()):
+            raise NotImplementedError(
+                "damping tries the activations on numbers, for which a symbolic batch is no shape: give the batch its "
+                "size, or leave damping out"
+            )
         self.readers = readers(graph, list(self.nudged.values())) if options.damping is not None else {}
         self.levels: dict[str, np.ndarray] = {}
         self.depth = 1
@@ -751,6 +757,11 @@ def _in_place(value, views) -> bool:
     """Whether views leave all elements in their order."""
     if not any(eqn.primitive.name == "transpose" for eqn in views):
         return True
+    if is_symbolic_dim(value.aval.size):
+        raise NotImplementedError(
+            f"where the transposes in the loss put outputs of the symbolic shape {value.aval.shape} cannot be told: "
+            'give all axes their sizes, or take output="refreshed"'
+        )
     order = np.arange(value.aval.size).reshape(value.aval.shape)
     with jax.ensure_compile_time_eval():
         places = jnp.asarray(order)
@@ -791,6 +802,11 @@ def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
     def scan(child: Block, params, levels: list[int]) -> tuple[list[int], dict[str, Any]]:
         n_consts, n_carry = scan_counts(params)
         carry, stacks, ys = levels[n_consts : n_consts + n_carry], [], []
+        if is_symbolic_dim(params["length"]):
+            raise NotImplementedError(
+                f"this order numbers the iterations of a scan, whose length is the symbolic {params['length']}: give "
+                'that axis of the inputs its size, or take order="forward_backward"'
+            )
         for _ in range(params["length"]):
             outs, found = walk(child, [*levels[:n_consts], *carry, *levels[n_consts + n_carry :]])
             carry = outs[:n_carry]
