@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -211,7 +212,7 @@ class Value:
         """The dimensions along which it is not merely broadcast."""
         if self.varies is not None:
             return self.varies
-        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n > 1)
+        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n != 1)
 
     @property
     def shadowed(self) -> bool:
@@ -293,8 +294,8 @@ STRUCTURAL = {"concatenate", "stack", "dynamic_update_slice", "pad", "scatter", 
               "scatter-mul", "scatter_max", "scatter_min", "scatter-max", "scatter-min", "iota", "argmax", "argmin",
               "sort", "split", "slice", "rev", "gather", "dynamic_slice", "dot_general", "optimization_barrier",
               "reduce_window_sum", "threefry2x32", "random_bits", "debug_callback", "debug_print"}  # fmt: skip
-SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint",
-                    "reduce_precision", "optimization_barrier"}  # fmt: skip
+SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint", "reshard",
+                    "mesh_cast", "layout_constraint", "reduce_precision", "optimization_barrier"}  # fmt: skip
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 REMATS = {"remat", "remat2", "checkpoint"}
@@ -309,7 +310,7 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
         m, n = (a[i] if left else 1), (b[j] if right else 1)
         i, j = i + len(left), j + len(right)
         while m != n:
-            if m < n and i < len(a):
+            if i < len(a) and (j == len(b) or _smaller(m, n)):
                 left.append(i)
                 m *= a[i]
                 i += 1
@@ -321,6 +322,13 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
                 break
         groups.append((left, right))
     return groups
+
+
+def _smaller(m, n) -> bool:
+    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
+    if is_symbolic_dim(m) or is_symbolic_dim(n):
+        return n % m == 0
+    return m < n
 
 
 def view_axes(eqn, shape: Sequence[int]) -> list[tuple[int, ...]] | None:
@@ -381,11 +389,16 @@ def placed_as(x, aval, lead: int = 0):
 
     On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
     """
-    sharding = aval.sharding
-    if any(sharding.spec):
-        spec = PartitionSpec(*[None] * lead, *sharding.spec)
-        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
-    return as_varying(x, varying_axes(aval))
+    return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
+
+
+def split_as(x, *spec):
+    """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
+    sharding = jax.typeof(x).sharding
+    if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
+        return x
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1129,7 +1142,7 @@ def _through(axes, dims: frozenset[int]) -> frozenset[int]:
 
 def _varying(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     name = eqn.primitive.name
-    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n > 1)
+    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
     if axes is not None:
         return _through(axes, ins[0].spread) & full
     if name == "broadcast_in_dim":
@@ -1204,8 +1217,13 @@ def is_literal(atom) -> bool:
 
 
 def bind(eqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands."""
-    prepared = eqn.primitive.get_bind_params(eqn.params)
+    """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
+    params = eqn.params
+    if params.get("out_sharding") is not None and any(
+        jnp.shape(value) != atom.aval.shape for value, atom in zip(values, eqn.invars, strict=True)
+    ):
+        params, values = params | {"out_sharding": None}, [split_as(value) for value in values]
+    prepared = eqn.primitive.get_bind_params(params)
     with eqn.ctx.manager:
         if isinstance(prepared, tuple):  # before JAX 0.9
             out = eqn.primitive.bind(*prepared[0], *values, **prepared[1])

@@ -118,10 +118,11 @@ class Network:
         return Graph(closed, names, batched, *trees)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
-        """The batch axis of each leaf of `inputs`."""
+        """The batch axis of each leaf of `inputs`; None among the inputs is no leaf."""
+        axes: list[int | None] = []
         try:
-            spread = jax.tree.map(
-                lambda axis, sub: jax.tree.map(lambda _: axis, sub),
+            jax.tree.map(
+                lambda axis, sub: axes.extend([axis] * len(jax.tree.leaves(sub))),
                 self.batch_axes,
                 inputs,
                 is_leaf=lambda axis: axis is None,
@@ -131,7 +132,7 @@ class Network:
                 f"batch_axes={self.batch_axes} is no prefix of the inputs, whose structure is "
                 f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in_axes of jax.vmap"
             ) from None
-        return jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
+        return axes
 
     def stated_axis(self, name: str, shape: Sequence[int], batch: int) -> int | None:
         """Where `signal_axes` says that the batch lies in a hidden signal or, as `"outputs"`, in an output.
@@ -157,7 +158,7 @@ class Network:
         Raises:
           ValueError: no input has a batch axis, or they differ in size.
         """
-        sizes = set()
+        sizes: dict[int, None] = {}  # in the order of the inputs: symbolic ones may not compare
         for leaf, axis in zip(jax.tree.leaves(inputs), self.input_batch_axes(inputs), strict=True):
             if axis is not None:
                 if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
@@ -165,11 +166,11 @@ class Network:
                         f"an input of shape {jnp.shape(leaf)} has no batch axis {axis}: "
                         "say where the batch lies with Network(apply, batch_axes=...)"
                     )
-                sizes.add(jnp.shape(leaf)[axis])
+                sizes[jnp.shape(leaf)[axis]] = None
         if len(sizes) != 1:
-            found = f"the inputs' batch axes differ in size, {sorted(sizes)}" if sizes else "no input has a batch axis"
+            found = f"the inputs' batch axes differ in size, {list(sizes)}" if sizes else "no input has a batch axis"
             raise ValueError(f"{found}: say where the batch lies with Network(apply, batch_axes=...)")
-        return sizes.pop()
+        return next(iter(sizes))
 
 
 def as_network(net: Network | Callable[..., Any]) -> Network:
@@ -506,8 +507,7 @@ class _Runner:
         carry, (ys, records) = jax.lax.scan(
             body,
             [self.paired(c, p) for c, p in zip(classes, carry, strict=True)],
-            (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),
-            length=params["length"],
+            (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),  # which may be symbolic
             reverse=params["reverse"],
             unroll=params["unroll"],
             **options,

@@ -22,7 +22,8 @@ from lrules.activations import CALLS, NONLINEAR
 LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_element_type", "copy", "copy_p", "name",
           "reduce_precision", "real", "imag", "pad", "concatenate", "stack", "slice", "dynamic_slice", "rev", "gather",
           "squeeze", "reshape", "transpose", "broadcast_in_dim", "expand_dims", "split", "pvary",
-          "optimization_barrier", "sharding_constraint", "dynamic_update_slice", "reduce_sum"}  # fmt: skip
+          "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "layout_constraint",
+          "dynamic_update_slice", "reduce_sum"}  # fmt: skip
 BENDING = NONLINEAR | CALLS.keys() | {"mul"}
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
@@ -88,7 +89,7 @@ def of_layer(layer) -> tuple[Product, ...]:
     """The output of a layer, if it may hold a matrix for each example."""
     batch = layer.eqn.params["dimension_numbers"][1] if layer.operation == "dot_general" else ((), ())
     free = frozenset(o for a, o in layer.output_axes.items() if a not in batch[layer.position])
-    several = len(free) > 1 or any(layer.output.aval.shape[o] > 1 for o in free)  # an axis may be taken apart
+    several = len(free) > 1 or any(layer.output.aval.shape[o] != 1 for o in free)  # an axis may be taken apart
     return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
@@ -218,7 +219,7 @@ def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
     if name in ("cumsum", "cumlogsumexp") and outer:
         return frozenset([eqn.params["axis"]])
     if name == "reduce_window_sum" and outer:
-        return frozenset(d for d, n in enumerate(eqn.params["window_dimensions"]) if n > 1)
+        return frozenset(d for d, n in enumerate(eqn.params["window_dimensions"]) if n != 1)
     return frozenset()
 
 
