@@ -75,15 +75,17 @@ def from_nnx(
         raise ValueError(f"No variable of {type(model).__name__} matches wrt={wrt}: give the type of those to train.")
     # split hands out the model's own variables: these must not follow it
     frozen, state = jax.tree.map(lambda x: x, others)
+    given = {"frozen": frozen} if jax.tree.leaves(frozen) else {}
     switched_off = {path for path, module in nnx.iter_graph(model) if _is_switched_off(module)}
 
-    def run(params, frozen, state, inputs):
+    def run(params, state, inputs, frozen=frozen):
         merged = nnx.merge(graphdef, params, frozen, state, copy=True)
         outputs = merged(inputs) if call is None else call(merged, inputs)
         return outputs, _like(state, nnx.state(merged, nnx.Not(nnx.Any(wrt, nnx.Param))))
 
-    def stateless(params, frozen, inputs):
-        outputs, after = run(params, frozen, state, inputs)
+    def stateless(params, *args):  # the frozen weights, where there are any, and the inputs
+        *weights, inputs = args
+        outputs, after = run(params, state, inputs, *weights)
         drawn = _drawn_streams(state, after, switched_off)
         if drawn:
             warnings.warn(
@@ -94,8 +96,8 @@ def from_nnx(
         return outputs
 
     if not with_state:
-        return Network(stateless, batch_axes=batch_axes, frozen=frozen), params
-    return dataclasses.replace(_stateful(run, batch_axes), frozen=frozen), params, state
+        return Network(stateless, batch_axes=batch_axes, **given), params
+    return dataclasses.replace(_stateful(run, batch_axes), **given), params, state
 
 
 def from_linen(
@@ -194,13 +196,13 @@ def from_linen(
 def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Network:
     """The network of inputs `(state, inputs)` whose aux is the new state."""
 
-    def apply(params, *given):  # with the frozen weights in front of the inputs, where there are any
-        *frozen, inputs = given
+    def apply(params, *args):  # the frozen weights, where there are any, and the inputs
+        *frozen, inputs = args
         if not isinstance(inputs, tuple | list) or len(inputs) != 2:
             raise TypeError(
                 f"A network made with with_state=True takes inputs (state, inputs), and got {type(inputs).__name__}."
             )
-        return run(params, *frozen, *inputs)
+        return run(params, *inputs, *frozen)
 
     return Network(apply, has_aux=True, batch_axes=(None, batch_axes))
 

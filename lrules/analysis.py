@@ -19,6 +19,7 @@ Uses of parameters that no rule can serve are kept as refusals, for the rule tha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,6 @@ from lrules.activations import (
     call_name,
     find_regions,
     is_atom,
-    is_elementwise,
 )
 
 
@@ -185,6 +185,9 @@ class Value:
     wanted: bool = False  # a weight is made of it, so that feedback has to ride along
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
+    plain: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
+    order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
     split: frozenset = frozenset()  # mesh axes along which a shard_map of the network splits it
 
@@ -581,7 +584,7 @@ class Analysis:
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
             if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
                 what = "acts on more than one element or holds parameters"
-                self.doubts.append((Doubt(f"{call_name(eqn).removeprefix(MARK)!r} (marked, but it {what})"), None))
+                self.doubts.append((Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"), None))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked
             block.children[index] = [child]
@@ -1071,7 +1074,7 @@ def stage(eqn, ins: list[Value]) -> int:
     highest = max((v.stage for v in factors), default=0)
     if is_product(eqn):
         return max(highest, 1)
-    bends = name in BENDING or name.startswith("custom_") or (name in CALLS and is_elementwise(eqn))
+    bends = name in BENDING or name in CALLS
     if name == "div":
         bends = len(factors) > 1 and factors[1].stage > 0
     return 2 if bends and highest else highest

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lrules.activations import is_atom
+from lrules.activations import arranged, is_atom
 from lrules.analysis import ELEMENTWISE, Value, reshape_groups, view_axes
 from lrules.network import Graph, Network
 
@@ -150,8 +150,12 @@ def _back(eqn, a: Value, b: Value, axis: int):
         held = list(eqn.params["broadcast_dimensions"])
         return to(*pairs[0], held.index(axis)) if axis in held else None
     if name in ELEMENTWISE or is_atom(eqn, a.operands) or name in ("custom_jvp_call", "custom_vjp_call"):
-        same = [(u, v) for u, v in pairs if len(u.aval.shape) == len(a.aval.shape) and _grown(u, v) == axis]
-        return to(*same[0], axis) if same else None
+        lies = arranged(a) or {}
+        for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+            i = lies[k][axis] if lies.get(k) else axis
+            if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _grown(u, v) == i:
+                return to(u, v, i)
+        return None
     if name == "dot_general":
         _, batched = eqn.params["dimension_numbers"]
         contracted, _ = eqn.params["dimension_numbers"]

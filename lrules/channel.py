@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lrules.activations import refuse_doubts
+from lrules.activations import passing_names, treated
 from lrules.analysis import placed_as
 from lrules.batch import BatchAxis, doubled, find_batch_axis
 from lrules.network import Graph, Handler, Network, key_at
@@ -297,7 +297,7 @@ def _with_error(loss: Callable, fn: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------------- the derivatives
 
 
-def replace_derivative(rule: Rule, g: Callable) -> Rule:
+def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = ()) -> Rule:
     """Puts a function of the pre-activation in the place of every activation's derivative.
 
     delta_l = s_l * g(z_l) in place of s_l * f'(z_l)
@@ -308,11 +308,16 @@ def replace_derivative(rule: Rule, g: Callable) -> Rule:
     Args:
       rule: the rule to modify.
       g: `z -> g(z)`, elementwise.
+      passing: names of functions that are no activations and keep their derivative: activations as `lrules.describe`
+        lists them (`"tanh"`: all of that name, `"tanh#2"`: that one) and nonlinearities as refusals name them
+        (`{"exp"}`).
 
     Returns:
       The modified rule.
 
     Raises:
+      TypeError: `g` is no function.
+      ValueError: at use: a name in `passing` is that of nothing in the network.
       NotImplementedError: at use: a nonlinearity is not recognised as an activation.
 
     Example:
@@ -323,29 +328,35 @@ def replace_derivative(rule: Rule, g: Callable) -> Rule:
     if not callable(g):
         raise TypeError(f"replace_derivative: g={g!r} is no function: give one of the pre-activation, elementwise")
 
+    names = passing_names(passing)
+
     def push(net, params, inputs, scale, key):
-        refuse_doubts(net.graph(params, inputs).doubts)
+        sites = frozenset(a.site for a in treated(net.graph(params, inputs), names))
         replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
-        return net if replaced else net.pushing(_Derivative(g))
+        return net if replaced else net.pushing(_Derivative(g, sites))
 
     return _modified(rule, push)
 
 
-def without_derivatives(rule: Rule) -> Rule:
+def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
     """Leaves out the derivatives of the activations.
 
     delta_l = s_l in place of s_l * f'(z_l)
 
     Args:
       rule: the rule to modify.
+      passing: as in `replace_derivative`.
 
     Returns:
       The modified rule.
 
+    Raises:
+      ValueError, NotImplementedError: as `replace_derivative`.
+
     References:
       Baldi, Sadowski, Lu (2018), section 3: the variants "(no f')".
     """
-    return replace_derivative(rule, jnp.ones_like)
+    return replace_derivative(rule, jnp.ones_like, passing)
 
 
 class _Derivative(Handler):
@@ -353,10 +364,12 @@ class _Derivative(Handler):
 
     activations = True
 
-    def __init__(self, g: Callable):
-        self.g = g
+    def __init__(self, g: Callable, sites: frozenset[str]):
+        self.g, self.sites = g, sites
 
     def activation(self, activation, fn, x, frame):
+        if activation.site not in self.sites:
+            return fn(x)
         g = self.g
 
         @jax.custom_vjp

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrules.activations import linear_origins
 from lrules.analysis import (
@@ -301,6 +302,7 @@ class Graph:
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
+        self.nonlinearities = [d.name for d, _ in analysis.doubts]
 
     @property
     def consts(self) -> list[Any]:
@@ -394,13 +396,13 @@ class _Runner:
         captured = [read(v)[0] for v in region.others]
 
         def fn(x, *others):
-            env = dict(zip(region.others, others, strict=True)) | {region.root: x}
+            env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
             for eqn in region.eqns:
                 got = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
                 env.update(zip(eqn.outvars, got, strict=True))
             return env[region.output]
 
-        x = read(region.root)[0]
+        x = read(region.root)[0].transpose(region.axes)
         run = (lambda x: fn(x, *captured)) if captured else fn
         for handler in self.handlers:  # the rule's own innermost
             run = _nest_activation(handler, region.activation, run, frame)

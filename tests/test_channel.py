@@ -885,3 +885,71 @@ def test_activations_that_are_not_recognised_are_refused(rule):
     # SBP keeps a layer's own derivative either way; without derivatives, what counts as an activation loses it.
     same = bool(np.allclose(gradients["activation"], gradients["none"]))
     assert same == (rule.layer is not None)
+
+
+def gated(p, x):
+    """A flow's layer: a learned scale, exp(log s), times data, and a select of two; and two kinds of activations."""
+    h = jnp.tanh(x @ p["a"])
+    y = (jnp.exp(h @ p["b"]) + jax.nn.relu(h[:, ::-1])) @ p["b"]
+    return jnp.tanh(jnp.where(h > y, h, y) @ p["b"]) @ p["b"]
+
+
+PASSED = {
+    "skipped": lambda passing: lrules.skipped_backprop(passing),
+    "no derivatives": lambda passing: lrules.without_derivatives(lrules.backprop(), passing=passing),
+    "direct, no derivatives": lambda passing: lrules.without_derivatives(lrules.direct_feedback_alignment(), passing),
+    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing),
+    "dual": lambda passing: lrules.dual_propagation(passing=passing, alpha=0.2),
+}
+
+
+def passed(rule, net=gated):
+    key = jax.random.key(0)
+    params = {"a": jax.random.normal(key, (3, 3)), "b": jax.random.normal(key, (3, 3)) / 2}
+    x = jax.random.normal(jax.random.key(1), (4, 3))
+    feedback = rule.init(key, net, params, x)
+    f = lrules.transform(net, rule)
+    return jax.grad(lambda p: (f(p, feedback, x) ** 2).mean())(params)
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_what_passes_is_said_from_outside(name):
+    """The same as marks inside the model; and what is an activation can be said to be none."""
+    make = PASSED[name]
+    with pytest.raises(NotImplementedError, match=r"exp, select_n are not .* passing=\{'exp', 'select_n'\}(\n|$)"):
+        passed(make(()))
+    with pytest.raises(NotImplementedError, match=r"select_n is not .* passing=\{'select_n'\}(\n|$)"):
+        passed(make("exp"))
+
+    def marked(p, x):
+        h = jnp.tanh(x @ p["a"])
+        y = (lrules.not_activation(jnp.exp)(h @ p["b"]) + jax.nn.relu(h[:, ::-1])) @ p["b"]
+        return jnp.tanh(lrules.not_activation(lambda h, y: jnp.where(h > y, h, y))(h, y) @ p["b"]) @ p["b"]
+
+    bridge.close(passed(make({"exp", "select_n"})), passed(make(()), marked), 1e-6)
+    second = passed(make(["exp", "select_n", "tanh#2"]))
+    assert not np.allclose(second["b"], passed(make({"exp", "select_n"}))["b"], rtol=1e-2)
+    with pytest.raises(
+        ValueError, match="'sin' is no activation .* give one of 'exp', 'relu', 'select_n', 'tanh', 'tanh#2'"
+    ):
+        passed(make({"exp", "select_n", "sin"}))
+    if name != "skipped":  # where all pass there is nothing left to replace
+        everything = passed(make({"exp", "select_n", "tanh", "relu"}))
+        rule = lrules.direct_feedback_alignment() if "direct" in name else lrules.backprop()
+        bridge.close(everything, passed(rule), 1e-6)
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_passing_is_names(name):
+    for wrong in (3, [jnp.exp], None):
+        with pytest.raises(ValueError, match="passing=.* names no functions: give names"):
+            PASSED[name](wrong)
+    with pytest.raises(ValueError, match="'exp' is no activation .*: leave it out, it has none"):
+        passed(PASSED[name]("exp"), lambda p, x: x @ p["a"] @ p["b"])
+    assert jax.tree.all(jax.tree.map(lambda g: jnp.isfinite(g).all(), passed(PASSED[name]("exp"), unread)))
+
+
+def unread(p, x):
+    """What no layer reads is in no doubt, and may be named."""
+    h = jnp.tanh(x @ p["a"])
+    return (h + jnp.exp(h @ p["b"]) * jnp.arange(3.0)[None]) @ p["b"]

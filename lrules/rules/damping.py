@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrules.activations import LINEAR, VIEWS, sampled
-from lrules.analysis import Layer, Value, is_literal
+from lrules.analysis import Activation, Layer, Value, is_literal
 from lrules.diagnostics import spectral_norm
 from lrules.network import Frame, Graph, Handler
 
 POWER_ITERATIONS = 5
 
 
-def norms(graph: Graph, params, inputs, consts, reading: dict[str, list[Reader]]) -> Iterator[tuple[str, str, Any]]:
+def norms(
+    graph: Graph, sites: set[str], params, inputs, consts, reading: dict[str, list[Reader]]
+) -> Iterator[tuple[str, str, Any]]:
     """|W^T W| between each state and those above it, by power iterations: `(state, state above, norm)`.
 
     Factors and pooling on the way count; of pooling it may be a bound.
@@ -31,7 +34,7 @@ def norms(graph: Graph, params, inputs, consts, reading: dict[str, list[Reader]]
     frame = Frame()
     handler = _Norms({reader.layer.site for readers in reading.values() for reader in readers})
     graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame)
-    states = {id(activation.output) for activation in graph.activations}
+    states = {id(activation.output) for activation in graph.activations if activation.site in sites}
     for site, readers in reading.items():
         for layer, target, above in readers:
             grown = _growth(target, states) * _growth(layer.operand, states)
@@ -58,9 +61,15 @@ class Reader(NamedTuple):
     above: str
 
 
-def readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Reader]]:
+def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[str]) -> dict[str, list[Reader]]:
     """What reads each state, in a chain with one layer between two activations; `inputs` are states too."""
-    outputs = {id(a.output): a.site for a in graph.activations}
+    for activation in activations:
+        if "scan" in activation.scope:
+            raise NotImplementedError(
+                f"the activation {activation.site!r} lies inside a loop, where damping does not know which state comes "
+                "next: write the loop out, layer by layer, or give no damping"
+            )
+    outputs = {id(a.output): a.site for a in activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 
     def above(start) -> tuple[set[str], list[Any]]:
@@ -80,8 +89,8 @@ def readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Reader]]:
                 stack += [*value.operands, *([value.source] if value.source is not None else [])]
         return sites, found
 
-    reading: dict[str, list[Reader]] = {a.site: [] for a in graph.activations}
-    driven = [(a.source, a.site) for a in graph.activations if a.source is not None]
+    reading: dict[str, list[Reader]] = {a.site: [] for a in activations}
+    driven = [(a.source, a.site) for a in activations if a.source is not None]
     for target, name in [*driven, *((out, "outputs") for out in graph.outs[: graph.n_outputs])]:
         sites, found = above(target)
         below = [above(layer.operand) for layer in found]
@@ -92,8 +101,6 @@ def readers(graph: Graph, inputs: Sequence[str]) -> dict[str, list[Reader]]:
             )
         for site in below[0][0] or inputs:
             reading.setdefault(site, []).append(Reader(found[0], target, name))
-    if any(a.scope for a in graph.activations):
-        raise NotImplementedError("damping serves chains of layers: this network has activations inside a loop")
     return reading
 
 
@@ -141,7 +148,9 @@ def check_projection(site: str, fn: Callable, x) -> None:
             f"the activation {site!r} uses constants that are not known when the network is traced, so that it cannot "
             "be told whether damping serves it: write them as literals"
         ) from None
-    if not np.allclose(values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3):
+    if jnp.iscomplexobj(x) or not np.allclose(
+        values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3
+    ):
         raise NotImplementedError(
             f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an "
             "interval (its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has "

@@ -9,6 +9,7 @@ State k has the pre-activation a_k from below and the top-down signal D_k from a
                 (at alpha = 0 and 1 one of the two is not nudged, and is f(a_k) as it is)
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta
 
+Where beta differs by state, D_k is multiplied by beta_k / beta_{k+1} and dW_k divided by beta_{k+1} (Eq. 12, 45).
 What lies between two activations (weights, pooling, normalisation, skip connections) is linearised at sbar.
 
 What travels here is delta = -(s+ - s-) / beta, on the scale on which the cotangent arrives: at beta -> 0 it is the
@@ -23,14 +24,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import LINEAR, VIEWS, refuse_doubts
+from lrules.activations import LINEAR, VIEWS, passing_names, treated
 from lrules.analysis import INLINED, Block, as_varying, bind, is_literal, scan_counts, varying_axes
 from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
 from lrules.plan import Direct, Plan, make_plan
@@ -48,6 +49,7 @@ from lrules.rule import (
     require_pattern,
 )
 from lrules.rules.damping import check_projection, norms, readers
+from lrules.rules.differences import check_differences
 from lrules.running import plain_run
 
 Number = float | Mapping[str, float]
@@ -71,6 +73,7 @@ def dual_propagation(
     tolerance: float | None = None,
     *,
     axis_name: str | Sequence[str] | None = None,
+    passing: str | Iterable[str] = (),
 ) -> Rule:
     """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states in the place of derivatives.
 
@@ -78,26 +81,37 @@ def dual_propagation(
     dW_k = -(s+_{k+1} - s-_{k+1}) sbar_k^T / beta  with  sbar = alpha s+ + ~alpha s-  and  ~alpha = 1 - alpha
 
     The outputs and the value are those of the clean forward pass. States start clean; an iteration renews each once
-    (`"forward_backward"`: on the way up and on the way down). In `grads.report` of `value_and_grad` are, per iteration,
-    the `residual`, the largest change of s+ and s- relative to their difference (it falls to zero where the states
-    converge, and stays of order 1 where they do not; 1 by definition in the first), and how many `iterations` ran.
+    (`"forward_backward"`: on the way up and on the way down). In `grads.report` of `value_and_grad` are the `residual`
+    of each iteration and how many `iterations` ran. For one activation it is the norm of the change of s+ and s- over
+    that of s+ - s-, both taken over the whole batch; the residual is the maximum over the hidden activations, with
+    `input_nudge` the inputs too; the outputs do not count. It falls to zero where the states converge, and stays of
+    order 1 where they do not; it is 1 by definition in the first iteration (but in `"odd_even"` and `"random"`, where
+    it is measured), and NaN in those that `tolerance` saves.
+
     States have the precision of their activation: in half precision the difference of two is mostly rounding unless
-    beta is large. As differences of values stand in for derivatives, an activation's own derivative (`custom_vjp`, a
-    surrogate gradient) plays no part.
+    beta is large. Differences of values stand in for derivatives: an activation that declares another derivative than
+    its own (a surrogate gradient, a straight-through one) is refused, and so is a complex one that is not holomorphic.
+
+    Max pooling sends error to the maximum of sbar. With the adjoint, sbar is f(a) to O(beta^2) for every alpha; with
+    the original at alpha other than 1/2 it is that only to O(beta), so that another element may be the maximum. (The
+    authors' programs take the maximum of the last s+ and pool before the activation.)
 
     Args:
       alpha: the weight of s+ in the mean, in [0, 1]. At 1/2 the two variants are one, and the gradient is exact to
         O(beta^2), else to O(beta). A number, or numbers by regular expression (`re.search`, first match) on the names
         of activations as `lrules.describe` lists them; at the ends there are `"inputs"`, with `input_nudge`, and
         `"outputs"`, with `output="squared_error"`.
-      beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name.
+      beta: how strongly the outputs are nudged, on the scale of one example's loss. As alpha, a number or by name: then
+        D_k is multiplied by beta_k / beta_{k+1} (Eq. 12, 45).
       adjoint: DP^T (Eq. 19 and 22), which is stable for every alpha; else the original (Eq. 2).
       iterations: how many.
       order: `"forward_backward"`, a sweep up and one down: n of them cost (2n + 1) / 3 of backprop. `"forward"`, sweeps
         up alone, in which error falls by one layer per iteration. `"parallel"`, all states at once from the old ones;
-        `"odd_even"`, the odd ones at once, then the even ones; `"random"`, one after another in random order (those of
-        a scanned activation together): in these, too, error needs up to as many iterations as there are layers to come
-        down, and the lowest weights get none before.
+        `"odd_even"`, the odd ones at once, then the even ones, where a state's number is that of the activations on the
+        longest way from the inputs to it, itself included (in a loop each iteration has its own), the inputs have 0 and
+        the outputs one more than the highest before them; `"random"`, one after another in random order (those of a
+        scanned activation together): in these three, too, error needs up to as many iterations as there are layers to
+        come down, and the lowest weights get none before.
       output: the outputs' error: `"once"`, the loss linearised at the clean outputs; `"refreshed"`, at the present ones
         in each iteration (Eq. 22); `"squared_error"`, the exact minimiser (Eq. 3) for squared errors of single outputs,
         original only. It exists where ~alpha beta h < 1, h the loss's curvature (1 for half a squared error), and is
@@ -105,14 +119,20 @@ def dual_propagation(
       damping: of the original: L_k = (beta_k / beta_{k+1}) ||W^T W|| from 5 power iterations (`"spectral"`, Eq. 46),
         max(0, that - 1) / 2, at which a state contracts while its neighbours stand still (`"contracting"`; all together
         may still oscillate), or a number (Eq. 50). For chains of dense layers and convolutions, with constant factors
-        and pooling; the first two not with normalisation. At alpha 0 or 1 the state that is not nudged is not damped.
+        and pooling, written without loops; the first two not with normalisation. At alpha 0 or 1 the state that is not
+        nudged is not damped.
       input_nudge: g, to let the inputs be states too, damped where the others are: s+_0 = x + ~alpha g D_0 and so on
-        (the original: x + alpha g D_0; section 6.1 has g = 1). A sweep renews them once, on its way down.
+        (the original: x + alpha g D_0; section 6.1 has g = 1). `"forward_backward"` renews them once, at the end
+        of its way down, `"forward"` before all others, with the D of the old states, `"parallel"` with all others,
+        `"odd_even"` with the even ones, `"random"` in their turn.
       feedback: a sequential rule whose feedback takes the place of W^T on the way down: `feedback_alignment()`,
         `kolen_pollack()`, a partition of such. It forms the weight gradient, too.
       tolerance: stop as soon as the residual is at most this.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does (that
         of `value_and_grad` runs over one device's share).
+      passing: names of functions that have no states, so that error passes them by their derivative: activations as
+        `lrules.describe` lists them (`"tanh"`: all of that name, `"tanh#2"`: that one) and nonlinearities as refusals
+        name them (`{"exp"}`).
 
     Returns:
       The rule. Under `lrules.transform` only with `output="once"`. It needs `rng=` if the order is `"random"`.
@@ -120,15 +140,17 @@ def dual_propagation(
     Raises:
       ValueError: an argument is out of range, or two do not go together; at use: fewer forward iterations than layers.
       NotImplementedError: at use: an activation is not recognised, or lies inside a `cond` or `shard_map` of the
-        network; a modifier replaces derivatives; the network is no chain that can be damped.
+        network, declares another derivative than its own, or is complex and not holomorphic; a modifier replaces
+        derivatives; the network is no chain that can be damped.
 
     References:
       Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), sections 3, 5, 6.1, F; Eq. 1 to 3, 18
       to 22, 44 to 50.
     """
     options = _Options(
-        alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance, axis_name
-    )
+        alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback, tolerance, axis_name,
+        passing_names(passing),
+    )  # fmt: skip
     _check(options)
 
     def plan(net, graph, params, inputs) -> Plan:
@@ -191,6 +213,7 @@ class _Options:
     feedback: Rule | None
     tolerance: float | None
     axis_name: str | Sequence[str] | None
+    passing: frozenset[str]
 
 
 def _check(options: _Options) -> None:
@@ -240,14 +263,16 @@ class _Own:
 
 
 def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan:
-    refuse_doubts(graph.doubts)
-    for activation in graph.activations:
-        inside = [s.split(" ")[0] for s in activation.scope if s != "scan"]
-        if inside:
-            raise NotImplementedError(
-                f"the activation {activation.site!r} lies inside a {inside[0]}, where its two states cannot be kept: "
-                f"take it out of the {inside[0]}"
-            )
+    activations = treated(graph, options.passing)
+    inside = {a.site: s.split(" ")[0] for a in activations for s in a.scope if s != "scan"}
+    if inside:
+        listed = ", ".join(map(repr, inside))
+        what, lie = ("activation", "lies") if len(inside) == 1 else ("activations", "lie")
+        raise NotImplementedError(
+            f"the {what} {listed} {lie} inside a {next(iter(inside.values()))}, where two states cannot be kept: take "
+            f"them out of it, or give passing={{{listed}}}, by which error passes by their derivative"
+        )
+    check_differences(graph, activations)
     own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     if options.feedback is None:
         return own
@@ -310,6 +335,8 @@ class _Dyads(Handler):
         self.units, self.mode, self.projections = units, mode, projections
 
     def activation(self, activation, fn, x, frame):
+        if activation.site not in self.units:
+            return fn(x)
         if self.projections:
             check_projection(activation.site, fn, x)
         return self.state(activation.site, fn, x, frame)
@@ -393,14 +420,15 @@ class _Dual:
             )
         firsts = [f"inputs{f'#{k}' if k > 1 else ''}" for k in range(1, sum(nudged) + 1)]
         self.nudged = {i: name for i, name in zip([i for i, n in enumerate(nudged) if n], firsts, strict=True)}
-        self.clean = {a.site: zeros_at(a.output) for a in graph.activations}
+        activations = treated(graph, options.passing)
+        self.clean = {a.site: zeros_at(a.output) for a in activations}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
-        self.readers = readers(graph, list(self.nudged.values())) if options.damping is not None else {}
+        self.readers = readers(graph, activations, list(self.nudged.values())) if options.damping is not None else {}
         self.levels: dict[str, np.ndarray] = {}
         self.depth = 1
         if options.order != "forward_backward":
-            self.levels, self.depth = _levels(graph)
+            self.levels, self.depth = _levels(graph, set(self.clean))
             self.levels |= {name: np.zeros((), int) for name in self.nudged.values()}
         if options.order == "forward" and options.iterations < self.depth:
             raise ValueError(
@@ -603,7 +631,7 @@ class _Dual:
             return {site: jnp.asarray(options.damping, jnp.result_type(float)) for site in self.readers}
         params, _, inputs, consts, _ = args
         found: dict[str, Any] = {}
-        for site, above, norm in norms(self.graph, params, inputs, consts, self.readers):
+        for site, above, norm in norms(self.graph, set(self.clean), params, inputs, consts, self.readers):
             beta = self.units[site].scale * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
             higher = self.units[above].scale if above in self.units else self.units[site].scale
             if options.output == "refreshed" and above == "outputs":  # losses of a curvature up to 1
@@ -661,7 +689,7 @@ def _joined(state: State, damping: Mapping[str, Any]) -> State:
 
 
 def _norm(x):
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))))
 
 
 def _residual(old: State, new: State):
@@ -756,7 +784,7 @@ def _in_place(value, views) -> bool:
 # ------------------------------------------------------------------------------------------------------ the levels
 
 
-def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
+def _levels(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int]:
     """The number of activations up to each state, per iteration of the loops, and that of the outputs."""
 
     def walk(block: Block, ins: list[int]) -> tuple[list[int], dict[str, Any]]:
@@ -769,7 +797,7 @@ def _levels(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
         for index, eqn in enumerate(block.jaxpr.eqns):
             levels = [read(v) for v in eqn.invars]
             outs = [max(levels, default=0)] * len(eqn.outvars)
-            if index in block.regions:
+            if index in block.regions and block.regions[index].activation.site in sites:
                 region = block.regions[index]
                 outs = [read(region.root) + 1]
                 found[region.activation.site] = np.asarray(outs[0])

@@ -11,17 +11,20 @@ normalisation and softmax: none of them is a neuron's transfer function.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
-from lrules.activations import refuse_doubts
+from lrules.activations import passing_names, treated
 from lrules.constructors import layerwise
 from lrules.network import Frame, Handler
 from lrules.plan import Direct, Plan
 from lrules.rule import Rule
 
 
-def skipped_backprop() -> Rule:
+def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
     """Skipped backpropagation (SBP): backprop's path to each layer, without the activations' derivatives on the way.
 
     delta_l = (W_{l+1}^T W_{l+2}^T ... W_L^T e) * f'(z_l)
@@ -29,36 +32,49 @@ def skipped_backprop() -> Rule:
     Convolutions go down by their transpose, pooling and whatever else is no activation by its true derivative
     (max pooling: to the maximum). An activation after the last layer counts as one on the way.
 
+    Modifiers of the error act on what arrives at each hidden signal, for the layer below it alone: nothing that they
+    change goes further down, so that, other than around sequential rules, modifications do not accumulate.
+
+    Args:
+      passing: names of functions that are no activations, so that error passes them by their derivative: activations as
+        `lrules.describe` lists them (`"tanh"`: all of that name, `"tanh#2"`: that one) and nonlinearities as refusals
+        name them (`{"exp"}`).
+
     Returns:
       The rule; it needs no feedback. It costs what backprop costs, up to a second pass over the activations.
 
     Raises:
+      ValueError: at `init` or use: a name in `passing` is that of nothing in the network.
       NotImplementedError: at `init` or use: a nonlinearity is not recognised as an activation, or a layer lies inside
         a `cond` or `shard_map`.
 
     References:
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 3.
     """
-    spec = Direct(None, channel=_channel)
+    spec = Direct(None, channel=_Channel(passing_names(passing)))
 
     def choose_for(graph):
-        refuse_doubts(graph.doubts)
+        treated(graph, spec.channel.passing)  # type: ignore[union-attr]
         return lambda name: spec
 
     return layerwise(choose_for, layer=spec)
 
 
-def _channel(plan: Plan, params, inputs, consts, records):
+@dataclasses.dataclass(frozen=True)
+class _Channel:
     """The pullback from the outputs to the hidden signals `records`, through a network whose activations are linear."""
-    refuse_doubts(plan.graph.doubts)
-    handler = _Linear(set(records))
 
-    def network(records):
-        frame = Frame(records)
-        return plan.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame, marks=plan.marks)
+    passing: frozenset[str]
 
-    _, pull, _ = jax.vjp(network, records, has_aux=True)
-    return jax.tree_util.Partial(_only, pull)
+    def __call__(self, plan: Plan, params, inputs, consts, records):
+        handler = _Linear(set(records), {a.site for a in treated(plan.graph, self.passing)})
+
+        def network(records):
+            frame = Frame(records)
+            return plan.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame, marks=plan.marks)
+
+        _, pull, _ = jax.vjp(network, records, has_aux=True)
+        return jax.tree_util.Partial(_only, pull)
 
 
 def _only(pull, errors):
@@ -71,10 +87,12 @@ class _Linear(Handler):
 
     activations = True
 
-    def __init__(self, names: set[str]):
-        self.names = names
+    def __init__(self, names: set[str], sites: set[str]):
+        self.names, self.sites = names, sites
 
     def activation(self, activation, fn, x, frame):
+        if activation.site not in self.sites:
+            return fn(x)
         return _straight(jax.lax.stop_gradient(fn(x)), x)
 
     def hidden(self, hidden, value, frame):

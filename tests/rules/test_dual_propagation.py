@@ -321,6 +321,26 @@ def test_loops(order):
     )
 
 
+def test_damping_of_a_loop():
+    """Refused for what it is; written out, as the refusal says, the same chain is damped."""
+    width, options = 4, {"alpha": 1.0, "adjoint": False, "iterations": 2}
+    params, x = {"w": jnp.ones((3, width, width)) / 9, "out": jnp.ones((width, 2))}, jnp.ones((5, width))
+
+    def looped(p, x):
+        return jax.lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, p["w"])[0] @ p["out"]
+
+    def written_out(p, x):
+        for w in p["w"]:
+            x = jax.nn.relu(x @ w)
+        return x @ p["out"]
+
+    for damping in ("spectral", "contracting", 0.5):
+        rule = lrules.dual_propagation(damping=damping, **options)
+        with pytest.raises(NotImplementedError, match="'relu' lies inside a loop, .*: write the loop out"):
+            gradient_of_sum(looped, rule, params, x)
+        assert jnp.any(gradient_of_sum(written_out, rule, params, x)["w"])
+
+
 def test_a_loop_counts_as_many_layers_as_it_has_iterations():
     net, x, apply, params = stacked(6)
     rule = lrules.dual_propagation(order="forward", iterations=6)
@@ -716,6 +736,20 @@ def test_refused_activations(construct, message):
 
     with pytest.raises(NotImplementedError, match=message):
         lrules.value_and_grad(apply, half_squared, lrules.dual_propagation())(params, NO_FEEDBACK, x, y)
+
+
+def test_what_lies_in_a_branch_can_pass():
+    """As the refusal says."""
+    params, x = {"a": jnp.eye(3), "b": jnp.ones((3, 3)) / 2, "c": jnp.ones((3, 2))}, jnp.ones((5, 3))
+
+    def net(p, x):
+        h = jnp.sin(x @ p["a"]) @ p["b"]
+        return jax.lax.cond(h.sum() > 0, jax.nn.silu, jnp.tanh, h) @ p["c"]
+
+    with pytest.raises(NotImplementedError, match=r"'tanh', 'silu' lie inside a cond, .* passing=\{'tanh', 'silu'\},"):
+        gradient_of_sum(net, lrules.dual_propagation(), params, x)
+    found = gradient_of_sum(net, lrules.dual_propagation(beta=1e-5, passing={"silu", "tanh"}), params, x)
+    bridge.close(found, jax.grad(lambda p: net(p, x).sum())(params), 1e-6)
 
 
 def gradient_of_sum(net, rule, params, x):

@@ -99,3 +99,25 @@ def test_a_mark_named_like_a_layer_changes_nothing(rule):
         for net in (apply, unmarked)
     )
     bridge.close(one, two, 1e-6)
+
+
+def test_modifications_do_not_accumulate():
+    """Each layer gets its own signal modified once, however many signals lie above."""
+    params = [jax.random.normal(jax.random.key(i), (3, 3)) for i in range(4)]
+    x = jax.random.normal(jax.random.key(9), (5, 3))
+
+    def net(p, x):
+        for w in p[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ p[-1]
+
+    def gradient(rule):
+        f = lrules.transform(net, rule)
+        return jax.grad(lambda p: f(p, lrules.Feedback({}, {}), x).sum())(params)
+
+    double = lambda signal, name, rng: 2 * signal  # noqa: E731
+    plain = gradient(lrules.skipped_backprop())
+    modified = gradient(lrules.modify_error(lrules.skipped_backprop(), double))
+    bridge.close(modified, [*(2 * g for g in plain[:-1]), plain[-1]], 1e-6)
+    accumulated = gradient(lrules.modify_error(lrules.backprop(), double))
+    bridge.close(accumulated, [g * 2 ** (3 - k) for k, g in enumerate(gradient(lrules.backprop()))], 1e-6)

@@ -1,0 +1,166 @@
+"""For which activations differences of states stand in for derivatives (dual propagation).
+
+A difference of two states knows what a function does, not what derivative it declares: that of a spike with a
+surrogate, or of a function that is straight through, has nothing to do with it. And where states are complex, JAX's
+cotangents go down by the transpose of the derivative, which a difference is only if that is one complex number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrules.activations import CALLS, OWN_DERIVATIVE, STOP, VIEWS, Region, call_body
+from lrules.analysis import Activation, Block, Value, bind, is_literal, placed_as
+from lrules.network import Graph
+
+FAR = np.asarray([-1e4, 1e4])
+NEAR = np.asarray([-0.03, -0.01, -0.003, 0.003, 0.01, 0.03])
+POINTS = np.concatenate([np.linspace(-8, 8, 257), FAR, NEAR]) + 3e-4  # at none of the usual kinks
+TURNED = np.linspace(0.1, 4, 128) * np.exp(2.4j * np.arange(128))
+SHAPING = {*VIEWS, STOP, "copy", "copy_p", "reshard", "sharding_constraint", "pvary", "pcast"}
+CACHE: dict[Any, bool] = {}  # whether two derivatives, as jaxprs, are the same
+
+
+def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
+    """Refuses activations that differences of states cannot serve.
+
+    Raises:
+      NotImplementedError: one declares a derivative that is not its own, or is complex and not holomorphic.
+    """
+    sites = {a.site for a in activations}
+    for block, region in _regions(graph.block):
+        site = region.activation.site
+        if site not in sites:
+            continue
+        kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]
+        if any(kinds) and not (all(kinds) and _same(graph, block, region, _turned, _straight)):
+            raise NotImplementedError(
+                f"the activation {site!r} is complex and not holomorphic, where differences of states are no "
+                f"derivatives: write it on the real and the imaginary part, or give passing={{{site!r}}}, by which "
+                "error passes it by its derivative"
+            )
+        if _declares(region.eqns) and not _same(graph, block, region, _straight, _straight, opened=True):
+            raise NotImplementedError(
+                f"the activation {site!r} has a derivative of its own, which is not that of the function, and "
+                f"differences of states know nothing of it: give passing={{{site!r}}}, by which error passes it by "
+                "that derivative, or use another rule"
+            )
+
+
+def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
+    yield from ((block, region) for region in block.regions.values())
+    for children in block.children.values():
+        for child in children:
+            yield from _regions(child)
+
+
+def _declares(eqns) -> bool:
+    """Whether a derivative may be other than that of the function."""
+    names = {eqn.primitive.name for eqn in eqns}
+    bodies = [call_body(eqn) for eqn in eqns if eqn.primitive.name in CALLS]
+    return not names.isdisjoint((STOP, *OWN_DERIVATIVE)) or any(_declares(b.eqns) for b in bodies if b is not None)
+
+
+def _straight(f: Callable, x):
+    """The derivative."""
+    y, pull = jax.vjp(f, x)
+    return pull(jnp.ones_like(y))[0]
+
+
+def _turned(f: Callable, x):
+    """The derivative of a holomorphic function, by way of another direction."""
+    y, pull = jax.vjp(f, x)
+    return pull(1j * jnp.ones_like(y))[0] / 1j
+
+
+def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Callable, opened: bool = False) -> bool:
+    """Whether two derivatives of an activation are the same at sample points, the other one's with its calls opened."""
+    like = region.root.aval
+    complex_ = jnp.issubdtype(like.dtype, jnp.complexfloating)
+    close = 4 * float(jnp.finfo(like.dtype).eps) ** 0.5
+    with jax.ensure_compile_time_eval():
+        captured = [_constant(graph, block.value(v)) for v in region.others]
+
+    def function(opened: bool) -> Callable:
+        def f(x):
+            env = dict(zip(region.others, captured, strict=True)) | {region.root: x}
+            return _evaluate(region.eqns, env, opened)[region.output]
+
+        return f
+
+    def traced(derivative: Callable, f: Callable):
+        bare = jax.ShapeDtypeStruct(like.shape, like.dtype)
+        return jax.make_jaxpr(lambda x: derivative(f, placed_as(x, like)))(bare)
+
+    pair = [traced(one, function(False)), traced(other, function(opened))]
+    key = (
+        *(re.sub(r"\[[\d,]*\]", "", str(t.jaxpr)) for t in pair),
+        *(np.asarray(c).tobytes() for t in pair for c in t.consts),
+    )
+    if key not in CACHE:
+        a, b = (_sampled(t, TURNED if complex_ else POINTS, like.dtype) for t in pair)
+        known = np.isfinite(a) & np.isfinite(b)
+        CACHE[key] = bool(np.allclose(a[known], b[known], rtol=close, atol=close))
+    return CACHE[key]
+
+
+def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
+    """What an elementwise function makes of points, each taken alone: shapes and places are left out."""
+
+    def at(jaxpr, values):
+        env = dict(zip(jaxpr.invars, values, strict=True))
+        for eqn in jaxpr.eqns:
+            ins = [v.val if is_literal(v) else env[v] for v in eqn.invars]
+            body = call_body(eqn)
+            if body is not None:
+                got = at(body, ins)
+            elif eqn.primitive.name == "convert_element_type":
+                got = [jax.lax.convert_element_type(ins[0], eqn.params["new_dtype"])]
+            else:
+                got = ins if eqn.primitive.name in SHAPING else bind(eqn, ins)
+            env.update(zip(eqn.outvars, got, strict=True))
+        return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    jaxpr = getattr(traced, "jaxpr", traced)
+    consts = [jnp.ravel(c)[0] for c in traced.consts]
+    with jax.ensure_compile_time_eval():
+        opened = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+        values = jax.jit(jax.vmap(lambda x: at(opened, [*consts, x])[0]))(jnp.asarray(points, dtype))
+        return np.asarray(values, np.result_type(points))
+
+
+def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
+    """What equations make of what is known; opened, their derivative is that of the function itself."""
+    for eqn in eqns:
+        values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
+        body = call_body(eqn) if opened else None
+        if opened and eqn.primitive.name == STOP:
+            got = values
+        elif body is not None:
+            inner = _evaluate(body.eqns, dict(zip(body.invars, values, strict=True)), opened)
+            got = [v.val if is_literal(v) else inner[v] for v in body.outvars]
+        else:
+            got = bind(eqn, values)
+        env.update(zip(eqn.outvars, got, strict=True))
+    return env
+
+
+def _constant(graph: Graph, value: Value):
+    """A constant that is the same for all elements, or ones where it is not known when the network is traced."""
+    if value.producer is not None and len(value.producer.outvars) == 1:
+        eqn = value.producer
+        return bind(eqn, [v.val if is_literal(v) else _constant(graph, operand)
+                          for v, operand in zip(eqn.invars, value.operands, strict=True)])[0]  # fmt: skip
+    if value.place is not None and value.place[1] in value.place[0].jaxpr.constvars:
+        block, variable = value.place
+        consts = graph.consts if block is graph.block else block.consts
+        found = dict(zip(block.jaxpr.constvars, consts, strict=True))[variable]
+        if not isinstance(found, jax.core.Tracer):
+            return jnp.asarray(found)
+    return jnp.ones(value.aval.shape, value.aval.dtype)
