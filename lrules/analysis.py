@@ -512,6 +512,7 @@ class Analysis:
             block, index = layer.place
             self.layers.remove(layer)
             del block.layers[index]
+            layer.output.layer = None  # type: ignore[union-attr]
             if layer.reads is not None:
                 layer.reads.readers.remove(layer)
         for hidden in [h for h in self.hidden if not h.mark and not h.readers]:
