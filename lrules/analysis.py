@@ -704,8 +704,9 @@ class Analysis:
             producer=eqn,
             operands=tuple(ins),
         )
-        stops = name == "stop_gradient" and ins[0].smooth  # of a weight, it only freezes it
-        if _inexact(aval):
+        own = self.inner is not None  # inside a function with a derivative of its own, which may pass integers
+        stops = name == "stop_gradient" and ins[0].smooth and not own  # of a weight, it only freezes it
+        if _inexact(aval) or (own and _counts(aval)):
             value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
             value.smooth = any(v.smooth or (v.data and _counts(v.aval) and name in CASTS) for v in ins)
         if value.chosen:

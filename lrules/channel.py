@@ -503,7 +503,7 @@ class _PerExample(Handler):
                 if whole:
                     found = raw(x, _alone(d, slices, y_axis))
                 else:
-                    found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))
+                    found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))  # type: ignore[arg-type]
                 return jax.tree.map(lambda t, g: t + self.changed(g).astype(t.dtype), total, found), None
 
             split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
