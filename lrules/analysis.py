@@ -299,7 +299,10 @@ SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 REMATS = {"remat", "remat2", "checkpoint"}
-REMEDIES = {"while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)"}
+REMEDIES = {
+    "while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)",
+    "loop inside a custom_vjp function": " (for diffrax.diffeqsolve, sequential rules serve adjoint=DirectAdjoint())",
+}
 
 
 def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -436,7 +439,7 @@ class Analysis:
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
         self.sealed: str | None = None  # inside a construct where no layer can be served
-        self.inner: list[Multiplication] | None = None  # the products in a function with a derivative of its own
+        self.inner: list[tuple[Multiplication, str]] | None = None  # the products in a function with its own derivative
 
     # -- registering what is found
 
@@ -450,7 +453,7 @@ class Analysis:
     def add_layer(self, block: Block, index: int, eqn, found: Multiplication):
         w, x, sources = found.weight, found.operand, found.sources
         if self.inner is not None:
-            self.inner.append(found)
+            self.inner.append((found, "loop inside a " if {"scan", "while"} & set(block.scope) else ""))
             return
         if self.sealed:
             self.refuse(
@@ -682,19 +685,19 @@ class Analysis:
         what = "custom_" + eqn.primitive.name[7:10] + " function"
         before = self.inner, self.sealed, self.refusals
         self.inner, self.sealed, self.refusals = [], self.sealed or what, []
-        self.walk(body, [dataclasses.replace(v, place=None) for v in ins], block.scope, (), (index, "custom"))
+        self.walk(body, [dataclasses.replace(v, place=None) for v in ins], (), (), (index, "custom"))
         found, refusals = self.inner, self.refusals
         self.inner, self.sealed, self.refusals = before
-        served = None if refusals else one_layer(eqn, ins, found)
+        served = None if refusals or any(loop for _, loop in found) else one_layer(eqn, ins, [p for p, _ in found])
         if served is not None:
             self.add_layer(block, index, eqn, served)
             return served
         self.refusals += refusals
-        for product in found:
+        for product, loop in found:
             self.refuse(
                 product.sources,
-                f"the parameter {{name}} is multiplied by data inside a {what}, where no rule can reach it: take the "
-                f"multiplication out of the {what}",
+                f"the parameter {{name}} is multiplied by data inside a {loop}{what}, where no rule can reach it: take "
+                f"the multiplication out of the {loop}{what}{REMEDIES.get(loop + what, '')}",
             )
         return None
 
@@ -716,8 +719,9 @@ class Analysis:
             producer=eqn,
             operands=tuple(ins),
         )
-        stops = name == "stop_gradient" and ins[0].smooth  # of a weight, it only freezes it
-        if _inexact(aval):
+        own = self.inner is not None  # inside a function with a derivative of its own, which may pass integers
+        stops = name == "stop_gradient" and ins[0].smooth and not own  # of a weight, it only freezes it
+        if _inexact(aval) or (own and _counts(aval)):
             value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
             value.smooth = any(v.smooth or (v.data and _counts(v.aval) and name in CASTS) for v in ins)
         if value.chosen:
@@ -822,7 +826,7 @@ class Analysis:
             Value(v.aval, **_classes(v if v.pure else everything)) for v in carry
         ]
         before, self.sealed = self.sealed, self.sealed or "while loop"
-        self.walk(body, inner, block.scope, (), (*key, "while"))
+        self.walk(body, inner, (*block.scope, "while"), (), (*key, "while"))
         self.sealed = before
         return [Value(v.aval, **_classes(everything), producer=eqn, operands=tuple(ins)) for v in eqn.outvars]
 

@@ -159,10 +159,10 @@ def _back(eqn, a: Value, b: Value, axis: int):
             if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _grown(u, v) == i:
                 return to(u, v, i)
         return None
-    if name == "dot_general":
-        _, batched = eqn.params["dimension_numbers"]
-        contracted, _ = eqn.params["dimension_numbers"]
-        for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+    if name == "dot_general" or name.startswith("ragged_dot"):
+        ragged = eqn.params.get("ragged_dot_dimension_numbers")
+        contracted, batched = ragged.dot_dimension_numbers if ragged else eqn.params["dimension_numbers"]
+        for k, (u, v) in enumerate(zip(a.operands[:2], b.operands[:2], strict=True)):
             free = [d for d in range(len(u.aval.shape)) if d not in contracted[k] and d not in batched[k]]
             start = len(batched[0]) if k == 0 else len(a.aval.shape) - len(free)
             where = dict(enumerate(batched[k])) | dict(enumerate(free, start))

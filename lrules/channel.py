@@ -404,6 +404,8 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     the same product, is quantised too; learned direct feedback (`direct_feedback_alignment(adaptive=True)`), whose
     update is formed from the output error and the hidden signal, is not. Examples are taken one by one: the memory does
     not grow with batch times parameters, the time does; on a mesh with explicit axes, every device takes all examples.
+    Where one example cannot be multiplied alone (weights chosen for each example, `ragged_dot`, functions with a
+    derivative of their own), its error alone goes back through the whole batch.
     Of BackMAN, c times the example's gradient is quantised, as it stands, with c from the unquantised gradient of the
     batch.
 
@@ -472,10 +474,13 @@ class _PerExample(Handler):
 
     def layer(self, layer, op, w, b, x, frame):
         x_axis, y_axis = self.axes[layer.site]
-        if x_axis is None or y_axis is None or len(jax.tree.leaves(x)) > 1:
+        # Where one example's rows alone would be multiplied otherwise, its error alone goes back through all of them.
+        whole = layer.weight.batched or layer.operation.startswith(("ragged_dot", "custom"))
+        if y_axis is None or not (whole or (x_axis is not None and len(jax.tree.leaves(x)) == 1)):
             raise NotImplementedError(
                 f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "
-                "told, so its updates cannot be taken one example at a time: put the batch in front of what it reads"
+                "told, so its updates cannot be taken one example at a time: write the network so that the batch stays "
+                "an axis of its own, in the order of the inputs"
             )
         gain, plain, run = self.gains.get(layer.site), op.plain, op.run
         fed = b is not w
@@ -498,11 +503,15 @@ class _PerExample(Handler):
                 return g.astype(at_least_float32(g.dtype)) * c, db
 
             def example(total, slices):
-                x, d = slices
-                found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), x), _one(d, y_axis))
+                if whole:
+                    found = raw(x, _alone(d, slices, y_axis))
+                else:
+                    found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))  # type: ignore[arg-type]
                 return jax.tree.map(lambda t, g: t + self.changed(g).astype(t.dtype), total, found), None
 
-            split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)
+            split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
+            if not whole:
+                split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)  # type: ignore[arg-type]
             totals, _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
             dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
             return dw, db, dx
@@ -568,6 +577,13 @@ def _whole(x, axis: int):
 def _one(x, axis: BatchAxis):
     """One example of `_to_front`, as `[..., before * 1 * after, ...]`."""
     return x.reshape(*x.shape[: axis.axis], axis.before * axis.after, *x.shape[axis.axis + 2 :])
+
+
+def _alone(x, i, axis: BatchAxis):
+    """The tensor with zeros for all examples but one."""
+    size = x.shape[axis.axis]
+    example = jnp.arange(size) // axis.after % (size // (axis.before * axis.after))
+    return jnp.where(jnp.expand_dims(example == i, [a for a in range(x.ndim) if a != axis.axis]), x, 0)
 
 
 # --------------------------------------------------------------------------------------------------- the quantiser

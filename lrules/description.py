@@ -108,7 +108,10 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
     except ValueError:  # there is no batch, or another one makes another network
         return shapes
     others = [h.reader for h in twice.hidden] if twice else [None] * len(shapes)
-    axes = [batch_axis(net, h.name, h.reader, other, batch) for h, other in zip(graph.hidden, others, strict=True)]
+    axes = [
+        batch_axis(net, h.name, h.reader, other, batch) if h.reader.batched else None
+        for h, other in zip(graph.hidden, others, strict=True)
+    ]
     return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 
 

@@ -495,8 +495,12 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
     dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
     contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
     free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
+    batch: Sequence[int] = ()
     if layer.operation == "dot_general":  # members of an ensemble, heads: each is a matrix of its own
         batch = layer.eqn.params["dimension_numbers"][1][layer.position]
+    elif layer.operation.startswith("ragged_dot"):
+        batch = layer.eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+    if batch:
         members = {a for d in batch if d < len(dims) for a in dims[d]} - contracted
         free, sliced = free - members, sliced | members
     lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
@@ -572,8 +576,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
             raise ValueError(
                 f"an output of shape {aval.shape} has no batch axis, of {batch} examples in the order of the inputs, "
                 "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or "
-                "return what has no batch as aux (has_aux=True); where rows are the nodes of one graph (segment_sum, "
-                "scatter), say where they lie, Network(apply, signal_axes=0)"
+                "return what has no batch as aux (has_aux=True); where its examples lie in the order of the inputs, as "
+                "the nodes of one graph (segment_sum) do, say so, Network(apply, signal_axes={'outputs': 0})"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
@@ -600,7 +604,8 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
                 remedy = "give that layer a sequential rule (partition), or choose with at= where feedback lands"
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
-                f"be told (batch {batch}): {remedy}, or say where it lies, Network(apply, signal_axes=...)"
+                f"be told (batch {batch}): {remedy}, or, where its examples lie in the order of the inputs, say so, "
+                f"Network(apply, signal_axes={{'^{hidden.name}$': 0}})"
             )
         axes[hidden] = axis
     for hidden, spec in chosen:

@@ -58,7 +58,8 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         raise ValueError(f'alpha={alpha!r} is neither a number nor "gradient_norm": give that, or a number from 0 on')
     outer = mesh_axes(axis_name)
 
-    def coefficients(raw, d, layer):
+    def coefficients(op, w, x, d, layer):
+        (raw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         axes = _device_axes(layer, raw, outer)
 
         def whole(value):
@@ -71,34 +72,51 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         alive = norm > 0
         c = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
         if named:
-            size = whole(_squares(d.astype(wide), raw.ndim, layer))
+            size = whole(_squares(op, w, x, d.astype(wide), layer))
             total, scaled = size.sum(), (size * c * c).sum()
             c = c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
-            return c.astype(wide)  # which is complex where the gradient is
-        return c.astype(wide) * jnp.asarray(alpha, wide)
-
-    def raw_gradient(op, w, x, d):
-        return jax.vjp(lambda w: op(w, x), w)[1](d)[0]
+            return raw, c.astype(wide)  # which is complex where the gradient is
+        return raw, c.astype(wide) * jnp.asarray(alpha, wide)
 
     def gain(op, w, x, d, layer):
-        return coefficients(raw_gradient(op, w, x, d), d, layer)
+        return coefficients(op, w, x, d, layer)[1]
 
     def backward(op, w, b, x, d, layer):
-        raw = raw_gradient(op, w, x, d)
-        c = coefficients(raw, d, layer)
-        (dx,) = jax.vjp(lambda x: op((w.astype(c.dtype) * c).astype(w.dtype), x), x)[1](d)
+        raw, c = coefficients(op, w, x, d, layer)
+        order = _neurons(w, layer) if layer.operation.startswith("custom") else None
+        if order is not None:  # it may round its weight, so that the error is scaled in the weight's place
+            scaled = (d.astype(c.dtype) * _at_outputs(c, d, order, layer)).astype(d.dtype)
+            (dx,) = jax.vjp(lambda x: op(w, x), x)[1](scaled)
+        else:
+            (dx,) = jax.vjp(lambda x: op((w.astype(c.dtype) * c).astype(w.dtype), x), x)[1](d)
         return (raw.astype(c.dtype) * c).astype(w.dtype), dx, None
 
     return sequential(backward, whole_batch=True, gain=gain)
 
 
-def _squares(d, ndim, layer):
+def _neurons(w, layer) -> list[int] | None:
+    """The weight's axes of neurons in the order in which they lie in the outputs; None if rows belong to groups."""
+    order = sorted(layer.output_axes, key=lambda a: (layer.output_axes[a], a))
+    return order if len(order) + len(layer.contracted) == w.ndim else None
+
+
+def _squares(op, w, x, d, layer):
     """The sum of squares of the arriving error per output neuron, of the weight's rank."""
-    kept = sorted(layer.output_axes, key=lambda a: layer.output_axes[a])
+    order = _neurons(w, layer)
+    if order is None:  # each row is that of one group of neurons
+        ones = jax.tree.map(lambda v: jnp.ones_like(v) if jnp.issubdtype(v.dtype, jnp.inexact) else v, x)
+        (rows,) = jax.vjp(lambda w: op(w, ones), w)[1]((jnp.abs(d) ** 2).astype(w.dtype))
+        return rows.mean(layer.contracted, keepdims=True)
     summed = tuple(i for i in range(d.ndim) if i not in layer.output_axes.values())
-    per_neuron = jnp.sum(jnp.abs(d) ** 2, axis=summed)  # its axes in the order of the outputs
-    per_neuron = per_neuron.transpose([kept.index(a) for a in sorted(kept)])
-    return jnp.expand_dims(per_neuron, tuple(a for a in range(ndim) if a not in kept))
+    per_neuron = jnp.sum(jnp.abs(d) ** 2, axis=summed).reshape([w.shape[a] for a in order])
+    per_neuron = per_neuron.transpose([order.index(a) for a in sorted(order)])
+    return jnp.expand_dims(per_neuron, tuple(a for a in range(w.ndim) if a not in order))
+
+
+def _at_outputs(c, d, order, layer):
+    """The coefficients of neurons where these lie in the outputs."""
+    c = c.squeeze(layer.contracted).transpose([sorted(order).index(a) for a in order])
+    return c.reshape([n if i in layer.output_axes.values() else 1 for i, n in enumerate(d.shape)])
 
 
 def _device_axes(layer, raw, outer):

@@ -203,7 +203,8 @@ class _Experiment:
             if axis is None:
                 raise NotImplementedError(
                     f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be told "
-                    f"(batch {batch}), so that its noise cannot be held against the losses: put the batch first"
+                    f"(batch {batch}), so that its noise cannot be held against the losses: write the network so that "
+                    "the batch stays an axis of its own, in the order of the inputs, or use another rule"
                 )
             found[h.name] = frame.records[h.name] * _per_example(difference, axis, h)
         return found
