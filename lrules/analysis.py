@@ -434,7 +434,6 @@ class Analysis:
         self.offsets: list[Offset] = []
         self.refusals: list[Refusal] = []
         self.doubts: list[tuple[Doubt, Value | None]] = []
-        self.tables: list[frozenset[int]] = []
         self.found: dict[Any, int] = {}  # further ones
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
@@ -494,7 +493,7 @@ class Analysis:
         )
         self.layers.append(layer)
         block.layers[index] = layer
-        if x.both and jnp.issubdtype(x.aval.dtype, jnp.inexact):
+        if x.params and jnp.issubdtype(x.aval.dtype, jnp.inexact):
             layer.reads = self.add_hidden(x, "", w.loops, mark=False)
             layer.reads.readers.append(layer)
 
@@ -628,7 +627,6 @@ class Analysis:
         layer = block.layers.get(index)
         if begins:
             outs[0].data = outs[0].smooth = True
-            self.tables += [params] if found is None and not self.silent else []
         if found is not None:  # of signals a layer makes a signal; else rows are looked up
             outs[0].smooth |= begins or found.operand.smooth or bool(found.operand.differentiable)
         if not self.silent and not (outs and outs[0].chosen and layer is None):
@@ -663,6 +661,8 @@ class Analysis:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
         name = eqn.primitive.name
         found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
+        if found is None and key in self.promoted and not any(v.data for v in ins):
+            found = of_latents(eqn, ins)
         if found is not None:
             self.add_layer(block, index, eqn, found)
             return found
@@ -894,8 +894,11 @@ def reach(outs: Sequence[Value]) -> set[int]:
         value = stack.pop()
         if id(value) not in found and not ends(value):
             found.add(id(value))
-            stops = value.producer is not None and value.producer.primitive.name == "stop_gradient"
-            stack += () if stops else value.operands
+            name = value.producer.primitive.name if value.producer is not None else ""
+            if name == "convert_element_type" and not _inexact(value.operands[0].aval):  # a unit that is on or off
+                stack += value.operands[0].operands
+            else:
+                stack += () if name == "stop_gradient" else value.operands
     return found
 
 
@@ -1021,6 +1024,19 @@ def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
             output_axes = {i: i for i in range(len(sizes)) if i not in looked_up}
         return Multiplication(w, x, sorted(looked_up), output_axes, 0, w.params, shape)
     return None
+
+
+def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
+    """A product of two parameters with which a network without a batch begins: of learned latents and a weight.
+
+    The latents are a vector, or else what stands on the left. Two that are made of one parameter are no layer.
+    """
+    if eqn.primitive.name != "dot_general" or not is_product(eqn) or ins[0].params & ins[1].params:
+        return None
+    latents = 1 if len(ins[1].aval.shape) < len(ins[0].aval.shape) == 2 else 0
+    seen = [dataclasses.replace(v, data=k == latents) for k, v in enumerate(ins)]
+    found = multiplication(eqn, seen)
+    return None if found is None else dataclasses.replace(found, weight=ins[1 - latents], operand=ins[latents])
 
 
 def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:

@@ -44,9 +44,13 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     """By which route each parameter learns under a rule, checked twice.
 
     Routes: `"layer, feedback"` and `"layer"`, where the rule forms its gradient, with feedback weights or without;
-    `"layer, direct"`, where the output error comes straight to what it reads; `"last layer"`, the true gradient of what
-    crosses no hidden signal; `"bias or scale"`, the signal that arrives where it meets the data; `"backprop"`, where
-    the rule says so; `"frozen"`; and `"not reached"`, where no way leads to the outputs.
+    `"layer, direct"`, where the output error comes straight to what it reads; `"bias or scale"`, the signal that
+    arrives where it meets the data; `"latents"`, learned inputs of a network without a batch; `"backprop"`, where the
+    rule says so; `"frozen"`; and `"not reached"`, where no way leads to the outputs. What is reached by the output
+    alone is a last layer, and gets its true gradient from rules that say so.
+
+    The proof sees weights that multiply error on its way down. A parameter that meets data elementwise anywhere is
+    taken for a bias or a scale, and what is added to recorded values for a part of these.
 
     Args:
       net: the network.
@@ -83,7 +87,8 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     rows = []
     for i, name in enumerate(graph.names):
         layers = [layer for layer in graph.layers if i in layer.sources]
-        route = _route(plan, rule, layers, any(i in table for table in graph.tables))
+        latents = any(i in layer.operand.params for layer in graph.layers if layer.operand.pure)
+        route = _route(plan, rule, layers, latents)
         rows.append(
             {
                 "parameter": name,
@@ -102,11 +107,11 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan | None, rule: Rule, layers, first: bool) -> str:
+def _route(plan: Plan | None, rule: Rule, layers, latents: bool) -> str:
     if plan is None:
         return "backprop" if isinstance(rule.layer, Plain) else "the rule's own"
     if not layers:
-        return "layer" if first else "bias or scale"
+        return "latents" if latents else "bias or scale"
     routes = []
     for layer in layers:
         spec = plan.specs[layer.site]
@@ -163,7 +168,6 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
     exempt = scales | {i for i, name in enumerate(graph.names) if name in plain | refused}
     for i, gradient in enumerate(gradients):
         own = frozenset().union(*(layer.sources for layer in graph.layers if i in layer.sources), {i})
-        own = own.union(*(table for table in graph.tables if i in table))
         if missed := gradient.via - exempt - own:
             named = ", ".join(repr(graph.names[j]) for j in sorted(missed))
             raise RuntimeError(

@@ -27,12 +27,20 @@ class Head:
       value: the layer's outputs.
       layer: the layer's name.
       function: the names of the primitives in between.
+      views: the casts, reshapes and transposes after the function, which the error has to follow.
     """
 
     output: int
     value: Value
     layer: str
     function: str
+    views: tuple[Any, ...] = ()
+
+    def arranged(self, error):
+        """The error at the layer's outputs in the arrangement of the output."""
+        for eqn in self.views:
+            (error,) = bind(eqn, [error])
+        return error
 
 
 def heads(graph: Graph) -> dict[int, Head]:
@@ -41,7 +49,7 @@ def heads(graph: Graph) -> dict[int, Head]:
 
 
 def _head(graph: Graph, i: int) -> Head | None:
-    out = graph.outs[i]
+    out, views = graph.outs[i].root()
     found: dict[int, Value] = {}
     seen: set[int] = set()
     names: list[str] = []
@@ -66,16 +74,19 @@ def _head(graph: Graph, i: int) -> Head | None:
     block = value.place[0] if value.place is not None else None
     if others or not bends or block is None or block.scope or value.aval.shape != out.aval.shape:
         return None
-    return Head(i, value, _layer_of(value).name, " ".join(dict.fromkeys(reversed(names))))
+    return Head(i, value, _layer_of(value).name, " ".join(dict.fromkeys(reversed(names))), views)
 
 
 def _layer_of(value: Value):
-    """The layer whose outputs these are, with its bias; None if they are none's."""
+    """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's."""
     while True:
         if value.layer is not None:
             return value.layer
         name = value.producer.primitive.name if value.producer is not None else ""
         moving = [v for v in value.operands if v.both]
+        if name in ("add", "sub") and len(moving) == 2:
+            first, second = map(_layer_of, moving)
+            return first if second is not None else None
         biased = name in ("add", "sub") and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
         if value.source is not None:
             value = value.source

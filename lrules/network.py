@@ -275,8 +275,7 @@ class Frame:
 class Graph:
     """A traced network: its layers, hidden signals and activations, and the running of it.
 
-    `parameters` and `arguments` are the values that go in, `tables` the sets of parameters whose product is what a
-    network without a batch begins with. `live` are the hidden signals from which a way leads to the
+    `parameters` and `arguments` are the values that go in. `live` are the hidden signals from which a way leads to the
     outputs: none through `stop_gradient`, or to aux alone.
     """
 
@@ -298,7 +297,6 @@ class Graph:
         analysis.finish(self.outs[:n_outputs])
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
-        self.tables = analysis.tables
         reached = reach(self.outs[:n_outputs])
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])

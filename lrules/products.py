@@ -24,7 +24,9 @@ LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_ele
           "squeeze", "reshape", "transpose", "broadcast_in_dim", "expand_dims", "split", "pvary",
           "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "layout_constraint",
           "dynamic_update_slice", "reduce_sum"}  # fmt: skip
+FOR_SCALES = {"neg", "mul", "div", "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pad", "slice"}
 BENDING = NONLINEAR | CALLS.keys() | {"mul"}
+REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
     "it as a dot product or convolution (jnp.dot, jnp.einsum)"
@@ -42,6 +44,7 @@ class Product:
     Attributes:
       kind: `"product"`, `"sum"` of the two, `"distance"`, `"output"` of a layer, or `"base"`: a matrix added to data.
       rank: along how many axes the weight varied in the beginning.
+      bare: it has only been moved, cut and multiplied by numbers since.
       key: of the equation that made it.
     """
 
@@ -50,6 +53,7 @@ class Product:
     outer: bool
     kind: str = "product"
     rank: int = 1
+    bare: bool = True
     key: Any = None
 
     @property
@@ -64,6 +68,8 @@ class Product:
     def is_slice_beside(self, other: Product) -> bool:
         """Whether the two hold different slices of one parameter."""
         if self.weight is other.weight or not self.params & other.params:
+            return False
+        if not (self.bare or self.outer) or not (other.bare or other.outer):
             return False
         return (self.outer and other.outer) or _cuts(self.weight) != _cuts(other.weight)
 
@@ -103,7 +109,7 @@ def made(eqn, ins, out) -> list[Product]:
     weight, data = ins[side], ins[1 - side]
     if not data.data or (out.chosen and not data.differentiable):  # rows, or a weight, chosen by a mask
         return []
-    if name in ("mul", "div", "add", "sub"):
+    if name in ("mul", "div", "add", "sub", "max", "min", "atan2", "pow"):
         if len(weight.aval.shape) not in (0, len(out.aval.shape)):
             return []
         dims = frozenset(weight.spread if weight.pure else weight.weight_dims & weight.spread)
@@ -112,6 +118,8 @@ def made(eqn, ins, out) -> list[Product]:
             return [Product(weight, dims, outer, "product", len(dims))]
         if name == "div" or not data.differentiable:
             return []
+        if name not in ("add", "sub"):
+            return [Product(weight, dims, True, "distance", len(dims))] if outer and dims & data.spread else []
         sums = [Product(weight, dims, True, "sum", len(dims))] if outer and dims & data.spread else []
         return sums + ([Product(weight, dims, False, "base", len(dims))] if len(dims) > 1 else [])
     if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
@@ -144,13 +152,8 @@ def passed(eqn, ins, out, axes) -> list[Product]:
         for product in value.products:
             kind, outer, dims = product.kind, product.outer, product.dims
             if not linear or (name in ("mul", "div") and both):
-                if name == "mul" and product.is_matrix:  # a matrix for each example and data, to be summed by hand
-                    other = ins[1 - k].spread
-                    if not ((dims - other) and (dims & other) and ins[1 - k].differentiable):
-                        continue
-                    kind, outer = "product", True
-                elif name not in BENDING or len(value.aval.shape) != ndim or (name == "div" and k == 1):
-                    continue
+                if name not in BENDING or len(value.aval.shape) != ndim or (name == "div" and k == 1):
+                    continue  # what data weigh a layer's output by, and sum, are recorded values, as in attention
                 elif not product.is_matrix:
                     if not outer:
                         continue
@@ -167,7 +170,8 @@ def passed(eqn, ins, out, axes) -> list[Product]:
             elif len(value.aval.shape) != ndim:
                 dims = frozenset(range(ndim))
             if dims or not product.dims:
-                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind))
+                bare = product.bare and (axes is not None or name in FOR_SCALES)
+                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind, bare=bare))
     return found[:8]
 
 
@@ -184,8 +188,7 @@ def summed(eqn, ins, block) -> list[tuple[Product, str]]:
         for product in value.products:
             if product.kind == "product" and product.dims & _summed_axes(eqn, ins, k, product, block):
                 hit.append((product, BY_HAND))
-            elif product.kind == "distance" and name == "reduce_sum" and not _is_mean(eqn, block):
-                axes = frozenset(eqn.params["axes"])
+            elif product.kind in ("distance", "sum") and (axes := _distance_axes(eqn, ins, k, product, block)):
                 if product.dims & axes and product.dims - axes:
                     hit.append((product, DISTANCES))
     if name in ("add", "add_any", "sub") and len(ins) == 2:
@@ -196,6 +199,20 @@ def summed(eqn, ins, block) -> list[tuple[Product, str]]:
     return hit
 
 
+def _distance_axes(eqn, ins, k, product, block) -> frozenset[int]:
+    """Along which axes of its operand `k` an equation sums up distances, or multiplies differences by each other."""
+    name, done = eqn.primitive.name, product.kind == "distance"
+    if name in REDUCTIONS and done:
+        return frozenset() if name == "reduce_sum" and _is_mean(eqn, block) else frozenset(eqn.params["axes"])
+    if name in ("cumsum", "cumlogsumexp") and done:
+        return frozenset([eqn.params["axis"]])
+    if name == "dot_general":
+        twice = any(p.kind == product.kind and p.params & product.params for p in ins[1 - k].products)
+        constant = done and not (ins[1 - k].params or ins[1 - k].data)
+        return frozenset(eqn.params["dimension_numbers"][0][k]) if twice or constant else frozenset()
+    return frozenset()
+
+
 def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
     """Along which axes of its operand `k` an equation sums up what must not be summed."""
     name, outer = eqn.primitive.name, product.outer
@@ -203,6 +220,8 @@ def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
         axes = frozenset(eqn.params["axes"])
         whole = product.rank <= 1 or product.dims <= axes  # not a row of a matrix
         return frozenset() if not outer and whole and _is_mean(eqn, block) else axes
+    if name in REDUCTIONS and outer:
+        return frozenset(eqn.params["axes"])
     if name == "dot_general":
         contract, batch = (frozenset(a[k]) for a in eqn.params["dimension_numbers"])
         free = frozenset(range(len(ins[k].aval.shape))) - contract - batch

@@ -188,8 +188,10 @@ def _spec(x):
 
 def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     """The cotangent of the outputs, flattened per example: `[batch, outputs]`."""
-    flat = []
-    for error, axis in zip(jax.tree.leaves(errors), plan.output_axes, strict=True):
+    flat, leaves = [], jax.tree.leaves(errors)
+    for head in plan.heads.values():
+        leaves[head.output] = head.arranged(leaves[head.output])
+    for error, axis in zip(leaves, plan.output_axes, strict=True):
         if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
             error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # whole but for the batch
             flat.append(jnp.moveaxis(error, axis.axis, 0).reshape(plan.batch, -1))
