@@ -737,7 +737,7 @@ class Analysis:
         if value.pure:
             value.stage = stage(eqn, ins)
         elif value.both:
-            value.products = tuple(products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes))
+            value.products = (*products.made(eqn, ins, value), *products.passed(eqn, ins, value, axes))[: products.MOST]
             if not value.batched or any(p.is_matrix for p in value.products):
                 value.axes = _parameter_axes(eqn, ins, axes)
         return value
