@@ -155,9 +155,11 @@ def passed(eqn, ins, out, axes) -> list[Product]:
             if not linear or (name in ("mul", "div") and both):
                 if name not in BENDING or len(value.aval.shape) != ndim or (name == "div" and k == 1):
                     continue  # what data weigh a layer's output by, and sum, are recorded values, as in attention
-                if product.is_matrix or not outer:
+                if product.is_matrix and not (name == "div" and k == 0):  # but a kernel that is normalised remains one
                     continue
-                kind = "distance"
+                if not product.is_matrix and not outer:
+                    continue
+                kind = kind if product.is_matrix else "distance"
             if product.is_matrix and name == "reduce_sum":
                 continue
             if axes is not None:
