@@ -15,6 +15,7 @@ from lrules.analysis import INLINED, Block, Value, bind, is_literal
 from lrules.network import Graph
 from lrules.products import LINEAR
 
+MIXING = {"dot_general", "bcoo_dot_general", "gather", "scatter-add", "scatter_add"}  # rows, by constants
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
@@ -67,16 +68,17 @@ def _head(graph: Graph, i: int) -> Head | None:
 
 
 def _layer_of(value: Value):
-    """The layer whose outputs these are, with its bias; None if they are none's."""
+    """The layer whose outputs these are, with its bias, or brought along the edges of a graph; None if none's."""
     while True:
         if value.layer is not None:
             return value.layer
         name = value.producer.primitive.name if value.producer is not None else ""
         moving = [v for v in value.operands if v.both]
         biased = name in ("add", "sub") and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
+        mixed = name in MIXING and len(moving) == 1 and not any(v.pure or v.chosen for v in value.operands)
         if value.source is not None:
             value = value.source
-        elif biased or (name == "scan" and len(moving) == 1):
+        elif biased or mixed or (name == "scan" and len(moving) == 1):
             (value,) = moving
         else:
             return None
