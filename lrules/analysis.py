@@ -411,10 +411,12 @@ class Refusal:
     Attributes:
       parameters: their numbers.
       sentence: what stands in the way, and what to write in its place.
+      differentiable: whether JAX brings error through there, so that backprop() is a way out.
     """
 
     parameters: frozenset[int]
     sentence: str
+    differentiable: bool = True
 
 
 class Analysis:
@@ -445,7 +447,7 @@ class Analysis:
     def refuse(self, params: frozenset[int], what: str):
         if not self.silent:
             names = ", ".join(repr(self.names[i]) for i in sorted(params))
-            refusal = Refusal(params, what.format(name=names))
+            refusal = Refusal(params, what.format(name=names), self.sealed != "while loop")
             if refusal not in self.refusals:
                 self.refusals.append(refusal)
 
