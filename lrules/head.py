@@ -14,6 +14,7 @@ from typing import Any
 from lrules.activations import CALLS, NONLINEAR
 from lrules.analysis import INLINED, Block, Value, bind, is_literal
 from lrules.network import Graph
+from lrules.products import LINEAR
 
 BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
 
@@ -26,7 +27,7 @@ class Head:
       output: its number.
       value: the layer's outputs.
       layer: the layer's name.
-      function: the names of the primitives in between.
+      function: what lies in between, `softmax` for example.
       views: the casts, reshapes and transposes after the function, which the error has to follow.
     """
 
@@ -74,7 +75,15 @@ def _head(graph: Graph, i: int) -> Head | None:
     block = value.place[0] if value.place is not None else None
     if others or not bends or block is None or block.scope or value.aval.shape != out.aval.shape:
         return None
-    return Head(i, value, _layer_of(value).name, " ".join(dict.fromkeys(reversed(names))), views)
+    return Head(i, value, _layer_of(value).name, _named(names), views)
+
+
+def _named(primitives: Sequence[str]) -> str:
+    """What the primitives, or calls, between a layer and an output are called together."""
+    if "exp" in primitives and {"div", "log"} & set(primitives):
+        return "log_softmax" if "log" in primitives else "softmax"
+    bent = [name for name in primitives if name in BENDING or name not in LINEAR]
+    return "sigmoid" if bent == ["logistic"] else " ".join(dict.fromkeys(reversed(bent)))
 
 
 def _layer_of(value: Value):

@@ -170,7 +170,8 @@ def passed(eqn, ins, out, axes) -> list[Product]:
             elif len(value.aval.shape) != ndim:
                 dims = frozenset(range(ndim))
             if dims or not product.dims:
-                bare = product.bare and (axes is not None or name in FOR_SCALES)
+                moved = axes is not None or name in FOR_SCALES or (name in ("add", "sub") and not both)
+                bare = product.bare and moved
                 found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind, bare=bare))
     return found[:8]
 
