@@ -1,6 +1,10 @@
 """Flax modules as networks: `from_nnx` and `from_linen` split a model into function, parameters and other state."""
 
+import contextlib
 import dataclasses
+import functools
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,8 +54,8 @@ def from_nnx(
       ValueError: `wrt` selects nothing.
 
     Warns:
-      UserWarning: when a network without state draws from a random stream, as dropout does: it draws the same numbers
-        in every step.
+      UserWarning: once, when a network without state is traced or called whose outputs depend on what it draws from a
+        random stream, as with dropout: it draws the same numbers in every step.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
@@ -76,23 +80,25 @@ def from_nnx(
     # split hands out the model's own variables: these must not follow it
     frozen, state = jax.tree.map(lambda x: x, others)
     given = {"frozen": frozen} if jax.tree.leaves(frozen) else {}
-    switched_off = {path for path, module in nnx.iter_graph(model) if _is_switched_off(module)}
 
     def run(params, state, inputs, frozen=frozen):
         merged = nnx.merge(graphdef, params, frozen, state, copy=True)
         outputs = merged(inputs) if call is None else call(merged, inputs)
         return outputs, _like(state, nnx.state(merged, nnx.Not(nnx.Any(wrt, nnx.Param))))
 
+    keys, unkeyed = nnx.split_state(state, nnx.RngKey, ...)
+    warn = _repeated_draws(
+        lambda keys, args: run(args[0], nnx.merge_state(keys, unkeyed), args[1])[0],
+        keys,
+        f"{type(model).__name__} draws from {{}}, which stands still: dropout repeats its mask in every step. Use "
+        "from_nnx(..., with_state=True), or model.eval() before from_nnx.",
+    )
+
     def stateless(params, *args):  # the frozen weights, where there are any, and the inputs
         *weights, inputs = args
         outputs, after = run(params, state, inputs, *weights)
-        drawn = _drawn_streams(state, after, switched_off)
-        if drawn:
-            warnings.warn(
-                f"{type(model).__name__} draws from {', '.join(drawn)}, which stands still: dropout repeats its mask "
-                "in every step. Use from_nnx(..., with_state=True), or model.eval() before from_nnx.",
-                stacklevel=2,
-            )
+        if _has_drawn(state, after):
+            warn(params, inputs)
         return outputs
 
     if not with_state:
@@ -133,7 +139,8 @@ def from_linen(
       ValueError: `variables` has no collection `"params"`, or, when called, the module needs a key it was not given.
 
     Warns:
-      UserWarning: with `rngs` and without state, as dropout then repeats its mask.
+      UserWarning: once, when a network with `rngs` and without state is traced or called whose outputs depend on what
+        it draws: dropout then repeats its mask.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
@@ -172,14 +179,19 @@ def from_linen(
             ) from error
         return outputs, {name: changed.get(name, old) for name, old in collections.items()}
 
+    warn = _repeated_draws(
+        lambda keys, args: run(args[0], collections, args[1], keys)[0],
+        rngs,
+        f"{type(module).__name__} is given keys that stand still, {{}}: dropout repeats its mask in every step. Use "
+        "from_linen(..., rngs=rngs, with_state=True).",
+    )
+
+    def stateless(params, inputs):
+        warn(params, inputs)
+        return run(params, collections, inputs, rngs)[0]
+
     if not with_state:
-        if rngs is not None:
-            warnings.warn(
-                f"{type(module).__name__} is given keys that stand still: dropout repeats its mask in every step. "
-                "Use from_linen(..., rngs=rngs, with_state=True).",
-                stacklevel=2,
-            )
-        return Network(lambda params, inputs: run(params, collections, inputs, rngs)[0], batch_axes=batch_axes), params
+        return Network(stateless, batch_axes=batch_axes), params
 
     def step(params, state, inputs):
         if rngs is None:
@@ -213,25 +225,37 @@ def _like(state: nnx.State, after: nnx.State) -> nnx.State:
     return nnx.from_flat_state((path, value) for path, value in nnx.to_flat_state(after) if path in known)
 
 
-def _is_switched_off(module: Any) -> bool:
-    return getattr(module, "deterministic", None) is True or getattr(module, "rate", None) == 0
+def _has_drawn(before: nnx.State, after: nnx.State) -> bool:
+    """Whether the call may have drawn from a random stream: that replaces its count, which lifted calls always do."""
+    new = dict(nnx.to_flat_state(after))
+    counts = ((path, v) for path, v in nnx.to_flat_state(before) if isinstance(v, nnx.RngCount) and path in new)
+    return any(jax.tree.leaves(v)[0] is not jax.tree.leaves(new[path])[0] for path, v in counts)
 
 
-def _drawn_streams(before: nnx.State, after: nnx.State, switched_off: set[Any]) -> list[str]:
-    """The names of the random streams that the call has drawn from.
+def _repeated_draws(apply: Callable[[Any, Any], Any], keys: Pytree, sentence: str) -> Callable[[Any, Any], None]:
+    """`warn(params, inputs)`, which warns, once, if the outputs of `apply(keys, (params, inputs))` depend on any key.
 
-    Drawing replaces a stream's count and leaves its key. Lifted transforms (nnx.jit, nnx.remat) replace both whether or
-    not they draw: there the flag of the module that holds the stream decides.
+    A key alone is no randomness: recurrent cells draw one for a carry that is zero.
     """
-    old, new = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state(after))
+    traced: list[Network] = []
 
-    def replaced(path):
-        return path in new and jax.tree.leaves(old[path])[0] is not jax.tree.leaves(new[path])[0]
+    def warn(params, inputs):
+        if traced or not jax.tree.leaves(keys):
+            return
+        traced.append(Network(apply))
+        graph = traced[0].graph(keys, (params, inputs))
+        used = dict.fromkeys(graph.names[i].removesuffix("/key") for out in graph.outs for i in sorted(out.params))
+        if used:
+            warnings.warn(sentence.format(", ".join(used)), stacklevel=_users_level())
 
-    drawn = []
-    for path in old:
-        if isinstance(old[path], nnx.RngCount) and replaced(path):
-            holder, key = path[:-2], (*path[:-1], "key")
-            if not replaced(key) or not {holder, holder[:-1]} & switched_off:
-                drawn.append("/".join(map(str, path[:-1])))
-    return drawn
+    return warn
+
+
+def _users_level() -> int:
+    """The stack level of the user's line, as its caller counts: the first outside of this library, JAX and Flax."""
+    folders = [os.path.dirname(os.path.abspath(str(f))) for f in (__file__, jax.__file__, flax.core.__path__[0])]
+    skipped = (*(folder + os.sep for folder in folders), contextlib.__file__, functools.__file__)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
+        level, frame = level + 1, frame.f_back
+    return level

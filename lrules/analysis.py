@@ -7,7 +7,8 @@ followed back through casts, reshapes and transposes to the tensor where it was 
 - what depends on parameters alone;
 - what depends on parameters, and on data only through integers and booleans: a weight *chosen* by data, as an expert's
   behind a router. An embedding is one, too, until something else than data multiplies it: then it is data itself;
-- what a layer has made of its own weight for each example, where that multiplies data as a matrix: a mixed kernel.
+- what layers have made of their own weights, where it multiplies data with a batch and has none, or has one and
+  multiplies as a matrix: the weights that a hypernetwork makes, a mixed kernel.
 
 Layers may also read what has no batch (coordinates that are closed over, support sets): constants that go through a
 nonlinearity between two multiplications by parameters. The first walk sees them as weights made of parameters; where it
@@ -26,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -57,7 +59,7 @@ class Layer:
       reads: the hidden signal it reads, or None for a first layer.
       scope: the constructs around it, as `("scan", "cond")`.
       sources: the parameters (by index) that its weight is computed from.
-      mixed: its weight is what another layer has made of the same parameters for each example.
+      mixed: its weight is what other layers have made, of the same parameters.
       owned: mesh axes along which the parameter itself is split, inside a `shard_map` that the network contains.
     """
 
@@ -210,7 +212,7 @@ class Value:
         """The dimensions along which it is not merely broadcast."""
         if self.varies is not None:
             return self.varies
-        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n > 1)
+        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n != 1)
 
     @property
     def shadowed(self) -> bool:
@@ -292,8 +294,8 @@ STRUCTURAL = {"concatenate", "stack", "dynamic_update_slice", "pad", "scatter", 
               "scatter-mul", "scatter_max", "scatter_min", "scatter-max", "scatter-min", "iota", "argmax", "argmin",
               "sort", "split", "slice", "rev", "gather", "dynamic_slice", "dot_general", "optimization_barrier",
               "reduce_window_sum", "threefry2x32", "random_bits", "debug_callback", "debug_print"}  # fmt: skip
-SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint",
-                    "reduce_precision", "optimization_barrier"}  # fmt: skip
+SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint", "reshard",
+                    "mesh_cast", "layout_constraint", "reduce_precision", "optimization_barrier"}  # fmt: skip
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 REMATS = {"remat", "remat2", "checkpoint"}
@@ -311,7 +313,7 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
         m, n = (a[i] if left else 1), (b[j] if right else 1)
         i, j = i + len(left), j + len(right)
         while m != n:
-            if m < n and i < len(a):
+            if i < len(a) and (j == len(b) or _smaller(m, n)):
                 left.append(i)
                 m *= a[i]
                 i += 1
@@ -323,6 +325,13 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
                 break
         groups.append((left, right))
     return groups
+
+
+def _smaller(m, n) -> bool:
+    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
+    if is_symbolic_dim(m) or is_symbolic_dim(n):
+        return n % m == 0
+    return m < n
 
 
 def view_axes(eqn, shape: Sequence[int]) -> list[tuple[int, ...]] | None:
@@ -383,11 +392,16 @@ def placed_as(x, aval, lead: int = 0):
 
     On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
     """
-    sharding = aval.sharding
-    if any(sharding.spec):
-        spec = PartitionSpec(*[None] * lead, *sharding.spec)
-        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
-    return as_varying(x, varying_axes(aval))
+    return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
+
+
+def split_as(x, *spec):
+    """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
+    sharding = jax.typeof(x).sharding
+    if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
+        return x
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,7 +436,6 @@ class Analysis:
         self.offsets: list[Offset] = []
         self.refusals: list[Refusal] = []
         self.doubts: list[tuple[Doubt, Value | None]] = []
-        self.tables: list[frozenset[int]] = []
         self.found: dict[Any, int] = {}  # further ones
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
@@ -482,7 +495,7 @@ class Analysis:
         )
         self.layers.append(layer)
         block.layers[index] = layer
-        if x.both and jnp.issubdtype(x.aval.dtype, jnp.inexact):
+        if x.params and jnp.issubdtype(x.aval.dtype, jnp.inexact):
             layer.reads = self.add_hidden(x, "", w.loops, mark=False)
             layer.reads.readers.append(layer)
 
@@ -525,7 +538,8 @@ class Analysis:
         for layer in self.layers:
             layer.site = _unique(layer.name, sites)
             sites.add(layer.site)
-            _want(layer.weight)
+            for value in _parts(layer.weight)[0]:
+                value.wanted = True
         taken: dict[bool, set[str]] = {True: set(), False: set()}
         for hidden in self.hidden:
             hidden.name = _unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
@@ -615,7 +629,6 @@ class Analysis:
         layer = block.layers.get(index)
         if begins:
             outs[0].data = outs[0].smooth = True
-            self.tables += [params] if found is None and not self.silent else []
         if found is not None:  # of signals a layer makes a signal; else rows are looked up
             outs[0].smooth |= begins or found.operand.smooth or bool(found.operand.differentiable)
         if not self.silent and not (outs and outs[0].chosen and layer is None):
@@ -650,6 +663,8 @@ class Analysis:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
         name = eqn.primitive.name
         found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
+        if found is None and key in self.promoted and not any(v.data for v in ins):
+            found = of_latents(eqn, ins)
         if found is not None:
             self.add_layer(block, index, eqn, found)
             return found
@@ -724,8 +739,8 @@ class Analysis:
         if value.pure:
             value.stage = stage(eqn, ins)
         elif value.both:
-            value.products = tuple(products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes))
-            if any(p.kind == "output" for p in value.products):
+            value.products = (*products.made(eqn, ins, value), *products.passed(eqn, ins, value, axes))[: products.MOST]
+            if not value.batched or any(p.is_matrix for p in value.products):
                 value.axes = _parameter_axes(eqn, ins, axes)
         return value
 
@@ -766,6 +781,8 @@ class Analysis:
                 break
             carry = merged
         inner_ins = list(inputs())
+        for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):  # those that come around, of the last walk
+            value.operands = (ins[n_consts + i], outs[i])
         child, outs = self.walk(body, inner_ins, scope, loops, key)
         block.children[index] = [child]
         for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):
@@ -879,25 +896,37 @@ def reach(outs: Sequence[Value]) -> set[int]:
         value = stack.pop()
         if id(value) not in found and not ends(value):
             found.add(id(value))
-            stops = value.producer is not None and value.producer.primitive.name == "stop_gradient"
-            stack += () if stops else value.operands
+            name = value.producer.primitive.name if value.producer is not None else ""
+            if name == "convert_element_type" and not _inexact(value.operands[0].aval):  # a unit that is on or off
+                stack += value.operands[0].operands
+            else:
+                stack += () if name == "stop_gradient" else value.operands
     return found
 
 
-def _want(value: Value) -> None:
-    """Has feedback ride along to a weight, through all that chooses or mixes it."""
-    stack = [value]
+def _parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
+    """The values through which feedback has to ride along to a weight, and the parameters that it is made of.
+
+    They choose it, mix it, or make it without a batch; what depends on a batch otherwise is data, and is left out.
+    """
+    found: dict[int, Value] = {}
+    sources: frozenset[int] = frozenset()
+    stack = [weight]
     while stack:
         value = stack.pop()
-        if value.pure or value.wanted:
-            continue
-        value.wanted = True
-        if value.layer is not None:
-            stack.append(value.layer.weight)
-        elif value.chosen:
-            stack += [v for v in value.operands if v.chosen]
-        else:
-            stack += [v for v in value.operands if any(p.kind == "output" for p in v.products)]
+        if value.pure:
+            sources |= value.differentiable
+        elif id(value) not in found:
+            found[id(value)] = value
+            if value.layer is not None and value.batched:
+                stack.append(value.layer.weight)
+            elif value.chosen:
+                stack += [v for v in value.operands if v.chosen or v.pure]
+            elif value.batched:
+                stack += [v for v in value.operands if v.pure or any(p.is_matrix for p in v.products)]
+            else:
+                stack += [v for v in value.operands if v.differentiable]
+    return list(found.values()), sources
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -999,6 +1028,19 @@ def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
     return None
 
 
+def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
+    """A product of two parameters with which a network without a batch begins: of learned latents and a weight.
+
+    The latents are a vector, or else what stands on the left. Two that are made of one parameter are no layer.
+    """
+    if eqn.primitive.name != "dot_general" or not is_product(eqn) or ins[0].params & ins[1].params:
+        return None
+    latents = 1 if len(ins[1].aval.shape) < len(ins[0].aval.shape) == 2 else 0
+    seen = [dataclasses.replace(v, data=k == latents) for k, v in enumerate(ins)]
+    found = multiplication(eqn, seen)
+    return None if found is None else dataclasses.replace(found, weight=ins[1 - latents], operand=ins[latents])
+
+
 def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
     """An elementwise product between a Fourier transform over the last axes and its inverse."""
     pure = [k for k, v in enumerate(ins) if v.pure]
@@ -1030,9 +1072,14 @@ def _weight_side(ins: list[Value], contract, free) -> tuple[int | None, frozense
 
 
 def _mixed(w: Value, x: Value, contracted: frozenset[int], free: frozenset[int]) -> frozenset[int]:
-    """The parameters of a matrix that another layer has made for each example, where it multiplies a hidden signal."""
-    made = [p for p in w.products if p.kind == "output" and is_matrix(p.dims, contracted, free)]
-    return made[0].params if made and x.differentiable and w.smooth else frozenset()
+    """The parameters of a weight that layers have made: for each example, where it multiplies a hidden signal as a
+    matrix, or without a batch, where it multiplies what has one."""
+    if not (w.both and w.smooth and w.differentiable):
+        return frozenset()
+    if not w.batched and x.batched:
+        return w.differentiable
+    made = any(p.is_matrix and is_matrix(p.dims, contracted, free) for p in w.products)
+    return _parts(w)[1] if made and x.differentiable else frozenset()
 
 
 def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[int]) -> bool:
@@ -1078,7 +1125,8 @@ def stage(eqn, ins: list[Value]) -> int:
     highest = max((v.stage for v in factors), default=0)
     if is_product(eqn):
         return max(highest, 1)
-    bends = name in BENDING or name in CALLS
+    bends = name in BENDING or name in CALLS or (name == "select_n" and bool(ins[0].stage))
+    bends |= name == "mul" and sum(v.stage > 0 for v in factors) > 1
     if name == "div":
         bends = len(factors) > 1 and factors[1].stage > 0
     return 2 if bends and highest else highest
@@ -1116,7 +1164,7 @@ def _through(axes, dims: frozenset[int]) -> frozenset[int]:
 
 def _varying(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     name = eqn.primitive.name
-    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n > 1)
+    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
     if axes is not None:
         return _through(axes, ins[0].spread) & full
     if name == "broadcast_in_dim":
@@ -1191,8 +1239,13 @@ def is_literal(atom) -> bool:
 
 
 def bind(eqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands."""
-    prepared = eqn.primitive.get_bind_params(eqn.params)
+    """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
+    params = eqn.params
+    if params.get("out_sharding") is not None and any(
+        jnp.shape(value) != atom.aval.shape for value, atom in zip(values, eqn.invars, strict=True)
+    ):
+        params, values = params | {"out_sharding": None}, [split_as(value) for value in values]
+    prepared = eqn.primitive.get_bind_params(params)
     with eqn.ctx.manager:
         if isinstance(prepared, tuple):  # before JAX 0.9
             out = eqn.primitive.bind(*prepared[0], *values, **prepared[1])

@@ -10,7 +10,7 @@ analysis has missed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +44,13 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     """By which route each parameter learns under a rule, checked twice.
 
     Routes: `"layer, feedback"` and `"layer"`, where the rule forms its gradient, with feedback weights or without;
-    `"layer, direct"`, where the output error comes straight to what it reads; `"last layer"`, the true gradient of what
-    crosses no hidden signal; `"bias or scale"`, the signal that arrives where it meets the data; `"backprop"`, where
-    the rule says so; `"frozen"`; and `"not reached"`, where no way leads to the outputs.
+    `"layer, direct"`, where the output error comes straight to what it reads; `"last layer"` and so on, where its error
+    crosses no hidden signal; `"bias or scale"`, the signal that arrives where it meets the data; `"latents"`, learned
+    inputs of a network without a batch; `"backprop"`, where the rule says so; `"frozen"`; and `"not reached"`, where no
+    way leads to the outputs.
+
+    The proof sees weights that multiply error on its way down. A parameter that meets data elementwise anywhere is
+    taken for a bias or a scale, and what is added to recorded values for a part of these.
 
     Args:
       net: the network.
@@ -67,10 +71,10 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
       >>> params = {"a": jnp.ones((3, 4)), "bias": jnp.ones(4), "b": jnp.ones((4, 2))}
       >>> net = lambda p, x: jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"]
       >>> print(audit(net, lrules.feedback_alignment(), params, jnp.ones((5, 3))))
-      parameter  route            layers  reached by
-      a          layer            a       b
-      b          layer, feedback  b       output
-      bias       bias or scale    -       -
+      parameter  route                 layers  reached by
+      a          layer                 a       b
+      b          last layer, feedback  b       output
+      bias       bias or scale         -       -
     """
     require_rule(rule)
     check_params(params)
@@ -83,10 +87,12 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     rows = []
     for i, name in enumerate(graph.names):
         layers = [layer for layer in graph.layers if i in layer.sources]
+        latents = any(i in layer.operand.params for layer in graph.layers if layer.operand.pure)
+        route = _route(plan, rule, layers, latents, reached)
         rows.append(
             {
                 "parameter": name,
-                "route": "frozen" if i >= trained else _route(plan, rule, layers) if i in live else "not reached",
+                "route": "frozen" if i >= trained else route if i in live else "not reached",
                 "layers": ", ".join(layer.site for layer in layers) or "-",
                 "reached by": ", ".join(dict.fromkeys(s for layer in layers for s in reached[layer.site])) or "-",
             }
@@ -101,20 +107,21 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan | None, rule: Rule, layers) -> str:
+def _route(plan: Plan | None, rule: Rule, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
     if plan is None:
         return "backprop" if isinstance(rule.layer, Plain) else "the rule's own"
     if not layers:
-        return "bias or scale"
+        return "latents" if latents else "bias or scale"
     routes = []
     for layer in layers:
-        spec = plan.specs[layer.site]
+        spec, last = plan.specs[layer.site], "last " if reached[layer.site] == ["output"] else ""
         if isinstance(spec, Plain):
             routes.append("backprop")
         elif isinstance(spec, Direct):
-            routes.append("layer, direct" if layer.reads is not None else "layer")
+            routes.append(f"{last}layer, direct" if layer.reads is not None else f"{last}layer")
         else:
-            routes.append("layer, feedback" if set(layer.parameters) & set(plan.entries) else "layer")
+            fed = ", feedback" if set(layer.parameters) & set(plan.entries) else ""
+            routes.append(f"{last}layer{fed}")
     return "; ".join(dict.fromkeys(routes))
 
 
@@ -162,7 +169,6 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
     exempt = scales | {i for i, name in enumerate(graph.names) if name in plain | refused}
     for i, gradient in enumerate(gradients):
         own = frozenset().union(*(layer.sources for layer in graph.layers if i in layer.sources), {i})
-        own = own.union(*(table for table in graph.tables if i in table))
         if missed := gradient.via - exempt - own:
             named = ", ".join(repr(graph.names[j]) for j in sorted(missed))
             raise RuntimeError(

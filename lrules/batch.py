@@ -33,16 +33,19 @@ class BatchAxis:
     before: int = 1
     after: int = 1
 
+    @property
+    def merged(self) -> list[int]:
+        """The sizes of what is merged with the batch."""
+        return [n for n in (self.before, self.after) if n != 1]
+
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape without the batch, a merged axis taken apart."""
-        middle = [n for n in (self.before, self.after) if n > 1]
-        return (*shape[: self.axis], *middle, *shape[self.axis + 1 :])
+        return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
 
     def restore(self, x, shape: Sequence[int]):
         """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
         x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
         return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
-
 
     def in_front(self, x, shape: Sequence[int], batch: int):
         """A tensor of that shape as `[batch, *rest]`."""
@@ -74,7 +77,7 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
     """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
     shape = a.aval.shape
     if b is None:  # the model takes no other batch: the only axis that can hold it
-        candidates = [i for i, n in enumerate(shape) if n and n % batch == 0]
+        candidates = [i for i, n in enumerate(shape) if n != 0 and n % batch == 0]
         return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
     axis = _grown(a, b)
     if axis is None:

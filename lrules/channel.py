@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.activations import passing_names, treated
@@ -495,8 +496,10 @@ class _PerExample(Handler):
 
             def raw(x, d):
                 if c is None:
-                    return jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)[1](d)
-                (g,) = jax.vjp(lambda w: plain(w, x), w)[1](d)
+                    y, pull = jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)
+                    return pull(placed_as(d, jax.typeof(y)))
+                y, pull = jax.vjp(lambda w: plain(w, x), w)
+                (g,) = pull(placed_as(d, jax.typeof(y)))
                 return g.astype(at_least_float32(g.dtype)) * c, db
 
             def example(total, slices):
@@ -650,11 +653,12 @@ def _scaled(error, scale: float):
     return error.astype(at_least_float32(error.dtype)) * scale
 
 
-def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> float:
-    """What makes the arriving error that of the per-example sum."""
+def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> Any:
+    """What makes the arriving error that of the per-example sum: a number, or a symbolic batch (`jax.export`)."""
     if reduction == "sum" or not rule.additive:
         return 1.0
-    return float(net.batch_size(inputs) * (jax.lax.psum(1, axis_name) if axis_name is not None else 1))
+    n = net.batch_size(inputs) * (jax.lax.psum(1, axis_name) if axis_name is not None else 1)
+    return n if is_symbolic_dim(n) else float(n)
 
 
 def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:

@@ -25,12 +25,14 @@ class Description(NamedTuple):
         feedback, bytes.
       activations: names of the activations found.
       feedback_bytes: of all feedback weights.
+      error_at: of direct rules, where the output error is taken if not at the outputs themselves.
     """
 
     layers: list[dict[str, Any]]
     hidden: list[dict[str, Any]]
     activations: list[str]
     feedback_bytes: int
+    error_at: str = ""
 
     def __str__(self) -> str:
         lines = table(self.layers, ("layer", "operation", "weight", "rule", "reads", "reached by"))
@@ -38,6 +40,7 @@ class Description(NamedTuple):
             lines += ["", *table(self.hidden, ("hidden signal", "shape", "feedback", "bytes"))]
         lines += ["", f"activations: {', '.join(self.activations) or 'none'}"]
         lines += [f"feedback: {self.feedback_bytes:,} bytes"]
+        lines += [f"output error: {self.error_at}"] if self.error_at else []
         return "\n".join(lines)
 
 
@@ -97,7 +100,9 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     if plan:
         for shape, dtype, _ in plan.feedback_shapes().values():
             total += math.prod(shape) * jnp.dtype(dtype).itemsize
-    return Description(layers, hidden, [a.site for a in graph.activations], total)
+    heads = plan.heads.values() if plan else ()
+    error_at = "; ".join(f"at what the layer {h.layer!r} gives, below {h.function}" for h in heads)
+    return Description(layers, hidden, [a.site for a in graph.activations], total, error_at)
 
 
 def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[tuple[int, ...]]:

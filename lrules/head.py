@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lrules.activations import CALLS, NONLINEAR
 from lrules.analysis import INLINED, Block, Value, bind, is_literal
 from lrules.network import Graph
 from lrules.products import LINEAR
 
 MIXING = {"dot_general", "bcoo_dot_general", "gather", "scatter-add", "scatter_add"}  # rows, by constants
+BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
@@ -25,13 +27,21 @@ class Head:
       output: its number.
       value: the layer's outputs.
       layer: the layer's name.
-      function: the names of the primitives in between.
+      function: what lies in between, `softmax` for example.
+      views: the casts, reshapes and transposes after the function, which the error has to follow.
     """
 
     output: int
     value: Value
     layer: str
     function: str
+    views: tuple[Any, ...] = ()
+
+    def arranged(self, error):
+        """The error at the layer's outputs in the arrangement of the output."""
+        for eqn in self.views:
+            (error,) = bind(eqn, [error])
+        return error
 
 
 def heads(graph: Graph) -> dict[int, Head]:
@@ -40,7 +50,7 @@ def heads(graph: Graph) -> dict[int, Head]:
 
 
 def _head(graph: Graph, i: int) -> Head | None:
-    out = graph.outs[i]
+    out, views = graph.outs[i].root()
     found: dict[int, Value] = {}
     seen: set[int] = set()
     names: list[str] = []
@@ -57,23 +67,38 @@ def _head(graph: Graph, i: int) -> Head | None:
         moving = [v for v in value.operands if v.params]
         if eqn is None or not moving or eqn.primitive.name in ("scan", "while", "cond", "shard_map"):
             return None
-        bends |= eqn.primitive.name not in LINEAR or (eqn.primitive.name in ("mul", "div") and len(moving) > 1)
+        name = eqn.primitive.name
+        bends |= name in BENDING or (name in ("mul", "div", "dot_general") and len(moving) > 1)
         names.append(str(eqn.params.get("name", eqn.primitive.name)))
         stack += moving
     (value, *others) = found.values() or (out,)
     block = value.place[0] if value.place is not None else None
     if others or not bends or block is None or block.scope or value.aval.shape != out.aval.shape:
         return None
-    return Head(i, value, _layer_of(value).name, " ".join(dict.fromkeys(reversed(names))))
+    return Head(i, value, _layer_of(value).name, _named(names), views)
+
+
+def _named(primitives: Sequence[str]) -> str:
+    """What the primitives, or calls, between a layer and an output are called together."""
+    if "exp" in primitives and {"div", "log"} & set(primitives):
+        return "log_softmax" if "log" in primitives else "softmax"
+    bent = [name for name in primitives if name in BENDING or name not in LINEAR]
+    return "sigmoid" if bent == ["logistic"] else " ".join(dict.fromkeys(reversed(bent)))
 
 
 def _layer_of(value: Value):
-    """The layer whose outputs these are, with its bias, or brought along the edges of a graph; None if none's."""
+    """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's.
+
+    What is brought along the edges of a graph, by constants, is still the layer's.
+    """
     while True:
         if value.layer is not None:
             return value.layer
         name = value.producer.primitive.name if value.producer is not None else ""
         moving = [v for v in value.operands if v.both]
+        if name in ("add", "sub") and len(moving) == 2:
+            first, second = map(_layer_of, moving)
+            return first if second is not None else None
         biased = name in ("add", "sub") and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
         mixed = name in MIXING and len(moving) == 1 and not any(v.pure or v.chosen for v in value.operands)
         if value.source is not None:

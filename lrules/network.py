@@ -118,10 +118,11 @@ class Network:
         return Graph(closed, names, batched, *trees)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
-        """The batch axis of each leaf of `inputs`."""
+        """The batch axis of each leaf of `inputs`; None among the inputs is no leaf."""
+        axes: list[int | None] = []
         try:
-            spread = jax.tree.map(
-                lambda axis, sub: jax.tree.map(lambda _: axis, sub),
+            jax.tree.map(
+                lambda axis, sub: axes.extend([axis] * len(jax.tree.leaves(sub))),
                 self.batch_axes,
                 inputs,
                 is_leaf=lambda axis: axis is None,
@@ -131,7 +132,7 @@ class Network:
                 f"batch_axes={self.batch_axes} is no prefix of the inputs, whose structure is "
                 f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in_axes of jax.vmap"
             ) from None
-        return jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
+        return axes
 
     def stated_axis(self, name: str, shape: Sequence[int], batch: int) -> int | None:
         """Where `signal_axes` says that the batch lies in a hidden signal or, as `"outputs"`, in an output.
@@ -157,7 +158,7 @@ class Network:
         Raises:
           ValueError: no input has a batch axis, or they differ in size.
         """
-        sizes = set()
+        sizes: dict[int, None] = {}  # in the order of the inputs: symbolic ones may not compare
         for leaf, axis in zip(jax.tree.leaves(inputs), self.input_batch_axes(inputs), strict=True):
             if axis is not None:
                 if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
@@ -165,11 +166,11 @@ class Network:
                         f"an input of shape {jnp.shape(leaf)} has no batch axis {axis}: "
                         "say where the batch lies with Network(apply, batch_axes=...)"
                     )
-                sizes.add(jnp.shape(leaf)[axis])
+                sizes[jnp.shape(leaf)[axis]] = None
         if len(sizes) != 1:
-            found = f"the inputs' batch axes differ in size, {sorted(sizes)}" if sizes else "no input has a batch axis"
+            found = f"the inputs' batch axes differ in size, {list(sizes)}" if sizes else "no input has a batch axis"
             raise ValueError(f"{found}: say where the batch lies with Network(apply, batch_axes=...)")
-        return sizes.pop()
+        return next(iter(sizes))
 
 
 def as_network(net: Network | Callable[..., Any]) -> Network:
@@ -274,8 +275,7 @@ class Frame:
 class Graph:
     """A traced network: its layers, hidden signals and activations, and the running of it.
 
-    `parameters` and `arguments` are the values that go in, `tables` the sets of parameters whose product is what a
-    network without a batch begins with. `live` are the hidden signals from which a way leads to the
+    `parameters` and `arguments` are the values that go in. `live` are the hidden signals from which a way leads to the
     outputs: none through `stop_gradient`, or to aux alone.
     """
 
@@ -297,7 +297,6 @@ class Graph:
         analysis.finish(self.outs[:n_outputs])
         self.layers, self.hidden = analysis.layers, analysis.hidden
         self.activations, self.offsets, self.refusals = analysis.activations, analysis.offsets, analysis.refusals
-        self.tables = analysis.tables
         reached = reach(self.outs[:n_outputs])
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
@@ -381,7 +380,7 @@ class _Runner:
                 continue
             if self.activations and index in block.regions:
                 region = block.regions[index]
-                write(region.output, (self.activation(region, read, frame), None))
+                write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
             outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
             inlined = index in block.children and eqn.primitive.name in INLINED
@@ -392,8 +391,9 @@ class _Runner:
                     write(var, pair)
         return [read(v) for v in block.jaxpr.outvars]
 
-    def activation(self, region, read, frame: Frame):
-        captured = [read(v)[0] for v in region.others]
+    def activation(self, region, read, frame: Frame, shadowed: bool) -> Pair:
+        root, others = read(region.root), [read(v) for v in region.others]
+        captured = [value for value, _ in others]
 
         def fn(x, *others):
             env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
@@ -402,11 +402,14 @@ class _Runner:
                 env.update(zip(eqn.outvars, got, strict=True))
             return env[region.output]
 
-        x = read(region.root)[0].transpose(region.axes)
+        x = root[0].transpose(region.axes)
         run = (lambda x: fn(x, *captured)) if captured else fn
         for handler in self.handlers:  # the rule's own innermost
             run = _nest_activation(handler, region.activation, run, frame)
-        return run(x)
+        if not (self.shadows and shadowed):
+            return run(x), None
+        x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
+        return run(x), fn(x_shadow.transpose(region.axes), *rest)
 
     def equation(self, block: Block, index: int, eqn, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]
@@ -488,25 +491,27 @@ class _Runner:
         n_consts, n_carry = scan_counts(params)
         consts, carry, xs = pairs[:n_consts], pairs[n_consts : n_consts + n_carry], pairs[n_consts + n_carry :]
 
+        classes = [child.value(v) for v in child.jaxpr.invars[n_consts : n_consts + n_carry]]
+
         def body(carry, sliced):
             xs, inputs, i = sliced
             inner = Frame(inputs, {}, (*frame.index, i))
-            outs = self.block(child, [*consts, *((c, None) for c in carry), *xs], inner)
+            outs = self.block(child, [*consts, *carry, *xs], inner)
             ys = [self.paired(child.value(v), p) for v, p in zip(child.jaxpr.outvars, outs, strict=True)][n_carry:]
-            return [value for value, _ in outs[:n_carry]], (ys, inner.records)
+            carry = [self.paired(c, p) for c, p in zip(classes, outs[:n_carry], strict=True)]
+            return carry, (ys, inner.records)
 
         options = {"_split_transpose": params["_split_transpose"]} if "_split_transpose" in params else {}
         carry, (ys, records) = jax.lax.scan(
             body,
-            [value for value, _ in carry],
-            (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),
-            length=params["length"],
+            [self.paired(c, p) for c, p in zip(classes, carry, strict=True)],
+            (list(xs), _below(frame.inputs, child), jnp.arange(params["length"])),  # which may be symbolic
             reverse=params["reverse"],
             unroll=params["unroll"],
             **options,
         )
         frame.records.update(records)
-        return [*((c, None) for c in carry), *ys]
+        return [*carry, *ys]
 
     def cond(self, block: Block, index: int, eqn, pairs, frame: Frame):
         classes = [block.values[v] for v in eqn.outvars]

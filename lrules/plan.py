@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
-from lrules.analysis import Hidden, Layer
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, split_as
 from lrules.batch import BatchAxis, Unbatched, batch_axis, doubled
 from lrules.head import Head, heads
 from lrules.network import Graph, Network, as_network, name_number
@@ -144,6 +145,31 @@ class Landing:
         return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
 
     @property
+    def lies(self) -> Sequence[Any]:
+        """The explicit mesh axes over which the hidden signal is split, before the reader gathers it."""
+        value = self.hidden.reader
+        while value.source is not None and value.view.primitive.name in SAME_SHAPE_VIEWS:
+            value = value.source
+        return value.aval.sharding.spec
+
+    @property
+    def batch_split(self) -> Any:
+        """Those over which its batch is split; None where it is merged with other axes."""
+        assert self.axis is not None
+        unsplit = self.axis.merged or isinstance(self.axis, Unbatched)
+        return None if unsplit else self.lies[self.axis.axis]
+
+    @property
+    def split(self) -> tuple[Any, ...]:
+        """Those over which the feedback weights are split, as the hidden signal's features are."""
+        assert self.axis is not None
+        positions = {place for kind, place in self.shared if kind == "axis"}
+        axis = self.axis.axis
+        rest = (*self.lies[:axis], *[None] * len(self.axis.merged), *self.lies[axis + 1 :])
+        rest = tuple(self.lies) if isinstance(self.axis, Unbatched) else rest
+        return (*[None] * (len(self.lengths) + 1), *(s for i, s in enumerate(rest) if i not in positions))
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize if self.spec.init is not None else 0
 
@@ -182,7 +208,7 @@ class Entry:
         order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
         weights = None
         if "weight" in inspect.signature(init).parameters:
-            weights = jax.lax.stop_gradient(jnp.transpose(weight, order)).reshape(count, *shape)
+            weights = split_as(jax.lax.stop_gradient(jnp.transpose(weight, order))).reshape(count, *shape)
 
         def one(k, w):
             return draw(init, k, shape, self.dtype, **({} if w is None else {"weight": w}))
@@ -239,9 +265,10 @@ class Plan:
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, name_number(name))
             if name in self.entries:
-                drawn = self.entries[name].draw(k, params[self.entries[name].index])
+                i = self.entries[name].index
+                drawn = split_as(self.entries[name].draw(k, params[i]), *self.graph.param_avals[i].sharding.spec)
             elif name in self.landings:
-                drawn = _draw_direct(self.landings[name], k)
+                drawn = split_as(_draw_direct(self.landings[name], k), *self.landings[name].split)
             else:
                 drawn = _draw_reduction(k, shape, dtype)
             (learned if is_learned else fixed)[name] = drawn
@@ -589,6 +616,11 @@ def _plan_landings(plan: Plan, net: Network, params: Pytree, inputs: Pytree) -> 
         positions = {place for kind, place in shared if kind == "axis"}
         rest = (n for i, n in enumerate(axis.rest(hidden.reader.aval.shape)) if i not in positions)
         shape = (*lengths, sent[spec], *rest)
+        if any(map(is_symbolic_dim, shape)):
+            raise ValueError(
+                f"direct feedback to {hidden.name!r} would have the symbolic shape {shape}, where the batch alone may "
+                "be symbolic: give the inputs' other axes their sizes, or share feedback along them (shared_axes=)"
+            )
         dtype = _feedback_dtype(graph, hidden)
         landing = Landing(hidden, spec, axis, shape, lengths, shared, dtype, sizes[spec])
         plan.landings[hidden.name] = landing
@@ -628,7 +660,7 @@ def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
 def _fitting(hidden: Hidden, axis: BatchAxis, size: int) -> dict[tuple[str, int], int | str]:
     """What of a hidden signal has the size of a shared axis, and how a pair names it."""
     shape = hidden.reader.aval.shape
-    axes = [*range(axis.axis), *([axis.axis] * sum(n > 1 for n in (axis.before, axis.after)))]
+    axes = [*range(axis.axis), *([axis.axis] * len(axis.merged))]
     axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
     found: dict[tuple[str, int], int | str] = {
         ("loop", i): f"loop {i}" for i, (n, own) in enumerate(hidden.loops) if n == size and not own

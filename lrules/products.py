@@ -22,8 +22,12 @@ from lrules.activations import CALLS, NONLINEAR
 LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_element_type", "copy", "copy_p", "name",
           "reduce_precision", "real", "imag", "pad", "concatenate", "stack", "slice", "dynamic_slice", "rev", "gather",
           "squeeze", "reshape", "transpose", "broadcast_in_dim", "expand_dims", "split", "pvary",
-          "optimization_barrier", "sharding_constraint", "dynamic_update_slice", "reduce_sum"}  # fmt: skip
+          "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "layout_constraint",
+          "dynamic_update_slice", "reduce_sum"}  # fmt: skip
+FOR_SCALES = {"neg", "mul", "div", "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pad", "slice"}
 BENDING = NONLINEAR | CALLS.keys() | {"mul"}
+MOST = 8  # so many products are followed in one value
+REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
     "it as a dot product or convolution (jnp.dot, jnp.einsum)"
@@ -39,8 +43,9 @@ class Product:
     """Where a value holds a product of `weight` and data: `dims` are the axes along which the weight varies.
 
     Attributes:
-      kind: `"product"`, `"sum"` of the two, `"distance"`, or `"output"` of a layer.
+      kind: `"product"`, `"sum"` of the two, `"distance"`, `"output"` of a layer, or `"base"`: a matrix added to data.
       rank: along how many axes the weight varied in the beginning.
+      bare: it has only been moved, cut and multiplied by numbers since.
       key: of the equation that made it.
     """
 
@@ -49,7 +54,13 @@ class Product:
     outer: bool
     kind: str = "product"
     rank: int = 1
+    bare: bool = True
     key: Any = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it may be a matrix for each example."""
+        return self.kind in ("output", "base")
 
     @property
     def params(self) -> frozenset[int]:
@@ -58,6 +69,8 @@ class Product:
     def is_slice_beside(self, other: Product) -> bool:
         """Whether the two hold different slices of one parameter."""
         if self.weight is other.weight or not self.params & other.params:
+            return False
+        if not (self.bare or self.outer) or not (other.bare or other.outer):
             return False
         return (self.outer and other.outer) or _cuts(self.weight) != _cuts(other.weight)
 
@@ -83,32 +96,33 @@ def of_layer(layer) -> tuple[Product, ...]:
     """The output of a layer, if it may hold a matrix for each example."""
     batch = layer.eqn.params["dimension_numbers"][1] if layer.operation == "dot_general" else ((), ())
     free = frozenset(o for a, o in layer.output_axes.items() if a not in batch[layer.position])
-    several = len(free) > 1 or any(layer.output.aval.shape[o] > 1 for o in free)  # an axis may be taken apart
-    made = [p for p in layer.weight.products if p.kind == "output"] if layer.mixed else []
-    weight = made[0].weight if made else layer.weight
-    return (Product(weight, free, False, "output", len(free)),) if several else ()
+    several = len(free) > 1 or any(layer.output.aval.shape[o] != 1 for o in free)  # an axis may be taken apart
+    return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
 def made(eqn, ins, out) -> list[Product]:
     """The product that an equation makes of a weight and data."""
     name = eqn.primitive.name
-    weighs = [v.pure or (v.chosen and not other.chosen and other.data) for v, other in zip(ins, ins[::-1], strict=True)]
+    weighs = [v.pure or _is_weight(v, other) for v, other in zip(ins, ins[::-1], strict=True)]
     if len(ins) != 2 or weighs[0] == weighs[1] or not hasattr(out.aval, "shape"):
         return []
     side = 0 if weighs[0] else 1
     weight, data = ins[side], ins[1 - side]
     if not data.data or (out.chosen and not data.differentiable):  # rows, or a weight, chosen by a mask
         return []
-    if name in ("mul", "div", "add", "sub"):
+    if name in ("mul", "div", "add", "sub", "max", "min", "atan2", "pow"):
         if len(weight.aval.shape) not in (0, len(out.aval.shape)):
             return []
         dims = frozenset(weight.spread if weight.pure else weight.weight_dims & weight.spread)
         outer = bool(dims - data.spread)
         if name == "mul" or (name == "div" and side == 1):
             return [Product(weight, dims, outer, "product", len(dims))]
-        if outer and dims & data.spread and name != "div" and data.differentiable:
-            return [Product(weight, dims, outer, "sum", len(dims))]
-        return []
+        if name == "div" or not data.differentiable:
+            return []
+        if name not in ("add", "sub"):
+            return [Product(weight, dims, True, "distance", len(dims))] if outer and dims & data.spread else []
+        sums = [Product(weight, dims, True, "sum", len(dims))] if outer and dims & data.spread else []
+        return sums + ([Product(weight, dims, False, "base", len(dims))] if len(dims) > 1 else [])
     if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
         (_, batch) = eqn.params["dimension_numbers"]
         places = []
@@ -122,6 +136,12 @@ def made(eqn, ins, out) -> list[Product]:
     return []
 
 
+def _is_weight(value, other) -> bool:
+    """Whether of two values that meet, neither made of parameters alone, this one is the weight."""
+    chosen = value.chosen and not other.chosen and other.data
+    return chosen or (value.both and not value.batched and other.batched)
+
+
 def passed(eqn, ins, out, axes) -> list[Product]:
     """The products that an equation passes on; `axes` as from `view_axes`."""
     name = eqn.primitive.name
@@ -133,16 +153,12 @@ def passed(eqn, ins, out, axes) -> list[Product]:
         for product in value.products:
             kind, outer, dims = product.kind, product.outer, product.dims
             if not linear or (name in ("mul", "div") and both):
-                if name == "mul" and kind == "output":  # a matrix for each example and data, to be summed by hand
-                    other = ins[1 - k].spread
-                    if not ((dims - other) and (dims & other) and ins[1 - k].differentiable):
-                        continue
-                    kind, outer = "product", True
-                elif name in BENDING and kind != "output" and outer and len(value.aval.shape) == ndim:
-                    kind = "distance"
-                else:
+                if name not in BENDING or len(value.aval.shape) != ndim or (name == "div" and k == 1):
+                    continue  # what data weigh a layer's output by, and sum, are recorded values, as in attention
+                if product.is_matrix or not outer:
                     continue
-            if kind == "output" and name == "reduce_sum":
+                kind = "distance"
+            if product.is_matrix and name == "reduce_sum":
                 continue
             if axes is not None:
                 dims = frozenset(j for j, held in enumerate(axes) if dims & set(held))
@@ -154,8 +170,10 @@ def passed(eqn, ins, out, axes) -> list[Product]:
             elif len(value.aval.shape) != ndim:
                 dims = frozenset(range(ndim))
             if dims or not product.dims:
-                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind))
-    return found[:8]
+                moved = axes is not None or name in FOR_SCALES or (name in ("add", "sub") and not both)
+                bare = product.bare and moved
+                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind, bare=bare))
+    return found
 
 
 def _is_where(eqn) -> bool:
@@ -171,8 +189,7 @@ def summed(eqn, ins, block) -> list[tuple[Product, str]]:
         for product in value.products:
             if product.kind == "product" and product.dims & _summed_axes(eqn, ins, k, product, block):
                 hit.append((product, BY_HAND))
-            elif product.kind == "distance" and name == "reduce_sum" and not _is_mean(eqn, block):
-                axes = frozenset(eqn.params["axes"])
+            elif product.kind in ("distance", "sum") and (axes := _distance_axes(eqn, ins, k, product, block)):
                 if product.dims & axes and product.dims - axes:
                     hit.append((product, DISTANCES))
     if name in ("add", "add_any", "sub") and len(ins) == 2:
@@ -183,6 +200,20 @@ def summed(eqn, ins, block) -> list[tuple[Product, str]]:
     return hit
 
 
+def _distance_axes(eqn, ins, k, product, block) -> frozenset[int]:
+    """Along which axes of its operand `k` an equation sums up distances, or multiplies differences by each other."""
+    name, done = eqn.primitive.name, product.kind == "distance"
+    if name in REDUCTIONS and done:
+        return frozenset() if name == "reduce_sum" and _is_mean(eqn, block) else frozenset(eqn.params["axes"])
+    if name in ("cumsum", "cumlogsumexp") and done:
+        return frozenset([eqn.params["axis"]])
+    if name == "dot_general":
+        twice = any(p.kind == product.kind and p.params & product.params for p in ins[1 - k].products)
+        constant = done and not (ins[1 - k].params or ins[1 - k].data)
+        return frozenset(eqn.params["dimension_numbers"][0][k]) if twice or constant else frozenset()
+    return frozenset()
+
+
 def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
     """Along which axes of its operand `k` an equation sums up what must not be summed."""
     name, outer = eqn.primitive.name, product.outer
@@ -190,6 +221,8 @@ def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
         axes = frozenset(eqn.params["axes"])
         whole = product.rank <= 1 or product.dims <= axes  # not a row of a matrix
         return frozenset() if not outer and whole and _is_mean(eqn, block) else axes
+    if name in REDUCTIONS and outer:
+        return frozenset(eqn.params["axes"])
     if name == "dot_general":
         contract, batch = (frozenset(a[k]) for a in eqn.params["dimension_numbers"])
         free = frozenset(range(len(ins[k].aval.shape))) - contract - batch
@@ -206,7 +239,7 @@ def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
     if name in ("cumsum", "cumlogsumexp") and outer:
         return frozenset([eqn.params["axis"]])
     if name == "reduce_window_sum" and outer:
-        return frozenset(d for d, n in enumerate(eqn.params["window_dimensions"]) if n > 1)
+        return frozenset(d for d, n in enumerate(eqn.params["window_dimensions"]) if n != 1)
     return frozenset()
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.analysis import Hidden, Layer, as_varying, bind, varying_axes
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, bind, placed_as, split_as, varying_axes
+from lrules.batch import Unbatched
 from lrules.head import finish
 from lrules.network import Frame, Handler, Network
 from lrules.plan import Direct, Landing, Plan, Sequential
@@ -29,7 +30,7 @@ class _RuleHandler(Handler):
 
     def layer(self, layer: Layer, op, w, b, x, frame: Frame):
         spec = self.plan.specs[layer.site]
-        if not isinstance(spec, Sequential) or (layer.mixed and spec.whole_batch):
+        if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
         return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
 
@@ -102,7 +103,7 @@ def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fra
     if plan.shadows:
         names = plan.graph.names
         shadow = [
-            as_varying(feedback[name], varying_axes(jax.typeof(p)))
+            placed_as(feedback[name], jax.typeof(p))
             if name in plan.entries
             else jax.lax.stop_gradient(p)
             for name, p in zip(names, params, strict=True)
@@ -180,11 +181,19 @@ def _over_devices(grad, b):
     return jax.lax.psum(grad, axes) if axes else grad
 
 
+def _spec(x):
+    """Which axes of an array are split over which explicit axes of a mesh."""
+    return jax.typeof(x).sharding.spec
+
+
 def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     """The cotangent of the outputs, flattened per example: `[batch, outputs]`."""
-    flat = []
-    for error, axis in zip(jax.tree.leaves(errors), plan.output_axes, strict=True):
+    flat, leaves = [], jax.tree.leaves(errors)
+    for head in plan.heads.values():
+        leaves[head.output] = head.arranged(leaves[head.output])
+    for error, axis in zip(leaves, plan.output_axes, strict=True):
         if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
+            error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # whole but for the batch
             flat.append(jnp.moveaxis(error, axis.axis, 0).reshape(plan.batch, -1))
     dtype = jnp.result_type(*[x.dtype for x in flat]) if len({x.dtype for x in flat}) == 1 else jnp.float32
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
@@ -210,6 +219,8 @@ def _land(landing: Landing, e, b, targets, elements: int | None = None):
     assert axis is not None and landing.spec.signal is not None
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
+    e = split_as(e, *[None] * len(shared), landing.batch_split)
+    b = None if b is None else split_as(b, *landing.split)
 
     more = {"elements": elements} if "elements" in inspect.signature(landing.spec.signal).parameters else {}
 
@@ -220,6 +231,8 @@ def _land(landing: Landing, e, b, targets, elements: int | None = None):
         signal = jax.vmap(signal, in_axes=(0, None))
 
     def define(s):
+        if axis.merged or any(eqn.primitive.name not in SAME_SHAPE_VIEWS for eqn in hidden.views):
+            s = split_as(s, landing.batch_split)  # reshapes take few axes that are split
         return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
 
     for _ in turns:
@@ -237,7 +250,8 @@ def _land(landing: Landing, e, b, targets, elements: int | None = None):
     out = jnp.moveaxis(out, range(len(order)), [sorted(order).index(i) for i in order])
     lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
     out = out.reshape(*lead, *out.shape[len(order) :])
-    return jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
+    out = jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
+    return placed_as(out, hidden.root.aval, len(hidden.loops))
 
 
 def direct_feedback_gradient(landing: Landing, e, record, b):
@@ -245,10 +259,15 @@ def direct_feedback_gradient(landing: Landing, e, record, b):
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.learn is not None
     n = len(hidden.loops)
+    given, b = b, split_as(b, *landing.split)
+    e = split_as(e, *[None] * len(shared), landing.batch_split)
 
     def seen(value):  # as the reader sees it, the batch in front
         for eqn in hidden.views:
             (value,) = bind(eqn, [value])
+        spec, at = landing.lies, axis.axis
+        if not isinstance(axis, Unbatched):
+            value = split_as(value, *spec[:at], landing.batch_split, *spec[at + 1 :])
         return axis.in_front(value, hidden.reader.aval.shape, e.shape[len(shared)])
 
     for _ in range(n):
@@ -269,4 +288,4 @@ def direct_feedback_gradient(landing: Landing, e, record, b):
         learn = summed(learn, (None, 0, None))
     for _ in own:
         learn = jax.vmap(learn, (None, 0, 0))
-    return learn(e, h, b)
+    return split_as(learn(e, h, b), *_spec(given))

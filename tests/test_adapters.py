@@ -1,5 +1,6 @@
 """from_nnx and from_linen: the network computes what the module computes, and its parameters fit flax's own tools."""
 
+import contextlib
 import warnings
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
+import lrules
 from lrules.adapters import from_linen, from_nnx
 from lrules.network import Network
 
@@ -218,8 +220,63 @@ def test_nnx_own_random_numbers_warn():
     net, params = from_nnx(Noisy(nnx.Rngs(0, noise=1)))
     with pytest.warns(UserWarning, match="Noisy draws from rngs/noise"):
         a = net(params, X)
-    with pytest.warns(UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
         np.testing.assert_array_equal(a, net(params, X))
+
+
+def carried(carry_init):
+    """A recurrent network whose cells draw the carry that they begin with."""
+
+    class Recurrent(nnx.Module):
+        def __init__(self, rngs):
+            cell = nnx.LSTMCell(2, 3, rngs=rngs)
+            cell.carry_init = carry_init
+            self.rnn = nnx.Bidirectional(nnx.RNN(cell), nnx.RNN(nnx.GRUCell(2, 3, rngs=rngs)))
+            self.dropout, self.none = nnx.Dropout(0.5, deterministic=True, rngs=rngs), nnx.Dropout(0.0, rngs=rngs)
+            self.out = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(self.none(self.dropout(self.rnn(x))))
+
+    return Recurrent(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("lift", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "checkpoint"])
+@pytest.mark.parametrize("train", [True, False])
+def test_nnx_keys_that_make_no_random_numbers_do_not_warn(lift, train):
+    """A key that is drawn for a carry of zeros, or for dropout that is switched off, reaches no output."""
+    model = carried(nnx.initializers.zeros_init())
+    if not train:
+        model.eval()
+    net, params = from_nnx(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule = lrules.feedback_alignment()
+        feedback = rule.init(jax.random.key(1), net, params, X.reshape(-1, 2, 2))
+        lift(lrules.transform(net, rule))(params, feedback, X.reshape(-1, 2, 2))
+
+
+def test_nnx_random_carry_warns():
+    net, params = from_nnx(carried(nnx.initializers.normal()))
+    with pytest.warns(UserWarning, match="Recurrent draws from rnn/rngs, ") as said:
+        lrules.describe(net, lrules.direct_feedback_alignment(), params, X.reshape(-1, 2, 2))
+        jax.jit(net.apply)(params, X.reshape(-1, 2, 2))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("lift", [lambda f: f, jax.jit, jax.grad], ids=["eager", "jit", "grad"])
+def test_warnings_point_at_the_users_line(lift):
+    net, params = from_nnx(streams()(nnx.Rngs(0), False))
+    f = lrules.transform(net, lrules.feedback_alignment())
+
+    def objective(p):
+        return f(p, lrules.Feedback({}, {}), X).sum()
+
+    with warnings.catch_warnings(record=True) as said, contextlib.suppress(ValueError):  # there is no feedback
+        warnings.simplefilter("always")
+        lift(objective)(params)
+    assert [(w.filename, w.lineno) for w in said] == [(__file__, objective.__code__.co_firstlineno + 1)]
 
 
 def test_nnx_call_takes_several_arguments():
@@ -357,10 +414,15 @@ def test_linen_dropout_with_state_advances(linen):
 def test_linen_repeated_dropout_warns(linen, key):
     module, variables = linen
     rngs = {"dropout": key(1)}
-    with pytest.warns(UserWarning, match=r"LinenModel is given keys that stand still.*with_state=True"):
-        net, params = from_linen(module, variables, call=train, rngs=rngs)
+    net, params = from_linen(module, variables, call=train, rngs=rngs)
     expected, _ = module.apply(variables, X, train=True, rngs=rngs, mutable=["batch_stats"])
-    np.testing.assert_array_equal(net(params, X), expected)
+    with pytest.warns(UserWarning, match=r"LinenModel is given keys that stand still, dropout: .*with_state=True"):
+        np.testing.assert_array_equal(net(params, X), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(net.apply)(params, X)  # once is enough
+        net, params = from_linen(module, variables, rngs=rngs)  # switched off
+        jax.jit(net.apply)(params, X)
     net, params, state = from_linen(module, variables, call=train, rngs=rngs, with_state=True)
     assert net(params, (state, X))[1]["rngs"]["dropout"].shape == rngs["dropout"].shape
 

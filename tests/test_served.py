@@ -469,6 +469,20 @@ def test_graphs(name):
         bridge.close(gradients(net, rule, GRAPH, feedback, inputs), wanted, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["dense", "segment_sum"])
+def test_a_graph_that_ends_in_a_softmax(name):
+    """The error is taken below it, at the logits of each node, which messages have made."""
+    net, inputs = GRAPHS[name]
+    soft = lrules.Network(lambda p, x: jax.nn.log_softmax(net(p, x)), signal_axes=0)
+    targets = jax.nn.one_hot(jnp.arange(NODES) % 2, 2)
+    loss = lambda y, t: -jnp.sum(t * y, -1)  # noqa: E731
+    feedback = DFA.init(KEY, soft, GRAPH, inputs)
+    grads = jax.jit(lrules.value_and_grad(soft, loss, DFA))(GRAPH, feedback, inputs, targets)[1].params
+    e = np.asarray((jax.nn.softmax(net(GRAPH, inputs)) - targets) / NODES, np.float64)
+    b = {k: np.asarray(v, np.float64) for k, v in feedback.fixed.items()}
+    bridge.close(grads, gcn_gradients(GRAPH, FEATURES, e, lambda layer, d, w: e @ b[layer]), 1e-4)
+
+
 def test_a_graph_that_does_not_say_where_its_nodes_lie():
     with pytest.raises(ValueError, match=r"nodes of one graph .* do, say so, .*signal_axes=\{'outputs': 0\}"):
         DFA.init(KEY, gcn(passing), GRAPH, FEATURES)

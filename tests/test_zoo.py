@@ -140,6 +140,49 @@ def test_backman(entry):
     assert checked or entry.name in NOT_CHECKED
 
 
+def routes(entry, rule):
+    net, params, inputs = build(entry)
+    return {row["parameter"]: row["route"] for row in lrules.audit(net, rule, params, inputs).rows}
+
+
+def test_audit(entry):
+    """The program of the gradients multiplies error by no parameter that is neither a layer's, a bias nor a scale."""
+    found = routes(entry, lrules.feedback_alignment())
+    for name in {name for names, _ in entry.layers for name in names}:
+        assert set(found[name].split("; ")) <= {"layer", "layer, feedback", "last layer, feedback"}, name
+    assert any(route.endswith("layer, feedback") for route in found.values())
+
+
+RULES = {
+    "backprop": lrules.backprop(),
+    "last_layer_only": lrules.last_layer_only(),
+    "direct_feedback_alignment": lrules.direct_feedback_alignment(),
+    "kolen_pollack": lrules.kolen_pollack(),
+    "sign_symmetry": lrules.sign_symmetry(),
+    "backman": lrules.backman(),
+    "skipped_backprop": lrules.skipped_backprop(),
+    "dual_propagation": lrules.dual_propagation(),
+    "node_perturbation": lrules.node_perturbation(0.1),
+    "modified": lrules.sign_error(lrules.feedback_alignment()),
+    "partition": lrules.partition({".*": lrules.backprop()}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_audit_under_every_rule(entry, name):
+    """Each parameter of a layer learns by the rule, or the rule refuses the model."""
+    try:
+        found = routes(entry, RULES[name])
+    except (NotImplementedError, ValueError) as error:
+        assert name not in ("backprop", "kolen_pollack", "sign_symmetry", "backman", "modified", "partition"), error
+        return
+    layers = {name for names, _ in entry.layers for name in names}
+    wanted = "backprop" if name in ("backprop", "partition") else "layer"
+    for layer in layers:
+        assert wanted in found[layer], (layer, found[layer])
+
+
 # Every weight of these is scanned, tied, split or computed.
 NOT_CHECKED = {"tied_autoencoder", "weight_normalisation", "fori_loop"}
 

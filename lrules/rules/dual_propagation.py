@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from lrules.activations import LINEAR, VIEWS, passing_names, treated
 from lrules.analysis import INLINED, Block, as_varying, bind, is_literal, scan_counts, varying_axes
@@ -295,13 +296,19 @@ class _Unit:
     Attributes:
       alpha: the weight of s+ in the mean.
       up, down: the factors of D in s+ and of -D in s-.
-      scale: n beta: minus what arrives times this is D, minus a difference of states over this is what goes down.
+      beta, n: minus what arrives times n beta is D, minus a difference of states over n beta is what goes down. The
+        batch n may be symbolic, so that each use makes a number of it.
     """
 
     alpha: float
     up: float
     down: float
-    scale: float
+    beta: float
+    n: int
+
+    @property
+    def scale(self) -> float:
+        return self.beta * self.n
 
     def settle(self, fn, a, arriving, damping, plus, minus):
         """The new states from what comes from below and above, and the old states."""
@@ -424,6 +431,11 @@ class _Dual:
         self.clean = {a.site: zeros_at(a.output) for a in activations}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         self.units = self._units([*self.clean, *(["outputs"] if options.output == "squared_error" else [])])
+        if options.damping is not None and any(is_symbolic_dim(zeros.size) for zeros in self.clean.values()):
+            raise NotImplementedError(
+                "damping tries the activations on numbers, for which a symbolic batch is no shape: give the batch its "
+                "size, or leave damping out"
+            )
         self.readers = readers(graph, activations, list(self.nudged.values())) if options.damping is not None else {}
         self.levels: dict[str, np.ndarray] = {}
         self.depth = 1
@@ -454,7 +466,7 @@ class _Dual:
             alpha, beta = number(options.alpha, name, "alpha"), number(options.beta, name, "beta")
             gain = 1.0 if name not in self.nudged.values() else float(options.input_nudge or 0)
             up, down = (1 - alpha, alpha) if options.adjoint else (alpha, 1 - alpha)
-            units[name] = _Unit(alpha, up * gain, down * gain, beta * self.batch)
+            units[name] = _Unit(alpha, up * gain, down * gain, beta, self.batch)
             if name == "outputs" and (1 - alpha) * beta >= 1:
                 raise ValueError(
                     f'output="squared_error" has no minimiser for (1 - alpha) beta = {(1 - alpha) * beta:g} >= 1: take '
@@ -632,10 +644,10 @@ class _Dual:
         params, _, inputs, consts, _ = args
         found: dict[str, Any] = {}
         for site, above, norm in norms(self.graph, set(self.clean), params, inputs, consts, self.readers):
-            beta = self.units[site].scale * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
-            higher = self.units[above].scale if above in self.units else self.units[site].scale
+            beta = self.units[site].beta * (float(options.input_nudge or 0) if site in self.nudged.values() else 1)
+            higher = self.units[above].beta if above in self.units else self.units[site].beta
             if options.output == "refreshed" and above == "outputs":  # losses of a curvature up to 1
-                higher = min(higher, self.batch)
+                higher = min(higher, 1.0)
             found[site] = found.get(site, 0) + beta / higher * norm
         if options.damping == "spectral":
             return found
@@ -730,7 +742,7 @@ def _error_function(network: _Dual, objective: Callable, outputs) -> Callable:
         """-(s+ - s-) / (n beta), s+ and s- the minimisers of Eq. 3 for the gradient g and the curvature h."""
 
         def leaf(g, h):
-            h = h * n * (unit.scale / n)
+            h = h * n * unit.beta
             a, b = unit.alpha, 1 - unit.alpha
             return g * jnp.where(b * h < 1, a / (1 + a * h) + b / (1 - b * h), jnp.nan)
 
@@ -773,6 +785,11 @@ def _in_place(value, views) -> bool:
     """Whether views leave all elements in their order."""
     if not any(eqn.primitive.name == "transpose" for eqn in views):
         return True
+    if is_symbolic_dim(value.aval.size):
+        raise NotImplementedError(
+            f"where the transposes in the loss put outputs of the symbolic shape {value.aval.shape} cannot be told: "
+            'give all axes their sizes, or take output="refreshed"'
+        )
     order = np.arange(value.aval.size).reshape(value.aval.shape)
     with jax.ensure_compile_time_eval():
         places = jnp.asarray(order)
@@ -813,6 +830,11 @@ def _levels(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int]:
     def scan(child: Block, params, levels: list[int]) -> tuple[list[int], dict[str, Any]]:
         n_consts, n_carry = scan_counts(params)
         carry, stacks, ys = levels[n_consts : n_consts + n_carry], [], []
+        if is_symbolic_dim(params["length"]):
+            raise NotImplementedError(
+                f"this order numbers the iterations of a scan, whose length is the symbolic {params['length']}: give "
+                'that axis of the inputs its size, or take order="forward_backward"'
+            )
         for _ in range(params["length"]):
             outs, found = walk(child, [*levels[:n_consts], *carry, *levels[n_consts + n_carry :]])
             carry = outs[:n_carry]

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import SAME_SHAPE_VIEWS, Hidden
+from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, placed_as, split_as
 from lrules.batch import BatchAxis, batch_axis, doubled
 from lrules.network import Frame, Graph, Handler, Network, as_network, key_at, zeros_at
 from lrules.plan import Direct, Plan, Sequential, make_plan
@@ -281,7 +281,7 @@ class _Experiment:
 
 def _covariance(d):
     """sum d d^T over all but the last axis."""
-    d = d.reshape(-1, d.shape[-1]).astype(at_least_float32(d.dtype))
+    d = split_as(d).reshape(-1, d.shape[-1]).astype(at_least_float32(d.dtype))
     return correlate(d, d, jnp.zeros((d.shape[1], d.shape[1]), d.dtype))
 
 
@@ -381,7 +381,7 @@ class _Rows:
             self.layers[layer.name] = layer
 
     def of(self, name: str, b):
-        b = b.astype(at_least_float32(b.dtype))
+        b = split_as(b.astype(at_least_float32(b.dtype)))
         if name in self.layers:
             return b.T if self.layers[name].contracted == (0,) else b
         lead = len(self.plan.landings[name].lengths)
@@ -390,7 +390,7 @@ class _Rows:
     def back(self, name: str, rows, like):
         if name in self.layers and self.layers[name].contracted == (0,):
             rows = rows.T
-        return rows.reshape(like.shape).astype(like.dtype)
+        return placed_as(rows.reshape(like.shape).astype(like.dtype), jax.typeof(like))
 
     def begin(self, drawn, ridge: float):
         """The state before the first batch."""
