@@ -88,8 +88,10 @@ def _named(primitives: Sequence[str]) -> str:
 
 
 def _layer_of(value: Value):
-    """The layer whose outputs these are, with its bias, the first of several that add up, or brought along the edges of
-    a graph; None if they are none's."""
+    """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's.
+
+    What is brought along the edges of a graph, by constants, is still the layer's.
+    """
     while True:
         if value.layer is not None:
             return value.layer

@@ -70,9 +70,9 @@ class Network:
     apply: Callable[..., Any]
     _: dataclasses.KW_ONLY
     has_aux: bool = False
-    batch_axes: Pytree = 0
+    batch_axes: Pytree = dataclasses.field(default=0, hash=False)  # which may be a dict
     frozen: Pytree = dataclasses.field(default=None, compare=False)
-    signal_axes: int | Mapping[str, int] | None = None
+    signal_axes: int | Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
     handlers: tuple[Handler, ...] = ()
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:

@@ -21,7 +21,6 @@ from tests.reference.quantise import quantise
 
 KEY = jax.random.key(0)
 FA, DFA, BACKMAN = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.backman()
-ZERO = lrules.feedback_alignment(jax.nn.initializers.zeros)
 
 
 def normal(shapes, scale=0.4):
@@ -49,16 +48,16 @@ def check(net, params, inputs, layers, below):
     assert [row["layer"] for row in lrules.describe(net, FA, params, inputs).layers] == layers
     feedback = FA.init(KEY, net, params, inputs)
     f = lrules.transform(net, FA)
-    ours, plain = jax.jit(f)(params, feedback, inputs), jax.jit(lambda p: net(p, inputs))(params)
+    ours, plain = jax.jit(f)(params, feedback, inputs), jax.jit(net)(params, inputs)
     np.testing.assert_array_equal(ours, plain)
-    weights = lrules.Feedback({name: params[name] for name in feedback.fixed}, {})
+    gradient = jax.grad(lambda p, b: objective(f(p, feedback._replace(fixed=b), inputs)))
+    compiled = jax.jit(gradient)
     true = jax.jit(jax.grad(lambda p: objective(net(p, inputs))))(params)
-    bridge.close(gradients(net, FA, params, weights, inputs), true, 1e-4)
-    grads = gradients(net, FA, params, feedback, inputs)
+    bridge.close(compiled(params, {name: params[name] for name in feedback.fixed}), true, 1e-4)
+    grads = compiled(params, feedback.fixed)
     assert all(not np.allclose(grads[name], true[name], rtol=0.01) for name in below)
-    eager = jax.grad(lambda p: objective(f(p, feedback, inputs)))(params)
-    bridge.close(grads, eager, 1e-4)
-    zero = gradients(net, ZERO, params, ZERO.init(KEY, net, params, inputs), inputs)
+    bridge.close(grads, gradient(params, feedback.fixed), 1e-4)
+    zero = compiled(params, jax.tree.map(jnp.zeros_like, feedback.fixed))
     assert {name for name, g in zero.items() if not jnp.any(g)} == set(below)
     lrules.audit(net, FA, params, inputs)
 
@@ -467,6 +466,20 @@ def test_graphs(name):
         b = {k: np.asarray(v, np.float64) for k, v in feedback.fixed.items()}
         wanted = gcn_gradients(GRAPH, FEATURES, e, functools.partial(down, b), alpha)
         bridge.close(gradients(net, rule, GRAPH, feedback, inputs), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "segment_sum"])
+def test_a_graph_that_ends_in_a_softmax(name):
+    """The error is taken below it, at the logits of each node, which messages have made."""
+    net, inputs = GRAPHS[name]
+    soft = lrules.Network(lambda p, x: jax.nn.log_softmax(net(p, x)), signal_axes=0)
+    targets = jax.nn.one_hot(jnp.arange(NODES) % 2, 2)
+    loss = lambda y, t: -jnp.sum(t * y, -1)  # noqa: E731
+    feedback = DFA.init(KEY, soft, GRAPH, inputs)
+    grads = jax.jit(lrules.value_and_grad(soft, loss, DFA))(GRAPH, feedback, inputs, targets)[1].params
+    e = np.asarray((jax.nn.softmax(net(GRAPH, inputs)) - targets) / NODES, np.float64)
+    b = {k: np.asarray(v, np.float64) for k, v in feedback.fixed.items()}
+    bridge.close(grads, gcn_gradients(GRAPH, FEATURES, e, lambda layer, d, w: e @ b[layer]), 1e-4)
 
 
 def test_a_graph_that_does_not_say_where_its_nodes_lie():
