@@ -205,6 +205,8 @@ def arrangement(eqn, plain: Sequence[bool], opaque: bool = False) -> dict[int, A
     name = eqn.primitive.name
     moving = [k for k, p in enumerate(plain) if not p]
     if name in LINEAR or name in NONLINEAR or (opaque and name == STOP):
+        if any(len(eqn.invars[k].aval.shape) != len(eqn.outvars[0].aval.shape) for k in moving):
+            return None  # one choice for all elements
         return {k: tuple(range(len(eqn.invars[k].aval.shape))) for k in moving}
     if name == "transpose":
         return {k: tuple(eqn.params["permutation"]) for k in moving}
@@ -263,8 +265,11 @@ def _plain(value) -> bool:
         return False
     if value.plain is None:  # kept: values are shared by many
         eqn, operands = value.producer, value.operands
+        value.plain = False  # what a loop makes of itself is none
         value.plain = getattr(value.aval, "shape", None) == () or (
-            bool(operands)
+            eqn is not None
+            and len(operands) == len(eqn.invars)
+            and bool(operands)
             and all(map(_plain, operands))
             and (eqn.primitive.name in VIEWS or arrangement(eqn, [True] * len(operands)) is not None)
         )

@@ -411,10 +411,12 @@ class Refusal:
     Attributes:
       parameters: their numbers.
       sentence: what stands in the way, and what to write in its place.
+      differentiable: whether JAX brings error through there, so that backprop() is a way out.
     """
 
     parameters: frozenset[int]
     sentence: str
+    differentiable: bool = True
 
 
 class Analysis:
@@ -445,7 +447,7 @@ class Analysis:
     def refuse(self, params: frozenset[int], what: str):
         if not self.silent:
             names = ", ".join(repr(self.names[i]) for i in sorted(params))
-            refusal = Refusal(params, what.format(name=names))
+            refusal = Refusal(params, what.format(name=names), self.sealed != "while loop")
             if refusal not in self.refusals:
                 self.refusals.append(refusal)
 
@@ -737,7 +739,7 @@ class Analysis:
         if value.pure:
             value.stage = stage(eqn, ins)
         elif value.both:
-            value.products = tuple(products.made(eqn, ins, value) or products.passed(eqn, ins, value, axes))
+            value.products = (*products.made(eqn, ins, value), *products.passed(eqn, ins, value, axes))[: products.MOST]
             if not value.batched or any(p.is_matrix for p in value.products):
                 value.axes = _parameter_axes(eqn, ins, axes)
         return value

@@ -17,6 +17,7 @@ from lrules.network import Graph
 from lrules.products import LINEAR
 
 BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
+MIXING = {"dot_general", "bcoo_dot_general", "gather", "scatter-add", "scatter_add"}  # rows, by constants
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +88,8 @@ def _named(primitives: Sequence[str]) -> str:
 
 
 def _layer_of(value: Value):
-    """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's."""
+    """The layer whose outputs these are, with its bias, the first of several that add up, or brought along the edges of
+    a graph; None if they are none's."""
     while True:
         if value.layer is not None:
             return value.layer
@@ -97,9 +99,10 @@ def _layer_of(value: Value):
             first, second = map(_layer_of, moving)
             return first if second is not None else None
         biased = name in ("add", "sub") and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
+        mixed = name in MIXING and len(moving) == 1 and not any(v.pure or v.chosen for v in value.operands)
         if value.source is not None:
             value = value.source
-        elif biased or (name == "scan" and len(moving) == 1):
+        elif biased or mixed or (name == "scan" and len(moving) == 1):
             (value,) = moving
         else:
             return None

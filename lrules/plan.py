@@ -340,24 +340,27 @@ def _draw_reduction(key, shape: tuple[int, ...], dtype) -> jax.Array:
 class Refused(NotImplementedError):
     """A network holds what the rule cannot serve.
 
+    Args:
+      found: parameters, and what stands in the way.
+      offered: the parameters to which a partition can give backprop().
+
     Attributes:
       refusals: what stands in the way, by parameter.
     """
 
-    def __init__(self, found: Sequence[tuple[Sequence[str], str]], partition: bool):
+    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]):
         self.refusals: dict[str, str] = {}
         for names, sentence in found:
             for name in names:
                 known = self.refusals.get(name)
                 self.refusals[name] = sentence if known in (None, sentence) else f"{known}; {sentence}"
         sentences = list(dict.fromkeys(sentence for _, sentence in found))
-        listed = ", ".join(map(repr, self.refusals))
         message = sentences[0]
         if len(sentences) > 1:
             message = f"{len(sentences)} things cannot be served: "
             message += "; ".join(f"({i}) {sentence}" for i, sentence in enumerate(sentences, 1))
-        if partition:
-            message += f", or give {listed} backprop() in a partition"
+        if offered:
+            message += f", or give {', '.join(map(repr, dict.fromkeys(offered)))} backprop() in a partition"
         super().__init__(message)
 
 
@@ -415,15 +418,13 @@ def make_plan(
       Refused: constructs cannot be served; a NotImplementedError that names them all.
     """
     specs = {layer.site: choose(layer.name) for layer in graph.layers}
-    found = [
-        ([graph.names[i] for i in sorted(refusal.parameters)], refusal.sentence)
-        for refusal in graph.refusals
-        if any(not isinstance(choose(graph.names[i]), Plain) for i in refusal.parameters)
-    ]
+    refused = [r for r in graph.refusals if any(not isinstance(choose(graph.names[i]), Plain) for i in r.parameters)]
+    found = [([graph.names[i] for i in sorted(refusal.parameters)], refusal.sentence) for refusal in refused]
+    stuck = {graph.names[i] for refusal in refused if not refusal.differentiable for i in refusal.parameters}
     for layer in graph.layers:
-        found += [([layer.name], sentence) for sentence in _not_served(layer, specs[layer.site])]
+        found += [([layer.name], sentence) for sentence in _not_served(layer, specs[layer.site], partition)]
     if found:
-        raise Refused(found, partition)
+        raise Refused(found, [name for names, _ in found for name in names if partition and name not in stuck])
     if not graph.layers and not graph.refusals:
         raise ValueError(
             "no layer found: the network never multiplies something that depends on its inputs by a parameter "
@@ -451,13 +452,13 @@ def _bare(scope: Sequence[str]) -> list[str]:
     return [s.split(" ")[0] for s in scope]
 
 
-def _not_served(layer: Layer, spec: LayerRule) -> Iterator[str]:
+def _not_served(layer: Layer, spec: LayerRule, partition: bool) -> Iterator[str]:
     """What stands in the way of one layer's rule."""
     if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(_bare(layer.scope)):
         construct = next(c for c in _bare(layer.scope) if c in ("cond", "shard_map"))
         yield (
             f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a sequential "
-            f"rule for it, or take the layer out of the {construct}"
+            f"rule{' for it' if partition else ''}, or take the layer out of the {construct}"
         )
     if not (isinstance(spec, Sequential) and spec.whole_batch):
         return

@@ -26,6 +26,7 @@ LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_ele
           "dynamic_update_slice", "reduce_sum"}  # fmt: skip
 FOR_SCALES = {"neg", "mul", "div", "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pad", "slice"}
 BENDING = NONLINEAR | CALLS.keys() | {"mul"}
+MOST = 8  # so many products are followed in one value
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
@@ -154,10 +155,11 @@ def passed(eqn, ins, out, axes) -> list[Product]:
             if not linear or (name in ("mul", "div") and both):
                 if name not in BENDING or len(value.aval.shape) != ndim or (name == "div" and k == 1):
                     continue  # what data weigh a layer's output by, and sum, are recorded values, as in attention
-                elif not product.is_matrix:
-                    if not outer:
-                        continue
-                    kind = "distance"
+                if product.is_matrix and not (name == "div" and k == 0):  # but a kernel that is normalised remains one
+                    continue
+                if not product.is_matrix and not outer:
+                    continue
+                kind = kind if product.is_matrix else "distance"
             if product.is_matrix and name == "reduce_sum":
                 continue
             if axes is not None:
@@ -173,7 +175,7 @@ def passed(eqn, ins, out, axes) -> list[Product]:
                 moved = axes is not None or name in FOR_SCALES or (name in ("add", "sub") and not both)
                 bare = product.bare and moved
                 found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind, bare=bare))
-    return found[:8]
+    return found
 
 
 def _is_where(eqn) -> bool:

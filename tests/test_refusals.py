@@ -57,7 +57,7 @@ def test_layer_in_a_while_loop():
         return lax.while_loop(lambda s: s[0] < 2, body, (0, x @ p["a"]))[1] @ p["c"]
 
     for rule in (FA, DFA, BACKMAN):
-        refused(apply, "'b'", "while", "backprop", rule=rule)
+        refused(apply, "'b'", "while", "lax.fori_loop", rule=rule)
     rule = lrules.partition({"^b$": lrules.backprop(), ".*": FA})
     f = lrules.transform(apply, rule)
     feedback = rule.init(KEY, apply, W, X)

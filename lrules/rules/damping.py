@@ -97,7 +97,7 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
         if sites or len(found) != 1 or len(below[0][0]) > 1 or below[0][1]:
             raise NotImplementedError(
                 "damping serves chains, in which one layer lies between two activations: this network has skip "
-                "connections, or layers without an activation between them"
+                "connections, or layers without an activation between them: leave damping= out"
             )
         for site in below[0][0] or inputs:
             reading.setdefault(site, []).append(Reader(found[0], target, name))
@@ -154,5 +154,5 @@ def check_projection(site: str, fn: Callable, x) -> None:
         raise NotImplementedError(
             f"the activation {site!r} cannot be damped: Eq. 50 holds where the activation is the projection to an "
             "interval (its energy half a square plus an indicator), as relu, relu6, hard_tanh or jnp.clip, and has "
-            "other fixed points elsewhere"
+            "other fixed points elsewhere: leave damping= out"
         )

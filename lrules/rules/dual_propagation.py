@@ -409,7 +409,7 @@ class _Dual:
         if any(handler.activations for handler in net.handlers):
             raise NotImplementedError(
                 "dual propagation has differences of states in the place of derivatives: without_derivatives and "
-                "replace_derivative do not go with it"
+                "replace_derivative do not go with it: leave them out"
             )
         self.graph = graph = net.graph(params, inputs)
         self.plan = _plan(options, net, graph, params, inputs)
