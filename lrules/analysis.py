@@ -735,13 +735,13 @@ class Analysis:
             value.source, value.view = operand, eqn
         value.varies = _varying(eqn, ins, aval, axes)
         if value.pure or value.chosen:
-            value.axes = _parameter_axes(eqn, ins, axes)
+            value.axes = _parameter_axes(eqn, ins, aval, axes)
         if value.pure:
             value.stage = stage(eqn, ins)
         elif value.both:
             value.products = (*products.made(eqn, ins, value), *products.passed(eqn, ins, value, axes))[: products.MOST]
             if not value.batched or any(p.is_matrix for p in value.products):
-                value.axes = _parameter_axes(eqn, ins, axes)
+                value.axes = _parameter_axes(eqn, ins, aval, axes)
         return value
 
     def sums(self, block: Block, eqn, ins: list[Value]):
@@ -1175,10 +1175,10 @@ def _varying(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     return full
 
 
-def _parameter_axes(eqn, ins: list[Value], axes):
+def _parameter_axes(eqn, ins: list[Value], aval, axes):
     """Which axes of which parameters the dimensions of a value made of parameters hold."""
     name = eqn.primitive.name
-    ndim = len(getattr(eqn.outvars[0].aval, "shape", ()))
+    ndim = len(getattr(aval, "shape", ()))
     found: dict[int, Any] = {}
 
     def add(i, dims, sliced):
