@@ -925,7 +925,7 @@ def _parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
             elif value.batched:
                 stack += [v for v in value.operands if v.pure or any(p.is_matrix for p in v.products)]
             else:
-                stack += [v for v in value.operands if v.differentiable]
+                stack += [v for v in value.operands if v.params]
     return list(found.values()), sources
 
 

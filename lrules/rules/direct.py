@@ -69,7 +69,8 @@ def direct_feedback_alignment(
         signs.
       error_at: where the output error e is taken. `"layer"`: where the outputs are a function without parameters of a
         layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs, so that e is T - O with the
-        cross-entropy that belongs to the function, as the papers have it. `"outputs"`: at the outputs themselves.
+        cross-entropy that belongs to the function, as the papers have it; not where the function lies inside a loop
+        (`lrules.describe` says where). `"outputs"`: at the outputs themselves.
       max_feedback_bytes: refuse to make more feedback than this.
 
     Returns:
