@@ -115,14 +115,12 @@ def made(eqn, ins, out) -> list[Product]:
             return []
         dims = frozenset(weight.spread if weight.pure else weight.weight_dims & weight.spread)
         outer = bool(dims - data.spread)
-        if name == "mul" or (name == "div" and side == 1):
+        if name in ("mul", "div"):
             return [Product(weight, dims, outer, "product", len(dims))]
-        if name == "div" or not data.differentiable:
-            return []
-        if name not in ("add", "sub"):
-            return [Product(weight, dims, True, "distance", len(dims))] if outer and dims & data.spread else []
-        sums = [Product(weight, dims, True, "sum", len(dims))] if outer and dims & data.spread else []
-        return sums + ([Product(weight, dims, False, "base", len(dims))] if len(dims) > 1 else [])
+        linear, differs = name in ("add", "sub"), outer and bool(dims & data.spread) and bool(data.differentiable)
+        found = [Product(weight, dims, True, "sum" if linear else "distance", len(dims))] if differs else []
+        is_base = len(dims) > 1 and (linear or (name in ("max", "min") and not data.differentiable))
+        return found + ([Product(weight, dims, False, "base", len(dims))] if is_base else [])
     if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
         (_, batch) = eqn.params["dimension_numbers"]
         places = []
