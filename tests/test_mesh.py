@@ -8,7 +8,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import lrules
-from tests.test_shapes import RULES, half_square
+from tests.sampling import mostly_slow
+from tests.test_shapes import QUICK, RULES, half_square
 
 P = PartitionSpec
 MORE = {
@@ -83,7 +84,7 @@ def alone(net, rule):
     return gradients(lambda p, x: net(p, x, None), rule, W, X, Y)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", mostly_slow(ALL, QUICK))
 def test_split_features(name):
     """Gradients and feedback are as on one device; gradients lie where the parameters do."""
     rule = ALL[name]
@@ -102,7 +103,7 @@ HARD = [*DIRECT, "kolen_pollack", "node_perturbation", "quantize_update"]
 
 
 @pytest.mark.parametrize("net", [gathered, split_views])
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", mostly_slow(HARD, HARD[:2]))
 def test_split_features_read_by_views(name, net):
     feedback, want = alone(net, ALL[name])
     _, drawn, got = on_mesh(net, ALL[name])
@@ -110,7 +111,9 @@ def test_split_features_read_by_views(name, net):
     same(got, want)
 
 
-@pytest.mark.parametrize("name", ["adaptive", "kolen_pollack", "random_magnitudes", "dual_propagation"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["adaptive", "kolen_pollack", "random_magnitudes", "dual_propagation"], ["adaptive"])
+)
 @pytest.mark.parametrize("how", ["eager", "init", "whole"])
 def test_split_features_otherwise(name, how):
     """Without `jit`, from feedback drawn under `jit`, and from feedback that lies whole on every device."""
@@ -122,7 +125,10 @@ def test_split_features_otherwise(name, how):
 
 
 @pytest.mark.parametrize("types", ["EA", "AE", "AA"])
-@pytest.mark.parametrize("name", ["adaptive", "kolen_pollack", "node_perturbation", "drop_error", "quantize_update"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(["adaptive", "kolen_pollack", "node_perturbation", "drop_error", "quantize_update"], ["kolen_pollack"]),
+)
 def test_mixed_axes(name, types):
     """A mesh with automatic axes, some or all."""
     types = tuple({"E": AxisType.Explicit, "A": AxisType.Auto}[t] for t in types)

@@ -9,9 +9,11 @@ from jax import export
 
 import lrules
 from tests import bridge
+from tests.sampling import mostly_slow
 from tests.zoo import ZOO, loss
 
 DP, FA, DFA = lrules.dual_propagation, lrules.feedback_alignment(), lrules.direct_feedback_alignment()
+QUICK = ("feedback_alignment", "direct_feedback_alignment", "backman", "dual_propagation", "quantize_update")
 RULES = {
     "backprop": lrules.backprop(),
     "last_layer_only": lrules.last_layer_only(),
@@ -72,7 +74,7 @@ def optional(p, inputs):
     return {"logits": out, "extra": None}, {"state": inputs["state"]}
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", mostly_slow(RULES, QUICK))
 @pytest.mark.parametrize("axes", [0, {"x": 0, "mask": None, "state": None}, {"x": 0, "mask": 0, "state": 0}])
 def test_none(name, axes):
     """None in the inputs, parameters, outputs, aux and targets is no leaf: all is as without it."""
@@ -139,7 +141,7 @@ def merged(p, x):
     return jax.nn.relu(h @ p["b"]).reshape(-1, 2, 5).mean(1) @ p["c"]
 
 
-@pytest.mark.parametrize("name", sorted(RULES.keys() - {"damped"}))
+@pytest.mark.parametrize("name", mostly_slow(sorted(RULES.keys() - {"damped"}), QUICK))
 @pytest.mark.parametrize("net", [mlp, merged])
 def test_symbolic_batch(name, net):
     """A step exported for any batch gives what it gives for one."""
@@ -153,6 +155,7 @@ def test_symbolic_batch(name, net):
     bridge.close(dict(enumerate(got)), dict(enumerate(jax.tree.leaves(want))), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["linen_scan", "nnx_einsum", "equinox_cnn", "vmapped_batch_last", "columns"])
 @pytest.mark.parametrize("name", ["feedback_alignment", "direct_feedback_alignment"])
 def test_symbolic_batch_in_the_zoo(model, name):
