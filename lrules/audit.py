@@ -167,6 +167,7 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
 
     scales = frozenset().union(*(offset.value.params for offset in graph.offsets))
     exempt = scales | {i for i, name in enumerate(graph.names) if name in plain | refused}
+    exempt |= frozenset().union(*(layer.sources for layer in graph.layers if layer.name in plain))
     for i, gradient in enumerate(gradients):
         own = frozenset().union(*(layer.sources for layer in graph.layers if i in layer.sources), {i})
         if missed := gradient.via - exempt - own:
