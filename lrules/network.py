@@ -49,7 +49,7 @@ Pair = tuple[Any, Any]  # a value and its shadow (None where there is none)
 # --------------------------------------------------------------------------------------------------------- the network
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A pure function `apply(params, inputs) -> outputs`, ready for a learning rule.
 
@@ -70,10 +70,28 @@ class Network:
     apply: Callable[..., Any]
     _: dataclasses.KW_ONLY
     has_aux: bool = False
-    batch_axes: Pytree = dataclasses.field(default=0, hash=False)  # which may be a dict
-    frozen: Pytree = dataclasses.field(default=None, compare=False)
-    signal_axes: int | Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
+    batch_axes: Pytree = 0
+    frozen: Pytree = None
+    signal_axes: int | Mapping[str, int] | None = None
     handlers: tuple[Handler, ...] = ()
+
+    def __post_init__(self):
+        axes = self.signal_axes
+        given = axes.values() if isinstance(axes, Mapping) else () if axes is None else (axes,)
+        if not all(isinstance(axis, int | np.integer) for axis in given):
+            raise ValueError(f"signal_axes must be an axis, axes by name as {{'outputs': 0}}, or None, got {axes!r}")
+
+    # jax.jit keeps what it has traced by equality: two networks are one only if they hold the very same frozen weights.
+    def __eq__(self, other):
+        if not isinstance(other, Network):
+            return NotImplemented
+        (mine, tree), (theirs, other_tree) = jax.tree.flatten(self.frozen), jax.tree.flatten(other.frozen)
+        same = tree == other_tree and all(a is b for a, b in zip(mine, theirs, strict=True))
+        names = ("apply", "has_aux", "batch_axes", "signal_axes", "handlers")
+        return same and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def __hash__(self):
+        return hash((self.apply, self.has_aux, self.handlers))
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
         return self.apply(params, inputs) if self.frozen is None else self.apply(params, self.frozen, inputs)

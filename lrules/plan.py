@@ -22,7 +22,17 @@ from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, split_as
 from lrules.batch import BatchAxis, Unbatched, batch_axis, doubled
 from lrules.head import Head, heads
 from lrules.network import Graph, Network, as_network, name_number
-from lrules.rule import Feedback, Initializer, Pytree, Rule, as_initializer, at_least_float32, draw, is_number
+from lrules.rule import (
+    Feedback,
+    Initializer,
+    Pytree,
+    Rule,
+    as_initializer,
+    at_least_float32,
+    draw,
+    is_number,
+    require_rule,
+)
 
 SMALLER = {  # what makes direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",
@@ -389,6 +399,7 @@ def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
       {}
     """
     net = as_network(net)
+    require_rule(rule)
     try:
         if rule.plan is not None:
             rule.plan(net, net.graph(params, inputs), params, inputs)
