@@ -502,6 +502,11 @@ def layer_entries(graph: Graph, layer: Layer, spec: Sequential) -> list[Entry]:
     return [_entry(graph, layer, i, spec) for i in _feedback_parameters(graph, layer)]
 
 
+def _real(dtype) -> Any:
+    """The dtype of feedback for a weight: float32 where a frozen weight is quantised to integers."""
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)
+
+
 def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
     aval = graph.param_avals[i]
     dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
@@ -524,7 +529,7 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> Entry:
         spatial = tuple(dims[d][0] for d in rhs[2:])
         contracted -= set(spatial)
     return Entry(
-        i, tuple(aval.shape), aval.dtype, spec,
+        i, tuple(aval.shape), _real(aval.dtype), spec,
         tuple(sorted(contracted)), tuple(sorted(free)), tuple(sorted(sliced)), spatial,
     )  # fmt: skip
 
@@ -738,7 +743,7 @@ def _settled(
 
 def _feedback_dtype(graph: Graph, hidden: Hidden):
     if hidden.readers:
-        return graph.param_avals[min(hidden.readers[0].sources)].dtype
+        return _real(graph.param_avals[min(hidden.readers[0].sources)].dtype)
     return hidden.reader.aval.dtype
 
 

@@ -304,3 +304,23 @@ def test_axes_of_signals_and_rules_that_are_none():
         lrules.Network(lambda p, x: x @ p, signal_axes="x")
     with pytest.raises(TypeError, match="call its factory first"):
         lrules.refusals(lambda p, x: x @ p, lrules.feedback_alignment, jnp.eye(3), jnp.ones((1, 3)))
+
+
+@pytest.mark.parametrize("rule", [lrules.feedback_alignment(), lrules.direct_feedback_alignment()], ids=["FA", "DFA"])
+def test_frozen_weights_that_are_quantised(rule):
+    """Feedback stands in for a frozen weight of integers, too: nothing arrives below where it is zero."""
+
+    def apply(p, frozen, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ (frozen["q"].astype(jnp.float32) * 0.01)) @ p["c"]
+
+    params, x = {"a": jnp.ones((3, 4)), "c": jnp.ones((5, 2))}, jnp.ones((6, 3))
+    net = lrules.Network(apply, frozen={"q": jnp.arange(20, dtype=jnp.int8).reshape(4, 5)})
+    feedback = rule.init(jax.random.key(0), net, params, x)
+    f = lrules.transform(net, rule)
+
+    def gradient(feedback):
+        return jax.grad(lambda p: jnp.sum(jnp.sin(f(p, feedback, x))))(params)
+
+    assert feedback.fixed["q"].dtype == jnp.float32 and jnp.any(gradient(feedback)["a"])
+    silent = feedback._replace(fixed=feedback.fixed | {"q": jnp.zeros_like(feedback.fixed["q"])})
+    assert not jnp.any(gradient(silent)["a"]) and jnp.any(gradient(silent)["c"])
