@@ -82,7 +82,8 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     graph = net.graph(params, inputs)
     plan = rule.plan(net, graph, params, inputs) if rule.plan is not None else None
     trained = len(jax.tree.leaves(params))
-    live = {i for i, value in enumerate(graph.parameters) if id(value) in reach(graph.outs[: graph.n_outputs])}
+    found = reach(graph.outs[: graph.n_outputs])
+    live = {i for i, value in enumerate(graph.parameters) if id(value) in found}
     reached = _reached_by(graph)
     rows = []
     for i, name in enumerate(graph.names):
