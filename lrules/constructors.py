@@ -169,9 +169,10 @@ def direct(
         raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
-    pairs, passed = _pairs(shared_axes), tuple(offers)
-    limits = max_feedback_bytes, passed
-    spec = Direct(signal, init, learn, redrawn, where, pairs, rank, channel, targets, error_at, *limits)
+    pairs = _pairs(shared_axes)
+    spec = Direct(
+        signal, init, learn, redrawn, where, pairs, rank, channel, targets, error_at, max_feedback_bytes, tuple(offers)
+    )
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 
