@@ -86,13 +86,12 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
     return fn
 
 
-def grad_of_transform(f: Callable, net: Network, loss: Callable, *, pass_targets: bool = False) -> Callable[..., Any]:
+def grad_of_transform(f: Callable, net: Network, loss: Callable) -> Callable[..., Any]:
     """`value_and_grad` of a rule that `transform` serves."""
 
     def fn(params, feedback, inputs, targets, *, rng=None):
         def objective(params, learned):
-            extra = {"targets": targets} if pass_targets else {}
-            out = f(params, feedback._replace(learned=learned), inputs, rng=rng, **extra)
+            out = f(params, feedback._replace(learned=learned), inputs, rng=rng)
             outputs = out[0] if net.has_aux else out
             return mean_loss(net, loss, outputs, inputs, targets), out
 

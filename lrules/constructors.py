@@ -9,25 +9,28 @@ from typing import Any
 
 import jax
 
-from lrules.apply import grad_of_transform
+from lrules.apply import mean_loss
 from lrules.engine.graph import Graph
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
-from lrules.engine.running import run_plan
+from lrules.engine.running import prepare, run_plan
 from lrules.network import as_network
 from lrules.options import Initializer, is_whole, require_flags, require_pattern
-from lrules.rule import Direct, Feedback, LayerRule, Rule, RuleDescription, Sequential, check_params
+from lrules.rule import Direct, Feedback, Gradients, LayerRule, Rule, RuleDescription, Sequential, check_params
 
 
-def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags) -> Rule:
+def layerwise(
+    choose_for: Callable[[Graph], Callable[[str], LayerRule]], layers: Iterable[LayerRule], *, layer: LayerRule | None
+) -> Rule:
     """A rule that is said layer by layer.
 
     Args:
       choose_for: from a traced network to the rule of each layer, by name.
-      layer: that rule where it is the same for all.
-      **flags: `additive` and the like, see `Rule`.
+      layers: the rules that a layer may have.
+      layer: the rule where it is the same for all.
     """
-    needs_targets = flags.pop("targets", False)
+    specs = [spec for spec in layers if isinstance(spec, Sequential | Direct)]
+    needs_loss = next((spec.needs_loss for spec in specs if spec.needs_loss is not None), None)
 
     def plan(net, graph, params, inputs) -> Plan:
         return make_plan(net, graph, params, inputs, choose_for(graph))
@@ -37,34 +40,49 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
         check_params(params)
         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
-    def run(net, params, feedback, inputs, targets, rng, loss=None):
-        graph = net.graph(params, inputs)
-        made = plan(net, graph, params, inputs)
-        if loss is not None:
-            outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
-            elements = jax.eval_shape(loss, outputs, targets).size
-            made = dataclasses.replace(made, elements=elements)
-        return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
-
     def transform(net, *, reduction="mean"):
-        if needs_targets:
+        if needs_loss is not None:
             raise ValueError(
-                "this rule needs the targets: use lrules.value_and_grad(net, loss, rule) in place of transform"
+                f"this rule needs {needs_loss}: use lrules.value_and_grad(net, loss, rule) in place of transform"
             )
 
         def f(params, feedback, inputs, *, rng=None):
-            return run(net, params, feedback, inputs, None, rng)
+            made = plan(net, net.graph(params, inputs), params, inputs)
+            return run_plan(made, net, params, feedback, inputs, rng=rng)
 
         return f
 
     def value_and_grad(net, loss):
-        def f(params, feedback, inputs, *, rng=None, targets=None):
-            return run(net, params, feedback, inputs, targets, rng, loss)
+        def fn(params, feedback, inputs, targets, *, rng=None):
+            graph = net.graph(params, inputs)
+            outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
+            elements = jax.eval_shape(loss, outputs, targets).size
+            made = dataclasses.replace(plan(net, graph, params, inputs), elements=elements)
+            calls = prepare(made, feedback, rng, targets)
 
-        return grad_of_transform(f, net, loss, pass_targets=True)
+            def objective(params, learned, states):
+                weights = feedback._replace(learned=learned)
+                out = run_plan(made, net, params, weights, inputs, rng=rng, calls=calls, states=states)
+                outputs = out[0] if net.has_aux else out
+                return mean_loss(net, loss, outputs, inputs, targets), out
 
-    description = RuleDescription(plan, layer)
-    return Rule(init, transform, value_and_grad if needs_targets else None, description=description, **flags)
+            graded = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
+            states = {} if calls is None else calls.operands["states"]
+            (value, out), (params_grad, feedback_grad, passed) = graded(params, feedback.learned, states)
+            state = calls.new_states(states, passed) if calls is not None and states else feedback.state
+            head = (value, *out) if net.has_aux else (value, out)
+            return head, Gradients(params_grad, feedback_grad, state)
+
+        return fn
+
+    return Rule(
+        init,
+        transform,
+        value_and_grad if needs_loss is not None else None,
+        stochastic=any(spec.stochastic for spec in specs),
+        additive=not any(isinstance(spec, Sequential) and spec.whole_batch for spec in specs),
+        description=RuleDescription(plan, layer),
+    )
 
 
 def sequential(
@@ -103,7 +121,7 @@ def sequential(
     if redrawn and learned:
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learned=")
     spec = Sequential(backward, init, learned, redrawn, whole_batch, gain)
-    return layerwise(lambda graph: lambda name: spec, layer=spec, additive=not whole_batch, stochastic=redrawn)
+    return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 
 
 def direct(
@@ -171,7 +189,7 @@ def direct(
     spec = Direct(
         signal, init, learn, redrawn, where, pairs, rank, channel, targets, error_at, max_feedback_bytes, tuple(offers)
     )
-    return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
+    return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 
 
 def _pairs(shared_axes) -> tuple[tuple[int, tuple[int | str, ...]], ...]:

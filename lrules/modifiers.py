@@ -220,7 +220,7 @@ class _AtHidden(Handler):
             return (new / scale).astype(error.dtype), None
 
         identity.defvjp(lambda value, key: (value, key), backward)
-        key = None if self.key is None else jax.random.key_data(key_at(self.key, hidden, value, frame))
+        key = None if self.key is None else jax.random.key_data(key_at(self.key, hidden.name, value, frame))
         return identity(value, key)
 
 

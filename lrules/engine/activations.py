@@ -279,7 +279,7 @@ def _reduces(eqn) -> bool:
     return eqn.params.get("axes") != ()
 
 
-def _is_statistic(value) -> bool:
+def is_statistic(value) -> bool:
     """Whether a value comes elementwise from results of reductions, as means and variances do."""
     eqn = value.producer
     if eqn is None or _reduces(eqn):
@@ -288,7 +288,7 @@ def _is_statistic(value) -> bool:
         name = eqn.primitive.name
         mixed = [v for v in value.operands if v.both]
         passing = name in VIEWS or name == STOP or name.startswith(REDUCING) or arranged(value) is not None
-        value.statistic = bool(mixed) and passing and all(map(_is_statistic, mixed))
+        value.statistic = bool(mixed) and passing and all(map(is_statistic, mixed))
     return value.statistic
 
 
@@ -307,7 +307,7 @@ def linear_origins(values) -> set[int]:
         name = value.producer.primitive.name if value.producer is not None else ""
         mixed = [v for v in value.operands if v.both]
         if name in ("mul", "div"):
-            kept = [v for v in mixed if name == "div" or not _is_statistic(v)]
+            kept = [v for v in mixed if name == "div" or not is_statistic(v)]
             if kept == [value.operands[0]] or (name == "mul" and len(kept) == 1):
                 stack += [] if any(v.data and not v.params for v in value.operands) else kept
         elif name in LINEAR or name in VIEWS or name in PASSING:

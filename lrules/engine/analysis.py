@@ -208,7 +208,7 @@ class Analysis:
         for region in regions:
             site = unique(region.name, {a.site for a in self.activations})
             source, output = block.value(region.root), block.value(region.output)
-            region.activation = Activation(region.name, site, block.scope, source, output)
+            region.activation = Activation(region.name, site, block.scope, region.axes, source, output)
             self.activations.append(region.activation)
             block.regions[region.indices[-1]] = region
             block.skipped |= frozenset(region.indices[:-1])

@@ -91,15 +91,18 @@ class Hidden:
 
     def to_definition(self, signal):
         """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
+        return undo_views(self.views, signal.astype(self.reader.aval.dtype))
 
-        signal = signal.astype(self.reader.aval.dtype)
-        for eqn in reversed(self.views):
-            before = eqn.invars[0].aval
-            if eqn.primitive.name == "transpose":
-                permutation = eqn.params["permutation"]
-                signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
-            signal = signal.reshape(before.shape).astype(before.dtype)
-        return signal
+
+def undo_views(views: Sequence[Any], x):
+    """What was before these casts, reshapes and transposes, of what comes after them."""
+    for eqn in reversed(views):
+        before = eqn.invars[0].aval
+        if eqn.primitive.name == "transpose":
+            permutation = eqn.params["permutation"]
+            x = x.transpose([permutation.index(i) for i in range(x.ndim)])
+        x = x.reshape(before.shape).astype(before.dtype)
+    return x
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,11 +112,13 @@ class Activation:
     Attributes:
       name: the function's name where it has one (`relu`), else its primitives (`tanh`, `mul_add_tanh`).
       site: unique within the network.
+      axes: for each axis of the output, the axis of the source that it is.
     """
 
     name: str
     site: str
     scope: tuple[str, ...] = ()
+    axes: tuple[int, ...] = ()
     source: Value | None = dataclasses.field(default=None, repr=False)
     output: Value | None = dataclasses.field(default=None, repr=False)
 

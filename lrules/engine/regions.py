@@ -23,9 +23,9 @@ from lrules.engine.activations import (
     Doubt,
     _composed,
     _is_literal,
-    _is_statistic,
     _is_uniform,
     arranged,
+    is_statistic,
 )
 from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, call_body, call_name
 
@@ -222,7 +222,7 @@ def _region(block, start, indices) -> Region | Doubt | None:
         return None
     primitives = "_".join(dict.fromkeys(nonlinear))
     if not any(n in NAMED or n.startswith(MARK) for n in calls):
-        if set(nonlinear) <= OF_STATISTICS and _is_statistic(value(start)):
+        if set(nonlinear) <= OF_STATISTICS and is_statistic(value(start)):
             return None
         if len(nonlinear) == 1 and nonlinear[0] in NOT_ALONE:
             return Doubt(primitives, out)
@@ -253,7 +253,7 @@ def _doubted(eqn) -> str:
 def _bends(eqn, value) -> bool:
     """Whether an elementwise equation of several values bends one of them, as max and select do."""
     mixed = [v for v in eqn.invars if value(v).both]
-    if all(_is_statistic(value(v)) for v in mixed):
+    if all(is_statistic(value(v)) for v in mixed):
         return False
     name = eqn.primitive.name
     if name in CALLS and value(eqn.outvars[0]).producer is eqn and arranged(value(eqn.outvars[0])) is not None:

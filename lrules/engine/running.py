@@ -5,7 +5,6 @@ Sequential rules are a `custom_vjp` around each layer, direct ones one `custom_v
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.engine.batch import Unbatched
+from lrules.engine.calls import Calls, arriving, at_calls, called, learned
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.head import finish
-from lrules.engine.jaxprs import bind, placed_as, split_as, varying_axes
-from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.jaxprs import placed_as, split_as, varying_axes
 from lrules.engine.plan import Plan
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.weights import DirectFeedback
@@ -31,14 +29,20 @@ Pytree = Any
 class _RuleHandler(Handler):
     """The rule's own handler: the layers of sequential rules, and the landings of direct ones."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    arrays = ("operands",)
+
+    def __init__(self, plan: Plan, calls: Calls | None = None, operands: Any = None):
+        self.plan, self.calls, self.operands = plan, calls, operands
 
     def layer(self, layer: Layer, op, w, b, x, frame: Frame):
         spec = self.plan.specs[layer.site]
         if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
-        return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
+        b = b if spec.init is not None else None
+        if spec.plain:
+            return _sequential_layer(spec, layer, op)(w, b, x)
+        assert self.calls is not None
+        return self.calls.layer(self.operands, spec, layer, op, w, b, x, frame)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
         landing = self.plan.direct_feedback.get(hidden.name)
@@ -50,6 +54,8 @@ class _RuleHandler(Handler):
 
 
 def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
+    fn = spec.bound("backward", layer.name) if spec.numbers else spec.backward
+
     @jax.custom_vjp
     def multiply(w, b, x):
         return op(w, x)
@@ -59,38 +65,47 @@ def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
 
     def backward(residuals, d):
         w, b, x = residuals
-        dw, dx, db = spec.backward(op, w, b, x, d, layer)
-        return dw, db, None if dx is None else jax.tree.map(_if_floating, x, dx)
+        dw, dx, db, _ = called(spec, fn, op, w, b, x, d, layer)
+        return dw, db, dx
 
     multiply.defvjp(forward, backward)
     return multiply
 
 
-def _if_floating(x, dx):
-    return dx if jnp.issubdtype(x.dtype, jnp.inexact) else None
-
-
 def run_plan(
-    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
+    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, rng=None, calls=None, states=None
 ) -> Any:
     """Runs the network under a plan; what comes out differentiates as the rule says."""
-    outputs, aux = run_to_heads(plan, net, params, feedback, inputs, targets=targets, rng=rng)
+    outputs, aux = run_to_heads(plan, net, params, feedback, inputs, rng=rng, calls=calls, states=states)
     outputs = from_heads(plan, net, outputs, params, inputs)
     return (outputs, aux) if net.has_aux else outputs
 
 
-def run_to_heads(
-    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
-) -> Any:
-    """The same up to where the output error is taken: `(outputs, aux)`, see `head.py`."""
+def prepare(plan: Plan, feedback: Feedback, rng=None, targets=None) -> Calls | None:
+    """What the functions of the rule ask for, if they do; and a look whether the feedback is that of the plan."""
     plan.check(feedback)
+    return Calls(plan, feedback, rng, targets) if plan.asking else None
+
+
+def run_to_heads(
+    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, rng=None, calls=None, states=None
+) -> Any:
+    """The same up to where the output error is taken: `(outputs, aux)`, see `head.py`.
+
+    Args:
+      plan, net, params, feedback, inputs, rng: what is run on what.
+      calls: what `prepare` made; None: it is made here.
+      states: those of `calls`, as arguments of a function that is differentiated.
+    """
+    calls = prepare(plan, feedback, rng) if calls is None else calls
     weights, leaves = {**feedback.fixed, **feedback.learned}, net.parameters(params)
     if rng is not None:
         weights |= plan.init(rng, leaves, redrawn=True).fixed
-    args = (leaves, weights, jax.tree.leaves(inputs), plan.graph.consts, net.handlers, targets)
+    operands = None if calls is None else calls.operands | ({} if states is None else {"states": states})
+    args = (leaves, weights, jax.tree.leaves(inputs), plan.graph.consts, net.handlers)
     if any(landing.spec.lands for landing in plan.direct_feedback.values()):
-        return _direct_run(plan)(*args)
-    return evaluate(plan, *args[:5], Frame())
+        return _direct_run(plan, calls)(*args, operands)
+    return evaluate(plan, *args, Frame(), calls, operands)
 
 
 def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs: Pytree) -> Pytree:
@@ -104,7 +119,10 @@ def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs
     return jax.tree.unflatten(tree, [outs[i] if i in below else leaf for i, leaf in enumerate(leaves)])
 
 
-def evaluate(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
+def evaluate(
+    plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame, calls: Calls | None = None, operands=None
+):
+    """Runs the network with the rule's own handler innermost; the arguments are flat, as `run_to_heads` makes them."""
     shadow = None
     if plan.shadows:
         names = plan.graph.names
@@ -114,47 +132,55 @@ def evaluate(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fram
             else jax.lax.stop_gradient(p)
             for name, p in zip(names, params, strict=True)
         ]
-    own = _RuleHandler(plan)
+    own, outermost = _RuleHandler(plan, calls, operands), [] if calls is None else calls.slopes()
+    if calls is not None and operands["states"]:
+        states = {site: s for site, s in operands["states"].items() if site not in plan.direct_feedback}
+        frame.inputs = {**frame.inputs, **{f"{site} output": s for site, s in states.items()}}
     options: dict[str, Any] = {"consts": consts, "feedback": shadow, "frame": frame, "marks": plan.marks}
     taps = {name: head.value for name, head in plan.heads.items()}
-    outputs, aux = plan.graph.run(params, inputs, handlers=(own, *handlers), taps=taps, **options)
+    outputs, aux = plan.graph.run(params, inputs, handlers=(own, *handlers, *outermost), taps=taps, **options)
     leaves, tree = jax.tree.flatten(outputs)
     for name, head in plan.heads.items():
         leaves[head.output] = frame.records.pop(name)
     return jax.tree.unflatten(tree, leaves), aux
 
 
-def _direct_run(plan: Plan) -> Callable:
+def _direct_run(plan: Plan, calls: Calls | None) -> Callable:
     """The whole network as one function whose backward pass brings the output error to every landing at once."""
+    landings = plan.direct_feedback.values()
+    kept = {name for name, landing in plan.direct_feedback.items() if landing.spec.learn is not None}
+    kept |= calls.records() if calls is not None else set()
 
     @jax.custom_vjp
-    def run(params, feedback, inputs, consts, handlers, targets):
-        return evaluate(plan, params, feedback, inputs, consts, handlers, Frame())
+    def run(params, feedback, inputs, consts, handlers, operands):
+        return evaluate(plan, params, feedback, inputs, consts, handlers, Frame(), calls, operands)
 
     def forward(*args):
         # Only what is differentiated is: data may come from what has no reverse mode, such as a while loop.
         wanted = any(leaf.perturbed for leaf in jax.tree.leaves(args[2:5]))
-        params, feedback, inputs, consts, handlers, targets = jax.tree.map(lambda leaf: leaf.value, args)
+        params, feedback, inputs, consts, handlers, operands = jax.tree.map(lambda leaf: leaf.value, args)
+        states = None if operands is None else operands["states"]
 
-        def network(params, feedback, inputs=inputs, consts=consts, handlers=handlers):
-            frame = Frame()
-            outputs, aux = evaluate(plan, params, feedback, inputs, consts, handlers, frame)
-            return (outputs, frame.records), aux
+        def network(params, feedback, states, inputs=inputs, consts=consts, handlers=handlers):
+            frame, given = Frame(), None if operands is None else operands | {"states": states}
+            outputs, aux = evaluate(plan, params, feedback, inputs, consts, handlers, frame, calls, given)
+            landed = {name: value for name, value in frame.records.items() if name in plan.direct_feedback}
+            return (outputs, landed), (aux, frame.records)
 
-        differentiated = (params, feedback, inputs, consts, handlers) if wanted else (params, feedback)
-        (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
-        learns = any(landing.spec.learn is not None for landing in plan.direct_feedback.values())
-        landings = plan.direct_feedback.values()
+        differentiated = (params, feedback, states, *((inputs, consts, handlers) if wanted else ()))
+        (outputs, landed), pull, (aux, records) = jax.vjp(network, *differentiated, has_aux=True)
         channels = dict.fromkeys(landing.spec.channel for landing in landings if landing.spec.channel)
-        skips = [channel(plan, params, inputs, consts, records) for channel in channels]
-        return (outputs, aux), (pull, skips, feedback, targets, records if learns else None)
+        skips = [channel(plan, params, inputs, consts, landed) for channel in channels]
+        records = {name: value for name, value in records.items() if name in kept}
+        return (outputs, aux), (pull, skips, feedback, operands, records)
 
     def backward(residuals, cotangent):
-        pull, skips, feedback, targets, records = residuals
+        pull, skips, feedback, operands, records = residuals
         errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
         signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
+        states: dict[str, Any] = {}
         for skip in skips:
             signals |= skip(errors)
         for name, landing in plan.direct_feedback.items():
@@ -163,12 +189,19 @@ def _direct_run(plan: Plan) -> Callable:
                 continue
             if spec not in sent:
                 sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
-            signals[name] = _land(landing, sent[spec], b, targets, plan.elements)
+            e = sent[spec]
+            if calls is not None and calls.apart(spec):
+                signals[name], state = calls.signal(operands, landing, e, b, records)
+                states |= {name: state} if state is not None else {}
+            else:
+                signals[name] = _land(landing, e, b, calls, operands)
             if spec.learn is not None:
-                feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
-        grads = list(pull((errors, signals)))
-        grads[1] = {**grads[1], **{name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}}
-        return (*grads, *[None] * (6 - len(grads)))
+                learn = None if calls is None or spec.plain else calls.learn(operands, landing, e, records)
+                feedback_grads[name] = direct_feedback_gradient(landing, e, records[name], b, learn)
+        params, weights, passed, *rest = pull((errors, signals))
+        weights = {**weights, **{name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}}
+        given = None if operands is None else dict.fromkeys(operands) | {"states": {**passed, **states}}
+        return (params, weights, *rest, *[None] * (3 - len(rest)), given)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
@@ -220,28 +253,24 @@ def sent_error(plan: Plan, spec: Direct, e, feedback):
     return e
 
 
-def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
+def _land(landing: DirectFeedback, e, b, calls: Calls | None, operands):
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
-    hidden, shared, axis = landing.hidden, landing.shared, landing.axis
-    assert axis is not None and landing.spec.signal is not None
+    hidden, shared, name = landing.hidden, landing.shared, landing.hidden.name
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
     e = split_as(e, *[None] * len(shared), landing.batch_split)
     b = None if b is None else split_as(b, *landing.split)
-
-    more = {"elements": elements} if "elements" in inspect.signature(landing.spec.signal).parameters else {}
+    fn, targets, named = landing.spec.bound("signal", name), None, {}
+    if calls is not None and not landing.spec.plain:
+        fn, targets = calls.function(operands, f"signal at {name}"), operands["targets"]
+        named = calls.named(operands, landing, "signal", {})
 
     def signal(e, b):  # [*shared, batch, *hidden without shared axes]
-        return landing.spec.signal(e, b, targets, hidden.name, **more)  # type: ignore[misc]
+        return arriving(landing, fn(e, b, targets, name, **named), e)
 
     for _ in shared:
         signal = jax.vmap(signal, in_axes=(0, None))
-
-    def define(s):
-        if axis.merged or any(eqn.primitive.name not in SAME_SHAPE_VIEWS for eqn in hidden.views):
-            s = split_as(s, landing.batch_split)  # reshapes take few axes that are split
-        return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
-
+    define = landing.defined
     for _ in turns:
         define = jax.vmap(define)
 
@@ -261,38 +290,33 @@ def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
     return placed_as(out, hidden.root.aval, len(hidden.loops))
 
 
-def direct_feedback_gradient(landing: DirectFeedback, e, record, b):
-    """The gradient of one direct feedback weight, summed over the scans and positions that share it."""
-    hidden, shared, axis = landing.hidden, landing.shared, landing.axis
-    assert axis is not None and landing.spec.learn is not None
-    n = len(hidden.loops)
-    given, b = b, split_as(b, *landing.split)
-    e = split_as(e, *[None] * len(shared), landing.batch_split)
+def direct_feedback_gradient(landing: DirectFeedback, e, record, b, learn=None):
+    """The gradient of one direct feedback weight, summed over the scans and positions that share it.
 
-    def seen(value):  # as the reader sees it, the batch in front
-        for eqn in hidden.views:
-            (value,) = bind(eqn, [value])
-        spec, at = landing.lies, axis.axis
-        if not isinstance(axis, Unbatched):
-            value = split_as(value, *spec[:at], landing.batch_split, *spec[at + 1 :])
-        return axis.in_front(value, hidden.reader.aval.shape, e.shape[len(shared)])
+    Args:
+      landing, e, record, b: where, the error that is sent, the hidden signal at its definition, the feedback weight.
+      learn: the rule's function `(e, h, b, given) -> db` and what it is given at each iteration and position; None for
+        the rule's own, which is given nothing.
+    """
+    name = landing.hidden.name
+    if learn is None:
+        own = landing.spec.bound("learn", name)
+        learn = (lambda e, h, b, given: own(e, h, b)), {}
+    fn, given = learn
+    placing, b = _spec(b), split_as(b, *landing.split)
+    e = split_as(e, *[None] * len(landing.shared), landing.batch_split)
+    h = at_calls(landing, record, e.shape[len(landing.shared)]).astype(b.dtype)
 
-    for _ in range(n):
-        seen = jax.vmap(seen)
-    where = [place if kind == "loop" else n + 1 + place for kind, place in shared]
-    own = [i for i, (_, own) in enumerate(hidden.loops) if own]
-    others = [i for i in range(n) if i not in own and i not in where]
-    h = seen(record).astype(b.dtype)
-    h = jnp.moveaxis(h, [*own, *others, *where], range(len(own) + len(others) + len(where)))
+    def one(e, h, b, given):
+        return learned(landing, fn(e, h, b, given), b)
 
     def summed(learn, in_axes):
         return lambda *args: jax.vmap(learn, in_axes)(*args).sum(0)
 
-    learn = landing.spec.learn
-    for _ in shared:
-        learn = summed(learn, (0, 0, None))
-    for _ in others:
-        learn = summed(learn, (None, 0, None))
-    for _ in own:
-        learn = jax.vmap(learn, (None, 0, 0))
-    return split_as(learn(e, h, b), *_spec(given))
+    for _ in landing.shared:
+        one = summed(one, (0, 0, None, 0))
+    for _ in landing.others:
+        one = summed(one, (None, 0, None, 0))
+    for _ in landing.own:
+        one = jax.vmap(one, (None, 0, 0, 0))
+    return split_as(one(e, h, b, given), *placing)

@@ -120,7 +120,7 @@ def node_perturbation(
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
         spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
-        spec = Sequential(_backward, draw, learned)
+        spec = Sequential(_backward_learned if learned else _backward, draw, learned)
 
     def plan(net, graph, params, inputs) -> Plan:
         return make_plan(net, graph, params, inputs, lambda name: spec, partition=False)
@@ -168,6 +168,11 @@ def _backward(op, w, b, x, d, layer):
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
+
+
+def _backward_learned(op, w, b, x, d, layer):
+    dw, dx, _ = _backward(op, w, b, x, d, layer)
+    return dw, dx, jnp.zeros_like(b)  # its gradient is formed in `_Experiment`
 
 
 class _Experiment:
@@ -310,7 +315,7 @@ class _Noise(Handler):
     def hidden(self, hidden, value, frame):
         if hidden.name not in self.names:
             return value
-        key = key_at(self.key, hidden, value, frame)
+        key = key_at(self.key, hidden.name, value, frame)
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
         if jnp.shape(xi) != value.shape:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lrules.constructors import layerwise
 from lrules.engine.graph import Graph
 from lrules.options import ByName, first_match, require_pattern
-from lrules.rule import Backprop, Direct, LayerRule, Rule, require_description
+from lrules.rule import Backprop, LayerRule, Rule, require_description
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
@@ -49,7 +49,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             )
         layers[pattern] = layer
 
-    chosen = ByName("partition", layers)
+    chosen: ByName[LayerRule] = ByName("partition", layers)
 
     def choose_for(graph: Graph):
         refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
@@ -59,10 +59,4 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             chosen.of(name)  # which refuses a layer without a rule
         return lambda name: first_match(layers, name) or Backprop()
 
-    return layerwise(
-        choose_for,
-        layer=None,
-        additive=all(rule.additive for rule in rules.values()),
-        stochastic=any(rule.stochastic for rule in rules.values()),
-        targets=any(isinstance(layer, Direct) and layer.targets for layer in layers.values()),
-    )
+    return layerwise(choose_for, layers.values(), layer=None)
