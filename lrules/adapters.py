@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 
@@ -25,6 +25,33 @@ if TYPE_CHECKING:
 Pytree = Any
 
 
+@overload
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = ...,
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    with_state: Literal[False] = ...,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, nnx.State]: ...
+@overload
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = ...,
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    with_state: Literal[True],
+    batch_axes: Pytree = ...,
+) -> tuple[Network, nnx.State, nnx.State]: ...
+@overload
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = ...,
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    with_state: bool,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, nnx.State] | tuple[Network, nnx.State, nnx.State]: ...
 def from_nnx(
     model: nnx.Module,
     wrt: Any = None,
@@ -118,12 +145,42 @@ def from_nnx(
     return dataclasses.replace(_stateful(run, batch_axes), **given), params, state
 
 
+@overload
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    rngs: Pytree = ...,
+    with_state: Literal[False] = ...,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, Pytree]: ...
+@overload
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    rngs: Pytree = ...,
+    with_state: Literal[True],
+    batch_axes: Pytree = ...,
+) -> tuple[Network, Pytree, dict[str, Any]]: ...
+@overload
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    rngs: Pytree = ...,
+    with_state: bool,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, Pytree] | tuple[Network, Pytree, dict[str, Any]]: ...
 def from_linen(
     module: nn.Module,
     variables: Mapping[str, Any],
     *,
     call: Callable[[Any, Any], Any] | None = None,
-    rngs: Any = None,
+    rngs: Pytree = None,
     with_state: bool = False,
     batch_axes: Pytree = 0,
 ) -> tuple[Network, Pytree] | tuple[Network, Pytree, dict[str, Any]]:
