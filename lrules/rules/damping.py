@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import LINEAR, VIEWS, sampled
-from lrules.analysis import Activation, Layer, Value, is_literal
 from lrules.diagnostics import spectral_norm
-from lrules.network import Frame, Graph, Handler
+from lrules.engine.activations import LINEAR, VIEWS, sampled
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.jaxprs import is_literal
+from lrules.engine.records import Activation, Layer, Value
 
 POWER_ITERATIONS = 5
 
@@ -49,7 +51,7 @@ class _Norms(Handler):
 
     def layer(self, layer, op, w, b, x, frame):
         if layer.site in self.sites:
-            frame.records[layer.site] = spectral_norm(layer, op.plain, w, POWER_ITERATIONS) ** 2
+            frame.records[layer.site] = spectral_norm(layer, op.product, w, POWER_ITERATIONS) ** 2
         return op(w, x)
 
 

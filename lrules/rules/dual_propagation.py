@@ -32,26 +32,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.activations import LINEAR, VIEWS, passing_names, treated
-from lrules.analysis import INLINED, Block, as_varying, bind, is_literal, scan_counts, varying_axes
-from lrules.network import Frame, Graph, Handler, Network, as_network, zeros_at
-from lrules.plan import Direct, Plan, make_plan
-from lrules.rule import (
-    Feedback,
-    Gradients,
-    Rule,
-    at_least_float32,
-    check_params,
-    is_number,
-    is_whole,
-    mean_loss,
-    mesh_axes,
-    require_flags,
-    require_pattern,
-)
+from lrules.apply import mean_loss
+from lrules.engine.activations import LINEAR, VIEWS, passing_names, treated
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler, zeros_at
+from lrules.engine.jaxprs import INLINED, as_varying, bind, is_literal, scan_counts, varying_axes
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.records import Block
+from lrules.engine.running import evaluate
+from lrules.network import Network, as_network
+from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
+from lrules.rule import Direct, Feedback, Gradients, Rule, check_params
 from lrules.rules.damping import check_projection, norms, readers
 from lrules.rules.differences import check_differences
-from lrules.running import plain_run
 
 Number = float | Mapping[str, float]
 State = dict[str, dict[str, Any]]  # by site: plus, minus, and what arrived from above
@@ -506,7 +501,7 @@ class _Dual:
             own.state(self.nudged[i], lambda z: z, x, frame, first=True) if i in self.nudged else x
             for i, x in enumerate(inputs)
         ]
-        outputs, aux = plain_run(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
+        outputs, aux = evaluate(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
         return outputs, aux, frame.records
 
     def vjp(self, mode: str, args, state: State, damping):
@@ -663,7 +658,7 @@ def _transformed(network: _Dual) -> Callable:
 
     @jax.custom_vjp
     def run(params, weights, inputs, consts, handlers, keys):
-        return plain_run(network.plan, params, weights, inputs, consts, handlers, Frame())
+        return evaluate(network.plan, params, weights, inputs, consts, handlers, Frame())
 
     def forward(*args):
         outputs, aux, begin = network.begin(args[:-1])
