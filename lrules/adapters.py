@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import jax
 
 from lrules.network import Network
+from lrules.typing import Pytree
 
 if TYPE_CHECKING:
     from flax import linen as nn
     from flax import nnx
 
-Pytree = Any
 
 
 @overload
@@ -33,7 +33,7 @@ def from_nnx(
     call: Callable[[Any, Any], Any] | None = ...,
     with_state: Literal[False] = ...,
     batch_axes: Pytree = ...,
-) -> tuple[Network, nnx.State]: ...
+) -> tuple[Network, nnx.State[Any, Any]]: ...
 @overload
 def from_nnx(
     model: nnx.Module,
@@ -42,7 +42,7 @@ def from_nnx(
     call: Callable[[Any, Any], Any] | None = ...,
     with_state: Literal[True],
     batch_axes: Pytree = ...,
-) -> tuple[Network, nnx.State, nnx.State]: ...
+) -> tuple[Network, nnx.State[Any, Any], nnx.State[Any, Any]]: ...
 @overload
 def from_nnx(
     model: nnx.Module,
@@ -51,7 +51,7 @@ def from_nnx(
     call: Callable[[Any, Any], Any] | None = ...,
     with_state: bool,
     batch_axes: Pytree = ...,
-) -> tuple[Network, nnx.State] | tuple[Network, nnx.State, nnx.State]: ...
+) -> tuple[Network, nnx.State[Any, Any]] | tuple[Network, nnx.State[Any, Any], nnx.State[Any, Any]]: ...
 def from_nnx(
     model: nnx.Module,
     wrt: Any = None,
@@ -59,7 +59,7 @@ def from_nnx(
     call: Callable[[Any, Any], Any] | None = None,
     with_state: bool = False,
     batch_axes: Pytree = 0,
-) -> tuple[Network, nnx.State] | tuple[Network, nnx.State, nnx.State]:
+) -> tuple[Network, nnx.State[Any, Any]] | tuple[Network, nnx.State[Any, Any], nnx.State[Any, Any]]:
     """Splits an NNX model into a network and the parameters to train.
 
     The parameters are the `nnx.State` that `nnx.split` gives: `jax.grad` with respect to them returns what

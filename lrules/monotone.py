@@ -11,7 +11,6 @@ sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +23,23 @@ from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, name_number, zeros_at
 from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
-from lrules.network import Network, as_network
-from lrules.options import Initializer, is_number
+from lrules.network import NetworkLike, as_network
+from lrules.options import is_number
 from lrules.rule import Sequential
+from lrules.typing import Initializer, Pytree
 
-Pytree = Any
+__all__ = [
+    "ConstrainState",
+    "absolute_normal",
+    "check",
+    "constrain",
+    "constrained",
+    "from_sigmoid",
+    "initialize",
+    "uniform",
+    "zeros",
+]
+
 BOUND = 1e-6
 PROBES = 4
 
@@ -81,7 +92,7 @@ def absolute_normal(init: Initializer | None = None) -> Initializer:
     return absolute(init)
 
 
-def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytree:
+def constrained(net: NetworkLike, params: Pytree, inputs: Pytree) -> Pytree:
     """Which parameters a mono-net constrains: the weights of all layers but the first.
 
     A parameter is constrained or free as a whole. In a scan over layers whose first iteration reads the data, all
@@ -118,7 +129,7 @@ def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFee
     return found
 
 
-def initialize(key, net: Network | Callable, params: Pytree, inputs: Pytree, init: Initializer | None = None) -> Pytree:
+def initialize(key, net: NetworkLike, params: Pytree, inputs: Pytree, init: Initializer | None = None) -> Pytree:
     """Draws the weights of all layers but the first anew; other parameters stay as they are.
 
     Args:
@@ -148,7 +159,7 @@ class ConstrainState(NamedTuple):
 
 
 def constrain(
-    net: Network | Callable, params: Pytree, inputs: Pytree, bound: float = BOUND
+    net: NetworkLike, params: Pytree, inputs: Pytree, bound: float = BOUND
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a mono-net one: lifts weights of all layers but the first to a positive bound after each step.
 
@@ -218,7 +229,7 @@ def _left_out(leaf) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
+def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
     """Checks that a network is a mono-net.
 
     Activations are asked at 67 points from -10,000 to 10,000; what lies between them and the layers (a sign turned
@@ -319,3 +330,7 @@ def from_sigmoid(first: Any, first_bias: Any, second: Any, second_bias: Any) -> 
         jnp.concatenate([jnp.maximum(second, 0), jnp.maximum(-second, 0)]) / 2,
         second_bias + second.sum(0) / 2,
     )
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

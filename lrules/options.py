@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Initializer = Callable[..., jax.Array]
+from lrules.typing import Initializer
 
 
 def is_number(value) -> TypeGuard[float]:

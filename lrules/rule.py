@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, is_number
-
-Pytree = Any
+from lrules.network import NetworkLike
+from lrules.options import as_initializer, is_number
+from lrules.typing import Initializer, Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,8 +80,8 @@ class Direct:
     rank: int | None = None
     channel: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
-    error_at: str = "layer"
-    max_feedback_bytes: int = 2**30
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
 
     def __post_init__(self):
@@ -129,6 +129,19 @@ class Gradients(NamedTuple):
     report: dict[str, Any] = {}
 
 
+class DrawFeedback(Protocol):
+    """What `rule.init` is."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights of a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params, inputs: as the network takes them; `ShapeDtypeStruct`s will do for the inputs.
+        """
+
+
 class Rule(NamedTuple):
     """A learning rule, as pure functions.
 
@@ -143,7 +156,7 @@ class Rule(NamedTuple):
       modified: whether a modifier acts around it, of which `plan` knows nothing.
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
     stochastic: bool = False

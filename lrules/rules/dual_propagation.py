@@ -24,8 +24,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from lrules.options import is_number, is_whole, mesh_axes, require_flags, requir
 from lrules.rule import Direct, Feedback, Gradients, Rule, check_params
 from lrules.rules.damping import check_projection, norms, readers
 from lrules.rules.differences import check_differences
+from lrules.typing import AxisName
 
 Number = float | Mapping[str, float]
 State = dict[str, dict[str, Any]]  # by site: plus, minus, and what arrived from above
@@ -61,14 +62,14 @@ def dual_propagation(
     beta: Number = 0.1,
     adjoint: bool = True,
     iterations: int = 1,
-    order: str = "forward_backward",
-    output: str = "once",
-    damping: str | float | None = None,
+    order: Literal["forward_backward", "forward", "parallel", "odd_even", "random"] = "forward_backward",
+    output: Literal["once", "refreshed", "squared_error"] = "once",
+    damping: Literal["spectral", "contracting"] | float | None = None,
     input_nudge: float | None = None,
     feedback: Rule | None = None,
     tolerance: float | None = None,
     *,
-    axis_name: str | Sequence[str] | None = None,
+    axis_name: AxisName = None,
     passing: str | Iterable[str] = (),
 ) -> Rule:
     """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states in the place of derivatives.
@@ -208,7 +209,7 @@ class _Options:
     input_nudge: float | None
     feedback: Rule | None
     tolerance: float | None
-    axis_name: str | Sequence[str] | None
+    axis_name: AxisName
     passing: frozenset[str]
 
 

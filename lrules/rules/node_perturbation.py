@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,10 @@ from lrules.engine.running import (
     sent_error,
 )
 from lrules.network import Network, as_network
-from lrules.options import Initializer, as_initializer, is_number, require_flags
+from lrules.options import as_initializer, is_number, require_flags
 from lrules.rule import Direct, Feedback, Gradients, Rule, Sequential, check_params
 from lrules.rules.direct_feedback_alignment import arrive, correlate, project
+from lrules.typing import Initializer
 
 SOLVERS = ("sgd", "rls")
 
@@ -60,12 +61,12 @@ SOLVERS = ("sgd", "rls")
 def node_perturbation(
     std: float,
     direct: bool = False,
-    solver: str = "sgd",
+    solver: Literal["sgd", "rls"] = "sgd",
     *,
     init: Initializer | None = None,
     noise: Callable[..., jax.Array] = jax.random.normal,
     ridge: float = 0.1,
-    max_feedback_bytes: int = 2**30,
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Feedback weights learned by node perturbation, in the place of W^T or straight from the output error.
 

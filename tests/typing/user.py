@@ -102,11 +102,12 @@ def train_equinox() -> Any:
     params, static = eqx.partition(eqx.nn.MLP(4, 3, 8, 1, key=key), eqx.is_inexact_array)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        return jax.vmap(eqx.combine(params, static))(x)
+        outputs: jax.Array = jax.vmap(eqx.combine(params, static))(x)
+        return outputs
 
     rule = lrules.kolen_pollack()
     feedback = rule.init(key, apply, params, x)
-    _, grads = lrules.value_and_grad(apply, loss, rule)(params, feedback, x, y)
+    grads: lrules.Gradients = lrules.value_and_grad(apply, loss, rule)(params, feedback, x, y)[1]
     return eqx.apply_updates(params, grads.params)
 
 
@@ -120,6 +121,7 @@ def train_bare() -> Any:
     state = optimizer.init((weights, feedback.learned))
     step = jax.jit(lrules.value_and_grad(mlp, loss, rule))
     (_, _), grads = step(weights, feedback, x, y)
+    updates: Any
     updates, state = optimizer.update((grads.params, grads.feedback), state)
     learned: Params
     params, learned = jax.tree.map(jnp.add, (weights, feedback.learned), updates)

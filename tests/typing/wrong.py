@@ -3,11 +3,11 @@
 Both also report an error that is named and not found (see test_typing.py).
 """
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-import jax
-import jax.numpy as jnp
 import lrules
 
 
@@ -17,6 +17,10 @@ def mlp(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return ((outputs - targets) ** 2).sum(-1)
+
+
+def loss_of_all(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    return loss(mlp(params, x), y)
 
 
 x = y = jnp.ones((2, 3))
@@ -34,21 +38,21 @@ lrules.testing.check_rule(lrules.backprop)  # type: ignore[arg-type]  # pyright:
 lrules.describe(mlp, lrules.backprop, params, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 # the arguments of what transform and value_and_grad return
-f(params, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+f(params, x)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
 f(params, x, feedback)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 f(params, feedback, x, key)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 f(params, feedback, x, rngs=key)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 step(params, feedback, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-step(params, x, y)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+step(params, x, y)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
 step(params, feedback, x, y, key)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 step(params, {}, x, y)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-step(params, feedback, x, y)[1].param  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+print(step(params, feedback, x, y)[1].param)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 # arguments left out, or in another order
 lrules.value_and_grad(mlp, rule, loss)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 lrules.value_and_grad(mlp, rule)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 lrules.transform(rule, mlp)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-lrules.transform(lambda x: x, rule)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+lrules.transform(loss_of_all, rule)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 rule.init(key, mlp, params)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 lrules.node_perturbation()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 lrules.Network(mlp, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -81,10 +85,10 @@ net, state, more = lrules.from_nnx(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))  # type: 
 net, state = lrules.from_nnx(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), with_state=True)  # type: ignore[misc]  # pyright: ignore[reportAssignmentType]
 net, state, more = lrules.from_linen(nn.Dense(3), {})  # type: ignore[misc]  # pyright: ignore[reportAssignmentType]
 lrules.from_linen(nn.Dense(3))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
-lrules.from_nnx(nn.Dense(3))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+lrules.from_nnx(nn.Dense(3))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 # names that are not public
-lrules.monotone.Handler  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-lrules.feedback.draw  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-lrules.diagnostics.Network  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-lrules.testing.jnp  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+print(lrules.monotone.Handler)  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
+print(lrules.feedback.draw)  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
+print(lrules.diagnostics.as_network)  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
+print(lrules.testing.jnp)  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
