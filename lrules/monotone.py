@@ -11,12 +11,11 @@ sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is e
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
@@ -27,6 +26,9 @@ from lrules.network import NetworkLike, as_network
 from lrules.options import is_number
 from lrules.rule import Sequential
 from lrules.typing import Initializer, Pytree
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = [
     "ConstrainState",
@@ -181,6 +183,7 @@ def constrain(
         use, `params` is missing.
 
     Example:
+      >>> import optax
       >>> apply = lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"]
       >>> params = {"first": -jnp.ones((3, 2)), "second": jnp.ones((2, 1))}
       >>> positive = constrain(apply, params, jnp.zeros((1, 3)))
@@ -221,11 +224,15 @@ def constrain(
         lifted = [lift(*each) for each in zip(*leaves, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_left_out), lifted), state
 
+    import optax  # which takes longer to import than the whole library, and which no other function here needs
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _left_out(leaf) -> bool:
     """What stands for a parameter that `optax.masked` and the like leave to others."""
+    import optax
+
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 

@@ -80,7 +80,8 @@ def train_linen() -> Any:
 
     def update(params: Any, x: jax.Array, y: jax.Array) -> Any:
         def objective(params: Any) -> jax.Array:
-            return loss(f(params, feedback, x), y).mean()
+            mean: jax.Array = loss(f(params, feedback, x), y).mean()
+            return mean
 
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(objective)(params))
 
