@@ -51,7 +51,7 @@ def rules() -> dict[str, Factory]:
 
 def modifiers() -> dict[str, Factory]:
     """Every modifier (a function from a rule to a rule) that lrules exports, by name."""
-    return _functions(_exports(), "lrules.channel")
+    return _functions(_exports(), "lrules.modifiers")
 
 
 def recipe_rules() -> dict[str, Factory]:

@@ -5,10 +5,13 @@ from types import ModuleType as _ModuleType
 from jax.ad_checkpoint import checkpoint_name as hidden
 
 from lrules import diagnostics, feedback, monotone, testing
-from lrules.activations import activation, not_activation
 from lrules.adapters import from_linen, from_nnx
+from lrules.apply import transform, value_and_grad
 from lrules.audit import audit
-from lrules.channel import (
+from lrules.constructors import direct, sequential
+from lrules.description import describe, refusals
+from lrules.engine.activations import activation, not_activation
+from lrules.modifiers import (
     drop_error,
     magnitude_error,
     modify_error,
@@ -18,14 +21,11 @@ from lrules.channel import (
     sign_error,
     without_derivatives,
 )
-from lrules.constructors import direct, sequential
-from lrules.description import describe
 from lrules.network import Network
-from lrules.plan import refusals
-from lrules.rule import Feedback, Gradients, Rule, transform, value_and_grad
+from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only
-from lrules.rules.direct import direct_feedback_alignment
+from lrules.rules.direct_feedback_alignment import direct_feedback_alignment
 from lrules.rules.dual_propagation import dual_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
 from lrules.rules.kolen_pollack import kolen_pollack

@@ -17,12 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lrules.analysis import is_literal, open_jaxpr, reach, scan_counts
 from lrules.description import feedback_reach, table
-from lrules.network import Frame, Graph, Handler, Network, as_network
-from lrules.plan import Direct, Plain, Plan, Sequential, make_plan
-from lrules.rule import Pytree, Rule, as_initializer, check_params, require_rule
-from lrules.running import plain_run
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.jaxprs import is_literal, open_jaxpr, scan_counts
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.records import reach
+from lrules.engine.running import evaluate
+from lrules.network import Network, as_network
+from lrules.options import as_initializer
+from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_rule
 
 RECORDED = "lrules recorded"
 
@@ -110,18 +115,18 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
 
 def _route(plan: Plan | None, rule: Rule, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
     if plan is None:
-        return "backprop" if isinstance(rule.layer, Plain) else "the rule's own"
+        return "backprop" if isinstance(rule.layer, Backprop) else "the rule's own"
     if not layers:
         return "latents" if latents else "bias or scale"
     routes = []
     for layer in layers:
         spec, last = plan.specs[layer.site], "last " if reached[layer.site] == ["output"] else ""
-        if isinstance(spec, Plain):
+        if isinstance(spec, Backprop):
             routes.append("backprop")
         elif isinstance(spec, Direct):
             routes.append(f"{last}layer, direct" if layer.reads is not None else f"{last}layer")
         else:
-            fed = ", feedback" if set(layer.parameters) & set(plan.entries) else ""
+            fed = ", feedback" if set(layer.parameters) & set(plan.sequential_feedback) else ""
             routes.append(f"{last}layer{fed}")
     return "; ".join(dict.fromkeys(routes))
 
@@ -141,21 +146,21 @@ class _Recorded(Handler):
 
 def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int]) -> None:
     """Follows the error through the program of the gradients."""
-    plain = {layer.name for layer in graph.layers if isinstance(plan.specs[layer.site], Plain)}
+    plain = {layer.name for layer in graph.layers if isinstance(plan.specs[layer.site], Backprop)}
     refused = {graph.names[i] for refusal in graph.refusals for i in refusal.parameters}
     probe = Sequential(_through_feedback, as_initializer(None))
-    choose = lambda name: Plain() if name in plain | refused else probe  # noqa: E731
+    choose = lambda name: Backprop() if name in plain | refused else probe  # noqa: E731
     made = make_plan(net, graph, params, inputs, choose)
 
     def program(leaves, weights, values, errors):
         def outputs(leaves):
-            out, _ = plain_run(made, leaves, weights, values, graph.consts, (_Recorded(),), Frame())
+            out, _ = evaluate(made, leaves, weights, values, graph.consts, (_Recorded(),), Frame())
             return [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
         return jax.vjp(outputs, leaves)[1](errors)[0]
 
     leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in graph.param_avals]
-    weights = {name: leaves[entry.index] for name, entry in made.entries.items()}
+    weights = {name: leaves[entry.index] for name, entry in made.sequential_feedback.items()}
     values = jax.tree.leaves(inputs)
     outs = [graph.outs[i].aval for i in range(graph.n_outputs)]
     errors = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outs if jnp.issubdtype(a.dtype, jnp.inexact)]
@@ -166,7 +171,7 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
     ins += [_Trace(error=True)] * len(errors)
     gradients = _follow(closed.jaxpr, ins)
 
-    scales = frozenset().union(*(offset.value.params for offset in graph.offsets))
+    scales = frozenset().union(*(affine.value.params for affine in graph.affines))
     exempt = scales | {i for i, name in enumerate(graph.names) if name in plain | refused}
     exempt |= frozenset().union(*(layer.sources for layer in graph.layers if layer.name in plain))
     for i, gradient in enumerate(gradients):

@@ -8,19 +8,14 @@ from typing import Any
 
 import jax
 
-from lrules.network import Graph, as_network
-from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
-from lrules.rule import (
-    Feedback,
-    Initializer,
-    Rule,
-    check_params,
-    grad_of_transform,
-    is_whole,
-    require_flags,
-    require_pattern,
-)
-from lrules.running import run_plan
+from lrules.apply import grad_of_transform
+from lrules.engine.graph import Graph
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.running import run_plan
+from lrules.network import as_network
+from lrules.options import Initializer, is_whole, require_flags, require_pattern
+from lrules.rule import Direct, Feedback, LayerRule, Rule, Sequential, check_params
 
 
 def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags) -> Rule:

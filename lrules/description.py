@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lrules.analysis import Hidden, Layer
-from lrules.batch import batch_axis, doubled
-from lrules.network import Graph, Network, as_network
-from lrules.plan import Direct, Plain, Sequential
-from lrules.rule import Pytree, Rule
+from lrules.engine.batch import batch_axis, doubled
+from lrules.engine.graph import Graph
+from lrules.engine.plan import Refused
+from lrules.engine.records import Hidden, Layer
+from lrules.network import Network, as_network
+from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, require_rule
 
 
 class Description(NamedTuple):
@@ -67,7 +68,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     net = as_network(net)
     graph = net.graph(params, inputs)
     plan = rule.plan(net, graph, params, inputs) if rule.plan else None
-    landings = plan.landings if plan else {}
+    landings = plan.direct_feedback if plan else {}
     reached = feedback_reach(graph, {landing.hidden: landing.spec.lands for landing in landings.values()})
     layers = []
     for layer in graph.layers:
@@ -105,6 +106,40 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     return Description(layers, hidden, [a.site for a in graph.activations], total, error_at)
 
 
+def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
+    """What stands in the way of a rule: the parameters that it cannot serve, each with the reason and the remedy.
+
+    Args:
+      net: the network.
+      rule: the rule.
+      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+
+    Returns:
+      Sentences by the name of the parameter; empty where the rule serves all.
+
+    Example:
+      >>> import re
+      >>> import lrules
+      >>> net = lambda p, x: (jnp.tanh(x @ p["a"])[:, :, None] * p["b"]).sum(1) @ p["c"]  # 'b' by hand
+      >>> params, x = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4)), "c": jnp.ones((4, 2))}, jnp.ones((5, 2))
+      >>> rule = lrules.feedback_alignment()
+      >>> refused = refusals(net, rule, params, x)
+      >>> list(refused)
+      ['b']
+      >>> rule = lrules.partition({f"^{re.escape(name)}$": lrules.backprop() for name in refused} | {".*": rule})
+      >>> refusals(net, rule, params, x)
+      {}
+    """
+    net = as_network(net)
+    require_rule(rule)
+    try:
+        if rule.plan is not None:
+            rule.plan(net, net.graph(params, inputs), params, inputs)
+    except Refused as error:
+        return error.refusals
+    return {}
+
+
 def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[tuple[int, ...]]:
     """The shapes of the hidden signals, without the batch where it can be told."""
     shapes = [tuple(h.reader.aval.shape) for h in graph.hidden]
@@ -122,10 +157,10 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
 
 def _treatment(spec, layer: Layer, plan) -> str:
     if isinstance(spec, Sequential):
-        return "sequential" + (", feedback" if plan and set(layer.parameters) & set(plan.entries) else "")
+        return "sequential" + (", feedback" if plan and set(layer.parameters) & set(plan.sequential_feedback) else "")
     if isinstance(spec, Direct):
         return "direct"
-    return "backprop" if isinstance(spec, Plain) else "own"
+    return "backprop" if isinstance(spec, Backprop) else "own"
 
 
 def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list[str]]:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrules.network import Frame, Handler, Network, as_network, name_number, parameter_name
-from lrules.rule import Feedback, at_least_float32
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.handlers import Frame, Handler, name_number
+from lrules.network import Network, as_network, parameter_name
+from lrules.rule import Feedback
 
 Pytree = Any
 
@@ -218,7 +220,7 @@ class _SpectralNorms(Handler):
 
     def layer(self, layer, op, w, b, x, frame):
         if layer.operation in ("dot_general", "conv_general_dilated"):
-            frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.plain, w, self.iterations)
+            frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.product, w, self.iterations)
         return op(w, x)
 
 

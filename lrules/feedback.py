@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lrules.rule import Initializer, as_initializer, draw, is_whole
+from lrules.options import Initializer, as_initializer, draw, is_whole
 
 
 def _around(init: Initializer | None, change: Callable) -> Initializer:

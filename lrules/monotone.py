@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lrules.activations import sampled
+from lrules.engine.activations import sampled
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler, name_number, zeros_at
+from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
-from lrules.network import Frame, Graph, Handler, Network, as_network, name_number, zeros_at
-from lrules.plan import Entry, Sequential, layer_entries
-from lrules.rule import Initializer, is_number
+from lrules.network import Network, as_network
+from lrules.options import Initializer, is_number
+from lrules.rule import Sequential
 
 Pytree = Any
 BOUND = 1e-6
@@ -101,11 +104,12 @@ def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytr
     return jax.tree.unflatten(tree, [i in names for i in range(len(leaves))])
 
 
-def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, Entry]:
+def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFeedback]:
     """The weights of all layers but the first, by their number among the parameters."""
     spec = Sequential(lambda *_: (None, None, None), init)
     first = frozenset().union(*(layer.sources for layer in graph.layers if layer.reads is None))
-    found = {e.index: e for layer in graph.layers if layer.reads is not None for e in layer_entries(graph, layer, spec)}
+    above = [layer for layer in graph.layers if layer.reads is not None]
+    found = {e.index: e for layer in above for e in sequential_feedback_of(graph, layer, spec)}
     if shared := first & set(found):
         raise ValueError(
             f"the parameter {graph.names[min(shared)]!r} is the weight of a first layer, which a mono-net leaves free, "

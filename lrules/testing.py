@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrules.apply import transform, value_and_grad
 from lrules.network import Network, as_network
-from lrules.rule import Feedback, Rule, transform, value_and_grad
+from lrules.rule import Feedback, Rule
 
 Pytree = Any
 

@@ -10,8 +10,9 @@ import pytest
 from flax import linen
 
 import lrules
-from lrules.activations import treated
-from lrules.network import Frame, Handler, Network
+from lrules.engine.activations import treated
+from lrules.engine.handlers import Frame, Handler
+from lrules.network import Network
 from tests.sampling import mostly_slow
 
 nn = jax.nn

@@ -1387,13 +1387,13 @@ def test_the_audit_is_independent(monkeypatch, missed):
     net = lambda p, x: tanh(encode(p, x) @ p["w"]) @ p["c"]  # noqa: E731
     lrules.audit(net, FA, params, x)
     number = sorted(params).index(missed)
-    find = lrules.analysis.multiplication
+    find = lrules.engine.analysis.multiplication
 
     def blind(eqn, ins):
         found = find(eqn, ins)
         return None if found is not None and number in found.sources else found
 
-    monkeypatch.setattr(lrules.analysis, "multiplication", blind)
+    monkeypatch.setattr(lrules.engine.analysis, "multiplication", blind)
     with pytest.raises(RuntimeError, match=f"multiplied by the value of '{missed}'"):
         lrules.audit(net, FA, params, x)
 

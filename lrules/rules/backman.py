@@ -19,9 +19,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import varying_axes
 from lrules.constructors import sequential
-from lrules.rule import Rule, at_least_float32, is_number, mesh_axes
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.jaxprs import varying_axes
+from lrules.options import is_number, mesh_axes
+from lrules.rule import Rule
 
 DEAD = 1e-15
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import jax
 
 from lrules.constructors import direct
-from lrules.network import Frame
-from lrules.plan import Plain
-from lrules.rule import Feedback, Rule
+from lrules.engine.handlers import Frame
+from lrules.rule import Backprop, Feedback, Rule
 
 
 def backprop() -> Rule:
@@ -38,7 +37,7 @@ def backprop() -> Rule:
 
         return f
 
-    return Rule(init, transform, layer=Plain())
+    return Rule(init, transform, layer=Backprop())
 
 
 def last_layer_only() -> Rule:

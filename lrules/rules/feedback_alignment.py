@@ -10,7 +10,8 @@ from __future__ import annotations
 import jax
 
 from lrules.constructors import sequential
-from lrules.rule import Initializer, Rule, as_initializer, require_flags
+from lrules.options import Initializer, as_initializer, require_flags
+from lrules.rule import Rule
 
 
 def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:

@@ -6,7 +6,8 @@ decay gamma, W_l - B_l shrinks by the factor 1 - eta gamma at every step of grad
 
 from __future__ import annotations
 
-from lrules.rule import Initializer, Rule
+from lrules.options import Initializer
+from lrules.rule import Rule
 from lrules.rules.feedback_alignment import feedback_alignment
 
 

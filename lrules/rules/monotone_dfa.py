@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from lrules.constructors import direct
 from lrules.feedback import absolute
-from lrules.rule import Initializer, Rule
-from lrules.rules.direct import arrive
+from lrules.options import Initializer
+from lrules.rule import Rule
+from lrules.rules.direct_feedback_alignment import arrive
 
 
 def monotone_dfa(

@@ -31,24 +31,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, placed_as, split_as
-from lrules.batch import BatchAxis, batch_axis, doubled
-from lrules.network import Frame, Graph, Handler, Network, as_network, key_at, zeros_at
-from lrules.plan import Direct, Plan, Sequential, make_plan
-from lrules.rule import (
-    Feedback,
-    Gradients,
-    Initializer,
-    Rule,
-    as_initializer,
-    at_least_float32,
-    check_params,
-    is_number,
-    mean_loss,
-    require_flags,
+from lrules.apply import mean_loss
+from lrules.engine.batch import BatchAxis, batch_axis, doubled
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler, key_at, zeros_at
+from lrules.engine.jaxprs import placed_as, split_as
+from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.records import Hidden
+from lrules.engine.running import (
+    direct_feedback_gradient,
+    evaluate,
+    from_heads,
+    output_error,
+    run_to_heads,
+    sent_error,
 )
-from lrules.rules.direct import arrive, correlate, project
-from lrules.running import direct_feedback_gradient, from_heads, output_error, plain_run, run_to_heads, sent_error
+from lrules.network import Network, as_network
+from lrules.options import Initializer, as_initializer, is_number, require_flags
+from lrules.rule import Direct, Feedback, Gradients, Rule, Sequential, check_params
+from lrules.rules.direct_feedback_alignment import arrive, correlate, project
 
 SOLVERS = ("sgd", "rls")
 
@@ -216,14 +220,14 @@ class _Experiment:
         taught = {
             layer.site: layer
             for layer in graph.layers
-            if layer.reads is not None and any(name in plan.entries for name in layer.parameters)
+            if layer.reads is not None and any(name in plan.sequential_feedback for name in layer.parameters)
         }
         probes = {h.name: zeros_at(h.root) for h in self.hidden}
         probes |= {f"{site} output": zeros_at(layer.output) for site, layer in taught.items()}
 
         def clean(params, probes):
             handlers = (_ArrivingAtHidden(), *self.net.handlers, _ArrivingAtLayers())
-            run = plain_run(plan, self.net.parameters(params), weights, leaves, consts, handlers, Frame(probes))
+            run = evaluate(plan, self.net.parameters(params), weights, leaves, consts, handlers, Frame(probes))
             outputs, aux = run
             return self.objective(outputs, inputs, targets), (outputs, aux)
 
@@ -236,7 +240,7 @@ class _Experiment:
 
         def stand_in(weights):
             frame = Frame(residuals)
-            plain_run(plan, self.net.parameters(params), weights, leaves, consts, (_StandIn(set(taught)),), frame)
+            evaluate(plan, self.net.parameters(params), weights, leaves, consts, (_StandIn(set(taught)),), frame)
             return frame.records
 
         (db,) = jax.vjp(stand_in, weights)[1]({site: arriving[f"{site} output"] for site in taught})
@@ -270,7 +274,7 @@ class _Experiment:
             return correlate(e, n * project(e, b) - estimate, b)
 
         db, statistics = {}, {}
-        for name, landing in plan.landings.items():
+        for name, landing in plan.direct_feedback.items():
             e = sent_error(plan, landing.spec, output_error(plan, errors), weights)
             taught = dataclasses.replace(landing, spec=dataclasses.replace(landing.spec, learn=learn))
             db[name] = direct_feedback_gradient(taught, e, lambdas[name], weights[name])
@@ -350,7 +354,7 @@ class _StandIn(Handler):
 
     def layer(self, layer, op, w, b, x, frame):
         if layer.site in self.sites:
-            frame.records[layer.site] = op.plain(b, x)
+            frame.records[layer.site] = op.product(b, x)
         return op(w, x)
 
 
@@ -363,7 +367,7 @@ class _Rows:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.layers: dict[str, Any] = {}
-        if plan.landings:
+        if plan.direct_feedback:
             return
         for layer in plan.graph.layers:
             if layer.reads is None:
@@ -384,7 +388,7 @@ class _Rows:
         b = split_as(b.astype(at_least_float32(b.dtype)))
         if name in self.layers:
             return b.T if self.layers[name].contracted == (0,) else b
-        lead = len(self.plan.landings[name].lengths)
+        lead = len(self.plan.direct_feedback[name].lengths)
         return b.reshape(*b.shape[: lead + 1], -1)
 
     def back(self, name: str, rows, like):

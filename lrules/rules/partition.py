@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 
 from lrules.constructors import layerwise
-from lrules.network import Graph
-from lrules.plan import Direct, Plain
-from lrules.rule import Rule, require_pattern
+from lrules.engine.graph import Graph
+from lrules.options import require_pattern
+from lrules.rule import Backprop, Direct, Rule
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
@@ -66,7 +66,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
 
         def choose(name: str):
             matched = [rule.layer for pattern, rule in rules.items() if re.search(pattern, name)]
-            return matched[0] if matched and matched[0] is not None else Plain()
+            return matched[0] if matched and matched[0] is not None else Backprop()
 
         return choose
 

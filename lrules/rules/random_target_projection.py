@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.rule import Initializer, Rule, as_initializer
-from lrules.rules.direct import project
+from lrules.options import Initializer, as_initializer
+from lrules.rule import Rule
+from lrules.rules.direct_feedback_alignment import project
 
 
 def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: int = 2**30) -> Rule:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
-from lrules.rule import Initializer, Rule, as_initializer, at_least_float32
+from lrules.engine.dtypes import at_least_float32
+from lrules.options import Initializer, as_initializer
+from lrules.rule import Rule
 
 MAGNITUDES = ("unit", "scaled", "random", "fixed")
 

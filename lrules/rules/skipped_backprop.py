@@ -17,11 +17,11 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from lrules.activations import passing_names, treated
 from lrules.constructors import layerwise
-from lrules.network import Frame, Handler
-from lrules.plan import Direct, Plan
-from lrules.rule import Rule
+from lrules.engine.activations import passing_names, treated
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.plan import Plan
+from lrules.rule import Direct, Rule
 
 
 def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:

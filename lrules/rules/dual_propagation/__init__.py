@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
-from lrules.activations import passing_names
+from lrules.apply import mean_loss
+from lrules.engine.activations import passing_names
+from lrules.engine.plan import Plan
 from lrules.network import as_network
-from lrules.plan import Plan
-from lrules.rule import Feedback, Gradients, Rule, check_params, mean_loss
+from lrules.rule import Feedback, Gradients, Rule, check_params
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
 from lrules.rules.dual_propagation.outputs import exact_error

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import LINEAR, VIEWS, sampled
-from lrules.analysis import Activation, Layer, Value, is_literal
 from lrules.diagnostics import spectral_norm
-from lrules.network import Frame, Graph, Handler
+from lrules.engine.activations import LINEAR, VIEWS, sampled
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.jaxprs import is_literal
+from lrules.engine.records import Activation, Layer, Value
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Unit
 
@@ -125,7 +127,7 @@ class _RecordNorms(Handler):
 
     def layer(self, layer, op, w, b, x, frame):
         if layer.site in self.sites:
-            frame.records[layer.site] = spectral_norm(layer, op.plain, w, POWER_ITERATIONS) ** 2
+            frame.records[layer.site] = spectral_norm(layer, op.product, w, POWER_ITERATIONS) ** 2
         return op(w, x)
 
 

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.activations import CALLS, OWN_DERIVATIVE, STOP, VIEWS, Region, call_body
-from lrules.analysis import Activation, Block, Value, bind, is_literal, placed_as
-from lrules.network import Graph
+from lrules.engine.activations import STOP, VIEWS
+from lrules.engine.graph import Graph
+from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, bind, call_body, is_literal, placed_as
+from lrules.engine.records import Activation, Block, Value
+from lrules.engine.regions import Region
 
 FAR = np.asarray([-1e4, 1e4])
 NEAR = np.asarray([-0.03, -0.01, -0.003, 0.003, 0.01, 0.03])

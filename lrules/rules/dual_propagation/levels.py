@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.analysis import INLINED, Block, is_literal, scan_counts
-from lrules.network import Graph
+from lrules.engine.graph import Graph
+from lrules.engine.jaxprs import INLINED, is_literal, scan_counts
+from lrules.engine.records import Block
 
 
 def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int]:

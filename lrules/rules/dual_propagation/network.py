@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.activations import treated
-from lrules.network import Frame, Graph, Network, zeros_at
-from lrules.plan import Direct, Plan, make_plan
-from lrules.rule import Feedback
+from lrules.engine.activations import treated
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, zeros_at
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.running import evaluate
+from lrules.network import Network
+from lrules.rule import Direct, Feedback
 from lrules.rules.dual_propagation.damping import check_projection, readers, strengths
 from lrules.rules.dual_propagation.differences import check_differences
 from lrules.rules.dual_propagation.levels import levels_of
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Dyads, State, units_of, with_damping
-from lrules.running import plain_run
 
 
 class _Own:
@@ -133,7 +136,7 @@ class DualNetwork:
             own.state(self.nudged[i], lambda z: z, x, frame, first=True) if i in self.nudged else x
             for i, x in enumerate(inputs)
         ]
-        outputs, aux = plain_run(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
+        outputs, aux = evaluate(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
         return outputs, aux, frame.records
 
     def vjp(self, mode: str, args, state: State, damping):

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from lrules.rule import Rule, is_number, is_whole, mesh_axes, require_flags, require_pattern
+from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
+from lrules.rule import Rule
 
 Number = float | Mapping[str, float]  # one for all states, or one by pattern
 Order = Literal["forward_backward", "forward", "parallel", "odd_even", "random"]

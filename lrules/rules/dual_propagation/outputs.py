@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.activations import LINEAR, VIEWS
-from lrules.analysis import bind
+from lrules.engine.activations import LINEAR, VIEWS
+from lrules.engine.jaxprs import bind
 from lrules.network import Network
 from lrules.rules.dual_propagation.states import Unit
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.network import Handler
-from lrules.rule import at_least_float32
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.handlers import Handler
 from lrules.rules.dual_propagation.options import Number, Options
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and what last arrived from above

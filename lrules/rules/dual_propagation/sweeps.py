@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.analysis import as_varying, varying_axes
-from lrules.network import Frame
+from lrules.engine.handlers import Frame
+from lrules.engine.jaxprs import as_varying, varying_axes
+from lrules.engine.running import evaluate
 from lrules.rules.dual_propagation.network import DualNetwork
 from lrules.rules.dual_propagation.outputs import Floats
 from lrules.rules.dual_propagation.states import State, residual, with_damping
-from lrules.running import plain_run
 
 
 def begin(network: DualNetwork, args):
@@ -54,7 +54,7 @@ def transformed(network: DualNetwork) -> Callable:
 
     @jax.custom_vjp
     def run(params, weights, inputs, consts, handlers, keys):
-        return plain_run(network.plan, params, weights, inputs, consts, handlers, Frame())
+        return evaluate(network.plan, params, weights, inputs, consts, handlers, Frame())
 
     def forward(*args):
         outputs, aux, started = begin(network, args[:-1])

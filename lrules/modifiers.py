@@ -14,31 +14,24 @@ deep learning channel (2018).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.export import is_symbolic_dim
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lrules.activations import passing_names, treated
-from lrules.analysis import placed_as
-from lrules.batch import BatchAxis, doubled, find_batch_axis
-from lrules.network import Graph, Handler, Network, key_at
-from lrules.plan import Sequential
-from lrules.rule import Rule, at_least_float32, is_number, is_whole, mesh_axes, require_rule
+from lrules.engine.activations import passing_names, treated
+from lrules.engine.handlers import Handler, key_at
+from lrules.engine.jaxprs import placed_as
+from lrules.engine.per_example import PerExample, scaled
+from lrules.engine.quantizer import by_parts, check_quantizer, quantize
+from lrules.network import Network
+from lrules.options import is_number, mesh_axes
+from lrules.rule import Rule, require_rule
 
 AxisName = str | Sequence[str] | None
-LEVELS = 2**12  # powers of two below one, of which no float holds as many
-
-
-# ------------------------------------------------------------------------------------------------------ the error
 
 
 def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
@@ -108,7 +101,7 @@ def quantize_error(
     References:
       Baldi, Sadowski, Lu (2018), section 5.1, Eq. 17 to 19.
     """
-    _check_quantizer(bits, scale)
+    check_quantizer(bits, scale)
     if at == "hidden":
         return modify_error(rule, lambda signal, name, rng: quantize(signal, bits, scale), axis_name=axis_name)
     if at == "output":
@@ -131,7 +124,7 @@ def sign_error(rule: Rule, *, axis_name: AxisName = None) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 4.2, observation 5.
     """
-    return modify_error(rule, lambda signal, name, rng: _by_parts(jnp.sign, signal), axis_name=axis_name)
+    return modify_error(rule, lambda signal, name, rng: by_parts(jnp.sign, signal), axis_name=axis_name)
 
 
 def magnitude_error(rule: Rule) -> Rule:
@@ -216,7 +209,7 @@ class _AtHidden(Handler):
 
         def backward(key, error):
             rng = None if key is None else jax.random.wrap_key_data(key)
-            new = fn(_scaled(error, scale), name, rng)
+            new = fn(scaled(error, scale), name, rng)
             shape = getattr(new, "shape", None)
             if shape != error.shape:
                 made = f"a {type(new).__name__}" if shape is None else f"a signal of shape {shape}"
@@ -243,7 +236,7 @@ def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
             return y
 
         def backward(_, error):
-            return ((fn(_scaled(error, scale)) / scale).astype(error.dtype),)
+            return ((fn(scaled(error, scale)) / scale).astype(error.dtype),)
 
         identity.defvjp(lambda y: (y, None), backward)
         floating = lambda y: jnp.issubdtype(jnp.result_type(y), jnp.inexact)  # noqa: E731
@@ -293,9 +286,6 @@ def _with_error(loss: Callable, fn: Callable) -> Callable:
         return call(outputs, targets)
 
     return modified
-
-
-# ------------------------------------------------------------------------------------------------- the derivatives
 
 
 def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = ()) -> Rule:
@@ -390,9 +380,6 @@ class _Derivative(Handler):
         return replaced(jax.lax.stop_gradient(fn(x)), x)
 
 
-# ---------------------------------------------------------------------------------------------------- the updates
-
-
 def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: AxisName = None) -> Rule:
     """Quantises each example's weight update to signed powers of two, before the sum over the batch.
 
@@ -425,232 +412,16 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     References:
       Baldi, Sadowski, Lu (2018), section 5.2.
     """
-    _check_quantizer(bits, scale)
+    check_quantizer(bits, scale)
 
     def push(net, params, inputs, scale_, key):
-        fn = lambda g: quantize(_scaled(g, scale_), bits, scale) / scale_  # noqa: E731
-        if any(isinstance(handler, _PerExample) for handler in net.handlers):
-            both = (h.then(fn) if isinstance(h, _PerExample) else h for h in net.handlers)
+        fn = lambda g: quantize(scaled(g, scale_), bits, scale) / scale_  # noqa: E731
+        if any(isinstance(handler, PerExample) for handler in net.handlers):
+            both = (h.then(fn) if isinstance(h, PerExample) else h for h in net.handlers)
             return dataclasses.replace(net, handlers=tuple(both))
-        return net.pushing(_PerExample((fn,), rule, net, params, inputs))
+        return net.pushing(PerExample((fn,), rule, net, params, inputs))
 
     return _modified(rule, push, axis_name=axis_name)
-
-
-class _PerExample(Handler):
-    """Functions of each example's weight gradient, summed over the batch.
-
-    Where the rule says that the gradient is c times that of backprop (`Sequential.gain`), c is that of the whole batch.
-    """
-
-    offsets = True
-
-    def __init__(self, fns: tuple[Callable, ...], rule: Rule, net: Network, params, inputs):
-        self.fns = fns
-        batch = net.batch_size(inputs)
-        graph = net.graph(params, inputs)
-        twice = doubled(net, params, inputs, graph)
-        plan = rule.plan(net, graph, params, inputs) if rule.plan else None
-        self.gains = {}
-        for site, spec in plan.specs.items() if plan else ():
-            if isinstance(spec, Sequential) and spec.gain is not None:
-                self.gains[site] = spec.gain
-        values = [_meeting(g) for g in (graph, twice or graph)]
-        self.axes = {
-            site: [find_batch_axis(a, b if twice else None, batch) for a, b in zip(ends, values[1][site], strict=True)]
-            for site, ends in values[0].items()
-        }
-
-    def then(self, fn: Callable) -> _PerExample:
-        """The same with one more function, inside the others."""
-        new = copy.copy(self)
-        new.fns = (*self.fns, fn)
-        return new
-
-    def changed(self, gradient):
-        for fn in self.fns:
-            gradient = fn(gradient)
-        return gradient
-
-    def layer(self, layer, op, w, b, x, frame):
-        x_axis, y_axis = self.axes[layer.site]
-        # Where one example's rows alone would be multiplied otherwise, its error alone goes back through all of them.
-        whole = layer.weight.batched or layer.operation.startswith(("ragged_dot", "custom"))
-        if y_axis is None or not (whole or (x_axis is not None and len(jax.tree.leaves(x)) == 1)):
-            raise NotImplementedError(
-                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "
-                "told, so its updates cannot be taken one example at a time: write the network so that the batch stays "
-                "an axis of its own, in the order of the inputs"
-            )
-        gain, plain, run = self.gains.get(layer.site), op.plain, op.run
-        fed = b is not w
-
-        @jax.custom_vjp
-        def multiply(w, b, x):
-            return run(w, b if fed else w, x)
-
-        def backward(residuals, d):
-            w, b, x = residuals
-            (dw, db, dx) = jax.vjp(lambda w, b, x: run(w, b if fed else w, x), w, b, x)[1](d)
-            c = None if gain is None else gain(plain, w, x, d, layer)
-
-            def raw(x, d):
-                if c is None:
-                    y, pull = jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)
-                    return pull(placed_as(d, jax.typeof(y)))
-                y, pull = jax.vjp(lambda w: plain(w, x), w)
-                (g,) = pull(placed_as(d, jax.typeof(y)))
-                return g.astype(at_least_float32(g.dtype)) * c, db
-
-            def example(total, slices):
-                if whole:
-                    found = raw(x, _alone(d, slices, y_axis))
-                else:
-                    found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))  # type: ignore[arg-type]
-                return jax.tree.map(lambda t, g: t + self.changed(g).astype(t.dtype), total, found), None
-
-            split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
-            if not whole:
-                split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)  # type: ignore[arg-type]
-            totals, _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
-            dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
-            return dw, db, dx
-
-        multiply.defvjp(lambda w, b, x: (multiply(w, b, x), (w, b, x)), backward)
-        return multiply(w, b if fed else None, x)
-
-    def offset(self, offset, op, p, others, frame):
-        (axis,) = self.axes[offset.site]
-        if axis is None:
-            return op(p, others)
-        shape = offset.output.aval.shape
-        kept = {i + len(shape) - jnp.ndim(p) for i in offset.value.spread}
-
-        @jax.custom_vjp
-        def meet(p, others):
-            return op(p, others)
-
-        def backward(residuals, d):
-            p, others = residuals
-            wide, spread = jax.vjp(lambda p: jnp.broadcast_to(p, shape), p)
-            g, d_others = jax.vjp(op, wide, others)[1](d)
-            g = _to_front(g, axis)
-            narrow, g = g.dtype, g.astype(at_least_float32(g.dtype))
-            origin = [*range(axis.axis), axis.axis, axis.axis, *range(axis.axis + 1, len(shape))]
-            summed = [1 + k for k, i in enumerate(origin) if i not in kept]  # along these p is merely broadcast
-            total = self.changed(g.sum(summed, keepdims=True)).sum(0, keepdims=True)
-            total = jnp.pad(total, [(0, n - m) for n, m in zip(g.shape, total.shape, strict=True)])
-            (dp,) = spread(jnp.moveaxis(total, 0, axis.axis + 1).reshape(shape).astype(narrow))
-            return dp, d_others
-
-        meet.defvjp(lambda p, others: (op(p, others), (p, others)), backward)
-        return meet(p, others)
-
-
-def _meeting(graph: Graph) -> dict[str, list[Any]]:
-    """What meets parameters and what comes of it, by site."""
-    layers = {layer.site: [layer.operand, layer.output] for layer in graph.layers}
-    return layers | {offset.site: [offset.output] for offset in graph.offsets}
-
-
-def _nothing(x):
-    """Zeros like x, on the devices where x is, to sum up in."""
-    return placed_as(jnp.zeros(x.shape, at_least_float32(x.dtype)), jax.typeof(x))
-
-
-def _to_front(x, axis: BatchAxis):
-    """`[batch, ..., before, after, ...]` of `[..., before * batch * after, ...]`, whole on every device."""
-    x = _whole(x, axis.axis)
-    x = x.reshape(*x.shape[: axis.axis], axis.before, -1, axis.after, *x.shape[axis.axis + 1 :])
-    return jnp.moveaxis(x, axis.axis + 1, 0)
-
-
-def _whole(x, axis: int):
-    """The array, not split over explicit mesh axes along this one: loops run over nothing that is."""
-    sharding = jax.typeof(x).sharding
-    if sharding.spec[axis] is None:
-        return x
-    spec = PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
-
-
-def _one(x, axis: BatchAxis):
-    """One example of `_to_front`, as `[..., before * 1 * after, ...]`."""
-    return x.reshape(*x.shape[: axis.axis], axis.before * axis.after, *x.shape[axis.axis + 2 :])
-
-
-def _alone(x, i, axis: BatchAxis):
-    """The tensor with zeros for all examples but one."""
-    size = x.shape[axis.axis]
-    example = jnp.arange(size) // axis.after % (size // (axis.before * axis.after))
-    return jnp.where(jnp.expand_dims(example == i, [a for a in range(x.ndim) if a != axis.axis]), x, 0)
-
-
-# --------------------------------------------------------------------------------------------------- the quantiser
-
-
-def quantize(x, bits: int, scale: float) -> jax.Array:
-    """The power of two nearest to |x / alpha| on a logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
-
-    Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
-
-    So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them.
-    No logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1),
-    exactly (there is no tie, as no float squares to one half). The quotient is rounded to the precision of x, at least
-    float32; if alpha is a power of two, it is exact. NaN stays NaN. Of complex numbers, real and imaginary part are
-    quantised.
-
-    Args:
-      x: an array.
-      bits: the number of magnitudes, at least 1.
-      scale: alpha, the largest of them.
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    References:
-      Baldi, Sadowski, Lu (2018), Eq. 19.
-
-    Example:
-      >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
-      [1.0, 0.25, -0.25, 0.0]
-    """
-    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
-        return _by_parts(lambda part: quantize(part, bits, scale), jnp.asarray(x))
-    wide = jnp.asarray(x)
-    wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
-    mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
-    exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
-    level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
-    return (jnp.sign(wide) * level).astype(jnp.result_type(x))
-
-
-def _by_parts(fn: Callable, x):
-    """The function of a real array; of a complex one, of its real and imaginary part."""
-    return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
-
-
-def _root_half(dtype) -> Any:
-    """The smallest number of the dtype whose square is at least one half."""
-    root = np.asarray(math.sqrt(0.5), dtype)
-    while Fraction(float(root)) ** 2 >= Fraction(1, 2):
-        root = np.nextafter(root, np.asarray(0, dtype))
-    return np.nextafter(root, np.asarray(1, dtype))
-
-
-def _check_quantizer(bits: int, scale: float) -> None:
-    if not (is_whole(bits) and bits >= 1):
-        raise ValueError(f"bits must be an integer >= 1, got {bits!r}")
-    if not is_number(scale) or not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
-
-
-# ------------------------------------------------------------------------------------------------- making modifiers
-
-
-def _scaled(error, scale: float):
-    """The error times the batch, which half precision might not hold."""
-    return error.astype(at_least_float32(error.dtype)) * scale
 
 
 def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> Any:

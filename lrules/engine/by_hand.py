@@ -17,21 +17,28 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lrules.activations import CALLS, NONLINEAR
+from lrules.engine.activations import NONLINEAR
+from lrules.engine.jaxprs import CALLS
 
 LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_element_type", "copy", "copy_p", "name",
           "reduce_precision", "real", "imag", "pad", "concatenate", "stack", "slice", "dynamic_slice", "rev", "gather",
           "squeeze", "reshape", "transpose", "broadcast_in_dim", "expand_dims", "split", "pvary",
           "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "layout_constraint",
           "dynamic_update_slice", "reduce_sum"}  # fmt: skip
+
 FOR_SCALES = {"neg", "mul", "div", "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pad", "slice"}
+
 BENDING = NONLINEAR | CALLS.keys() | {"mul"}
+
 MOST = 8  # so many products are followed in one value
+
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
+
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
     "it as a dot product or convolution (jnp.dot, jnp.einsum)"
 )
+
 DISTANCES = (
     "a nonlinear function of the parameter {name} and data, a distance for example, is summed into one number for each "
     "row of the parameter, a layer written by hand: write it with a dot product (|h|^2 - 2 h.m + |m|^2)"

@@ -11,12 +11,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrules.activations import CALLS, NONLINEAR
-from lrules.analysis import INLINED, Block, Value, bind, is_literal
-from lrules.network import Graph
-from lrules.products import LINEAR
+from lrules.engine.activations import LINEAR, NONLINEAR
+from lrules.engine.graph import Graph
+from lrules.engine.jaxprs import CALLS, INLINED, bind, is_literal
+from lrules.engine.records import Block, Value
 
 BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
+
 MIXING = {"dot_general", "bcoo_dot_general", "gather", "scatter-add", "scatter_add"}  # rows, by constants
 
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lrules.activations import arranged, is_atom
-from lrules.analysis import ELEMENTWISE, Value, reshape_groups, view_axes
-from lrules.network import Graph, Network
+from lrules.engine.activations import arranged, is_atom
+from lrules.engine.graph import Graph
+from lrules.engine.operations import ELEMENTWISE, reshape_groups, view_axes
+from lrules.engine.records import Value
+from lrules.network import Network
 
 Pytree = Any
+
 MOVES = {"rev", "sort", "concatenate", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice", "slice",
          "pad", "stack"}  # fmt: skip
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.rule import Initializer, Rule, as_initializer, require_flags
+from lrules.options import Initializer, as_initializer, require_flags
+from lrules.rule import Rule
 
 
 def project(e, b):

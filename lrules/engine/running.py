@@ -14,12 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.analysis import SAME_SHAPE_VIEWS, Hidden, Layer, bind, placed_as, split_as, varying_axes
-from lrules.batch import Unbatched
-from lrules.head import finish
-from lrules.network import Frame, Handler, Network
-from lrules.plan import Direct, Landing, Plan, Sequential
-from lrules.rule import Feedback, Pytree
+from lrules.engine.batch import Unbatched
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.head import finish
+from lrules.engine.jaxprs import bind, placed_as, split_as, varying_axes
+from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.plan import Plan
+from lrules.engine.records import Hidden, Layer
+from lrules.engine.weights import DirectFeedback
+from lrules.network import Network
+from lrules.rule import Direct, Feedback, Sequential
+
+Pytree = Any
 
 
 class _RuleHandler(Handler):
@@ -35,7 +41,7 @@ class _RuleHandler(Handler):
         return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
-        landing = self.plan.landings.get(hidden.name)
+        landing = self.plan.direct_feedback.get(hidden.name)
         if landing is None or landing.hidden is not hidden:
             return value
         if landing.spec.lands:
@@ -82,9 +88,9 @@ def run_to_heads(
     if rng is not None:
         weights |= plan.init(rng, leaves, redrawn=True).fixed
     args = (leaves, weights, jax.tree.leaves(inputs), plan.graph.consts, net.handlers, targets)
-    if any(landing.spec.lands for landing in plan.landings.values()):
+    if any(landing.spec.lands for landing in plan.direct_feedback.values()):
         return _direct_run(plan)(*args)
-    return plain_run(plan, *args[:5], Frame())
+    return evaluate(plan, *args[:5], Frame())
 
 
 def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs: Pytree) -> Pytree:
@@ -98,13 +104,13 @@ def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs
     return jax.tree.unflatten(tree, [outs[i] if i in below else leaf for i, leaf in enumerate(leaves)])
 
 
-def plain_run(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
+def evaluate(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
     shadow = None
     if plan.shadows:
         names = plan.graph.names
         shadow = [
             placed_as(feedback[name], jax.typeof(p))
-            if name in plan.entries
+            if name in plan.sequential_feedback
             else jax.lax.stop_gradient(p)
             for name, p in zip(names, params, strict=True)
         ]
@@ -123,7 +129,7 @@ def _direct_run(plan: Plan) -> Callable:
 
     @jax.custom_vjp
     def run(params, feedback, inputs, consts, handlers, targets):
-        return plain_run(plan, params, feedback, inputs, consts, handlers, Frame())
+        return evaluate(plan, params, feedback, inputs, consts, handlers, Frame())
 
     def forward(*args):
         # Only what is differentiated is: data may come from what has no reverse mode, such as a while loop.
@@ -132,13 +138,14 @@ def _direct_run(plan: Plan) -> Callable:
 
         def network(params, feedback, inputs=inputs, consts=consts, handlers=handlers):
             frame = Frame()
-            outputs, aux = plain_run(plan, params, feedback, inputs, consts, handlers, frame)
+            outputs, aux = evaluate(plan, params, feedback, inputs, consts, handlers, frame)
             return (outputs, frame.records), aux
 
         differentiated = (params, feedback, inputs, consts, handlers) if wanted else (params, feedback)
         (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
-        learns = any(landing.spec.learn is not None for landing in plan.landings.values())
-        channels = dict.fromkeys(landing.spec.channel for landing in plan.landings.values() if landing.spec.channel)
+        learns = any(landing.spec.learn is not None for landing in plan.direct_feedback.values())
+        landings = plan.direct_feedback.values()
+        channels = dict.fromkeys(landing.spec.channel for landing in landings if landing.spec.channel)
         skips = [channel(plan, params, inputs, consts, records) for channel in channels]
         return (outputs, aux), (pull, skips, feedback, targets, records if learns else None)
 
@@ -150,7 +157,7 @@ def _direct_run(plan: Plan) -> Callable:
         feedback_grads: dict[str, Any] = {}
         for skip in skips:
             signals |= skip(errors)
-        for name, landing in plan.landings.items():
+        for name, landing in plan.direct_feedback.items():
             spec, b = landing.spec, feedback.get(name)
             if spec.signal is None:
                 continue
@@ -213,7 +220,7 @@ def sent_error(plan: Plan, spec: Direct, e, feedback):
     return e
 
 
-def _land(landing: Landing, e, b, targets, elements: int | None = None):
+def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.signal is not None
@@ -254,7 +261,7 @@ def _land(landing: Landing, e, b, targets, elements: int | None = None):
     return placed_as(out, hidden.root.aval, len(hidden.loops))
 
 
-def direct_feedback_gradient(landing: Landing, e, record, b):
+def direct_feedback_gradient(landing: DirectFeedback, e, record, b):
     """The gradient of one direct feedback weight, summed over the scans and positions that share it."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.learn is not None

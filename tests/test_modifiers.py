@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrules
-from lrules.channel import quantize
+from lrules.engine.quantizer import quantize
 from tests import bridge
 from tests.reference import (
     backman,

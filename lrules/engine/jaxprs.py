@@ -1,0 +1,104 @@
+"""Jaxprs: reading and evaluating them, and all that changes between versions of JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import NamedSharding, PartitionSpec
+
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+         "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
+
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def call_body(eqn):
+    """The jaxpr that a call equation calls, else None."""
+    key = CALLS.get(eqn.primitive.name)
+    if key is None:
+        return None
+    body = eqn.params[key]
+    return None if getattr(body, "consts", ()) else getattr(body, "jaxpr", body)
+
+
+def call_name(eqn) -> str:
+    """The name of the function that a call equation calls."""
+    if eqn.primitive.name in OWN_DERIVATIVE:
+        inner = call_body(eqn)
+        if inner is not None and len(inner.eqns) == 1 and "name" in inner.eqns[0].params:
+            return str(inner.eqns[0].params["name"])
+        info = getattr(inner, "debug_info", None)
+        return str(getattr(info, "func_name", None) or eqn.primitive.name)
+    return str(eqn.params.get("name", ""))
+
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+           "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
+
+REMATS = {"remat", "remat2", "checkpoint"}
+
+
+def scan_counts(params) -> tuple[int, int]:
+    """How many constants and carries a scan equation has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
+
+
+def open_jaxpr(jaxpr) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and its constants, whichever of the two forms it comes in."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def varying_axes(aval) -> frozenset:
+    """The mesh axes along which a value differs between devices, inside a shard_map that checks it."""
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+
+
+def as_varying(x, axes):
+    """The same value, seen as differing between devices along these mesh axes, too (inside a shard_map)."""
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(x))))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def placed_as(x, aval, lead: int = 0):
+    """The same value on the devices where one of `aval` lies, its `lead` first axes apart.
+
+    On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
+    """
+    return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
+
+
+def split_as(x, *spec):
+    """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
+    sharding = jax.typeof(x).sharding
+    if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
+        return x
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def is_literal(atom) -> bool:
+    """Whether an operand is written into the equation."""
+    return isinstance(atom, Literal)
+
+
+def bind(eqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
+    params = eqn.params
+    if params.get("out_sharding") is not None and any(
+        jnp.shape(value) != atom.aval.shape for value, atom in zip(values, eqn.invars, strict=True)
+    ):
+        params, values = params | {"out_sharding": None}, [split_as(value) for value in values]
+    prepared = eqn.primitive.get_bind_params(params)
+    with eqn.ctx.manager:
+        if isinstance(prepared, tuple):  # before JAX 0.9
+            out = eqn.primitive.bind(*prepared[0], *values, **prepared[1])
+        else:
+            out = eqn.primitive.bind(*values, **prepared)
+    return list(out) if eqn.primitive.multiple_results else [out]

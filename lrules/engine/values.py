@@ -1,0 +1,95 @@
+"""Which dimensions of a value hold which axes of which parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrules.engine.operations import ELEMENTWISE
+from lrules.engine.records import Layer, Value, classes_of
+
+
+def slice_of(value: Value, aval, key) -> Value:
+    """One slice of a scanned value: a definition of its own."""
+    axes = {}
+    for i, (dims, sliced) in value.axes.items():
+        axes[i] = (dims[1:], sliced | frozenset(dims[0]))
+    varies = frozenset(d - 1 for d in value.spread if d > 0)
+    return Value(
+        aval, **classes_of(value), axes=axes, varies=varies, operands=(value,), lookups=value.lookups,
+        loops=value.loops | ({key} if not value.data or value.chosen else set()), carried=value.carried,
+    )  # fmt: skip
+
+
+def _through(axes, dims: frozenset[int]) -> frozenset[int]:
+    return frozenset(j for j, held in enumerate(axes) if dims & set(held))
+
+
+def varying_dims(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
+    name = eqn.primitive.name
+    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
+    if axes is not None:
+        return _through(axes, ins[0].spread) & full
+    if name == "broadcast_in_dim":
+        dims = eqn.params["broadcast_dimensions"]
+        return frozenset(dims[i] for i in ins[0].spread)
+    if name in ELEMENTWISE:
+        return frozenset().union(*(v.spread for v in ins)) & full
+    return full
+
+
+def parameter_axes(eqn, ins: list[Value], aval, axes):
+    """Which axes of which parameters the dimensions of a value made of parameters hold."""
+    name = eqn.primitive.name
+    ndim = len(getattr(aval, "shape", ()))
+    found: dict[int, Any] = {}
+
+    def add(i, dims, sliced):
+        if i not in found or sum(map(len, dims)) > sum(map(len, found[i][0])):
+            found[i] = (dims, sliced)
+
+    for k, value in enumerate(ins):
+        for i, (dims, sliced) in value.axes.items():
+            if axes is not None:
+                gone = frozenset().union(*map(frozenset, dims)) if dims else frozenset()
+                kept = tuple(tuple(a for j in held for a in dims[j]) for held in axes)
+                gone -= frozenset(a for d in kept for a in d)
+                add(i, kept, sliced | gone)
+            elif name == "broadcast_in_dim":
+                new: list[tuple[int, ...]] = [()] * ndim
+                for j, d in enumerate(eqn.params["broadcast_dimensions"]):
+                    new[d] = dims[j]
+                add(i, tuple(new), sliced)
+            elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"):
+                add(i, tuple(d for j, d in enumerate(dims) if j not in eqn.params["axes"]), sliced)
+            elif name == "gather" and k == 0:
+                numbers = eqn.params["dimension_numbers"]
+                new = [()] * ndim
+                batching = set(getattr(numbers, "operand_batching_dims", ()))
+                whole = [j for j in range(len(dims)) if j not in numbers.collapsed_slice_dims and j not in batching]
+                for d, j in zip(numbers.offset_dims, whole, strict=True):
+                    new[d] = dims[j]
+                gone = frozenset(a for j in (set(numbers.collapsed_slice_dims) | batching) for a in dims[j])
+                add(i, tuple(new), sliced | gone)
+            elif name == "dot_general":
+                contract, batch = eqn.params["dimension_numbers"]
+                free = [j for j in range(len(dims)) if j not in contract[k] and j not in batch[k]]
+                start = len(batch[0]) if k == 0 else ndim - len(free)
+                new = [()] * ndim
+                for o, j in [*enumerate(batch[k]), *enumerate(free, start)]:
+                    new[o] = dims[j]
+                add(i, tuple(new), sliced)
+            elif len(dims) == ndim:
+                add(i, dims, sliced)
+            else:
+                add(i, ((),) * ndim, sliced)
+    return found
+
+
+def output_parameter_axes(layer: Layer):
+    """Which axes of its parameters the dimensions of a layer's output hold."""
+    came_from = {o: a for a, o in layer.output_axes.items()}
+    ndim = len(layer.output.aval.shape)  # type: ignore[union-attr]
+    return {
+        i: (tuple(dims[came_from[d]] if d in came_from and dims else () for d in range(ndim)), sliced)
+        for i, (dims, sliced) in layer.weight.axes.items()
+    }
