@@ -183,7 +183,7 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
 
 
 def spectral_norms(
-    net: Network | Callable, params: Pytree, inputs: Pytree, iterations: int = 50
+    net: Network | Callable, params: Pytree, inputs: Pytree, *, iterations: int = 50
 ) -> dict[str, jax.Array]:
     """The spectral norm of every dense layer and convolution, by power iterations.
 

@@ -829,7 +829,7 @@ def test_explicit_mesh(modify, steps):
 
 def test_an_infinite_update_is_the_largest_number_on_every_device():
     params, x, t = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}, jnp.ones((4, 3)), jnp.asarray([[1.0], [0], [0], [0]])
-    rule = lrules.quantize_update(lrules.backprop(), 4, 0.5)
+    rule = lrules.quantize_update(lrules.backprop(), 4, scale=0.5)
     step = lrules.value_and_grad(
         lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lambda y, t: (y * jnp.where(t > 0, jnp.inf, 1.0)).sum(-1), rule
     )
@@ -897,8 +897,10 @@ def gated(p, x):
 PASSED = {
     "skipped": lambda passing: lrules.skipped_backprop(passing),
     "no derivatives": lambda passing: lrules.without_derivatives(lrules.backprop(), passing=passing),
-    "direct, no derivatives": lambda passing: lrules.without_derivatives(lrules.direct_feedback_alignment(), passing),
-    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing),
+    "direct, no derivatives": lambda passing: lrules.without_derivatives(
+        lrules.direct_feedback_alignment(), passing=passing
+    ),
+    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing=passing),
     "dual": lambda passing: lrules.dual_propagation(passing=passing, alpha=0.2),
 }
 

@@ -28,7 +28,7 @@ from lrules.rule import Rule
 DEAD = 1e-15
 
 
-def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = None) -> Rule:
+def backman(alpha: float | str = 1.0, *, axis_name: str | Sequence[str] | None = None) -> Rule:
     """BackMAN: each neuron's weight gradient, and the error it sends down, scaled to a norm of alpha.
 
     c_i = alpha / ||(r^T a)_i||,  dW_i = c_i (r^T a)_i,  and g W goes down with g = r diag(c)

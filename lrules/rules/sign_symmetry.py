@@ -19,7 +19,7 @@ from lrules.rule import Rule
 MAGNITUDES = ("unit", "scaled", "random", "fixed")
 
 
-def sign_symmetry(magnitude: str = "unit", init: Initializer | None = None) -> Rule:
+def sign_symmetry(magnitude: str = "unit", *, init: Initializer | None = None) -> Rule:
     """Sign symmetry: feedback with the signs of the present forward weights.
 
     delta_l = ((M_{l+1} * sign(W_{l+1}))^T delta_{l+1}) * f'(z_l)

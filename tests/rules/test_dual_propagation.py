@@ -828,7 +828,7 @@ def test_error_modifiers_compose():
         lambda r: lrules.sign_error(lrules.quantize_error(r, 3)),
     ):
         bridge.close(grads(modify(weak)), grads(modify(lrules.backprop())), 1e-6)
-    quantised = [lrules.quantize_update(r, 20, 4.0) for r in (weak, lrules.backprop())]
+    quantised = [lrules.quantize_update(r, 20, scale=4.0) for r in (weak, lrules.backprop())]
     for a, b in itertools.pairwise([grads(r) for r in quantised]):
         assert all(
             np.abs(g - h).max() < 1e-2 * np.abs(h).max() for g, h in zip(*map(jax.tree.leaves, (a, b)), strict=True)
