@@ -34,9 +34,9 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lrules import backprop, transform
-      >>> f = transform(lambda w, x: jnp.tanh(x @ w), backprop())
-      >>> f(jnp.eye(2), Feedback({}, {}), jnp.zeros((1, 2))).shape
+      >>> import lrules
+      >>> f = transform(lambda w, x: jnp.tanh(x @ w), lrules.backprop())
+      >>> f(jnp.eye(2), lrules.Feedback({}, {}), jnp.zeros((1, 2))).shape
       (1, 2)
     """
     _check_call(net, rule)

@@ -7,8 +7,9 @@ import pytest
 
 import lrules
 
-# What may stand without its name though it has a default and is not the first: pairs, and the networks of `check_rule`.
+# What may stand without its name though it has a default and is not the first: it belongs to what stands before it.
 UNNAMED = {
+    "Rule": ["value_and_grad"],
     "feedback.binary": ["high"],
     "from_nnx": ["wrt"],
     "testing.check_rule": ["net", "params", "inputs"],
@@ -44,5 +45,5 @@ def test_all_public_functions_are_looked_at():
     names = set(public_functions())
     assert {"backman", "dual_propagation", "quantize_update", "Network", "direct", "hidden"} <= names
     assert {"feedback.sparse", "monotone.constrain", "diagnostics.spectral_norms", "testing.check_rule"} <= names
-    assert set(UNNAMED) <= names and "Rule" not in names
+    assert set(UNNAMED) <= names and "Feedback" not in names
     assert unnamed_options(lambda rule, bits, scale=1.0, *, at="hidden": None) == ["scale"]

@@ -126,7 +126,7 @@ class Value:
     integers, booleans or `stop_gradient`. `axes` maps a parameter (by index) to the parameter's axes that each
     dimension of the value holds, and the axes that were sliced away; it serves fan-in and fan-out. `varies` are the
     dimensions along which the value is not merely broadcast (None: all). `products` tells of weights times data in it,
-    see `products.py`.
+    see `by_hand.py`.
     """
 
     aval: Any

@@ -631,8 +631,8 @@ FA = lrules.feedback_alignment()
         (lrules.node_perturbation(0.1), "got a rule that needs the loss or the targets"),
         (lrules.random_target_projection(), "got a rule that needs the loss or the targets"),
         (lrules.feedback_alignment, "got a function: call it first"),
-        (lrules.Rule(FA.init, FA.transform), "does not describe what it does at each layer"),
-        (FA._replace(plan=None, init=lambda key, net, params, inputs: NO_FEEDBACK), "as its factory makes it"),
+        (lrules.Rule(FA.init, FA.transform), "does not say it: it was made of functions by hand"),
+        (FA._replace(init=lambda key, net, params, inputs: NO_FEEDBACK), "one of its functions was replaced"),
     ],
 )
 def test_rules_that_cannot_bring_down_the_difference(rule, message):

@@ -32,7 +32,7 @@ from lrules.apply import mean_loss
 from lrules.engine.activations import passing_names
 from lrules.engine.plan import Plan
 from lrules.network import as_network
-from lrules.rule import Feedback, Gradients, Rule, check_params
+from lrules.rule import Feedback, Gradients, Rule, RuleDescription, check_params
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
 from lrules.rules.dual_propagation.outputs import exact_error
@@ -202,4 +202,4 @@ def dual_propagation(
         return fn
 
     stochastic = order == "random" or (feedback_rule is not None and feedback_rule.stochastic)
-    return Rule(init, transform, value_and_grad, stochastic=stochastic, plan=plan)
+    return Rule(init, transform, value_and_grad, stochastic=stochastic, description=RuleDescription(plan))

@@ -17,7 +17,7 @@ from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import evaluate
 from lrules.network import Network
-from lrules.rule import Direct, Feedback
+from lrules.rule import Direct, Feedback, require_description
 from lrules.rules.dual_propagation.damping import check_projection, readers, strengths
 from lrules.rules.dual_propagation.differences import check_differences
 from lrules.rules.dual_propagation.levels import levels_of
@@ -49,8 +49,8 @@ def plan_for(options: Options, net: Network, graph: Graph, params, inputs) -> Pl
     own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     if options.feedback_rule is None:
         return own
-    assert options.feedback_rule.plan is not None
-    plan = options.feedback_rule.plan(net, graph, params, inputs)
+    description = require_description(options.feedback_rule, "dual_propagation", "its feedback_rule")
+    plan = description.plan(net, graph, params, inputs)
     if any(isinstance(spec, Direct) for spec in plan.specs.values()):
         raise ValueError(
             "feedback_rule must be a sequential rule: a direct rule sends the output error past the states, which then "

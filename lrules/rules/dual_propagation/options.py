@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
-from lrules.rule import Rule
+from lrules.rule import Rule, require_description
 
 Number = float | Mapping[str, float]  # one for all states, or one by pattern
 Order = Literal["forward_backward", "forward", "parallel", "odd_even", "random"]
@@ -101,16 +101,11 @@ def _check_feedback_rule(rule: Any) -> None:
     want = "feedback_rule must be a sequential rule, such as lrules.feedback_alignment()"
     if not isinstance(rule, Rule):
         raise ValueError(f"{want}, got a {type(rule).__name__}{': call it first' if callable(rule) else ''}")
-    if rule.modified:
+    description = require_description(rule, "dual_propagation", "its feedback_rule")
+    if description.modified:
         raise ValueError(
             "feedback_rule has a modifier around it, which dual propagation would not follow: put the modifier around "
             "dual_propagation instead, as in lrules.sign_error(lrules.dual_propagation(feedback_rule=rule))"
-        )
-    if rule.plan is None:
-        raise ValueError(
-            "feedback_rule does not describe what it does at each layer (a rule loses its description when one of its "
-            "functions is replaced): give a sequential rule as its factory makes it, such as "
-            "lrules.feedback_alignment(), or make your own with lrules.sequential"
         )
     if rule.value_and_grad is not None:
         raise ValueError(f"{want}, got a rule that needs the loss or the targets: leave feedback_rule out to use W^T")
