@@ -27,7 +27,7 @@ from lrules.engine.records import reach
 from lrules.engine.running import evaluate
 from lrules.network import Network, as_network
 from lrules.options import as_initializer
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_rule
+from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_description, require_rule
 
 RECORDED = "lrules recorded"
 
@@ -85,7 +85,9 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     check_params(params)
     net = as_network(net)
     graph = net.graph(params, inputs)
-    plan = rule.plan(net, graph, params, inputs) if rule.plan is not None else None
+    description = require_description(rule, "audit")
+    plan = description.plan(net, graph, params, inputs)
+    untouched = isinstance(description.layer, Backprop)
     trained = len(jax.tree.leaves(params))
     found = reach(graph.outs[: graph.n_outputs])
     live = {i for i, value in enumerate(graph.parameters) if id(value) in found}
@@ -94,7 +96,7 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
     for i, name in enumerate(graph.names):
         layers = [layer for layer in graph.layers if i in layer.sources]
         latents = any(i in layer.operand.params for layer in graph.layers if layer.operand.pure)
-        route = _route(plan, rule, layers, latents, reached)
+        route = "backprop" if untouched else _route(plan, layers, latents, reached)
         rows.append(
             {
                 "parameter": name,
@@ -103,7 +105,7 @@ def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -
                 "reached by": ", ".join(dict.fromkeys(s for layer in layers for s in reached[layer.site])) or "-",
             }
         )
-    if plan is not None:
+    if not untouched:
         _prove(net, graph, plan, params, inputs, live)
     return Audit(rows)
 
@@ -113,9 +115,7 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan | None, rule: Rule, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
-    if plan is None:
-        return "backprop" if isinstance(rule.layer, Backprop) else "the rule's own"
+def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
     if not layers:
         return "latents" if latents else "bias or scale"
     routes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from lrules.engine.planning import make_plan
 from lrules.engine.running import run_plan
 from lrules.network import as_network
 from lrules.options import Initializer, is_whole, require_flags, require_pattern
-from lrules.rule import Direct, Feedback, LayerRule, Rule, Sequential, check_params
+from lrules.rule import Direct, Feedback, LayerRule, Rule, RuleDescription, Sequential, check_params
 
 
 def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags) -> Rule:
@@ -41,7 +42,8 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
         made = plan(net, graph, params, inputs)
         if loss is not None:
             outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
-            made.elements = jax.eval_shape(loss, outputs, targets).size
+            elements = jax.eval_shape(loss, outputs, targets).size
+            made = dataclasses.replace(made, elements=elements)
         return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
 
     def transform(net, *, reduction="mean"):
@@ -61,7 +63,8 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
 
         return grad_of_transform(f, net, loss, pass_targets=True)
 
-    return Rule(init, transform, value_and_grad if needs_targets else None, plan=plan, layer=layer, **flags)
+    description = RuleDescription(plan, layer)
+    return Rule(init, transform, value_and_grad if needs_targets else None, description=description, **flags)
 
 
 def sequential(

@@ -13,7 +13,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.plan import Refused
 from lrules.engine.records import Hidden, Layer
 from lrules.network import Network, as_network
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, require_rule
+from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, require_description, require_rule
 
 
 class Description(NamedTuple):
@@ -67,12 +67,13 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     """
     net = as_network(net)
     graph = net.graph(params, inputs)
-    plan = rule.plan(net, graph, params, inputs) if rule.plan else None
+    known = rule.description
+    plan = known.plan(net, graph, params, inputs) if known else None
     landings = plan.direct_feedback if plan else {}
     reached = feedback_reach(graph, {landing.hidden: landing.spec.lands for landing in landings.values()})
     layers = []
     for layer in graph.layers:
-        spec = plan.specs[layer.site] if plan else rule.layer
+        spec = plan.specs[layer.site] if plan else None
         layers.append(
             {
                 "layer": layer.site,
@@ -133,8 +134,7 @@ def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     net = as_network(net)
     require_rule(rule)
     try:
-        if rule.plan is not None:
-            rule.plan(net, net.graph(params, inputs), params, inputs)
+        require_description(rule, "refusals").plan(net, net.graph(params, inputs), params, inputs)
     except Refused as error:
         return error.refusals
     return {}

@@ -256,11 +256,9 @@ def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
         assert rule.value_and_grad is not None
         return rule.value_and_grad(net, _with_error(loss, fn))
 
-    return rule._replace(
+    return rule.modified(
         transform=transform,
         value_and_grad=None if rule.value_and_grad is None else value_and_grad,
-        layer=None,
-        modified=True,
     )
 
 
@@ -454,10 +452,8 @@ def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name
         rule.value_and_grad(net, loss)  # type: ignore[misc]
         return serve(net, lambda net: rule.value_and_grad(net, loss), "mean")  # type: ignore[misc]
 
-    return rule._replace(
+    return rule.modified(
         transform=transform,
         value_and_grad=None if rule.value_and_grad is None else value_and_grad,
         stochastic=rule.stochastic or stochastic,
-        layer=None,
-        modified=True,
     )

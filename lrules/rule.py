@@ -113,23 +113,55 @@ class Feedback(NamedTuple):
     state: Pytree = ()
 
 
-class Gradients(NamedTuple):
+class _Gradients(NamedTuple):
+    params: Pytree
+    feedback: dict[str, jax.Array]
+    state: Pytree
+    report: dict[str, Any]
+
+
+class Gradients(_Gradients):
     """What a rule gives in place of gradients: optimizers subtract it.
 
     Attributes:
       params: of the structure of the parameters.
       feedback: of the structure of `feedback.learned`.
-      state: the next `feedback.state`.
-      report: what the rule has to tell of this step, by name.
+      state: the next `feedback.state`; `()` for rules without one.
+      report: what the rule has to tell of this step, by name; `{}` for most rules.
     """
 
-    params: Pytree
-    feedback: dict[str, jax.Array]
-    state: Pytree = ()
-    report: dict[str, Any] = {}
+    __slots__ = ()
+
+    def __new__(
+        cls, params: Pytree, feedback: dict[str, jax.Array], state: Pytree = (), report: dict[str, Any] | None = None
+    ) -> Gradients:
+        return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
-class Rule(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class RuleDescription:
+    """What a rule does where. The rule's functions are made from it.
+
+    Attributes:
+      plan: `(net, graph, params, inputs) -> Plan`.
+      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
+      modified: a modifier acts around the rule, and `plan` knows nothing of it.
+    """
+
+    plan: Callable[..., Any]
+    layer: LayerRule | None = None
+    modified: bool = False
+    _functions: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
+
+    def describes(self, functions: tuple[Any, ...]) -> bool:
+        """Whether these functions are the ones that were made from it: those of the first rule that holds it."""
+        if not self._functions:
+            self._functions.extend(functions)
+        return all(a is b for a, b in zip(self._functions, functions, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
     """A learning rule, as pure functions.
 
     Attributes:
@@ -138,19 +170,46 @@ class Rule(NamedTuple):
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None where that of `transform` serves.
       stochastic: needs `rng=`.
       additive: the gradient of a batch is the sum of those of its parts, up to their weights in the objective.
-      plan: `(net, graph, params, inputs) -> Plan`, what the rule does where; None for a rule of another kind.
-      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
-      modified: whether a modifier acts around it, of which `plan` knows nothing.
+      description: what the rule does where, from which its functions are made. None for a rule that is made of
+        functions by hand, and for a copy with another function: a description would no longer be true of it.
     """
 
     init: Callable[..., Feedback]
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
+    _: dataclasses.KW_ONLY
     stochastic: bool = False
     additive: bool = True
-    plan: Callable[..., Any] | None = None
-    layer: LayerRule | None = None
-    modified: bool = False
+    description: RuleDescription | None = None
+
+    def __post_init__(self) -> None:
+        functions = (self.init, self.transform, self.value_and_grad)
+        if self.description is not None and not self.description.describes(functions):
+            object.__setattr__(self, "description", None)
+
+    def _replace(self, **changes: Any) -> Rule:
+        """A copy with other attributes, as `dataclasses.replace` makes it."""
+        return dataclasses.replace(self, **changes)
+
+    def modified(self, **changes: Any) -> Rule:
+        """The rule with a modifier around it: other functions, and a description that says so."""
+        known = self.description
+        about = None if known is None else RuleDescription(known.plan, modified=True)
+        return dataclasses.replace(self, **changes, description=about)
+
+
+def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleDescription:
+    """The description of a rule.
+
+    Raises:
+      ValueError: it has none; the message names `who` needs it and `which` rule it is.
+    """
+    if rule.description is None:
+        raise ValueError(
+            f"{who} needs to know what a rule does at each layer, and {which} does not say it: it was made of "
+            "functions by hand, or one of its functions was replaced; make it with lrules.sequential or lrules.direct"
+        )
+    return rule.description
 
 
 def require_rule(rule) -> None:

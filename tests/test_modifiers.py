@@ -884,7 +884,7 @@ def test_activations_that_are_not_recognised_are_refused(rule):
             gradients[name] = jax.grad(lambda p, f=f: f(p, NONE, x).sum())(params)["a"]
     # SBP keeps a layer's own derivative either way; without derivatives, what counts as an activation loses it.
     same = bool(np.allclose(gradients["activation"], gradients["none"]))
-    assert same == (rule.layer is not None)
+    assert same == (rule.description.layer is not None)
 
 
 def gated(p, x):

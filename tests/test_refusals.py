@@ -465,7 +465,7 @@ def test_partition():
     with pytest.raises(ValueError, match="call its factory"):
         lrules.partition({".*": lrules.feedback_alignment})
     with pytest.raises(ValueError, match="acts on the network as a whole"):
-        lrules.partition({".*": FA._replace(layer=None)})
+        lrules.partition({".*": lrules.dual_propagation()})
     with pytest.raises(ValueError, match="no rules"):
         lrules.partition({})
 

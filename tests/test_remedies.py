@@ -172,12 +172,12 @@ def test_constructs(name, rule):
         served(remedy, rule)
     offered = taken_by_a_partition(rule) and name != "while"  # of which JAX has no gradient
     assert ("'b' backprop() in a partition" in message) == offered, message
-    if offered and rule.layer is not None:
+    if offered and rule.description.layer is not None:
         served(net, lrules.partition({"^b$": PLAIN, ".*": rule}))
 
 
 def taken_by_a_partition(rule):
-    return rule.layer is not None or rule.modified
+    return rule.description.layer is not None or rule.description.modified
 
 
 ACTIVATIONS_FIRST = [DUAL, RULES["dual with feedback"], RULES["skipped"]]
@@ -199,7 +199,7 @@ def test_a_modifier_goes_around_the_partition(name):
     served(net, modify(lrules.partition({"^b$": PLAIN, ".*": rule})))
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.layer is not None])
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.description.layer is not None])
 def test_all_layers_refused_at_once(rule):
     """One message names them all; a partition may give them backprop, though no layer is left for the rule."""
     rule = RULES[rule]
@@ -210,7 +210,7 @@ def test_all_layers_refused_at_once(rule):
     assert "'a', 'c' backprop() in a partition" in refusal(all_at_once, one_left)
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.layer is not None])
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.description.layer is not None])
 @pytest.mark.parametrize("name", [*(name for name in CONSTRUCTS if name != "while"), "all"])
 def test_a_partition_made_of_the_refusals(name, rule):
     net, rule = all_at_once if name == "all" else CONSTRUCTS[name][0], RULES[rule]
@@ -253,7 +253,7 @@ def test_direct_rules_in_a_branch(rule):
     served(no_branch, rule)
     assert ("partition" in message) == ("sequential rule for it" in message) == taken_by_a_partition(rule), message
     served(branch, FA)
-    if rule.layer is not None:
+    if rule.description.layer is not None:
         for other in (FA, PLAIN):
             served(branch, lrules.partition({"^b$": other, ".*": rule}))
 

@@ -16,7 +16,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
 from lrules.engine.jaxprs import placed_as
 from lrules.network import Network
-from lrules.rule import Rule, Sequential
+from lrules.rule import Rule, Sequential, require_description
 
 
 class PerExample(Handler):
@@ -32,9 +32,10 @@ class PerExample(Handler):
         batch = net.batch_size(inputs)
         graph = net.graph(params, inputs)
         twice = doubled(net, params, inputs, graph)
-        plan = rule.plan(net, graph, params, inputs) if rule.plan else None
         self.gains = {}
-        for site, spec in plan.specs.items() if plan else ():
+        known = rule.description if rule.additive else require_description(rule, "quantize_update")
+        specs = known.plan(net, graph, params, inputs).specs if known else {}
+        for site, spec in specs.items():
             if isinstance(spec, Sequential) and spec.gain is not None:
                 self.gains[site] = spec.gain
         values = [_meeting(g) for g in (graph, twice or graph)]

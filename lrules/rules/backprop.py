@@ -10,7 +10,8 @@ import jax
 
 from lrules.constructors import direct
 from lrules.engine.handlers import Frame
-from lrules.rule import Backprop, Feedback, Rule
+from lrules.engine.plan import Plan
+from lrules.rule import Backprop, Feedback, Rule, RuleDescription
 
 
 def backprop() -> Rule:
@@ -37,7 +38,12 @@ def backprop() -> Rule:
 
         return f
 
-    return Rule(init, transform, layer=Backprop())
+    everywhere = Backprop()
+
+    def plan(net, graph, params, inputs):
+        return Plan(graph, {layer.site: everywhere for layer in graph.layers}, {}, {})
+
+    return Rule(init, transform, description=RuleDescription(plan, everywhere))
 
 
 def last_layer_only() -> Rule:

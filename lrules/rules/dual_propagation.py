@@ -44,7 +44,7 @@ from lrules.engine.records import Block
 from lrules.engine.running import evaluate
 from lrules.network import Network, as_network
 from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
-from lrules.rule import Direct, Feedback, Gradients, Rule, check_params
+from lrules.rule import Direct, Feedback, Gradients, Rule, RuleDescription, check_params
 from lrules.rules.damping import check_projection, norms, readers
 from lrules.rules.differences import check_differences
 
@@ -193,7 +193,7 @@ def dual_propagation(
         return fn
 
     stochastic = order == "random" or (feedback is not None and feedback.stochastic)
-    return Rule(init, transform, value_and_grad, stochastic=stochastic, plan=plan)
+    return Rule(init, transform, value_and_grad, stochastic=stochastic, description=RuleDescription(plan))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,8 +240,8 @@ def _check(options: _Options) -> None:
     if options.adjoint and options.output == "squared_error":
         raise ValueError('output="squared_error" (Eq. 3) belongs to the original: give adjoint=False, or "refreshed"')
     rule = options.feedback
-    serves = isinstance(rule, Rule) and rule.plan is not None and rule.value_and_grad is None
-    if rule is not None and (not serves or rule.modified):
+    about = rule.description if isinstance(rule, Rule) else None
+    if rule is not None and (about is None or about.modified or rule.value_and_grad is not None):
         raise ValueError(
             "feedback= wants a sequential rule, such as lrules.feedback_alignment(), whose feedback weights take the "
             "place of W^T (modifiers go around dual_propagation, not inside; W^T itself is what it has without)"
@@ -272,8 +272,8 @@ def _plan(options: _Options, net: Network, graph: Graph, params, inputs) -> Plan
     own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     if options.feedback is None:
         return own
-    assert options.feedback.plan is not None
-    plan = options.feedback.plan(net, graph, params, inputs)
+    assert options.feedback.description is not None
+    plan = options.feedback.description.plan(net, graph, params, inputs)
     if any(isinstance(spec, Direct) for spec in plan.specs.values()):
         raise ValueError(
             "feedback= wants a sequential rule: direct feedback leaves nothing for the states to hand down"

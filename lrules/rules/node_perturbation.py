@@ -51,7 +51,7 @@ from lrules.engine.running import (
 )
 from lrules.network import Network, as_network
 from lrules.options import Initializer, as_initializer, is_number, require_flags
-from lrules.rule import Direct, Feedback, Gradients, Rule, Sequential, check_params
+from lrules.rule import Direct, Feedback, Gradients, Rule, RuleDescription, Sequential, check_params
 from lrules.rules.direct_feedback_alignment import arrive, correlate, project
 
 SOLVERS = ("sgd", "rls")
@@ -161,7 +161,7 @@ def node_perturbation(
 
         return fn
 
-    return Rule(rule_init, transform, value_and_grad, stochastic=True, plan=plan)
+    return Rule(rule_init, transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
 
 
 def _backward(op, w, b, x, d, layer):
