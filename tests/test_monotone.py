@@ -13,7 +13,7 @@ import lrules
 from lrules import monotone
 from tests import bridge
 from tests.reference import backprop
-from tests.reference import monotone as reference
+from tests.reference import monotone_dfa as reference
 from tests.rules.common import NETS, agrees, draw, make, pull
 
 
