@@ -49,7 +49,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             )
         layers[pattern] = layer
 
-    chosen = ByName("partition", layers)
+    chosen: ByName[LayerRule] = ByName("partition", layers)
 
     def choose_for(graph: Graph):
         refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
