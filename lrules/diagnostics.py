@@ -191,7 +191,7 @@ def lipschitz_product(net: NetworkLike, params: Pytree, inputs: Pytree) -> jax.A
     return jnp.linalg.norm(rows.reshape(y.size, -1).astype(at_least_float32(y.dtype)), 2)
 
 
-def spectral_norms(net: NetworkLike, params: Pytree, inputs: Pytree, iterations: int = 50) -> dict[str, jax.Array]:
+def spectral_norms(net: NetworkLike, params: Pytree, inputs: Pytree, *, iterations: int = 50) -> dict[str, jax.Array]:
     """The spectral norm of every dense layer and convolution, by power iterations.
 
     Their product bounds the Lipschitz constant of a chain of layers with 1-Lipschitz activations and pooling.

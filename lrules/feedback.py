@@ -32,7 +32,7 @@ def _around(init: Initializer | None, change: Callable) -> Initializer:
     return changed
 
 
-def sparse(n: float, rescale: bool = False) -> Initializer:
+def sparse(n: float, *, rescale: bool = False) -> Initializer:
     """Each neuron above reaches n neurons of the receiving layer on average, with weight one; all others get zero.
 
     B = 1 with probability p = n / fan_in, else 0, where fan_in is the size of the receiving layer
@@ -76,8 +76,8 @@ def binary(low: float = -1.0, high: float = 1.0) -> Initializer:
     return init
 
 
-def shifted(mean: float, init: Initializer | None = None) -> Initializer:
-    """Another initialiser's weights plus a mean: `shifted(0.1, glorot_uniform())`.
+def shifted(mean: float, *, init: Initializer | None = None) -> Initializer:
+    """Another initialiser's weights plus a mean: `shifted(0.1, init=glorot_uniform())`.
 
     Args:
       mean: what is added to every weight.
@@ -136,7 +136,7 @@ def congruent(init: Initializer | None = None) -> Initializer:
     return congruent_init
 
 
-def averaged(n: int, init: Initializer | None = None) -> Initializer:
+def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     """The mean of n draws: what n sets of random matrices give whose signals are averaged.
 
     Args:

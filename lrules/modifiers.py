@@ -76,9 +76,9 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
 def quantize_error(
     rule: Rule,
     bits: int,
+    *,
     scale: float = 2**-3,
     at: Literal["hidden", "output"] = "hidden",
-    *,
     axis_name: AxisName = None,
 ) -> Rule:
     """Quantises the error to signed powers of two, at each hidden signal or at the outputs before it is sent.
@@ -290,7 +290,7 @@ def _with_error(loss: Callable, fn: Callable) -> Callable:
     return modified
 
 
-def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = ()) -> Rule:
+def replace_derivative(rule: Rule, g: Callable, *, passing: str | Iterable[str] = ()) -> Rule:
     """Puts a function of the pre-activation in the place of every activation's derivative.
 
     delta_l = s_l * g(z_l) in place of s_l * f'(z_l)
@@ -331,7 +331,7 @@ def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = (
     return _modified(rule, push)
 
 
-def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
+def without_derivatives(rule: Rule, *, passing: str | Iterable[str] = ()) -> Rule:
     """Leaves out the derivatives of the activations.
 
     delta_l = s_l in place of s_l * f'(z_l)
@@ -349,7 +349,7 @@ def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 3: the variants "(no f')".
     """
-    return replace_derivative(rule, jnp.ones_like, passing)
+    return replace_derivative(rule, jnp.ones_like, passing=passing)
 
 
 class _Derivative(Handler):
@@ -382,7 +382,7 @@ class _Derivative(Handler):
         return replaced(jax.lax.stop_gradient(fn(x)), x)
 
 
-def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: AxisName = None) -> Rule:
+def quantize_update(rule: Rule, bits: int, *, scale: float = 2**-6, axis_name: AxisName = None) -> Rule:
     """Quantises each example's weight update to signed powers of two, before the sum over the batch.
 
     dW_l = sum over examples of Q(delta_l h_{l-1}^T),  Q as in `quantize`

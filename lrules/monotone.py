@@ -4,7 +4,7 @@ Such a network increases with everything that its first layer makes, so that wit
 the same sign everywhere above the first layer, and direct feedback with positive weights agrees with the gradient in
 sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is every layer that reads data.
 
-    params = monotone.initialize(key, net, params, inputs, monotone.uniform())
+    params = monotone.initialize(key, net, params, inputs, init=monotone.uniform())
     optimizer = optax.chain(optax.adam(1e-3), monotone.constrain(net, params, inputs))
 """
 
@@ -49,7 +49,7 @@ PROBES = 4
 zeros: Initializer = jax.nn.initializers.zeros  # the paper's best start for all activations but ReLU
 
 
-def uniform(low: float = 1e-3, high: float | None = None) -> Initializer:
+def uniform(low: float = 1e-3, *, high: float | None = None) -> Initializer:
     """Uniform between a positive lower bound and an upper one.
 
     W ~ U(low, high)
@@ -131,7 +131,9 @@ def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFee
     return found
 
 
-def initialize(key, net: NetworkLike, params: Pytree, inputs: Pytree, init: Initializer | None = None) -> Pytree:
+def initialize(
+    key, net: NetworkLike, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
+) -> Pytree:
     """Draws the weights of all layers but the first anew; other parameters stay as they are.
 
     Args:
@@ -161,7 +163,7 @@ class ConstrainState(NamedTuple):
 
 
 def constrain(
-    net: NetworkLike, params: Pytree, inputs: Pytree, bound: float = BOUND
+    net: NetworkLike, params: Pytree, inputs: Pytree, *, bound: float = BOUND
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a mono-net one: lifts weights of all layers but the first to a positive bound after each step.
 

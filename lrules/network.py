@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
+from lrules.options import first_match
 from lrules.typing import Pytree
 
 
@@ -127,7 +127,7 @@ class Network:
         """
         stated = self.signal_axes
         if isinstance(stated, Mapping):
-            stated = next((axis for pattern, axis in stated.items() if re.search(pattern, name)), None)
+            stated = first_match(stated, name)
         if stated is None:
             return None
         if not -len(shape) <= stated < len(shape) or shape[stated] != batch:

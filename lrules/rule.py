@@ -61,7 +61,7 @@ class Direct:
       shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
       rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
-      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+      pullback: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
         how many losses the objective is the mean of.
@@ -78,7 +78,7 @@ class Direct:
     at: tuple[str, ...] | None = None
     shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
-    channel: Callable[..., Callable[..., Any]] | None = None
+    pullback: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
     error_at: Literal["layer", "outputs"] = "layer"
     max_feedback_bytes: float = 2**30
@@ -94,7 +94,7 @@ class Direct:
     @property
     def lands(self) -> bool:
         """Whether anything arrives at all."""
-        return self.signal is not None or self.channel is not None
+        return self.signal is not None or self.pullback is not None
 
 LayerRule = Backprop | Sequential | Direct
 

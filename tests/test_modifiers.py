@@ -20,11 +20,11 @@ from tests import bridge
 from tests.reference import (
     backman,
     backprop,
-    channel,
-    direct,
+    direct_feedback_alignment,
     feedback_alignment,
     kolen_pollack,
     losses,
+    modifiers,
     nets,
     quantise,
     random_target_projection,
@@ -160,7 +160,7 @@ def references(net, x):
     return {
         "backprop": (lrules.backprop(), NONE, lambda x, e, **o: backprop.gradients(net, x, e, **o)),
         "alignment": (fa, fa_feedback, lambda x, e, **o: feedback_alignment.gradients(net, b, x, e, **o)),
-        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct.gradients(net, c, x, e, **o)),
+        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct_feedback_alignment.gradients(net, c, x, e, **o)),
         "kolen_pollack": (kp, kp_feedback, lambda x, e, **o: kolen_pollack.gradients(net, k, x, e, **o)),
         "skipped": (lrules.skipped_backprop(), NONE, lambda x, e, **o: skipped_backprop.gradients(net, x, e, **o)),
         "backman": (lrules.backman(), NONE, lambda x, e, **o: backman.gradients(net, x, e, **o)),
@@ -188,12 +188,12 @@ def drop_masks(net, x, key, rate):
 KEY = jax.random.key(9)
 MODIFIERS = {
     "quantize": (lambda r: lrules.quantize_error(r, 3), lambda net, x, n: quantise.error(3, n)),
-    "sign": (lrules.sign_error, lambda net, x, n: channel.sign(n)),
-    "magnitude": (lrules.magnitude_error, lambda net, x, n: channel.magnitude(n)),
-    "drop": (lambda r: lrules.drop_error(r, 0.4), lambda net, x, n: channel.drop(drop_masks(net, x, KEY, 0.4), 0.4)),
+    "sign": (lrules.sign_error, lambda net, x, n: modifiers.sign(n)),
+    "magnitude": (lrules.magnitude_error, lambda net, x, n: modifiers.magnitude(n)),
+    "drop": (lambda r: lrules.drop_error(r, 0.4), lambda net, x, n: modifiers.drop(drop_masks(net, x, KEY, 0.4), 0.4)),
     "own": (
         lambda r: lrules.modify_error(r, lambda signal, name, rng: jnp.tanh(signal)),
-        lambda net, x, n: channel.per_example(np.tanh, n),
+        lambda net, x, n: modifiers.per_example(np.tanh, n),
     ),
 }
 
@@ -238,7 +238,7 @@ def test_pairs_of_modifiers(family):
         for outer, inner in PAIRS:
             new = MODIFIERS[outer][0](MODIFIERS[inner][0](rule))
             rng = {"rng": KEY} if new.stochastic else {}
-            turns = channel.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
+            turns = modifiers.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
             agrees(pull(net, new, feedback, x, e, **rng), reference(x, e, modify=turns))
             without = lrules.without_derivatives(new)
             agrees(pull(net, without, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope))
@@ -250,8 +250,8 @@ def test_two_drops_are_independent_and_split_the_key():
         rule, feedback, reference = references(net, x)["direct"]
         new = lrules.drop_error(lrules.drop_error(rule, 0.4), 0.75)
         inner = jax.random.split(KEY)[1]
-        turns = channel.in_turn(
-            channel.drop(drop_masks(net, x, KEY, 0.75), 0.75), channel.drop(drop_masks(net, x, inner, 0.4), 0.4)
+        turns = modifiers.in_turn(
+            modifiers.drop(drop_masks(net, x, KEY, 0.75), 0.75), modifiers.drop(drop_masks(net, x, inner, 0.4), 0.4)
         )
         agrees(pull(net, new, feedback, x, e, rng=KEY), reference(x, e, modify=turns))
 
@@ -829,7 +829,7 @@ def test_explicit_mesh(modify, steps):
 
 def test_an_infinite_update_is_the_largest_number_on_every_device():
     params, x, t = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}, jnp.ones((4, 3)), jnp.asarray([[1.0], [0], [0], [0]])
-    rule = lrules.quantize_update(lrules.backprop(), 4, 0.5)
+    rule = lrules.quantize_update(lrules.backprop(), 4, scale=0.5)
     step = lrules.value_and_grad(
         lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lambda y, t: (y * jnp.where(t > 0, jnp.inf, 1.0)).sum(-1), rule
     )
@@ -897,8 +897,10 @@ def gated(p, x):
 PASSED = {
     "skipped": lambda passing: lrules.skipped_backprop(passing),
     "no derivatives": lambda passing: lrules.without_derivatives(lrules.backprop(), passing=passing),
-    "direct, no derivatives": lambda passing: lrules.without_derivatives(lrules.direct_feedback_alignment(), passing),
-    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing),
+    "direct, no derivatives": lambda passing: lrules.without_derivatives(
+        lrules.direct_feedback_alignment(), passing=passing
+    ),
+    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing=passing),
     "dual": lambda passing: lrules.dual_propagation(passing=passing, alpha=0.2),
 }
 

@@ -13,7 +13,7 @@ import lrules
 from lrules import monotone
 from tests import bridge
 from tests.reference import backprop
-from tests.reference import monotone as reference
+from tests.reference import monotone_dfa as reference
 from tests.rules.common import NETS, agrees, draw, make, pull
 
 
@@ -129,7 +129,7 @@ def test_constraint(kind, optimizer, rule):
     flat = jax.tree_util.tree_leaves_with_path(mask)
     found = [jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on]
     assert [name.removesuffix("/value") for name in found] == names
-    params = monotone.initialize(jax.random.key(0), net, params, x, monotone.uniform())
+    params = monotone.initialize(jax.random.key(0), net, params, x, init=monotone.uniform())
     monotone.check(net, params, x)
     chained = optax.chain(optimizer, monotone.constrain(net, params, x, bound=1e-6))
     feedback, state = rule.init(jax.random.key(1), net, params, x), chained.init(params)
@@ -227,7 +227,7 @@ def test_check_of_activations(name):
 def test_initialisers(init):
     net, x, _ = make("conv_max")
     apply, params = bridge.apply_of(net), bridge.parameters(net)
-    new = monotone.initialize(jax.random.key(0), apply, params, jnp.asarray(x), init)
+    new = monotone.initialize(jax.random.key(0), apply, params, jnp.asarray(x), init=init)
     for name, p in new.items():
         assert (p["kernel"] is params[name]["kernel"]) == (name == "0") and p["bias"] is params[name]["bias"]
         if name != "0":

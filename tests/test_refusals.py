@@ -301,7 +301,7 @@ def test_feedback_above_the_limit():
     "make",
     [
         lrules.monotone_dfa,
-        lambda **more: lrules.node_perturbation(0.1, direct=True, **more),
+        lambda **more: lrules.node_perturbation(0.1, channel="direct", **more),
         lrules.random_target_projection,
         lambda **more: lrules.direct(lambda e, b, t, n: e @ b, init=GLOROT, offers=(), **more),
     ],
@@ -320,7 +320,7 @@ def test_no_remedy_that_the_rule_does_not_have(make):
     refused(reversed_examples, "partition", "at=", rule=DFA, error=ValueError)
 
 
-@pytest.mark.parametrize("rule", [FA, DFA, lrules.node_perturbation(0.1, True, "rls")])
+@pytest.mark.parametrize("rule", [FA, DFA, lrules.node_perturbation(0.1, channel="direct", solver="rls")])
 def test_feedback_restored_as_a_dict(rule):
     """What a checkpoint gives back without the structure that was saved; the remedy works."""
     feedback = rule.init(KEY, mlp, W, X)
@@ -423,11 +423,11 @@ RULES_WITH_INIT = {
     "rank": lambda init: lrules.direct_feedback_alignment(init, rank=2),
     "monotone": lrules.monotone_dfa,
     "kolen_pollack": lrules.kolen_pollack,
-    "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init),
+    "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init=init),
     "targets": lrules.random_target_projection,
     "sequential": lambda init: lrules.sequential(lambda *_: None, init=init),
     "own direct": lambda init: lrules.direct(lambda *_: None, init=init),
-    "shifted": lambda init: lrules.feedback_alignment(lrules.feedback.shifted(0.1, init)),
+    "shifted": lambda init: lrules.feedback_alignment(lrules.feedback.shifted(0.1, init=init)),
     "congruent": lambda init: lrules.feedback_alignment(lrules.feedback.congruent(init)),
 }
 

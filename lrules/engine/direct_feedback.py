@@ -151,7 +151,7 @@ def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
         raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
-    if where != {"layer"} or any(spec.channel for spec in specs):
+    if where != {"layer"} or any(spec.pullback for spec in specs):
         return {}
     return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}
 

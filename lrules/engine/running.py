@@ -144,18 +144,18 @@ def _direct_run(plan: Plan) -> Callable:
         (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
         learns = any(landing.spec.learn is not None for landing in plan.direct_feedback.values())
         landings = plan.direct_feedback.values()
-        channels = dict.fromkeys(landing.spec.channel for landing in landings if landing.spec.channel)
-        skips = [channel(plan, params, inputs, consts, records) for channel in channels]
-        return (outputs, aux), (pull, skips, feedback, targets, records if learns else None)
+        pullbacks = dict.fromkeys(landing.spec.pullback for landing in landings if landing.spec.pullback)
+        pulls = [pullback(plan, params, inputs, consts, records) for pullback in pullbacks]
+        return (outputs, aux), (pull, pulls, feedback, targets, records if learns else None)
 
     def backward(residuals, cotangent):
-        pull, skips, feedback, targets, records = residuals
+        pull, pulls, feedback, targets, records = residuals
         errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
         signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
-        for skip in skips:
-            signals |= skip(errors)
+        for pull_signals in pulls:
+            signals |= pull_signals(errors)
         for name, landing in plan.direct_feedback.items():
             spec, b = landing.spec, feedback.get(name)
             if spec.signal is None:

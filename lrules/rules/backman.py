@@ -29,7 +29,7 @@ from lrules.typing import AxisName
 DEAD = 1e-15
 
 
-def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, axis_name: AxisName = None) -> Rule:
+def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None) -> Rule:
     """BackMAN: each neuron's weight gradient, and the error it sends down, scaled to a norm of alpha.
 
     c_i = alpha / ||(r^T a)_i||,  dW_i = c_i (r^T a)_i,  and g W goes down with g = r diag(c)

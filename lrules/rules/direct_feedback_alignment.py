@@ -39,8 +39,8 @@ def correlate(e, h, b):
 
 def direct_feedback_alignment(
     init: Initializer | None = None,
-    adaptive: bool = False,
     *,
+    adaptive: bool = False,
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,

@@ -23,7 +23,7 @@ MAGNITUDES = ("unit", "scaled", "random", "fixed")
 
 
 def sign_symmetry(
-    magnitude: Literal["unit", "scaled", "random", "fixed"] = "unit", init: Initializer | None = None
+    magnitude: Literal["unit", "scaled", "random", "fixed"] = "unit", *, init: Initializer | None = None
 ) -> Rule:
     """Sign symmetry: feedback with the signs of the present forward weights.
 

@@ -6,7 +6,7 @@ import numpy as np
 
 import lrules
 from tests import bridge
-from tests.reference import losses
+from tests.reference import losses, nets
 
 NETS = {
     "shallow": lambda rng: bridge.random_dense(rng, (5, 6, 3), ["tanh"]),
@@ -14,13 +14,16 @@ NETS = {
     "conv_max": lambda rng: bridge.random_conv(rng, "relu", "max"),
     "conv_average": lambda rng: bridge.random_conv(rng, "silu", "average"),
 }
+# Where a rule is compared with its reference first; the rest of its tests need no net of one output.
+ALL_NETS = NETS | {"one_output": lambda rng: bridge.random_dense(rng, (4, 6, 5, 1), ["sigmoid", "elu"])}
+NOTHING = lrules.Feedback({}, {})
 BATCH = 5
 
 
 def make(name, seed=0):
     """A net, inputs, and the output error of a mean over the batch."""
     rng = np.random.default_rng(seed)
-    net = NETS[name](rng)
+    net = ALL_NETS[name](rng)
     shape = (BATCH, 6, 6, 2) if net[0].kernel.ndim == 4 else (BATCH, net[0].kernel.shape[0])
     return net, rng.normal(size=shape), rng.normal(size=(BATCH, net[-1].kernel.shape[1])) / BATCH
 
@@ -58,7 +61,5 @@ def by_name(feedback):
 
 def one_hot_mean(net, x, labels):
     """The output error of the mean softmax cross-entropy."""
-    from tests.reference import nets
-
     targets = losses.one_hot(labels, net[-1].kernel.shape[1])
     return losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, targets))[1]

@@ -130,7 +130,7 @@ def train_bare() -> Any:
 
 
 def with_noise() -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
-    rule = lrules.node_perturbation(0.01, direct=True)
+    rule = lrules.node_perturbation(0.01, channel="direct")
     feedback: lrules.Feedback = rule.init(key, mlp, weights, x)
     step = lrules.value_and_grad(mlp, loss, rule)
     (value, _), grads = jax.jit(step, static_argnames=())(weights, feedback, x, y, rng=key)
@@ -200,9 +200,9 @@ def every_rule() -> list[lrules.Rule]:
         lrules.backman(alpha="gradient_norm", axis_name=("data", "model")),
         lrules.monotone_dfa(error_at="outputs"),
         lrules.dual_propagation(beta=0.01, iterations=3, order="forward", output="refreshed"),
-        lrules.dual_propagation(alpha={"relu": 0.0, ".*": 1.0}, adjoint=False, damping="spectral", feedback=fa),
+        lrules.dual_propagation(alpha={"relu": 0.0, ".*": 1.0}, adjoint=False, damping="spectral", feedback_rule=fa),
         lrules.dual_propagation(adjoint=False, damping=0.5, input_nudge=1.0, tolerance=1e-3, passing="tanh"),
-        lrules.node_perturbation(0.01, direct=True, solver="sgd", noise=jax.random.normal),
+        lrules.node_perturbation(0.01, channel="direct", solver="sgd", noise=jax.random.normal),
         lrules.partition({"last": lrules.backprop(), ".*": fa}),
         lrules.modify_error(fa, lambda s, name, rng: 0.5 * s),
         lrules.quantize_error(fa, 3, at="output"),
@@ -242,6 +242,6 @@ def what_is_told() -> Any:
 
 
 def a_mono_net() -> Any:
-    params = monotone.initialize(key, mlp, weights, x, monotone.uniform())
+    params = monotone.initialize(key, mlp, weights, x, init=monotone.uniform())
     optimizer = optax.chain(optax.sgd(0.1), monotone.constrain(mlp, params, x))
     return optimizer.init(params), monotone.constrained(mlp, params, x)

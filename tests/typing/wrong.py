@@ -75,7 +75,7 @@ lrules.backman(alpha="gradient")  # type: ignore[arg-type]  # pyright: ignore[re
 lrules.feedback_alignment(init="glorot")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 lrules.direct_feedback_alignment(rank="4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 lrules.quantize_update(rule, bits=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-lrules.dual_propagation(feedback=0.1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+lrules.dual_propagation(feedback_rule=0.1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 lrules.Network(mlp, signal_axes="outputs")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 lrules.hidden(x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 lrules.hidden(x, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
