@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,8 +15,9 @@ from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import prepare, run_plan
 from lrules.network import as_network
-from lrules.options import Initializer, is_whole, require_flags, require_pattern
+from lrules.options import is_whole, require_flags, require_pattern
 from lrules.rule import Direct, Feedback, Gradients, LayerRule, Rule, RuleDescription, Sequential, check_params
+from lrules.typing import Initializer
 
 
 def layerwise(
@@ -133,10 +134,10 @@ def direct(
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
-    channel: Callable[..., Callable[..., Any]] | None = None,
+    pullback: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
-    error_at: str = "layer",
-    max_feedback_bytes: int = 2**30,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
     offers: Sequence[str] = ("at", "shared_axes", "rank"),
 ) -> Rule:
     """A rule that brings the output error straight to every hidden signal.
@@ -156,7 +157,7 @@ def direct(
         `direct_feedback_alignment`. `e`, `b` and the hidden signals then come without these axes.
       rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent, as in
         `direct_feedback_alignment`; `e` is then `[batch, rank]`.
-      channel: in place of `signal`, see `Direct`.
+      pullback: in place of `signal`, see `Direct`.
       targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None). If it has
         an argument `elements`, it also gets how many losses the objective is the mean of: the batch, or more where the
         loss is `[batch, ...]`.
@@ -187,7 +188,7 @@ def direct(
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
     pairs = _pairs(shared_axes)
     spec = Direct(
-        signal, init, learn, redrawn, where, pairs, rank, channel, targets, error_at, max_feedback_bytes, tuple(offers)
+        signal, init, learn, redrawn, where, pairs, rank, pullback, targets, error_at, max_feedback_bytes, tuple(offers)
     )
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 

@@ -15,7 +15,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, draw, is_whole
+from lrules.options import as_initializer, draw, is_whole
+from lrules.typing import Initializer
+
+__all__ = ["absolute", "averaged", "binary", "congruent", "shifted", "sparse"]
 
 
 def _around(init: Initializer | None, change: Callable) -> Initializer:
@@ -29,7 +32,7 @@ def _around(init: Initializer | None, change: Callable) -> Initializer:
     return changed
 
 
-def sparse(n: float, rescale: bool = False) -> Initializer:
+def sparse(n: float, *, rescale: bool = False) -> Initializer:
     """Each neuron above reaches n neurons of the receiving layer on average, with weight one; all others get zero.
 
     B = 1 with probability p = n / fan_in, else 0, where fan_in is the size of the receiving layer
@@ -73,8 +76,8 @@ def binary(low: float = -1.0, high: float = 1.0) -> Initializer:
     return init
 
 
-def shifted(mean: float, init: Initializer | None = None) -> Initializer:
-    """Another initialiser's weights plus a mean: `shifted(0.1, glorot_uniform())`.
+def shifted(mean: float, *, init: Initializer | None = None) -> Initializer:
+    """Another initialiser's weights plus a mean: `shifted(0.1, init=glorot_uniform())`.
 
     Args:
       mean: what is added to every weight.
@@ -133,7 +136,7 @@ def congruent(init: Initializer | None = None) -> Initializer:
     return congruent_init
 
 
-def averaged(n: int, init: Initializer | None = None) -> Initializer:
+def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     """The mean of n draws: what n sets of random matrices give whose signals are averaged.
 
     Args:
@@ -146,3 +149,7 @@ def averaged(n: int, init: Initializer | None = None) -> Initializer:
     if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged(n={n!r}): give a whole number of draws, one or more")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -15,8 +15,8 @@ deep learning channel (2018).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ from lrules.engine.quantizer import by_parts, check_quantizer, quantize
 from lrules.network import Network
 from lrules.options import is_number, mesh_axes
 from lrules.rule import Rule, require_rule
-
-AxisName = str | Sequence[str] | None
+from lrules.typing import AxisName
 
 
 def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
@@ -75,7 +74,12 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
 
 
 def quantize_error(
-    rule: Rule, bits: int, scale: float = 2**-3, at: str = "hidden", *, axis_name: AxisName = None
+    rule: Rule,
+    bits: int,
+    *,
+    scale: float = 2**-3,
+    at: Literal["hidden", "output"] = "hidden",
+    axis_name: AxisName = None,
 ) -> Rule:
     """Quantises the error to signed powers of two, at each hidden signal or at the outputs before it is sent.
 
@@ -286,7 +290,7 @@ def _with_error(loss: Callable, fn: Callable) -> Callable:
     return modified
 
 
-def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = ()) -> Rule:
+def replace_derivative(rule: Rule, g: Callable, *, passing: str | Iterable[str] = ()) -> Rule:
     """Puts a function of the pre-activation in the place of every activation's derivative.
 
     delta_l = s_l * g(z_l) in place of s_l * f'(z_l)
@@ -327,7 +331,7 @@ def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = (
     return _modified(rule, push)
 
 
-def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
+def without_derivatives(rule: Rule, *, passing: str | Iterable[str] = ()) -> Rule:
     """Leaves out the derivatives of the activations.
 
     delta_l = s_l in place of s_l * f'(z_l)
@@ -345,7 +349,7 @@ def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 3: the variants "(no f')".
     """
-    return replace_derivative(rule, jnp.ones_like, passing)
+    return replace_derivative(rule, jnp.ones_like, passing=passing)
 
 
 class _Derivative(Handler):
@@ -378,7 +382,7 @@ class _Derivative(Handler):
         return replaced(jax.lax.stop_gradient(fn(x)), x)
 
 
-def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: AxisName = None) -> Rule:
+def quantize_update(rule: Rule, bits: int, *, scale: float = 2**-6, axis_name: AxisName = None) -> Rule:
     """Quantises each example's weight update to signed powers of two, before the sum over the batch.
 
     dW_l = sum over examples of Q(delta_l h_{l-1}^T),  Q as in `quantize`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ import numpy as np
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
 from lrules.options import first_match
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,7 +158,10 @@ class Network:
         return next(iter(sizes))
 
 
-def as_network(net: Network | Callable[..., Any]) -> Network:
+NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # what is applied to (params, inputs)
+
+
+def as_network(net: NetworkLike) -> Network:
     """`net` itself, or a bare function wrapped."""
     return net if isinstance(net, Network) else Network(net)
 

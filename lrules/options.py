@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Initializer = Callable[..., jax.Array]
+from lrules.typing import Initializer
+
 T = TypeVar("T")
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from lrules.engine.closures import held
-from lrules.options import ByName, Initializer, as_initializer, asked_for, is_number
-
-Pytree = Any
+from lrules.network import NetworkLike
+from lrules.options import ByName, as_initializer, asked_for, is_number
+from lrules.typing import Initializer, Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Direct(_LayerRule):
       shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
       rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
-      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+      pullback: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
       error_at: where the output error is taken. `"layer"`: at the last layer's outputs, below a softmax or the like
@@ -175,10 +175,10 @@ class Direct(_LayerRule):
     at: tuple[str, ...] | None = None
     shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
-    channel: Callable[..., Callable[..., Any]] | None = None
+    pullback: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
-    error_at: str = "layer"
-    max_feedback_bytes: int = 2**30
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
     state: Callable[..., Any] | None = None
     numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
@@ -204,7 +204,7 @@ class Direct(_LayerRule):
     @property
     def lands(self) -> bool:
         """Whether anything arrives at all."""
-        return self.signal is not None or self.channel is not None
+        return self.signal is not None or self.pullback is not None
 
 LayerRule = Backprop | Sequential | Direct
 
@@ -248,6 +248,19 @@ class Gradients(_Gradients):
         return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
+class DrawFeedback(Protocol):
+    """What `rule.init` is."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights of a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params, inputs: as the network takes them; `ShapeDtypeStruct`s will do for the inputs.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleDescription:
     """What a rule does where. The rule's functions are made from it.
@@ -284,7 +297,7 @@ class Rule:
         functions by hand, and for a copy with another function: a description would no longer be true of it.
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
     _: dataclasses.KW_ONLY

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Pytree = Any
+from lrules.typing import Pytree
 
 
 def begin(make: Callable[..., Pytree], asks: frozenset[str], like: Any, name: str, key, lengths: tuple[int, ...]):

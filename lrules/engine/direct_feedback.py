@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
@@ -19,9 +18,7 @@ from lrules.engine.records import Hidden
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct
-
-Pytree = Any
-
+from lrules.typing import Pytree
 
 SMALLER = {  # what makes direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",
@@ -154,7 +151,7 @@ def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
         raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
-    if where != {"layer"} or any(spec.channel for spec in specs):
+    if where != {"layer"} or any(spec.pullback for spec in specs):
         return {}
     return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}
 

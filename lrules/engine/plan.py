@@ -29,8 +29,7 @@ from lrules.engine.weights import (
     draw_reduction,
 )
 from lrules.rule import Direct, Feedback, LayerRule, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(eq=False)

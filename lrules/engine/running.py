@@ -22,8 +22,7 @@ from lrules.engine.records import Hidden, Layer
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct, Feedback, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 class _RuleHandler(Handler):
@@ -169,20 +168,20 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable:
 
         differentiated = (params, feedback, states, *((inputs, consts, handlers) if wanted else ()))
         (outputs, landed), pull, (aux, records) = jax.vjp(network, *differentiated, has_aux=True)
-        channels = dict.fromkeys(landing.spec.channel for landing in landings if landing.spec.channel)
-        skips = [channel(plan, params, inputs, consts, landed) for channel in channels]
+        pullbacks = dict.fromkeys(landing.spec.pullback for landing in landings if landing.spec.pullback)
+        pulls = [pullback(plan, params, inputs, consts, landed) for pullback in pullbacks]
         records = {name: value for name, value in records.items() if name in kept}
-        return (outputs, aux), (pull, skips, feedback, operands, records)
+        return (outputs, aux), (pull, pulls, feedback, operands, records)
 
     def backward(residuals, cotangent):
-        pull, skips, feedback, operands, records = residuals
+        pull, pulls, feedback, operands, records = residuals
         errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
         signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
         states: dict[str, Any] = {}
-        for skip in skips:
-            signals |= skip(errors)
+        for pull_signals in pulls:
+            signals |= pull_signals(errors)
         for name, landing in plan.direct_feedback.items():
             spec, b = landing.spec, feedback.get(name)
             if spec.signal is None:

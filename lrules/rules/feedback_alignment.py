@@ -10,11 +10,12 @@ from __future__ import annotations
 import jax
 
 from lrules.constructors import sequential
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 
-def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:
+def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = False) -> Rule:
     """Feedback alignment (FA), which Baldi, Sadowski and Lu call random backpropagation (RBP).
 
     delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l)

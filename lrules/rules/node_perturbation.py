@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -50,22 +50,24 @@ from lrules.engine.running import (
     sent_error,
 )
 from lrules.network import Network, as_network
-from lrules.options import Initializer, as_initializer, is_number, require_flags
+from lrules.options import as_initializer, is_number
 from lrules.rule import Direct, Feedback, Gradients, Rule, RuleDescription, Sequential, check_params
 from lrules.rules.direct_feedback_alignment import arrive, correlate, project
+from lrules.typing import Initializer
 
-SOLVERS = ("sgd", "rls")
+Channel = Literal["sequential", "direct"]
+Solver = Literal["sgd", "rls"]
 
 
 def node_perturbation(
     std: float,
-    direct: bool = False,
-    solver: str = "sgd",
     *,
+    channel: Channel = "sequential",
+    solver: Solver = "sgd",
     init: Initializer | None = None,
     noise: Callable[..., jax.Array] = jax.random.normal,
     ridge: float = 0.1,
-    max_feedback_bytes: int = 2**30,
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Feedback weights learned by node perturbation, in the place of W^T or straight from the output error.
 
@@ -80,8 +82,8 @@ def node_perturbation(
 
     Args:
       std: the standard deviation of the noise.
-      direct: bring the output error straight to every hidden signal, as direct feedback alignment does; else through
-        every layer, as feedback alignment.
+      channel: `"sequential"` brings the error down through every layer, as feedback alignment does; `"direct"` brings
+        the output error straight to every hidden signal, as direct feedback alignment does.
       solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything). Under
         `jit` with a sharded batch, and under `shard_map`, they are those of all devices' examples; not so under `pmap`
         or with `check_vma=False`.
@@ -107,8 +109,9 @@ def node_perturbation(
     """
     if not (is_number(std) and 0 < std < math.inf):
         raise ValueError(f"std must be a finite number > 0, got {std!r}")
-    require_flags(direct=direct)
-    if solver not in SOLVERS:
+    if channel not in get_args(Channel):
+        raise ValueError(f'channel must be "sequential" or "direct", got {channel!r}')
+    if solver not in get_args(Solver):
         raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
     if not (is_number(ridge) and 0 < ridge < math.inf):
         raise ValueError(f"ridge must be a finite number > 0, got {ridge!r}")
@@ -116,7 +119,7 @@ def node_perturbation(
         raise TypeError(f"noise= is a {type(noise).__name__}: give a function (key, shape, dtype) -> array")
     draw = as_initializer(init)
     learned = solver == "sgd"
-    if direct:
+    if channel == "direct":
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
         spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
@@ -151,7 +154,7 @@ def node_perturbation(
             weights = feedback if learned else Feedback({n: s["b"] for n, s in feedback.state.items()}, {})
             made.check(weights)
             experiment = _Experiment(net, graph, made, loss, std, noise)
-            run = experiment.direct if direct else experiment.sequential
+            run = experiment.direct if channel == "direct" else experiment.sequential
             head, grads, db, statistics = run(params, weights, inputs, targets, rng)
             if learned:
                 return head, Gradients(grads, {name: db[name] for name in feedback.learned}, feedback.state, {})
@@ -385,7 +388,7 @@ class _Rows:
             if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):
                 raise NotImplementedError(
                     'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal '
-                    f'no other layer reads, which {layer.name!r} is not: take solver="sgd", or direct=True'
+                    f'no other layer reads, which {layer.name!r} is not: give solver="sgd", or channel="direct"'
                 )
             self.layers[layer.name] = layer
 

@@ -51,17 +51,17 @@ def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
     References:
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 3.
     """
-    spec = Direct(None, channel=_Channel(passing_names(passing)))
+    spec = Direct(None, pullback=_Pullback(passing_names(passing)))
 
     def choose_for(graph):
-        treated(graph, spec.channel.passing)  # type: ignore[union-attr]
+        treated(graph, spec.pullback.passing)  # type: ignore[union-attr]
         return lambda name: spec
 
     return layerwise(choose_for, [spec], layer=spec)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Channel:
+class _Pullback:
     """The pullback from the outputs to the hidden signals `records`, through a network whose activations are linear."""
 
     passing: frozenset[str]
