@@ -142,6 +142,10 @@ class ByName(Generic[T]):
             f"{self.option}: no pattern matches the {self.kind} {name!r}: add one, such as '.*', at the end"
         )
 
+    def has(self, name: str) -> bool:
+        """Whether a pattern matches this name."""
+        return any(re.search(pattern, name) for pattern in self.patterns)
+
     def check(self, names: Iterable[str]) -> None:
         """Every pattern has to be the first match of a name, but for one that matches everything ('.*').
 
@@ -160,7 +164,7 @@ class ByName(Generic[T]):
                 raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}")
 
 
-def numbers(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
+def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
     """An option that is a number, or numbers by regular expression.
 
     Raises:

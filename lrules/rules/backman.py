@@ -14,6 +14,7 @@ norm of the layer, and c is 0 if that is zero too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -22,14 +23,16 @@ import jax.numpy as jnp
 from lrules.constructors import sequential
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import varying_axes
-from lrules.options import is_number, mesh_axes
+from lrules.options import ByName, is_number, mesh_axes
 from lrules.rule import Rule
-from lrules.typing import AxisName
+from lrules.typing import AxisName, Numbers
 
 DEAD = 1e-15
 
 
-def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None) -> Rule:
+def backman(
+    alpha: Numbers | jax.Array | Mapping[str, jax.Array] | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None
+) -> Rule:
     """BackMAN: each neuron's weight gradient, and the error it sends down, scaled to a norm of alpha.
 
     c_i = alpha / ||(r^T a)_i||,  dW_i = c_i (r^T a)_i,  and g W goes down with g = r diag(c)
@@ -39,8 +42,9 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
     use. The cotangent is taken as it arrives: weight gradients do not depend on its scale, bias gradients do.
 
     Args:
-      alpha: the norm of each neuron's weight gradient; or `"gradient_norm"`: per layer such that ||g||_F = ||r||_F
-        (section 4.2).
+      alpha: the norm of each neuron's weight gradient, or a dict of norms by regular expression (`re.search` on the
+        name of the layer, the first match holds); or `"gradient_norm"`: per layer such that ||g||_F = ||r||_F (section
+        4.2). A norm may be traced by `jax.jit` or `jax.vmap`.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the batch is spread. The gradients of the devices
         then sum to that of the whole batch. Not needed under `jit`.
 
@@ -48,20 +52,27 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
       The rule; it needs no feedback.
 
     Raises:
-      ValueError: alpha is neither a finite number from 0 on nor `"gradient_norm"`; or at use, the batch is spread over
-        mesh axes that `axis_name` does not name.
-      TypeError: `axis_name` is no name and no names.
+      ValueError: alpha is neither a finite number from 0 on nor `"gradient_norm"`; or at use, a pattern matches no
+        layer, or the batch is spread over mesh axes that `axis_name` does not name.
+      TypeError: `axis_name` is not a name or names.
+
+    Example:
+      >>> from lrules import backman
+      >>> rule = backman({"head": 0.1, ".*": 1.0})
 
     References:
       Soltani Moakhar et al.: Seeking next layer neurons' attention for error-backpropagation-like training in a
       multi-agent network framework, sections 3.2 and A.2, Eq. 5 to 9 and 14 to 20.
     """
     named = isinstance(alpha, str) and alpha == "gradient_norm"
-    if not named and not (is_number(alpha) and (isinstance(alpha, jax.core.Tracer) or 0 <= alpha < math.inf)):
-        raise ValueError(f'alpha={alpha!r} is neither a number nor "gradient_norm": give that, or a number from 0 on')
+    for value in () if named else ByName("alpha", alpha).values():
+        if not (is_number(value) and (isinstance(value, jax.core.Tracer) or 0 <= value < math.inf)):
+            raise ValueError(
+                f'alpha={value!r} is neither a number nor "gradient_norm": give that, or a number from 0 on'
+            )
     outer = mesh_axes(axis_name)
 
-    def coefficients(op, w, x, d, layer):
+    def coefficients(op, w, x, d, layer, alpha):
         (raw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         axes = _device_axes(layer, raw, outer)
 
@@ -81,11 +92,11 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
             return raw, c.astype(wide)  # which is complex where the gradient is
         return raw, c.astype(wide) * jnp.asarray(alpha, wide)
 
-    def gain(op, w, x, d, layer):
-        return coefficients(op, w, x, d, layer)[1]
+    def gain(op, w, x, d, layer, alpha):
+        return coefficients(op, w, x, d, layer, alpha)[1]
 
-    def backward(op, w, b, x, d, layer):
-        raw, c = coefficients(op, w, x, d, layer)
+    def backward(op, w, b, x, d, layer, alpha):
+        raw, c = coefficients(op, w, x, d, layer, alpha)
         order = _neurons(w, layer) if layer.operation.startswith("custom") else None
         if order is not None:  # it may round its weight, so that the error is scaled in the weight's place
             scaled = (d.astype(c.dtype) * _at_outputs(c, d, order, layer)).astype(d.dtype)
@@ -94,7 +105,7 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
             (dx,) = jax.vjp(lambda x: op((w.astype(c.dtype) * c).astype(w.dtype), x), x)[1](d)
         return (raw.astype(c.dtype) * c).astype(w.dtype), dx, None
 
-    return sequential(backward, whole_batch=True, gain=gain)
+    return sequential(backward, whole_batch=True, gain=gain, numbers={"alpha": alpha})
 
 
 def _neurons(w, layer) -> list[int] | None:
