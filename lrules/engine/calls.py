@@ -105,40 +105,11 @@ class Calls:
             given["targets"] = operands["targets"]
         if "state" in asks:
             given["state"] = frame.inputs[f"{site} output"]
-        sloped = "slope" in asks and site in self.above
         values, remade = held(self.function(operands, site))
-
-        def call(residuals, d):
-            values, w, b, x, y, given = residuals
-            d, slope = d if sloped else (d, None)
-            named: dict[str, Any] = {"slope": slope, "y": y, "elements": self.plan.elements}
-            named |= {"targets": given.get("targets"), "h": _definition(layer, x) if "h" in asks else None}
-            if "rng" in asks:
-                named["rng"] = jax.random.wrap_key_data(given["rng"], impl=self.kind)
-            if "state" in asks:
-                named["state"] = self.decode[site](given["state"]["state"])
-            named = {name: named[name] for name in asks if name in named}
-            *grads, state = called(spec, remade(values), op, w, b, x, d, layer, named)
-            passed = dict.fromkeys(given)
-            if "state" in asks:
-                passed["state"] = {"state": encoded(state)[0], "ran": jnp.ones_like(given["state"]["ran"])}
-            return (*grads, passed)
-
-        @jax.custom_vjp
-        def multiply(values, w, b, x, given):
-            y = op(w, x)
-            return (y, open_slot(y)) if sloped else y
-
-        def forward(values, w, b, x, given):
-            y = multiply(values, w, b, x, given)
-            seen = (y[0] if sloped else y) if "y" in asks else None
-            return y, (values, w, b, x, seen, given)
-
-        def backward(residuals, d):
-            dw, dx, db, passed = call(residuals, d)
-            return None, dw, db, dx, passed
-
-        multiply.defvjp(forward, backward)
+        sloped = "slope" in asks and site in self.above
+        multiply = _asking(
+            remade, asks, layer, op, spec.learned, sloped, self.decode.get(site), self.kind, self.plan.elements
+        )
         y = multiply(values, w, b, x, given)
         if sloped:
             y, frame.slots[site] = y
@@ -222,6 +193,43 @@ class Calls:
         return learn, self.given(operands, landing, "learn", e, records)
 
 
+def _asking(remade, asks: frozenset[str], layer: Layer, op, learned: bool, sloped: bool, decode, kind, elements):
+    """A layer under a rule that asks for more, `(values, w, b, x, given) -> y`, with a slot for the slope if `sloped`.
+
+    What it closes over lives as long as the program that it becomes part of, so that there must be nothing traced.
+    """
+
+    @jax.custom_vjp
+    def multiply(values, w, b, x, given):
+        y = op(w, x)
+        return (y, open_slot(y)) if sloped else y
+
+    def forward(values, w, b, x, given):
+        y = multiply(values, w, b, x, given)
+        seen = (y[0] if sloped else y) if "y" in asks else None
+        return y, (values, w, b, x, seen, given)
+
+    def backward(residuals, d):
+        values, w, b, x, y, given = residuals
+        d, slope = d if sloped else (d, None)
+        known: dict[str, Any] = {"slope": slope, "y": y, "elements": elements, "targets": given.get("targets")}
+        if "h" in asks:
+            known["h"] = _definition(layer, x)
+        if "rng" in asks:
+            known["rng"] = jax.random.wrap_key_data(given["rng"], impl=kind)
+        if "state" in asks:
+            known["state"] = decode(given["state"]["state"])
+        named = {name: known[name] for name in asks if name in known}
+        dw, dx, db, state = called(learned, remade(values), op, w, b, x, d, layer, named)
+        passed = dict.fromkeys(given)
+        if "state" in asks:
+            passed["state"] = {"state": encoded(state)[0], "ran": jnp.ones_like(given["state"]["ran"])}
+        return None, dw, db, dx, passed
+
+    multiply.defvjp(forward, backward)
+    return multiply
+
+
 def _nested(landing: DirectFeedback, shared, others, own) -> list[tuple[Any, int]]:
     """How a function of one iteration and position is mapped over them, the innermost first."""
     axes = [*[own] * len(landing.own), *[others] * len(landing.others), *[shared] * len(landing.shared)]
@@ -250,7 +258,7 @@ def _definition(layer: Layer, x):
 # ---------------------------------------------------------------------------------------------------- what they return
 
 
-def called(spec: Sequential, fn: Callable[..., Any], op, w, b, x, d, layer: Layer, named: Mapping[str, Any] = {}):
+def called(learned: bool, fn: Callable[..., Any], op, w, b, x, d, layer: Layer, named: Mapping[str, Any] = {}):
     """`(dw, dx, db, new state)`, as custom_vjp takes them."""
     made = fn(op, w, b, x, d, layer, **named)
     at, count = f"at the layer {layer.name!r}", 4 if "state" in named else 3
@@ -259,9 +267,9 @@ def called(spec: Sequential, fn: Callable[..., Any], op, w, b, x, d, layer: Laye
         raise TypeError(f"backward returned {_what(made)} {at}: return {wanted}; db is None for fixed feedback")
     dw, dx, db, state = (*made, None)[:4]
     dw = _like(dw, w, "dw", "the weight w", at)
-    if spec.learned and db is None:
+    if learned and db is None:
         raise ValueError(f"backward returned None for db {at}, and the rule has learned=True: return its gradient")
-    if not spec.learned and db is not None:
+    if not learned and db is not None:
         raise ValueError(
             f"backward returned a db {at}, and the rule's feedback is fixed: give learned=True, or return None for db"
         )
@@ -311,7 +319,7 @@ def arriving(landing: DirectFeedback, signal, e):
     return signal
 
 
-def learned(landing: DirectFeedback, db, b):
+def learned_by(landing: DirectFeedback, db, b):
     """The gradient of a direct feedback weight, checked."""
     if not hasattr(db, "dtype") or db.shape != b.shape:
         got = f"an array of shape {db.shape}" if hasattr(db, "dtype") else _what(db)

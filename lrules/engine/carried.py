@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrules.engine.jaxprs import as_varying, varying_axes
 from lrules.typing import Pytree
 
 
@@ -83,9 +84,14 @@ def require_same(new: Pytree, old: Pytree, what: str) -> Pytree:
         )
     new = jax.tree.map(lambda n, o: n if hasattr(n, "dtype") else jnp.asarray(n, o.dtype), new, old)
     for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if apart := sorted(varying_axes(jax.typeof(n)) - varying_axes(jax.typeof(o))):
+            raise ValueError(
+                f"{what} returned a state that differs between the devices along {apart[0]!r}, and was given one that "
+                f"they share: make it the same on all, as jax.lax.pmean(state, {apart[0]!r}) does"
+            )
         if n.shape != o.shape or n.dtype != o.dtype:
             raise ValueError(
                 f"{what} returned a state of shape {n.shape} and dtype {n.dtype}, and was given one of shape "
                 f"{o.shape} and dtype {o.dtype}: keep both"
             )
-    return new
+    return jax.tree.map(lambda n, o: as_varying(n, varying_axes(jax.typeof(o))), new, old)

@@ -35,53 +35,57 @@ def held(thing: F) -> tuple[list[Any], Callable[[Sequence[Any]], F]]:
       >>> float(jax.jit(double)(3.0))
       6.0
     """
-    found: dict[int, Any] = {}
+    found: dict[int, tuple[Any, _Hole]] = {}  # the values by id, which they keep
 
-    def find(value):
-        found[id(value)] = value
-        return value
+    def hole(value):
+        return found.setdefault(id(value), (value, _Hole(len(found))))[1]
 
-    _rebuilt(thing, find, {})
+    emptied = _rebuilt(thing, jax.core.Tracer, hole, {})  # which does not keep the values: they end with their trace
     if not found:
         return [], lambda values: thing
-    order = list(found)
 
     def remade(values: Sequence[Any]) -> F:
-        given = dict(zip(order, values, strict=True))
-        return _rebuilt(thing, lambda value: given[id(value)], {})
+        return _rebuilt(emptied, _Hole, lambda hole: values[hole.number], {})
 
-    return list(found.values()), remade
+    return [value for value, _ in found.values()], remade
 
 
-def _rebuilt(thing: Any, swap: Callable[[Any], Any], known: dict[int, Any]) -> Any:
-    """A copy with other traced values; the thing itself where it holds none."""
-    if isinstance(thing, jax.core.Tracer):
+class _Hole:
+    """Where a value was."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def _rebuilt(thing: Any, kind: type, swap: Callable[[Any], Any], known: dict[int, Any]) -> Any:
+    """A copy with all that is of this kind swapped; the thing itself where there is nothing."""
+    if isinstance(thing, kind):
         return swap(thing)
     if id(thing) in known:
         return known[id(thing)][1]
     known[id(thing)] = thing, thing  # which also keeps it, so that no other gets its id
     new = thing
     if isinstance(thing, types.FunctionType):
-        new = _function(thing, swap, known)
+        new = _function(thing, kind, swap, known)
     elif isinstance(thing, types.MethodType):
-        owner = _rebuilt(thing.__self__, swap, known)
+        owner = _rebuilt(thing.__self__, kind, swap, known)
         new = thing if owner is thing.__self__ else types.MethodType(thing.__func__, owner)
     elif isinstance(thing, functools.partial):
         parts = (thing.func, thing.args, thing.keywords)
-        fn, args, keywords = (_rebuilt(part, swap, known) for part in parts)
+        fn, args, keywords = (_rebuilt(part, kind, swap, known) for part in parts)
         if any(a is not b for a, b in zip((fn, args, keywords), parts, strict=True)):
             new = functools.partial(fn, *args, **keywords)
     elif not isinstance(thing, jax.Array):
         leaves, tree = jax.tree.flatten(thing)
         if not jax.tree_util.treedef_is_leaf(tree):
-            others = [_rebuilt(leaf, swap, known) for leaf in leaves]
+            others = [_rebuilt(leaf, kind, swap, known) for leaf in leaves]
             if any(a is not b for a, b in zip(leaves, others, strict=True)):
                 new = jax.tree.unflatten(tree, others)
     known[id(thing)] = thing, new
     return new
 
 
-def _function(fn: types.FunctionType, swap: Callable[[Any], Any], known: dict[int, Any]) -> Any:
+def _function(fn: types.FunctionType, kind: type, swap: Callable[[Any], Any], known: dict[int, Any]) -> Any:
     cells = [cell for cell in fn.__closure__ or () if _filled(cell)]
     if not cells and not fn.__defaults__ and not fn.__kwdefaults__:
         return fn
@@ -90,9 +94,9 @@ def _function(fn: types.FunctionType, swap: Callable[[Any], Any], known: dict[in
     new = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, None, closure)
     known[id(fn)] = fn, new  # before its closure: it may call itself
     for cell in cells:
-        fresh[id(cell)].cell_contents = _rebuilt(cell.cell_contents, swap, known)
-    new.__defaults__ = _rebuilt(fn.__defaults__, swap, known)
-    new.__kwdefaults__ = _rebuilt(fn.__kwdefaults__, swap, known)
+        fresh[id(cell)].cell_contents = _rebuilt(cell.cell_contents, kind, swap, known)
+    new.__defaults__ = _rebuilt(fn.__defaults__, kind, swap, known)
+    new.__kwdefaults__ = _rebuilt(fn.__kwdefaults__, kind, swap, known)
     new.__dict__.update(fn.__dict__)
     same = all(fresh[id(cell)].cell_contents is cell.cell_contents for cell in cells)
     same &= new.__defaults__ is fn.__defaults__ and new.__kwdefaults__ is fn.__kwdefaults__

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.engine.calls import Calls, arriving, at_calls, called, learned
+from lrules.engine.calls import Calls, arriving, at_calls, called, learned_by
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import placed_as, split_as, varying_axes
@@ -37,11 +37,11 @@ class _RuleHandler(Handler):
         spec = self.plan.specs[layer.site]
         if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
-        b = b if spec.init is not None else None
+        b, product = (b if spec.init is not None else None), op.product  # no handler is further inside
         if spec.plain:
-            return _sequential_layer(spec, layer, op)(w, b, x)
+            return _sequential_layer(spec, layer, product)(w, b, x)
         assert self.calls is not None
-        return self.calls.layer(self.operands, spec, layer, op, w, b, x, frame)
+        return self.calls.layer(self.operands, spec, layer, product, w, b, x, frame)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
         landing = self.plan.direct_feedback.get(hidden.name)
@@ -53,7 +53,7 @@ class _RuleHandler(Handler):
 
 
 def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
-    fn = spec.bound("backward", layer.name) if spec.numbers else spec.backward
+    fn, learned = spec.bound("backward", layer.name) if spec.numbers else spec.backward, spec.learned
 
     @jax.custom_vjp
     def multiply(w, b, x):
@@ -64,7 +64,7 @@ def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
 
     def backward(residuals, d):
         w, b, x = residuals
-        dw, dx, db, _ = called(spec, fn, op, w, b, x, d, layer)
+        dw, dx, db, _ = called(learned, fn, op, w, b, x, d, layer)
         return dw, db, dx
 
     multiply.defvjp(forward, backward)
@@ -307,7 +307,7 @@ def direct_feedback_gradient(landing: DirectFeedback, e, record, b, learn=None):
     h = at_calls(landing, record, e.shape[len(landing.shared)]).astype(b.dtype)
 
     def one(e, h, b, given):
-        return learned(landing, fn(e, h, b, given), b)
+        return learned_by(landing, fn(e, h, b, given), b)
 
     def summed(learn, in_axes):
         return lambda *args: jax.vmap(learn, in_axes)(*args).sum(0)
