@@ -10,7 +10,7 @@ analysis has missed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +25,10 @@ from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.records import reach
 from lrules.engine.running import evaluate
-from lrules.network import Network, as_network
+from lrules.network import Network, NetworkLike, as_network
 from lrules.options import as_initializer
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_description, require_rule
+from lrules.rule import Backprop, Direct, Rule, Sequential, check_params, require_description, require_rule
+from lrules.typing import Pytree
 
 RECORDED = "lrules recorded"
 
@@ -45,7 +46,7 @@ class Audit(NamedTuple):
         return "\n".join(table(self.rows, ("parameter", "route", "layers", "reached by")))
 
 
-def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
+def audit(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
     """By which route each parameter learns under a rule, checked twice.
 
     Routes: `"layer, feedback"` and `"layer"`, where the rule forms its gradient, with feedback weights or without;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,8 +15,9 @@ from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import run_plan
 from lrules.network import as_network
-from lrules.options import Initializer, is_whole, require_flags, require_pattern
+from lrules.options import is_whole, require_flags, require_pattern
 from lrules.rule import Direct, Feedback, LayerRule, Rule, RuleDescription, Sequential, check_params
+from lrules.typing import Initializer
 
 
 def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags) -> Rule:
@@ -117,8 +118,8 @@ def direct(
     rank: int | None = None,
     pullback: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
-    error_at: str = "layer",
-    max_feedback_bytes: int = 2**30,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
     offers: Sequence[str] = ("at", "shared_axes", "rank"),
 ) -> Rule:
     """A rule that brings the output error straight to every hidden signal.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from lrules.engine.batch import batch_axis, doubled
 from lrules.engine.graph import Graph
 from lrules.engine.plan import Refused
 from lrules.engine.records import Hidden, Layer
-from lrules.network import Network, as_network
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, require_description, require_rule
+from lrules.network import Network, NetworkLike, as_network
+from lrules.rule import Backprop, Direct, Rule, Sequential, require_description, require_rule
+from lrules.typing import Pytree
 
 
 class Description(NamedTuple):
@@ -51,7 +52,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
+def describe(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
     """What the rule does to each layer, and which feedback reaches it.
 
     Args:
@@ -107,7 +108,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     return Description(layers, hidden, [a.site for a in graph.activations], total, error_at)
 
 
-def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
+def refusals(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
     """What stands in the way of a rule: the parameters that it cannot serve, each with the reason and the remedy.
 
     Args:

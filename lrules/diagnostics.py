@@ -6,17 +6,26 @@ All functions are pure and may be called inside a jitted step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.handlers import Frame, Handler, name_number
-from lrules.network import Network, as_network, parameter_name
+from lrules.network import NetworkLike, as_network, parameter_name
 from lrules.rule import Feedback
+from lrules.typing import Pytree
 
-Pytree = Any
+__all__ = [
+    "Agreement",
+    "agreement",
+    "compare",
+    "lipschitz_product",
+    "spectral_norms",
+    "total_angle",
+    "weight_alignment",
+]
 
 
 class Agreement(NamedTuple):
@@ -145,7 +154,7 @@ def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]
     return found
 
 
-def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -> jax.Array:
+def lipschitz_product(net: NetworkLike, params: Pytree, inputs: Pytree) -> jax.Array:
     """The spectral norm of the network with its activations left out: an estimate of its Lipschitz constant.
 
     ||W_L ... W_2 W_1||_2, exactly, for a multilayer perceptron
@@ -182,9 +191,7 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
     return jnp.linalg.norm(rows.reshape(y.size, -1).astype(at_least_float32(y.dtype)), 2)
 
 
-def spectral_norms(
-    net: Network | Callable, params: Pytree, inputs: Pytree, *, iterations: int = 50
-) -> dict[str, jax.Array]:
+def spectral_norms(net: NetworkLike, params: Pytree, inputs: Pytree, *, iterations: int = 50) -> dict[str, jax.Array]:
     """The spectral norm of every dense layer and convolution, by power iterations.
 
     Their product bounds the Lipschitz constant of a chain of layers with 1-Lipschitz activations and pooling.
@@ -269,3 +276,7 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
 
 def _norm(x):
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -15,7 +15,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, draw, is_whole
+from lrules.options import as_initializer, draw, is_whole
+from lrules.typing import Initializer
+
+__all__ = ["absolute", "averaged", "binary", "congruent", "shifted", "sparse"]
 
 
 def _around(init: Initializer | None, change: Callable) -> Initializer:
@@ -146,3 +149,7 @@ def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged(n={n!r}): give a whole number of draws, one or more")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -15,8 +15,8 @@ deep learning channel (2018).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ from lrules.engine.quantizer import by_parts, check_quantizer, quantize
 from lrules.network import Network
 from lrules.options import is_number, mesh_axes
 from lrules.rule import Rule, require_rule
-
-AxisName = str | Sequence[str] | None
+from lrules.typing import AxisName
 
 
 def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
@@ -75,7 +74,12 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
 
 
 def quantize_error(
-    rule: Rule, bits: int, *, scale: float = 2**-3, at: str = "hidden", axis_name: AxisName = None
+    rule: Rule,
+    bits: int,
+    *,
+    scale: float = 2**-3,
+    at: Literal["hidden", "output"] = "hidden",
+    axis_name: AxisName = None,
 ) -> Rule:
     """Quantises the error to signed powers of two, at each hidden signal or at the outputs before it is sent.
 

@@ -11,24 +11,37 @@ sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, name_number, zeros_at
 from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
-from lrules.network import Network, as_network
-from lrules.options import Initializer, is_number
+from lrules.network import NetworkLike, as_network
+from lrules.options import is_number
 from lrules.rule import Sequential
+from lrules.typing import Initializer, Pytree
 
-Pytree = Any
+if TYPE_CHECKING:
+    import optax
+
+__all__ = [
+    "ConstrainState",
+    "absolute_normal",
+    "check",
+    "constrain",
+    "constrained",
+    "from_sigmoid",
+    "initialize",
+    "uniform",
+    "zeros",
+]
+
 BOUND = 1e-6
 PROBES = 4
 
@@ -81,7 +94,7 @@ def absolute_normal(init: Initializer | None = None) -> Initializer:
     return absolute(init)
 
 
-def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytree:
+def constrained(net: NetworkLike, params: Pytree, inputs: Pytree) -> Pytree:
     """Which parameters a mono-net constrains: the weights of all layers but the first.
 
     A parameter is constrained or free as a whole. In a scan over layers whose first iteration reads the data, all
@@ -119,7 +132,7 @@ def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFee
 
 
 def initialize(
-    key, net: Network | Callable, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
+    key, net: NetworkLike, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
 ) -> Pytree:
     """Draws the weights of all layers but the first anew; other parameters stay as they are.
 
@@ -150,7 +163,7 @@ class ConstrainState(NamedTuple):
 
 
 def constrain(
-    net: Network | Callable, params: Pytree, inputs: Pytree, *, bound: float = BOUND
+    net: NetworkLike, params: Pytree, inputs: Pytree, *, bound: float = BOUND
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a mono-net one: lifts weights of all layers but the first to a positive bound after each step.
 
@@ -172,6 +185,7 @@ def constrain(
         use, `params` is missing.
 
     Example:
+      >>> import optax
       >>> apply = lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"]
       >>> params = {"first": -jnp.ones((3, 2)), "second": jnp.ones((2, 1))}
       >>> positive = constrain(apply, params, jnp.zeros((1, 3)))
@@ -212,15 +226,19 @@ def constrain(
         lifted = [lift(*each) for each in zip(*leaves, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_left_out), lifted), state
 
+    import optax  # which takes longer to import than the whole library, and which no other function here needs
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _left_out(leaf) -> bool:
     """What stands for a parameter that `optax.masked` and the like leave to others."""
+    import optax
+
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
+def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
     """Checks that a network is a mono-net.
 
     Activations are asked at 67 points from -10,000 to 10,000; what lies between them and the layers (a sign turned
@@ -321,3 +339,7 @@ def from_sigmoid(first: Any, first_bias: Any, second: Any, second_bias: Any) -> 
         jnp.concatenate([jnp.maximum(second, 0), jnp.maximum(-second, 0)]) / 2,
         second_bias + second.sum(0) / 2,
     )
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ import numpy as np
 
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
-
-Pytree = Any
+from lrules.options import first_match
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +127,7 @@ class Network:
         """
         stated = self.signal_axes
         if isinstance(stated, Mapping):
-            stated = next((axis for pattern, axis in stated.items() if re.search(pattern, name)), None)
+            stated = first_match(stated, name)
         if stated is None:
             return None
         if not -len(shape) <= stated < len(shape) or shape[stated] != batch:
@@ -159,7 +158,10 @@ class Network:
         return next(iter(sizes))
 
 
-def as_network(net: Network | Callable[..., Any]) -> Network:
+NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # what is applied to (params, inputs)
+
+
+def as_network(net: NetworkLike) -> Network:
     """`net` itself, or a bare function wrapped."""
     return net if isinstance(net, Network) else Network(net)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, is_number
-
-Pytree = Any
+from lrules.network import NetworkLike
+from lrules.options import as_initializer, is_number
+from lrules.typing import Initializer, Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,8 +80,8 @@ class Direct:
     rank: int | None = None
     pullback: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
-    error_at: str = "layer"
-    max_feedback_bytes: int = 2**30
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
 
     def __post_init__(self):
@@ -138,6 +138,19 @@ class Gradients(_Gradients):
         return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
+class DrawFeedback(Protocol):
+    """What `rule.init` is."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights of a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params, inputs: as the network takes them; `ShapeDtypeStruct`s will do for the inputs.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleDescription:
     """What a rule does where. The rule's functions are made from it.
@@ -174,7 +187,7 @@ class Rule:
         functions by hand, and for a copy with another function: a description would no longer be true of it.
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
     _: dataclasses.KW_ONLY

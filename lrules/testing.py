@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,9 @@ import numpy as np
 from lrules.apply import transform, value_and_grad
 from lrules.network import Network, as_network
 from lrules.rule import Feedback, Rule
+from lrules.typing import Pytree
 
-Pytree = Any
+__all__ = ["check_rule", "half_squared_error", "serves_transform"]
 
 
 def check_rule(rule: Rule, net: Network | None = None, params: Pytree = None, inputs: Pytree = None) -> None:
@@ -185,3 +184,7 @@ def _check_scan(step, params, feedback, inputs, targets, rng) -> None:
     scanned = jax.jit(lambda carry: jax.lax.scan(lambda c, _: (update(*c), None), carry, None, length=2)[0])
     once = jax.jit(update)
     _same(scanned((params, feedback))[0], once(*once(params, feedback))[0], "scan changes the steps", tolerance=1e-4)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

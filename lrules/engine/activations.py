@@ -61,35 +61,6 @@ Axes = tuple[int, ...]  # for each axis of one value, the axis of another that i
 MARK, UNMARK = "lrules_activation_", "lrules_not_activation_"
 
 
-def activation(fn: Callable) -> Callable:
-    """Marks an elementwise function as one activation, for rules that need to know.
-
-    Args:
-      fn: `x -> y` of the same shape, without parameters.
-
-    Returns:
-      The same function under a name that the library recognises.
-
-    Example:
-      >>> bent = activation(lambda x: x + jnp.sin(x))
-      >>> float(bent(0.0))
-      0.0
-    """
-    return _named(fn, MARK)
-
-
-def not_activation(fn: Callable) -> Callable:
-    """Marks a function as holding no activation, for rules that would otherwise take one in it for such.
-
-    Args:
-      fn: any function.
-
-    Returns:
-      The same function under a name that the library recognises.
-    """
-    return _named(fn, UNMARK)
-
-
 def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
     """Points from -8 to 8 and two far ones, in increasing order, and what an activation makes of them.
 
@@ -110,14 +81,6 @@ def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
             points.append(np.asarray(part, np.float64).ravel())
             values.append(np.asarray(known(part), np.float64).ravel())
     return np.concatenate(points)[: len(grid)], np.concatenate(values)[: len(grid)]
-
-
-def _named(fn: Callable, prefix: str) -> Callable:
-    def renamed(*args, **kwargs):
-        return fn(*args, **kwargs)
-
-    renamed.__name__ = renamed.__qualname__ = prefix + getattr(fn, "__name__", "function").strip("<>")
-    return jax.jit(renamed)
 
 
 @dataclasses.dataclass(frozen=True)

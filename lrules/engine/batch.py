@@ -12,7 +12,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -21,8 +20,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.operations import ELEMENTWISE, reshape_groups, view_axes
 from lrules.engine.records import Value
 from lrules.network import Network
-
-Pytree = Any
+from lrules.typing import Pytree
 
 MOVES = {"rev", "sort", "concatenate", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice", "slice",
          "pad", "stack"}  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
@@ -19,9 +18,7 @@ from lrules.engine.records import Hidden
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct
-
-Pytree = Any
-
+from lrules.typing import Pytree
 
 SMALLER = {  # what makes direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",

@@ -28,8 +28,6 @@ from lrules.engine.weights import (
 )
 from lrules.rule import Direct, Feedback, LayerRule, Sequential
 
-Pytree = Any
-
 
 @dataclasses.dataclass(eq=False)
 class Plan:

@@ -24,8 +24,7 @@ from lrules.engine.records import Hidden, Layer
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct, Feedback, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 class _RuleHandler(Handler):

@@ -14,7 +14,7 @@ norm of the layer, and c is 0 if that is zero too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import varying_axes
 from lrules.options import is_number, mesh_axes
 from lrules.rule import Rule
+from lrules.typing import AxisName
 
 DEAD = 1e-15
 
 
-def backman(alpha: float | str = 1.0, *, axis_name: str | Sequence[str] | None = None) -> Rule:
+def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None) -> Rule:
     """BackMAN: each neuron's weight gradient, and the error it sends down, scaled to a norm of alpha.
 
     c_i = alpha / ||(r^T a)_i||,  dW_i = c_i (r^T a)_i,  and g W goes down with g = r diag(c)

@@ -8,13 +8,15 @@ Adaptive (ASRBP): dB_l = e h_l^T besides, the product of the error at the top an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 
 def project(e, b):
@@ -42,8 +44,8 @@ def direct_feedback_alignment(
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
-    error_at: str = "layer",
-    max_feedback_bytes: int = 2**30,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Direct feedback alignment (DFA), which Baldi, Sadowski and Lu call skipped random backpropagation (SRBP).
 

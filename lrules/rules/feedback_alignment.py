@@ -10,8 +10,9 @@ from __future__ import annotations
 import jax
 
 from lrules.constructors import sequential
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 
 def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = False) -> Rule:

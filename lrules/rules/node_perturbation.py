@@ -50,9 +50,10 @@ from lrules.engine.running import (
     sent_error,
 )
 from lrules.network import Network, as_network
-from lrules.options import Initializer, as_initializer, is_number
+from lrules.options import as_initializer, is_number
 from lrules.rule import Direct, Feedback, Gradients, Rule, RuleDescription, Sequential, check_params
 from lrules.rules.direct_feedback_alignment import arrive, correlate, project
+from lrules.typing import Initializer
 
 Channel = Literal["sequential", "direct"]
 Solver = Literal["sgd", "rls"]
@@ -66,7 +67,7 @@ def node_perturbation(
     init: Initializer | None = None,
     noise: Callable[..., jax.Array] = jax.random.normal,
     ridge: float = 0.1,
-    max_feedback_bytes: int = 2**30,
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Feedback weights learned by node perturbation, in the place of W^T or straight from the output error.
 

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.options import Initializer, as_initializer
+from lrules.options import as_initializer
 from lrules.rule import Rule
 from lrules.rules.direct_feedback_alignment import project
+from lrules.typing import Initializer
 
 
-def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: int = 2**30) -> Rule:
+def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: float = 2**30) -> Rule:
     """Direct random target projection (DRTP): each hidden signal gets a random projection of the targets.
 
     delta_l = -(B_l^T t) * f'(z_l)

@@ -8,18 +8,23 @@ the standard deviation of the weights at the start, it grows as backpropagation'
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
 from lrules.engine.dtypes import at_least_float32
-from lrules.options import Initializer, as_initializer
+from lrules.options import as_initializer
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 MAGNITUDES = ("unit", "scaled", "random", "fixed")
 
 
-def sign_symmetry(magnitude: str = "unit", *, init: Initializer | None = None) -> Rule:
+def sign_symmetry(
+    magnitude: Literal["unit", "scaled", "random", "fixed"] = "unit", *, init: Initializer | None = None
+) -> Rule:
     """Sign symmetry: feedback with the signs of the present forward weights.
 
     delta_l = ((M_{l+1} * sign(W_{l+1}))^T delta_{l+1}) * f'(z_l)

@@ -24,7 +24,7 @@ one sweep down.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -37,6 +37,7 @@ from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
 from lrules.rules.dual_propagation.outputs import exact_error
 from lrules.rules.dual_propagation.sweeps import begin, gradients, transformed
+from lrules.typing import AxisName
 
 
 def dual_propagation(
@@ -51,7 +52,7 @@ def dual_propagation(
     input_nudge: float | None = None,
     feedback_rule: Rule | None = None,
     tolerance: float | None = None,
-    axis_name: str | Sequence[str] | None = None,
+    axis_name: AxisName = None,
     passing: str | Iterable[str] = (),
 ) -> Rule:
     """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states do the work of derivatives.
