@@ -141,11 +141,11 @@ class ByName(Generic[T]):
             f"{self.option}: no pattern matches the {self.kind} {name!r}: add one, such as '.*', at the end"
         )
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], hint: str = "") -> None:
         """Every pattern has to be the first match of a name, but for one that matches everything ('.*').
 
         Raises:
-          ValueError: a pattern is not; the message lists the names.
+          ValueError: a pattern is not; the message lists the names, and ends with the hint.
         """
         if not self.several:
             return
@@ -156,7 +156,7 @@ class ByName(Generic[T]):
                 matches = any(re.search(pattern, name) for name in names)
                 why = "is shadowed by those before it" if matches else f"matches no {self.kind}"
                 listed = ", ".join(map(repr, names))
-                raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}")
+                raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
 
 
 def numbers(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
