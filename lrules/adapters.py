@@ -120,7 +120,7 @@ def from_nnx(
     frozen, state = jax.tree.map(lambda x: x, others)
     given = {"frozen": frozen} if jax.tree.leaves(frozen) else {}
 
-    def run(params, state, inputs, frozen=frozen):
+    def run(params: Pytree, state: Pytree, inputs: Pytree, frozen: Any = frozen) -> tuple[Any, Any]:
         merged = nnx.merge(graphdef, params, frozen, state, copy=True)
         outputs = merged(inputs) if call is None else call(merged, inputs)
         return outputs, _like(state, nnx.state(merged, nnx.Not(nnx.Any(wrt, nnx.Param))))
@@ -133,7 +133,7 @@ def from_nnx(
         "from_nnx(..., with_state=True), or model.eval() before from_nnx.",
     )
 
-    def stateless(params, *args):  # the frozen weights, where there are any, and the inputs
+    def stateless(params: Pytree, *args: Any) -> Any:  # the frozen weights, where there are any, and the inputs
         *weights, inputs = args
         outputs, after = run(params, state, inputs, *weights)
         if _has_drawn(state, after):
@@ -242,7 +242,7 @@ def from_linen(
     params = variables["params"]
     collections = flax.core.unfreeze({name: variables[name] for name in variables if name != "params"})
 
-    def run(params, collections, inputs, keys):
+    def run(params: Pytree, collections: Any, inputs: Pytree, keys: Any) -> tuple[Any, dict[str, Any]]:
         method = None if call is None else lambda bound, inputs: call(bound, inputs)
         try:
             outputs, changed = module.apply(
@@ -262,14 +262,14 @@ def from_linen(
         "from_linen(..., rngs=rngs, with_state=True).",
     )
 
-    def stateless(params, inputs):
+    def stateless(params: Pytree, inputs: Pytree) -> Any:
         warn(params, inputs)
         return run(params, collections, inputs, rngs)[0]
 
     if not with_state:
         return Network(stateless, batch_axes=batch_axes), params
 
-    def step(params, state, inputs):
+    def step(params: Pytree, state: Pytree, inputs: Pytree) -> tuple[Any, ...]:
         if rngs is None:
             return run(params, state, inputs, None)
         pairs = jax.tree.map(jax.random.split, state["rngs"])
@@ -298,7 +298,7 @@ def _require_flax(caller: str) -> None:
 def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Network:
     """The network of inputs `(state, inputs)` whose aux is the new state."""
 
-    def apply(params, *args):  # the frozen weights, where there are any, and the inputs
+    def apply(params: Pytree, *args: Any) -> tuple[Any, Any]:  # the frozen weights, where there are any, and the inputs
         *frozen, inputs = args
         if not isinstance(inputs, tuple | list) or len(inputs) != 2:
             raise TypeError(
@@ -309,7 +309,7 @@ def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Networ
     return Network(apply, has_aux=True, batch_axes=(None, batch_axes))
 
 
-def _like(state: nnx.State, after: nnx.State) -> nnx.State:
+def _like(state: nnx.State[Any, Any], after: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
     """`after` without the variables that `state` lacks, so that a scan over steps can carry it."""
     from flax import nnx
 
@@ -317,7 +317,7 @@ def _like(state: nnx.State, after: nnx.State) -> nnx.State:
     return nnx.from_flat_state((path, value) for path, value in nnx.to_flat_state(after) if path in known)
 
 
-def _has_drawn(before: nnx.State, after: nnx.State) -> bool:
+def _has_drawn(before: nnx.State[Any, Any], after: nnx.State[Any, Any]) -> bool:
     """Whether the call may have drawn from a random stream: that replaces its count, which lifted calls always do."""
     from flax import nnx
 
@@ -333,7 +333,7 @@ def _repeated_draws(apply: Callable[[Any, Any], Any], keys: Pytree, sentence: st
     """
     traced: list[Network] = []
 
-    def warn(params, inputs):
+    def warn(params: Pytree, inputs: Pytree) -> None:
         if traced or not jax.tree.leaves(keys):
             return
         traced.append(Network(apply))

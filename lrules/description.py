@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from lrules.engine.batch import batch_axis, doubled
 from lrules.engine.graph import Graph
-from lrules.engine.plan import Refused
-from lrules.engine.records import Hidden, Layer
+from lrules.engine.plan import Plan, Refused
+from lrules.engine.records import Hidden, Layer, Value
 from lrules.network import Network, NetworkLike, as_network
 from lrules.rule import Backprop, Direct, Rule, Sequential, require_description, require_rule
 from lrules.typing import Pytree
@@ -156,7 +156,7 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
     return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 
 
-def _treatment(spec, layer: Layer, plan) -> str:
+def _treatment(spec: Any, layer: Layer, plan: Plan | None) -> str:
     if isinstance(spec, Sequential):
         return "sequential" + (", feedback" if plan and set(layer.parameters) & set(plan.sequential_feedback) else "")
     if isinstance(spec, Direct):
@@ -171,7 +171,7 @@ def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list
     for hidden in stops:
         stop_of.setdefault(id(hidden.root), []).append(hidden.name)
 
-    def spread(value, source: str, seen: set[int], start: bool):
+    def spread(value: Value, source: str, seen: set[int], start: bool) -> None:
         stack = [(value, start)]
         while stack:
             value, first = stack.pop()

@@ -6,13 +6,14 @@ All functions are pure and may be called inside a jitted step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Frame, Handler, name_number
+from lrules.engine.handlers import Frame, Handler, Operation, name_number
+from lrules.engine.records import Activation, Layer
 from lrules.network import NetworkLike, as_network, parameter_name
 from lrules.rule import Feedback
 from lrules.typing import Pytree
@@ -180,7 +181,7 @@ def lipschitz_product(net: NetworkLike, params: Pytree, inputs: Pytree) -> jax.A
     one = jax.lax.slice_in_dim(leaves[0], 0, 1, axis=axes[0])
     graph = net.graph(params, jax.tree.unflatten(jax.tree.structure(inputs), [one]))
 
-    def linear(x):
+    def linear(x: jax.Array) -> jax.Array:
         outputs, _ = graph.run(as_network(net).parameters(params), [x], handlers=(_LeftOut(),), frame=Frame())
         if len(jax.tree.leaves(outputs)) != 1:
             raise ValueError("lipschitz_product wants one output: wrap the network in a function that returns it")
@@ -215,23 +216,24 @@ class _LeftOut(Handler):
 
     activations = True
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> jax.Array:
+        assert activation.output is not None
         return x.astype(activation.output.aval.dtype)
 
 
 class _SpectralNorms(Handler):
     """Records the spectral norm of layers."""
 
-    def __init__(self, iterations: int):
+    def __init__(self, iterations: int) -> None:
         self.iterations = iterations
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         if layer.operation in ("dot_general", "conv_general_dilated"):
             frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.product, w, self.iterations)
         return op(w, x)
 
 
-def spectral_norm(layer, op: Callable, w, iterations: int):
+def spectral_norm(layer: Layer, op: Callable[..., Any], w: jax.Array, iterations: int) -> jax.Array:
     """The largest singular value of a layer's linear map, the bias apart, by power iterations.
 
     Args:
@@ -261,11 +263,11 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     w = jax.lax.stop_gradient(w)
     v = jax.random.normal(jax.random.key(name_number(layer.name)), shape, layer.operand.aval.dtype)
 
-    def apply(v):
+    def apply(v: jax.Array) -> Any:
         u, pull = jax.vjp(lambda v: op(w, v), v)
         return pull(u)[0]
 
-    def iterate(_, v):
+    def iterate(_: Any, v: jax.Array) -> Any:
         v = apply(v)
         norm = _norm(v)
         return (v / jnp.where(norm > 0, norm, 1)).astype(v.dtype)
@@ -274,7 +276,7 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     return _norm(op(w, v))
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
 
 

@@ -11,6 +11,7 @@ sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ import numpy as np
 
 from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, name_number, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, name_number, zeros_at
+from lrules.engine.records import Activation, Layer
 from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
 from lrules.network import NetworkLike, as_network
@@ -68,7 +70,7 @@ def uniform(low: float = 1e-3, *, high: float | None = None) -> Initializer:
     if not (is_number(low) and is_number(top) and 0 < low < top):
         raise ValueError(f"uniform(low={low}, high={high}): weights of a mono-net need 0 < low < high")
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         top = high if high is not None else 1 / math.sqrt(math.prod(shape[:-1]))
         if not low < top:
             raise ValueError(
@@ -132,7 +134,7 @@ def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFee
 
 
 def initialize(
-    key, net: NetworkLike, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
+    key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
 ) -> Pytree:
     """Draws the weights of all layers but the first anew; other parameters stay as they are.
 
@@ -201,14 +203,14 @@ def constrain(
         raise ValueError(f"bound={bound!r} does not keep weights at or above 0: give zero or a small positive number")
     mask = constrained(net, params, inputs)
 
-    def init(params):
+    def init(params: Pytree) -> ConstrainState:
         return ConstrainState()
 
-    def update(updates, state, params=None, **extra: Any):
+    def update(updates: Pytree, state: Pytree, params: Pytree = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("monotone.constrain needs the parameters: optimizer.update(grads, state, params)")
 
-        def lift(positive, u, p):
+        def lift(positive: bool, u: jax.Array, p: Any) -> jax.Array:
             if not positive or _left_out(u) or _left_out(p):
                 return u
             wide = max(p.dtype, u.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
@@ -231,7 +233,7 @@ def constrain(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _left_out(leaf) -> bool:
+def _left_out(leaf: Any) -> bool:
     """What stands for a parameter that `optax.masked` and the like leave to others."""
     import optax
 
@@ -262,7 +264,7 @@ def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
             )
     layers = [layer for layer in graph.layers if not set(layer.scope) - {"scan"}]
 
-    def total(probes):
+    def total(probes: Mapping[str, Any]) -> Any:
         handlers = (_Increasing(), *net.handlers)
         outputs, _ = graph.run(leaves, jax.tree.leaves(inputs), handlers=handlers, frame=Frame(probes))
         return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
@@ -285,7 +287,7 @@ class _Increasing(Handler):
 
     activations = True
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         try:
             points, values = sampled(fn, x)
         except jax.errors.JAXTypeError:
@@ -299,7 +301,7 @@ class _Increasing(Handler):
             )
         return fn(x)
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         probe = frame.inputs.get(f"{layer.site} output")
         return op(w, x) if probe is None else op(w, x) + probe
 

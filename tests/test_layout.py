@@ -66,7 +66,7 @@ ENGINE, RULES = under("lrules.engine"), under("lrules.rules") - {"lrules.rules"}
 # ------------------------------------------------------------------------------------------------------------- imports
 
 # What the engine may know of the rest of the library.
-BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options"}
+BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options", "lrules.typing"}
 # A rule may be made of another: one line for each such pair.
 RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
@@ -174,6 +174,7 @@ TESTED_ELSEWHERE = {
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
     "rules/damping": ("rules/test_dual_propagation.py", "a part of dual propagation"),
     "constructors": ("experiments/test_recipes.py", "rules made with them"),
+    "typing": ("typing/test_typing.py", "what type checkers say to a user"),
     "testing": ("test_composition.py", "check_rule, run on rules"),
 }
 
@@ -198,6 +199,7 @@ IMPORTED_AS = {
 # What is not imported here, and who needs it.
 NOT_IMPORTED = {
     "importlib_resources": "tensorflow-datasets imports it and does not declare it",
+    "basedpyright": "called by tests/typing/test_typing.py",
     "ipykernel": "runs the notebooks",
     "mypy": "called by the Makefile",
     "pytest-xdist": "called by the Makefile, as pytest -n",
