@@ -172,7 +172,6 @@ TESTED_ELSEWHERE = {
     "engine/records": ("test_zoo.py", "what the analysis writes down of every model"),
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
-    "rules/damping": ("rules/test_dual_propagation.py", "a part of dual propagation"),
     "constructors": ("experiments/test_recipes.py", "rules made with them"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
     "testing": ("test_composition.py", "check_rule, run on rules"),
