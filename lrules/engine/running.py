@@ -38,7 +38,7 @@ class _RuleHandler(Handler):
         spec = self.plan.specs[layer.site]
         if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
-        return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
+        return _sequential_layer(spec, layer, op.product)(w, b if spec.init is not None else None, x)
 
     def hidden(self, hidden: Hidden, value, frame: Frame):
         landing = self.plan.direct_feedback.get(hidden.name)
@@ -139,7 +139,7 @@ def _direct_run(plan: Plan) -> Callable:
         def network(params, feedback, inputs=inputs, consts=consts, handlers=handlers):
             frame = Frame()
             outputs, aux = evaluate(plan, params, feedback, inputs, consts, handlers, frame)
-            return (outputs, frame.records), aux
+            return (outputs, frame.taken()), aux
 
         differentiated = (params, feedback, inputs, consts, handlers) if wanted else (params, feedback)
         (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
