@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ import numpy as np
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
 from lrules.engine.traces import Traces
-
-Pytree = Any
+from lrules.options import first_match
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +44,14 @@ class Network:
     handlers: tuple[Handler, ...] = ()
     traces: Traces = dataclasses.field(default_factory=Traces, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         axes = self.signal_axes
         given = axes.values() if isinstance(axes, Mapping) else () if axes is None else (axes,)
         if not all(isinstance(axis, int | np.integer) for axis in given):
             raise ValueError(f"signal_axes must be an axis, axes by name as {{'outputs': 0}}, or None, got {axes!r}")
 
     # jax.jit keeps what it has traced by equality: two networks are one only if they hold the very same frozen weights.
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         if not isinstance(other, Network):
             return NotImplemented
         (mine, tree), (theirs, other_tree) = jax.tree.flatten(self.frozen), jax.tree.flatten(other.frozen)
@@ -60,7 +59,7 @@ class Network:
         names = ("apply", "has_aux", "batch_axes", "signal_axes", "handlers")
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.apply, self.has_aux, self.handlers))
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
@@ -89,7 +88,7 @@ class Network:
         input_leaves, inputs_tree = jax.tree.flatten(inputs)
         axes = self.input_batch_axes(inputs)
 
-        def flat(param_leaves, input_leaves):
+        def flat(param_leaves: list[Any], input_leaves: list[Any]) -> tuple[Pytree, Pytree]:
             if double:
                 input_leaves = [
                     x if a is None else jax.lax.concatenate([x, x], a % jnp.ndim(x))
@@ -100,14 +99,14 @@ class Network:
             out = apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
             return _split_aux(out) if has_aux else (out, None)
 
-        def build(closed, out_tree, aux_tree):
+        def build(closed: Any, out_tree: Any, aux_tree: Any) -> Graph:
             # What has no batch (state, keys, masks) is no data: a weight that it changes stays a weight.
             batched = [a is not None or all(other is None for other in axes) for a in axes]
             return Graph(closed, parameter_names((params, self.frozen)), batched, out_tree, aux_tree)
 
         apply, has_aux = self.apply, self.has_aux  # not the network: traces are kept, and are not to keep it
         key = (params_tree, inputs_tree, double)
-        return self.traces.graph(apply, key, lambda: flat, (leaves, input_leaves), build)
+        return self.traces.graph(apply, key, flat, (leaves, input_leaves), build)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
         """The batch axis of each leaf of `inputs`; None among the inputs is no leaf."""
@@ -134,7 +133,7 @@ class Network:
         """
         stated = self.signal_axes
         if isinstance(stated, Mapping):
-            stated = next((axis for pattern, axis in stated.items() if re.search(pattern, name)), None)
+            stated = first_match(stated, name)
         if stated is None:
             return None
         if not -len(shape) <= stated < len(shape) or shape[stated] != batch:
@@ -165,7 +164,10 @@ class Network:
         return next(iter(sizes))
 
 
-def as_network(net: Network | Callable[..., Any]) -> Network:
+NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # what is applied to (params, inputs)
+
+
+def as_network(net: NetworkLike) -> Network:
     """`net` itself, or a bare function wrapped."""
     return net if isinstance(net, Network) else Network(net)
 
@@ -183,13 +185,13 @@ def parameter_names(params: Pytree) -> list[str]:
     return names
 
 
-def parameter_name(path) -> str:
+def parameter_name(path: tuple[Any, ...]) -> str:
     """The name of a parameter: its path with `/` between the parts, without a trailing `/value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value") or "params"
 
 
-def _split_aux(out):
+def _split_aux(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True wants apply to return (outputs, aux), got {type(out).__name__}")
     return out

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, is_number
-
-Pytree = Any
+from lrules.network import NetworkLike
+from lrules.options import as_initializer, is_number
+from lrules.typing import Initializer, Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Sequential:
     whole_batch: bool = False
     gain: Callable[..., Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         as_initializer(self.init)  # which refuses what cannot be called
 
 
@@ -61,7 +61,7 @@ class Direct:
       shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
       rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
-      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+      pullback: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
         how many losses the objective is the mean of.
@@ -78,13 +78,13 @@ class Direct:
     at: tuple[str, ...] | None = None
     shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
-    channel: Callable[..., Callable[..., Any]] | None = None
+    pullback: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
-    error_at: str = "layer"
-    max_feedback_bytes: int = 2**30
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         as_initializer(self.init)
         if self.error_at not in ("layer", "outputs"):
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
@@ -94,7 +94,7 @@ class Direct:
     @property
     def lands(self) -> bool:
         """Whether anything arrives at all."""
-        return self.signal is not None or self.channel is not None
+        return self.signal is not None or self.pullback is not None
 
 LayerRule = Backprop | Sequential | Direct
 
@@ -113,23 +113,68 @@ class Feedback(NamedTuple):
     state: Pytree = ()
 
 
-class Gradients(NamedTuple):
+class _Gradients(NamedTuple):
+    params: Pytree
+    feedback: dict[str, jax.Array]
+    state: Pytree
+    report: dict[str, Any]
+
+
+class Gradients(_Gradients):
     """What a rule gives in place of gradients: optimizers subtract it.
 
     Attributes:
       params: of the structure of the parameters.
       feedback: of the structure of `feedback.learned`.
-      state: the next `feedback.state`.
-      report: what the rule has to tell of this step, by name.
+      state: the next `feedback.state`; `()` for rules without one.
+      report: what the rule has to tell of this step, by name; `{}` for most rules.
     """
 
-    params: Pytree
-    feedback: dict[str, jax.Array]
-    state: Pytree = ()
-    report: dict[str, Any] = {}
+    __slots__ = ()
+
+    def __new__(
+        cls, params: Pytree, feedback: dict[str, jax.Array], state: Pytree = (), report: dict[str, Any] | None = None
+    ) -> Gradients:
+        return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
-class Rule(NamedTuple):
+class DrawFeedback(Protocol):
+    """What `rule.init` is."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights of a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params, inputs: as the network takes them; `ShapeDtypeStruct`s will do for the inputs.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RuleDescription:
+    """What a rule does where. The rule's functions are made from it.
+
+    Attributes:
+      plan: `(net, graph, params, inputs) -> Plan`.
+      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
+      modified: a modifier acts around the rule, and `plan` knows nothing of it.
+    """
+
+    plan: Callable[..., Any]
+    layer: LayerRule | None = None
+    modified: bool = False
+    _functions: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
+
+    def describes(self, functions: tuple[Any, ...]) -> bool:
+        """Whether these functions are the ones that were made from it: those of the first rule that holds it."""
+        if not self._functions:
+            self._functions.extend(functions)
+        return all(a is b for a, b in zip(self._functions, functions, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
     """A learning rule, as pure functions.
 
     Attributes:
@@ -138,29 +183,56 @@ class Rule(NamedTuple):
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None where that of `transform` serves.
       stochastic: needs `rng=`.
       additive: the gradient of a batch is the sum of those of its parts, up to their weights in the objective.
-      plan: `(net, graph, params, inputs) -> Plan`, what the rule does where; None for a rule of another kind.
-      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
-      modified: whether a modifier acts around it, of which `plan` knows nothing.
+      description: what the rule does where, from which its functions are made. None for a rule that is made of
+        functions by hand, and for a copy with another function: a description would no longer be true of it.
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
+    _: dataclasses.KW_ONLY
     stochastic: bool = False
     additive: bool = True
-    plan: Callable[..., Any] | None = None
-    layer: LayerRule | None = None
-    modified: bool = False
+    description: RuleDescription | None = None
+
+    def __post_init__(self) -> None:
+        functions = (self.init, self.transform, self.value_and_grad)
+        if self.description is not None and not self.description.describes(functions):
+            object.__setattr__(self, "description", None)
+
+    def _replace(self, **changes: Any) -> Rule:
+        """A copy with other attributes, as `dataclasses.replace` makes it."""
+        return dataclasses.replace(self, **changes)
+
+    def modified(self, **changes: Any) -> Rule:
+        """The rule with a modifier around it: other functions, and a description that says so."""
+        known = self.description
+        about = None if known is None else RuleDescription(known.plan, modified=True)
+        return dataclasses.replace(self, **changes, description=about)
 
 
-def require_rule(rule) -> None:
+def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleDescription:
+    """The description of a rule.
+
+    Raises:
+      ValueError: it has none; the message names `who` needs it and `which` rule it is.
+    """
+    if rule.description is None:
+        raise ValueError(
+            f"{who} needs to know what a rule does at each layer, and {which} does not say it: it was made of "
+            "functions by hand, or one of its functions was replaced; make it with lrules.sequential or lrules.direct"
+        )
+    return rule.description
+
+
+def require_rule(rule: Any) -> None:
     """A rule is a `Rule`, not the factory that makes it."""
     if not isinstance(rule, Rule):
         hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
         raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
 
 
-def require_feedback(feedback) -> None:
+def require_feedback(feedback: Any) -> None:
     """Feedback is a `Feedback`, empty for rules that need none."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
@@ -169,7 +241,7 @@ def require_feedback(feedback) -> None:
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 
-def check_rng(rule: Rule, rng) -> None:
+def check_rng(rule: Rule, rng: jax.Array | None) -> None:
     """`rng=` belongs to stochastic rules and to no others."""
     if rule.stochastic and rng is None:
         raise ValueError("this rule is stochastic: give it a fresh key at every step, rng=jax.random.key(...)")

@@ -39,7 +39,7 @@ class _Unclear(Exception):
 class Captured:
     """What a function reads, by place."""
 
-    def __init__(self, fn: Callable, without: Collection[Place] = ()):
+    def __init__(self, fn: Callable[..., Any], without: Collection[Place] = ()) -> None:
         self.found: dict[Place, Any] = {}
         self.holders: dict[int, Any] = {}  # so that no two objects have one id
         stack: list[tuple[Place, Any]] = [((0, "function"), fn)]
@@ -64,7 +64,7 @@ class Captured:
         }
 
 
-def captured(fn: Callable, without: Collection[Place] = ()) -> Captured | None:
+def captured(fn: Callable[..., Any], without: Collection[Place] = ()) -> Captured | None:
     """What a function reads besides its arguments; None where that cannot be told, or belongs to a trace."""
     try:
         return Captured(fn, without)
@@ -74,11 +74,11 @@ def captured(fn: Callable, without: Collection[Place] = ()) -> Captured | None:
 
 
 
-def _is_same(a, b) -> bool:
+def _is_same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, bytes | str | int) and a == b)
 
 
-def _identity(value) -> Any:
+def _identity(value: Any) -> Any:
     """By what an object is seen to be the same: itself, the kind of a container, what a NumPy array holds."""
     if isinstance(value, jax.core.Tracer):
         raise _Unclear
@@ -89,7 +89,7 @@ def _identity(value) -> Any:
     return type(value) if isinstance(value, CONTAINERS) else value
 
 
-def _parts(value) -> Iterator[tuple[Any, Any]]:
+def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
     """What an object consists of, as far as that can change, and where."""
     if isinstance(value, types.FunctionType):
         yield from _attributes(value, "__code__", "__defaults__", "__kwdefaults__")
@@ -128,12 +128,12 @@ def _parts(value) -> Iterator[tuple[Any, Any]]:
         yield from _state(value)
 
 
-def _state(value) -> Iterator[tuple[Any, Any]]:
+def _state(value: Any) -> Iterator[tuple[Any, Any]]:
     yield from getattr(value, "__dict__", {}).items()
     yield from _attributes(value, *_slots(type(value)))
 
 
-def _attributes(value, *names: str) -> Iterator[tuple[str, Any]]:
+def _attributes(value: Any, *names: str) -> Iterator[tuple[str, Any]]:
     yield from ((name, getattr(value, name, None)) for name in names)
 
 
@@ -153,7 +153,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
-def _slots(cls: type) -> tuple[str, ...]:
+def _slots(cls: type[Any]) -> tuple[str, ...]:
     slots = (vars(base).get("__slots__", ()) for base in cls.__mro__)
     return tuple(name for own in slots for name in ([own] if isinstance(own, str) else own))
 

@@ -22,7 +22,7 @@ MOST = 32
 class _Signature:
     """One kind of arguments: the function that JAX traces, and what came of it."""
 
-    def __init__(self, apply: Callable, flat: Callable):
+    def __init__(self, apply: Callable[..., Any], flat: Callable[..., Any]) -> None:
         self.apply = apply
         self.trace = jax.make_jaxpr(flat, return_shape=True)
         self.graphs: collections.deque[Graph] = collections.deque(maxlen=4)  # by JAX's settings
@@ -57,20 +57,27 @@ class _Signature:
 class Traces:
     """What one network, with any handlers, has been traced to; the least recently used is forgotten first."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.RLock()
         self._signatures: collections.OrderedDict[Hashable, _Signature] = collections.OrderedDict()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Traces, ()  # a copy in another process begins anew
 
-    def graph(self, apply: Callable, key: Hashable, make: Callable[[], Callable], args: Sequence[Any], build) -> Graph:
+    def graph(
+        self,
+        apply: Callable[..., Any],
+        key: Hashable,
+        flat: Callable[..., Any],
+        args: Sequence[Any],
+        build: Callable[..., Graph],
+    ) -> Graph:
         """The graph of `apply` on these arguments.
 
         Args:
           apply: the function of the network.
-          key: which of the functions that `make` gives it is.
-          make: gives `flat(*args) -> (outputs, aux)`.
+          flat: `flat(*args) -> (outputs, aux)`, which calls it.
+          key: which of all such functions it is.
           args: lists of arrays.
           build: `(jaxpr, structures of outputs and aux) -> Graph`.
         """
@@ -79,9 +86,9 @@ class Traces:
                 key = (key, *(tuple(map(jax.typeof, leaves)) for leaves in args))
                 signature = self._signatures.pop(key, None)
             except TypeError:  # a structure that has no hash, or an argument that JAX will refuse
-                return _Signature(apply, make()).graph(args, build)
+                return _Signature(apply, flat).graph(args, build)
             if signature is None or not signature.serves:
-                signature = _Signature(apply, make())
+                signature = _Signature(apply, flat)
             graph = signature.graph(args, build)
             if signature.reads is not None:
                 self._signatures[key] = signature

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lrules.constructors import layerwise
 from lrules.engine.graph import Graph
-from lrules.options import require_pattern
-from lrules.rule import Backprop, Direct, Rule
+from lrules.options import ByName, first_match, require_pattern
+from lrules.rule import Backprop, Direct, LayerRule, Rule, require_description
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
@@ -37,43 +36,33 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
         raise TypeError(f"partition wants a dict of rules, not a {type(rules).__name__}: give {{pattern: rule, ...}}")
     if not rules:
         raise ValueError("partition got no rules: give at least {'.*': rule}")
+    layers: dict[str, LayerRule] = {}
     for pattern, rule in rules.items():
         require_pattern(pattern)
         if not isinstance(rule, Rule):
             raise ValueError(f"partition[{pattern!r}] is a {type(rule).__name__}, not a rule: call its factory first")
-        if rule.layer is None:
+        layer = require_description(rule, "partition", f"the rule for {pattern!r}").layer
+        if layer is None:
             raise ValueError(
                 f"the rule for {pattern!r} acts on the network as a whole and cannot be given to single layers: "
                 "partition takes sequential and direct rules (put a modifier around the partition)"
             )
+        layers[pattern] = layer
 
-    def choose_for(graph: Graph):
+    chosen: ByName[LayerRule] = ByName("partition", layers)
+
+    def choose_for(graph: Graph) -> Callable[[str], LayerRule]:
         refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
-        names = [layer.name for layer in graph.layers] + refused
-        first = {name: next((p for p in rules if re.search(p, name)), None) for name in names}
-        listed = ", ".join(map(repr, dict.fromkeys(names)))
-        for pattern in rules:
-            if pattern not in first.values() and names and not re.search(pattern, ""):  # one for all others may be idle
-                why = (
-                    "is shadowed by those before it"
-                    if any(re.search(pattern, n) for n in names)
-                    else "matches no layer"
-                )
-                raise ValueError(f"partition: {pattern!r} {why}; the layers are {listed}")
-        for name, match in first.items():
-            if match is None:
-                raise ValueError(f"partition: no pattern matches the layer {name!r}: add one, such as '.*', at the end")
-
-        def choose(name: str):
-            matched = [rule.layer for pattern, rule in rules.items() if re.search(pattern, name)]
-            return matched[0] if matched and matched[0] is not None else Backprop()
-
-        return choose
+        names = [*(layer.name for layer in graph.layers), *refused]
+        chosen.check(names)
+        for name in names:
+            chosen.of(name)  # which refuses a layer without a rule
+        return lambda name: first_match(layers, name) or Backprop()
 
     return layerwise(
         choose_for,
         layer=None,
         additive=all(rule.additive for rule in rules.values()),
         stochastic=any(rule.stochastic for rule in rules.values()),
-        targets=any(isinstance(rule.layer, Direct) and rule.layer.targets for rule in rules.values()),
+        targets=any(isinstance(layer, Direct) and layer.targets for layer in layers.values()),
     )
