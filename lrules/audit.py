@@ -9,7 +9,7 @@ that the analysis knows. If a number depends on parameters alone, it is a weight
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrules.description import feedback_reach, table
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.jaxprs import is_literal, open_jaxpr, scan_counts
+from lrules.engine.handlers import Frame, Handler, Operation
+from lrules.engine.jaxprs import Atom, Aval, Equation, Jaxpr, is_literal, open_jaxpr, scan_counts
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
-from lrules.engine.records import reach
+from lrules.engine.records import Hidden, Layer, reach
 from lrules.engine.running import evaluate
-from lrules.network import Network, as_network
+from lrules.network import Network, NetworkLike, as_network
 from lrules.options import as_initializer
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_description, require_rule
+from lrules.rule import Backprop, Direct, Rule, Sequential, check_params, require_description, require_rule
+from lrules.typing import Pytree
 
 RECORDED = "lrules recorded"
 
@@ -52,7 +53,7 @@ class Audit(NamedTuple):
         return "\n".join(table(self.rows, ("parameter", "route", "layers", "reached by")))
 
 
-def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
+def audit(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
     """Lists by which route each parameter learns under a rule, and checks it a second time.
 
     The routes are:
@@ -125,7 +126,7 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
+def _route(plan: Plan, layers: Sequence[Layer], latents: bool, reached: Mapping[str, list[str]]) -> str:
     if not layers:
         return "latents" if latents else "bias or scale"
     routes = []
@@ -147,14 +148,14 @@ def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) 
 class _Recorded(Handler):
     """Marks the inputs and outputs of layers as recorded forward values."""
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         return checkpoint_name(op(w, x), RECORDED)
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return value if hidden.mark else checkpoint_name(value, RECORDED)
 
 
-def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int]) -> None:
+def _prove(net: Network, graph: Graph, plan: Plan, params: Pytree, inputs: Pytree, live: set[int]) -> None:
     """Follows the error through the program that computes the gradients."""
     plain = {layer.name for layer in graph.layers if isinstance(plan.specs[layer.site], Backprop)}
     refused = {graph.names[i] for refusal in graph.refusals for i in refusal.parameters}
@@ -162,8 +163,8 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
     choose = lambda name: Backprop() if name in plain | refused else probe  # noqa: E731
     made = make_plan(net, graph, params, inputs, choose)
 
-    def program(leaves, weights, values, errors):
-        def outputs(leaves):
+    def program(leaves: list[Any], weights: Any, values: Sequence[Any], errors: Any) -> Any:
+        def outputs(leaves: list[Any]) -> list[Any]:
             out, _ = evaluate(made, leaves, weights, values, graph.consts, (_Recorded(),), Frame())
             return [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
@@ -200,7 +201,9 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
             )
 
 
-def _through_feedback(op, w, b, x, d, layer):
+def _through_feedback(
+    op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
+) -> tuple[Any, Any, None]:
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
@@ -233,12 +236,12 @@ def _union(traces: Iterable[_Trace]) -> _Trace:
     )
 
 
-def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
+def _follow(jaxpr: Jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
     """What the results of a jaxpr depend on."""
     jaxpr, _ = open_jaxpr(jaxpr)
     env = dict.fromkeys(jaxpr.constvars, _Trace()) | dict(zip(jaxpr.invars, ins, strict=True))
 
-    def read(atom) -> _Trace:
+    def read(atom: Atom) -> _Trace:
         return _Trace() if is_literal(atom) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -247,7 +250,7 @@ def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
+def _equation(eqn: Equation, ins: list[_Trace]) -> list[_Trace]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return _loop(params["jaxpr"], ins, *scan_counts(params))
@@ -263,7 +266,7 @@ def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
     return [_result(eqn, ins, out.aval) for out in eqn.outvars]
 
 
-def _result(eqn, ins: list[_Trace], aval) -> _Trace:
+def _result(eqn: Equation, ins: list[_Trace], aval: Aval) -> _Trace:
     dtype = getattr(aval, "dtype", jnp.bool_)
     if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans select, they do not multiply
         return _Trace(known=jnp.issubdtype(dtype, jnp.integer) and any(t.known for t in ins))
@@ -276,7 +279,7 @@ def _result(eqn, ins: list[_Trace], aval) -> _Trace:
     return dataclasses.replace(met, known=met.known or recorded)
 
 
-def _loop(body, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
+def _loop(body: Any, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
     carry = ins[n_consts : n_consts + n_carry]
     while True:
         outs = _follow(body, [*ins[:n_consts], *carry, *ins[n_consts + n_carry :]])

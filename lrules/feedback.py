@@ -12,19 +12,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, draw, is_whole
+from lrules.options import as_initializer, draw, is_whole
+from lrules.typing import Initializer
+
+__all__ = ["absolute", "averaged", "binary", "congruent", "shifted", "sparse"]
 
 
-def _around(init: Initializer | None, change: Callable) -> Initializer:
+def _around(init: Initializer | None, change: Callable[..., Any]) -> Initializer:
     """An initializer that returns `change(inner, key)`, where `inner(key)` is a draw of another initializer."""
     inner = as_initializer(init)
 
     @functools.wraps(inner)  # with its signature: it gets the weight if the other initializer asks for it
-    def changed(key, shape, dtype=jnp.float32, **weight):
+    def changed(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **weight: Any) -> Any:
         return change(lambda k: draw(inner, k, shape, dtype, **weight), key)
 
     return changed
@@ -58,7 +62,7 @@ def sparse(n: float, *, rescale: bool = False) -> Initializer:
         least = "> 0 with rescale=True" if rescale else ">= 0"
         raise ValueError(f"sparse: n must be a number {least}, got {n}")
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         p = min(n / math.prod(shape[:-1]), 1.0)
         drawn = jax.random.bernoulli(key, p, shape).astype(dtype)
         return drawn / jnp.asarray(math.sqrt(n), dtype) if rescale else drawn
@@ -86,7 +90,7 @@ def binary(low: float = -1.0, high: float = 1.0) -> Initializer:
       Baldi, Sadowski, Lu (2018), section 3.
     """
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         chosen = jax.random.bernoulli(key, 0.5, shape)
         return jnp.where(chosen, jnp.asarray(high, dtype), jnp.asarray(low, dtype))
 
@@ -118,7 +122,7 @@ def shifted(mean: float, *, init: Initializer | None = None) -> Initializer:
       Baldi, Sadowski, Lu (2018), section 4.2, observation 3.
     """
 
-    def change(inner, key):
+    def change(inner: Callable[..., Any], key: jax.Array) -> Any:
         drawn = inner(key)
         return drawn + jnp.asarray(mean, drawn.dtype)
 
@@ -180,7 +184,9 @@ def congruent(init: Initializer | None = None) -> Initializer:
     """
     inner = as_initializer(init)
 
-    def congruent_init(key, shape, dtype=jnp.float32, weight=None):
+    def congruent_init(
+        key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, weight: Any = None
+    ) -> jax.Array:
         if weight is None:
             raise ValueError(
                 "congruent feedback takes the signs of a layer's weight, and direct feedback does not belong to a "
@@ -219,3 +225,7 @@ def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged: n must be an integer >= 1, got {n!r}")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

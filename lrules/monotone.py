@@ -12,24 +12,39 @@ data.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, name_number, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, name_number, zeros_at
+from lrules.engine.records import Activation, Layer
 from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
-from lrules.network import Network, as_network
-from lrules.options import Initializer, is_number
+from lrules.network import NetworkLike, as_network
+from lrules.options import is_number
 from lrules.rule import Sequential
+from lrules.typing import Initializer, Pytree
 
-Pytree = Any
+if TYPE_CHECKING:
+    import optax
+
+__all__ = [
+    "ConstrainState",
+    "absolute_normal",
+    "check",
+    "constrain",
+    "constrained",
+    "from_sigmoid",
+    "initialize",
+    "uniform",
+    "zeros",
+]
+
 BOUND = 1e-6
 PROBES = 4
 
@@ -65,7 +80,7 @@ def uniform(low: float = 1e-3, *, high: float | None = None) -> Initializer:
     if not (is_number(low) and is_number(top) and 0 < low < top):
         raise ValueError(f"uniform: low and high must be numbers with 0 < low < high, got low={low} and high={high}")
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         top = high if high is not None else 1 / math.sqrt(math.prod(shape[:-1]))
         if not low < top:
             raise ValueError(
@@ -102,7 +117,7 @@ def absolute_normal(init: Initializer | None = None) -> Initializer:
     return absolute(init)
 
 
-def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytree:
+def constrained(net: NetworkLike, params: Pytree, inputs: Pytree) -> Pytree:
     """Finds the parameters that a mono-net constrains: the weights of all layers but the first.
 
     A parameter is constrained as a whole, or free as a whole. If the first iteration of a scan over layers reads the
@@ -150,7 +165,7 @@ def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFee
 
 
 def initialize(
-    key, net: Network | Callable, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
+    key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
 ) -> Pytree:
     """Draws new weights for all layers but the first; other parameters keep their values.
 
@@ -199,7 +214,7 @@ class ConstrainState(NamedTuple):
 
 
 def constrain(
-    net: Network | Callable, params: Pytree, inputs: Pytree, *, bound: float = BOUND
+    net: NetworkLike, params: Pytree, inputs: Pytree, *, bound: float = BOUND
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the weights of all layers but the first at or above a bound, in every step of an optimizer.
 
@@ -236,14 +251,14 @@ def constrain(
         raise ValueError(f"constrain: bound must be a finite number >= 0, got {bound!r}")
     mask = constrained(net, params, inputs)
 
-    def init(params):
+    def init(params: Pytree) -> ConstrainState:
         return ConstrainState()
 
-    def update(updates, state, params=None, **extra: Any):
+    def update(updates: Pytree, state: Pytree, params: Pytree = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("monotone.constrain needs the parameters: optimizer.update(grads, state, params)")
 
-        def lift(positive, u, p):
+        def lift(positive: bool, u: jax.Array, p: Any) -> jax.Array:
             if not positive or _left_out(u) or _left_out(p):
                 return u
             wide = max(p.dtype, u.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
@@ -261,15 +276,19 @@ def constrain(
         lifted = [lift(*each) for each in zip(*leaves, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_left_out), lifted), state
 
+    import optax  # which takes longer to import than the whole library, and which no other function here needs
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _left_out(leaf) -> bool:
+def _left_out(leaf: Any) -> bool:
     """Whether this leaf stands for a parameter that `optax.masked` or the like leaves out."""
+    import optax
+
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
+def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
     """Checks that a network is a mono-net.
 
     It evaluates each activation at 67 points from -10,000 to 10,000. It finds a decrease elsewhere (a changed sign, a
@@ -303,7 +322,7 @@ def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
             )
     layers = [layer for layer in graph.layers if not set(layer.scope) - {"scan"}]
 
-    def total(probes):
+    def total(probes: Mapping[str, Any]) -> Any:
         handlers = (_Increasing(), *net.handlers)
         outputs, _ = graph.run(leaves, jax.tree.leaves(inputs), handlers=handlers, frame=Frame(probes))
         return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
@@ -326,7 +345,7 @@ class _Increasing(Handler):
 
     activations = True
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         try:
             points, values = sampled(fn, x)
         except jax.errors.JAXTypeError:
@@ -340,7 +359,7 @@ class _Increasing(Handler):
             )
         return fn(x)
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         probe = frame.inputs.get(f"{layer.site} output")
         return op(w, x) if probe is None else op(w, x) + probe
 
@@ -387,3 +406,7 @@ def from_sigmoid(first: Any, first_bias: Any, second: Any, second_bias: Any) -> 
         jnp.concatenate([jnp.maximum(second, 0), jnp.maximum(-second, 0)]) / 2,
         second_bias + second.sum(0) / 2,
     )
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Initializer = Callable[..., jax.Array]
+from lrules.typing import Initializer
+
 T = TypeVar("T")
 
 
-def is_number(value) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is one real number, NaN and infinity among them; True and False are none."""
     dtype = getattr(value, "dtype", None)
     if dtype is not None:
@@ -23,12 +24,12 @@ def is_number(value) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_whole(value) -> TypeGuard[int]:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def as_initializer(init) -> Initializer:
+def as_initializer(init: Any) -> Initializer:
     """The initializer, or `jax.nn.initializers.glorot_normal()` if it is None.
 
     Raises:
@@ -44,7 +45,7 @@ def as_initializer(init) -> Initializer:
     return init
 
 
-def draw(init: Initializer, key, shape: tuple[int, ...], dtype, **weight) -> jax.Array:
+def draw(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any, **weight: Any) -> jax.Array:
     """What an initializer draws, checked.
 
     Raises:
@@ -63,14 +64,14 @@ def draw(init: Initializer, key, shape: tuple[int, ...], dtype, **weight) -> jax
     return drawn
 
 
-def require_flags(**flags) -> None:
+def require_flags(**flags: object) -> None:
     """Options that are True or False are that."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
             raise ValueError(f"{name}={value!r} is neither True nor False: give one of them")
 
 
-def require_pattern(pattern, what: str = "") -> None:
+def require_pattern(pattern: Any, what: str = "") -> None:
     """A regular expression is one; `what` stands before it in the message."""
     try:
         re.compile(pattern)
@@ -78,7 +79,7 @@ def require_pattern(pattern, what: str = "") -> None:
         raise ValueError(f"{what}{pattern!r} is no regular expression: {error}") from None
 
 
-def mesh_axes(axis_name) -> tuple[str, ...]:
+def mesh_axes(axis_name: Any) -> tuple[str, ...]:
     """The names of mesh axes that `axis_name=` gives.
 
     Raises:
@@ -114,7 +115,7 @@ class ByName(Generic[T]):
       0.1
     """
 
-    def __init__(self, option: str, given: T | Mapping[str, T], kind: str = "layer"):
+    def __init__(self, option: str, given: T | Mapping[str, T], kind: str = "layer") -> None:
         self.option, self.kind = option, kind
         self.several = isinstance(given, Mapping)
         self.patterns: dict[str, T] = dict(given) if isinstance(given, Mapping) else {"": given}

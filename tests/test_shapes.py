@@ -91,24 +91,6 @@ def test_none(name, axes):
     bridge.close(got.params["net"] | {"bias": 0}, want.params["net"] | {"bias": 0}, 1e-5)
 
 
-def test_none_is_counted_as_vmap_counts_it():
-    """The axes of a prefix tree belong to the leaves that are there; an axis for what is not there is no matter."""
-    inputs = ({"x": X, "edges": None}, None, [None, jnp.ones((3, 8))])
-    for axes, want in (
-        (({"x": 0, "edges": 0}, 0, 1), [0, 1]),
-        ((0, None, [0, 1]), [0, 1]),
-        ((None, 0, 1), [None, 1]),
-        (None, [None, None]),
-    ):
-        net = lrules.Network(lambda p, i: i, batch_axes=axes)
-        assert net.input_batch_axes(inputs) == want
-        if want != [None, None]:
-            jax.vmap(lambda i: i[2][1], in_axes=(axes,))(inputs)
-            assert net.batch_size(inputs) == 8
-    with pytest.raises(ValueError, match="no prefix of the inputs"):
-        lrules.Network(lambda p, i: i, batch_axes=({"x": 0}, 0, 1)).input_batch_axes(inputs)
-
-
 @pytest.mark.foreign
 @pytest.mark.parametrize("name", ["feedback_alignment", "direct_feedback_alignment", "quantize_update", "parallel"])
 def test_equinox_partition(name):

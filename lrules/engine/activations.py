@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, call_body, call_name
+from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, Atom, Equation, call_body, call_name
 
 LINEAR = {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "pvary",
           "real", "imag", "mul"}  # fmt: skip
@@ -61,36 +61,7 @@ Axes = tuple[int, ...]  # for each axis of one value, the axis of another that i
 MARK, UNMARK = "lrules_activation_", "lrules_not_activation_"
 
 
-def activation(fn: Callable) -> Callable:
-    """Marks an elementwise function as one activation, for rules that need to know.
-
-    Args:
-      fn: `x -> y` of the same shape, without parameters.
-
-    Returns:
-      The same function under a name that the library recognises.
-
-    Example:
-      >>> bent = activation(lambda x: x + jnp.sin(x))
-      >>> float(bent(0.0))
-      0.0
-    """
-    return _named(fn, MARK)
-
-
-def not_activation(fn: Callable) -> Callable:
-    """Marks a function as holding no activation, for rules that would otherwise take one in it for such.
-
-    Args:
-      fn: any function.
-
-    Returns:
-      The same function under a name that the library recognises.
-    """
-    return _named(fn, UNMARK)
-
-
-def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
+def sampled(fn: Callable[..., Any], like: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points from -8 to 8 and two far ones, in increasing order, and what an activation makes of them.
 
     Args:
@@ -110,14 +81,6 @@ def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
             points.append(np.asarray(part, np.float64).ravel())
             values.append(np.asarray(known(part), np.float64).ravel())
     return np.concatenate(points)[: len(grid)], np.concatenate(values)[: len(grid)]
-
-
-def _named(fn: Callable, prefix: str) -> Callable:
-    def renamed(*args, **kwargs):
-        return fn(*args, **kwargs)
-
-    renamed.__name__ = renamed.__qualname__ = prefix + getattr(fn, "__name__", "function").strip("<>")
-    return jax.jit(renamed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +110,7 @@ def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
+def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
     """The activations of a network for rules that treat them specially: all but those that `passing` names.
 
     Raises:
@@ -173,7 +136,7 @@ def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
     return [a for a in graph.activations if passing.isdisjoint((a.name, a.site))]
 
 
-def arrangement(eqn, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
+def arrangement(eqn: Equation, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
     """How the operands of an equation that acts on each element alone lie in its output; None if it does not.
 
     For each operand, by position, the axis of it that each axis of the output is (`vmap` transposes where batches lie
@@ -221,7 +184,7 @@ def _composed(first: Axes, then: Axes) -> Axes:
     return tuple(first[i] for i in then)
 
 
-def arranged(value) -> dict[int, Axes] | None:
+def arranged(value: Any) -> dict[int, Axes] | None:
     """The arrangement of the equation that produces a value; None where it is not elementwise."""
     if value.arranged is False:  # not asked yet: values are shared by many
         eqn, operands = value.producer, value.operands
@@ -230,7 +193,7 @@ def arranged(value) -> dict[int, Axes] | None:
     return value.arranged
 
 
-def is_atom(eqn, ins) -> bool:
+def is_atom(eqn: Equation, ins: Sequence[Any]) -> bool:
     """Whether a call is evaluated as it stands: elementwise as a whole, and a function of one value alone."""
     held = arrangement(eqn, [_is_uniform(v) for v in ins]) if eqn.primitive.name in CALLS else None
     if held is None or any(not v.both and not _is_uniform(v) for v in ins):
@@ -238,7 +201,7 @@ def is_atom(eqn, ins) -> bool:
     return _one_origin([(v, held[k]) for k, v in enumerate(ins) if v.both])
 
 
-def _is_uniform(value) -> bool:
+def _is_uniform(value: Any) -> bool:
     """A constant that is the same for all elements."""
     if value.params or value.data:
         return False
@@ -255,7 +218,7 @@ def _is_uniform(value) -> bool:
     return value.uniform
 
 
-def _one_origin(values) -> bool:
+def _one_origin(values: Sequence[Any]) -> bool:
     """Whether values are elementwise functions of one, each of which lies in the same way in what is made of them."""
     front = {(v.order, axes): v for v, axes in values}
     while len(front) > 1:
@@ -271,7 +234,7 @@ def _one_origin(values) -> bool:
     return True
 
 
-def _reduces(eqn) -> bool:
+def _reduces(eqn: Equation) -> bool:
     """Whether an equation takes a mean, a maximum or the like over axes of the array or of a mesh, but no pooling."""
     name = eqn.primitive.name
     if not name.startswith(REDUCING) or name.startswith(("reduce_window", "reduce_precision")):
@@ -279,7 +242,7 @@ def _reduces(eqn) -> bool:
     return eqn.params.get("axes") != ()
 
 
-def _is_statistic(value) -> bool:
+def _is_statistic(value: Any) -> bool:
     """Whether a value comes elementwise from results of reductions, as means and variances do."""
     eqn = value.producer
     if eqn is None or _reduces(eqn):
@@ -292,7 +255,7 @@ def _is_statistic(value) -> bool:
     return value.statistic
 
 
-def linear_origins(values) -> set[int]:
+def linear_origins(values: Sequence[Any]) -> set[int]:
     """The values that these hold up to factors, terms, normalisation and views: what a layer reads of a nonlinearity.
 
     Products with data are not followed, exp(logvar / 2) * noise, nor quotients by what depends on both: softmax.
@@ -315,5 +278,5 @@ def linear_origins(values) -> set[int]:
     return seen
 
 
-def _is_literal(atom) -> bool:
+def _is_literal(atom: Atom) -> bool:
     return hasattr(atom, "val")

@@ -13,12 +13,13 @@ The *output* of a layer whose weight has several axes of outputs may be a matrix
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from lrules.engine.activations import NONLINEAR
-from lrules.engine.jaxprs import CALLS
+from lrules.engine.jaxprs import CALLS, Equation
 
 LINEAR = {"add", "add_any", "sub", "neg", "mul", "div", "select_n", "convert_element_type", "copy", "copy_p", "name",
           "reduce_precision", "real", "imag", "pad", "concatenate", "stack", "slice", "dynamic_slice", "rev", "gather",
@@ -82,7 +83,7 @@ class Product:
         return (self.outer and other.outer) or _cuts(self.weight) != _cuts(other.weight)
 
 
-def _cuts(weight) -> set[str]:
+def _cuts(weight: Any) -> set[str]:
     """Which slices of parameters a weight is computed from."""
     found, stack, seen = set(), [weight], set()
     while stack:
@@ -99,7 +100,7 @@ def _cuts(weight) -> set[str]:
     return found
 
 
-def of_layer(layer) -> tuple[Product, ...]:
+def of_layer(layer: Any) -> tuple[Product, ...]:
     """The output of a layer, if it may hold a matrix for each example."""
     batch = layer.eqn.params["dimension_numbers"][1] if layer.operation == "dot_general" else ((), ())
     free = frozenset(o for a, o in layer.output_axes.items() if a not in batch[layer.position])
@@ -107,7 +108,7 @@ def of_layer(layer) -> tuple[Product, ...]:
     return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
-def made(eqn, ins, out) -> list[Product]:
+def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[Product]:
     """The product that an equation makes of a weight and data."""
     name = eqn.primitive.name
     weighs = [v.pure or _is_weight(v, other) for v, other in zip(ins, ins[::-1], strict=True)]
@@ -141,13 +142,13 @@ def made(eqn, ins, out) -> list[Product]:
     return []
 
 
-def _is_weight(value, other) -> bool:
+def _is_weight(value: Any, other: Any) -> bool:
     """Whether of two values that meet, neither made of parameters alone, this one is the weight."""
     chosen = value.chosen and not other.chosen and other.data
     return chosen or (value.both and not value.batched and other.batched)
 
 
-def passed(eqn, ins, out, axes) -> list[Product]:
+def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Product]:
     """The products that an equation passes on; `axes` as from `view_axes`."""
     name = eqn.primitive.name
     ndim = len(getattr(out.aval, "shape", ()))
@@ -183,12 +184,12 @@ def passed(eqn, ins, out, axes) -> list[Product]:
     return found
 
 
-def _is_where(eqn) -> bool:
+def _is_where(eqn: Equation) -> bool:
     body = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
     return body is not None and all(e.primitive.name in LINEAR for e in getattr(body, "jaxpr", body).eqns)
 
 
-def summed(eqn, ins, block) -> list[tuple[Product, str]]:
+def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[Product, str]]:
     """The products that an equation sums up, and what to say of them."""
     name = eqn.primitive.name
     hit: list[tuple[Product, str]] = []
@@ -207,7 +208,7 @@ def summed(eqn, ins, block) -> list[tuple[Product, str]]:
     return hit
 
 
-def _distance_axes(eqn, ins, k, product, block) -> frozenset[int]:
+def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
     """Along which axes of its operand `k` an equation sums up distances, or multiplies differences by each other."""
     name, done = eqn.primitive.name, product.kind == "distance"
     if name in REDUCTIONS and done:
@@ -221,7 +222,7 @@ def _distance_axes(eqn, ins, k, product, block) -> frozenset[int]:
     return frozenset()
 
 
-def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
+def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
     """Along which axes of its operand `k` an equation sums up what must not be summed."""
     name, outer = eqn.primitive.name, product.outer
     if name == "reduce_sum":
@@ -250,7 +251,7 @@ def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
     return frozenset()
 
 
-def _is_mean(eqn, block) -> bool:
+def _is_mean(eqn: Equation, block: Any) -> bool:
     """Whether a sum is only divided by a number, as a mean is: statistics of scaled values are no neuron."""
     variables = {eqn.outvars[0]}
     divided = False

@@ -11,9 +11,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lrules.engine.activations import LINEAR, NONLINEAR
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import CALLS, INLINED, bind, is_literal
+from lrules.engine.jaxprs import CALLS, INLINED, Atom, bind, is_literal
 from lrules.engine.records import Block, Value
 
 BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
@@ -39,7 +41,7 @@ class Head:
     function: str
     views: tuple[Any, ...] = ()
 
-    def arranged(self, error):
+    def arranged(self, error: jax.Array) -> jax.Array:
         """The error at the layer's outputs in the arrangement of the output."""
         for eqn in self.views:
             (error,) = bind(eqn, [error])
@@ -88,7 +90,7 @@ def _named(primitives: Sequence[str]) -> str:
     return "sigmoid" if bent == ["logistic"] else " ".join(dict.fromkeys(reversed(bent)))
 
 
-def _layer_of(value: Value):
+def _layer_of(value: Value) -> Any:
     """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's.
 
     What is brought along the edges of a graph, by constants, is still the layer's.
@@ -158,7 +160,7 @@ def _evaluate(block: Block, wanted: Sequence[Any], env: dict[Any, Any], given: M
     equations, _ = _needed(block, wanted, given)
     env |= {v: given[id(value)] for v, value in block.values.items() if id(value) in given}
 
-    def read(v):
+    def read(v: Atom) -> Any:
         return v.val if is_literal(v) else env[v]
 
     for index in sorted(equations):

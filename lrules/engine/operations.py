@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import COMPARISONS, NONLINEAR
-from lrules.engine.jaxprs import CALLS, open_jaxpr
+from lrules.engine.jaxprs import CALLS, Equation, Jaxpr, open_jaxpr
 from lrules.engine.records import Value, parts
 
 ELEMENTWISE = {
@@ -54,14 +55,14 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
     return groups
 
 
-def _smaller(m, n) -> bool:
+def _smaller(m: Any, n: Any) -> bool:
     """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
     if is_symbolic_dim(m) or is_symbolic_dim(n):
         return n % m == 0
     return m < n
 
 
-def view_axes(eqn, shape: Sequence[int]) -> list[tuple[int, ...]] | None:
+def view_axes(eqn: Equation, shape: Sequence[int]) -> list[tuple[int, ...]] | None:
     """For each axis of the equation's output, the axes of its operand that it holds; None if it is no view."""
     name, params = eqn.primitive.name, eqn.params
     if name in SAME_SHAPE_VIEWS and len(eqn.invars) == 1:
@@ -109,21 +110,21 @@ class Multiplication:
     mixed: bool = False
 
 
-def is_product(eqn) -> bool:
+def is_product(eqn: Equation) -> bool:
     """Whether an equation multiplies and sums up."""
     if eqn.primitive.name == "dot_general":
         return bool(eqn.params["dimension_numbers"][0][0])
     return eqn.primitive.name in ("conv_general_dilated", "ragged_dot_general", "ragged_dot")
 
 
-def multiplies(jaxpr) -> bool:
+def multiplies(jaxpr: Jaxpr) -> bool:
     """Whether there are products in a jaxpr or the jaxprs inside it."""
     jaxpr, _ = open_jaxpr(jaxpr)
     inner = [v for eqn in jaxpr.eqns for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
     return any(map(is_product, jaxpr.eqns)) or any(map(multiplies, inner))
 
 
-def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
+def multiplication(eqn: Equation, ins: list[Value]) -> Multiplication | None:
     """The layer that an equation is; None if it is none."""
     name, shape = eqn.primitive.name, tuple(getattr(eqn.outvars[0].aval, "shape", ()))
     if name == "dot_general" and is_product(eqn):
@@ -178,7 +179,7 @@ def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
     return None
 
 
-def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
+def of_latents(eqn: Equation, ins: list[Value]) -> Multiplication | None:
     """A product of two parameters with which a network without a batch begins: of learned latents and a weight.
 
     The latents are a vector, or else what stands on the left. Two that are made of one parameter are no layer.
@@ -191,7 +192,7 @@ def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
     return None if found is None else dataclasses.replace(found, weight=ins[1 - latents], operand=ins[latents])
 
 
-def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
+def transformed(eqn: Equation, ins: list[Value], axes: int) -> Multiplication | None:
     """An elementwise product between a Fourier transform over the last axes and its inverse."""
     pure = [k for k, v in enumerate(ins) if v.pure]
     if not axes or eqn.primitive.name != "mul" or len(pure) != 1:
@@ -202,7 +203,7 @@ def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
     return Multiplication(w, ins[1 - pure[0]], contracted, kept, pure[0], w.params, shape)
 
 
-def _weight_side(ins: list[Value], contract, free) -> tuple[int | None, frozenset[int]]:
+def _weight_side(ins: list[Value], contract: Any, free: Any) -> tuple[int | None, frozenset[int]]:
     """Which operand of a dot product is the weight, and the parameters that it is made of."""
     if ins[0].pure != ins[1].pure:
         side = 0 if ins[0].pure else 1
@@ -237,7 +238,7 @@ def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[
     return bool(dims & contracted) and bool(free) and free <= dims
 
 
-def one_layer(eqn, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
+def one_layer(eqn: Equation, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
     """A function with a derivative of its own as one layer: there is one product in it, of one weight and data."""
     pure = [k for k, v in enumerate(ins) if v.pure]
     data = [v for v in ins if v.data]
@@ -265,7 +266,7 @@ CASTS = {"convert_element_type"}
 BENDING = NONLINEAR - COMPARISONS - {"select_n", "mul"}
 
 
-def stage(eqn, ins: list[Value]) -> int:
+def stage(eqn: Equation, ins: list[Value]) -> int:
     """Of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one.
 
     A number by which all is multiplied or divided, as a spectral norm, does not count.

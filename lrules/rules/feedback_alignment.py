@@ -7,11 +7,16 @@ Adaptive random backpropagation (ARBP): also dB_l = dW_l (Baldi, Sadowski, Lu 20
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from lrules.constructors import sequential
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.engine.handlers import Operation
+from lrules.engine.records import Layer
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 
 def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = False) -> Rule:
@@ -48,7 +53,7 @@ def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = Fals
     """
     require_flags(adaptive=adaptive)
 
-    def backward(op, w, b, x, d, layer):
+    def backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, Any]:
         (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
         return dw, dx, dw if adaptive else None

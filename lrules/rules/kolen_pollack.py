@@ -6,9 +6,9 @@ decay gamma, each step of gradient descent multiplies W_l - B_l by the factor 1 
 
 from __future__ import annotations
 
-from lrules.options import Initializer
 from lrules.rule import Rule
 from lrules.rules.feedback_alignment import feedback_alignment
+from lrules.typing import Initializer
 
 
 def kolen_pollack(init: Initializer | None = None) -> Rule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lrules.constructors import layerwise
 from lrules.engine.graph import Graph
@@ -56,7 +56,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
 
     chosen: ByName[LayerRule] = ByName("partition", layers)
 
-    def choose_for(graph: Graph):
+    def choose_for(graph: Graph) -> Callable[[str], LayerRule]:
         refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
         names = [*(layer.name for layer in graph.layers), *refused]
         chosen.check(names)

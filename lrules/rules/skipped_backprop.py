@@ -12,15 +12,18 @@ derivatives, because they are not the transfer function of a neuron.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import layerwise
 from lrules.engine.activations import passing_names, treated
+from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.plan import Plan
+from lrules.engine.records import Activation, Hidden
 from lrules.rule import Direct, Rule
 
 
@@ -64,7 +67,7 @@ def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
     """
     spec = Direct(None, pullback=_Pullback(passing_names(passing)))
 
-    def choose_for(graph):
+    def choose_for(graph: Graph) -> Callable[[str], Direct]:
         treated(graph, spec.pullback.passing)  # type: ignore[union-attr]
         return lambda name: spec
 
@@ -77,10 +80,12 @@ class _Pullback:
 
     passing: frozenset[str]
 
-    def __call__(self, plan: Plan, params, inputs, consts, records):
+    def __call__(
+        self, plan: Plan, params: Sequence[Any], inputs: Sequence[Any], consts: Sequence[Any], records: Any
+    ) -> Callable[..., Any]:
         handler = _Linear(set(records), {a.site for a in treated(plan.graph, self.passing)})
 
-        def network(records):
+        def network(records: Any) -> tuple[Any, Any]:
             frame = Frame(records)
             return plan.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame, marks=plan.marks)
 
@@ -88,7 +93,7 @@ class _Pullback:
         return jax.tree_util.Partial(_only, pull)
 
 
-def _only(pull, errors):
+def _only(pull: Callable[..., Any], errors: Any) -> Any:
     (signals,) = pull(errors)
     return signals
 
@@ -98,20 +103,20 @@ class _Linear(Handler):
 
     activations = True
 
-    def __init__(self, names: set[str], sites: set[str]):
+    def __init__(self, names: set[str], sites: set[str]) -> None:
         self.names, self.sites = names, sites
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         if activation.site not in self.sites:
             return fn(x)
         return _straight(jax.lax.stop_gradient(fn(x)), x)
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return _tap(value, frame.inputs[hidden.name]) if hidden.name in self.names else value
 
 
 @jax.custom_vjp
-def _straight(y, x):
+def _straight(y: jax.Array, x: jax.Array) -> jax.Array:
     """y, with the derivative of x."""
     return y
 
@@ -120,7 +125,7 @@ _straight.defvjp(lambda y, x: (y, jnp.zeros((), x.dtype)), lambda like, d: (None
 
 
 @jax.custom_vjp
-def _tap(value, record):
+def _tap(value: Any, record: jax.Array) -> jax.Array:
     """The record. The value that it records gets the same error."""
     return record
 

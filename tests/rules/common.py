@@ -6,7 +6,16 @@ import numpy as np
 
 import lrules
 from tests import bridge
-from tests.reference import losses, nets
+from tests.reference import (
+    backman,
+    backprop,
+    direct_feedback_alignment,
+    feedback_alignment,
+    kolen_pollack,
+    losses,
+    nets,
+    skipped_backprop,
+)
 
 NETS = {
     "shallow": lambda rng: bridge.random_dense(rng, (5, 6, 3), ["tanh"]),
@@ -63,3 +72,20 @@ def one_hot_mean(net, x, labels):
     """The output error of the mean softmax cross-entropy."""
     targets = losses.one_hot(labels, net[-1].kernel.shape[1])
     return losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, targets))[1]
+
+
+def references(net, x):
+    """For each rule: the rule, its feedback, and its reference as `(x, e, **options)`."""
+    fa, dfa, kp = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.kolen_pollack()
+    (fa_feedback, b), (dfa_feedback, c), (kp_feedback, k) = draw(fa, net, x), draw(dfa, net, x), draw(kp, net, x)
+    return {
+        "backprop": (lrules.backprop(), NOTHING, lambda x, e, **o: backprop.gradients(net, x, e, **o)),
+        "alignment": (fa, fa_feedback, lambda x, e, **o: feedback_alignment.gradients(net, b, x, e, **o)),
+        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct_feedback_alignment.gradients(net, c, x, e, **o)),
+        "kolen_pollack": (kp, kp_feedback, lambda x, e, **o: kolen_pollack.gradients(net, k, x, e, **o)),
+        "skipped": (lrules.skipped_backprop(), NOTHING, lambda x, e, **o: skipped_backprop.gradients(net, x, e, **o)),
+        "backman": (lrules.backman(), NOTHING, lambda x, e, **o: backman.gradients(net, x, e, **o)),
+    }
+
+
+FAMILIES = ["backprop", "alignment", "direct", "kolen_pollack", "skipped", "backman"]

@@ -24,19 +24,22 @@ one sweep down.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 from lrules.apply import mean_loss
 from lrules.engine.activations import passing_names
+from lrules.engine.graph import Graph
 from lrules.engine.plan import Plan
-from lrules.network import as_network
+from lrules.network import Network, NetworkLike, as_network
 from lrules.rule import Feedback, Gradients, Rule, RuleDescription, check_params
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
 from lrules.rules.dual_propagation.outputs import exact_error
 from lrules.rules.dual_propagation.sweeps import begin, gradients, transformed
+from lrules.typing import AxisName, Loss, Pytree
 
 
 def dual_propagation(
@@ -51,7 +54,7 @@ def dual_propagation(
     input_nudge: float | None = None,
     feedback_rule: Rule | None = None,
     tolerance: float | None = None,
-    axis_name: str | Sequence[str] | None = None,
+    axis_name: AxisName = None,
     passing: str | Iterable[str] = (),
 ) -> Rule:
     """Dual propagation (DP) and its adjoint (DP^T): differences of two nudged states do the work of derivatives.
@@ -154,22 +157,22 @@ def dual_propagation(
     )  # fmt: skip
     options.check()
 
-    def plan(net, graph, params, inputs) -> Plan:
+    def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return plan_for(options, net, graph, params, inputs)
 
-    def init(key, net, params, inputs) -> Feedback:
+    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
         check_params(params)
         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         if output != "once":
             raise ValueError(
                 f'dual_propagation(output="{output}") needs the loss, which lrules.transform does not have: use '
                 'lrules.value_and_grad(net, loss, rule), or give output="once"'
             )
 
-        def f(params, feedback, inputs, *, rng=None):
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             network = DualNetwork(options, net, params, inputs, reduction)
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux = transformed(network)(*args, keys)
@@ -177,17 +180,19 @@ def dual_propagation(
 
         return f
 
-    def value_and_grad(net, loss):
-        def fn(params, feedback, inputs, targets, *, rng=None):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
+        def fn(
+            params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+        ) -> tuple[tuple[Any, ...], Gradients]:
             network = DualNetwork(dataclasses.replace(options, axis_name=None), net, params, inputs, "mean")
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux, started = begin(network, args)
 
-            def objective(outputs):
+            def objective(outputs: Pytree) -> jax.Array:
                 return mean_loss(net, loss, outputs, inputs, targets)
 
             value, error = jax.value_and_grad(objective, allow_int=True)(outputs)
-            error_at: Callable = lambda present: error  # noqa: E731
+            error_at: Callable[..., Any] = lambda present: error  # noqa: E731
             if output == "refreshed":
                 error_at = jax.grad(objective, allow_int=True)
             elif output == "squared_error":

@@ -17,8 +17,8 @@ import numpy as np
 from lrules.diagnostics import spectral_norm
 from lrules.engine.activations import LINEAR, VIEWS, sampled
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.jaxprs import is_literal
+from lrules.engine.handlers import Frame, Handler, Operation
+from lrules.engine.jaxprs import Equation, is_literal
 from lrules.engine.records import Activation, Layer, Value
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Unit
@@ -35,7 +35,13 @@ class Reader(NamedTuple):
 
 
 def strengths(
-    options: Options, graph: Graph, units: Mapping[str, Unit], reading: dict[str, list[Reader]], params, inputs, consts
+    options: Options,
+    graph: Graph,
+    units: Mapping[str, Unit],
+    reading: dict[str, list[Reader]],
+    params: Sequence[Any],
+    inputs: Sequence[Any],
+    consts: Sequence[Any],
 ) -> dict[str, Any]:
     """L of every state that a layer reads."""
     if not isinstance(options.damping, str):
@@ -67,7 +73,7 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
     outputs = {id(a.output): a.site for a in activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 
-    def above(start) -> tuple[set[str], list[Any]]:
+    def above(start: Any) -> tuple[set[str], list[Any]]:
         sites: set[str] = set()
         found: list[Any] = []
         seen, stack = set(), [start]
@@ -100,7 +106,12 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
 
 
 def _norms(
-    graph: Graph, sites: set[str], params, inputs, consts, reading: dict[str, list[Reader]]
+    graph: Graph,
+    sites: set[str],
+    params: Sequence[Any],
+    inputs: Sequence[Any],
+    consts: Sequence[Any],
+    reading: dict[str, list[Reader]],
 ) -> Iterator[tuple[str, str, Any]]:
     """|W^T W| between each state and those above it, by power iterations: `(state, state above, norm)`.
 
@@ -122,10 +133,10 @@ def _norms(
 class _RecordNorms(Handler):
     """Records |W^T W| of layers, by power iterations."""
 
-    def __init__(self, sites):
+    def __init__(self, sites: Any) -> None:
         self.sites = sites
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         if layer.site in self.sites:
             frame.records[layer.site] = spectral_norm(layer, op.product, w, POWER_ITERATIONS) ** 2
         return op(w, x)
@@ -147,7 +158,7 @@ def _growth(value: Value, states: set[int]) -> float:
     return grown
 
 
-def _factor(eqn, operand: Value, out: Value) -> float | None:
+def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
     """The norm of one equation between states, or a bound on it; None where it is not known."""
     name, params, size = eqn.primitive.name, eqn.params, int(np.prod(operand.aval.shape))
     if name in ("mul", "div"):
@@ -166,7 +177,7 @@ def _factor(eqn, operand: Value, out: Value) -> float | None:
     return 1.0 if name in LINEAR | VIEWS | {"stop_gradient", "name", "slice", "pad", "rev", "reduce_max"} else None
 
 
-def check_projection(site: str, fn: Callable, x) -> None:
+def check_projection(site: str, fn: Callable[..., Any], x: jax.Array) -> None:
     """Damping needs activations that clip to an interval, so that s = f(a) is the point of it nearest to a.
 
     Raises:

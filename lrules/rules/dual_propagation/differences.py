@@ -18,7 +18,7 @@ import numpy as np
 
 from lrules.engine.activations import STOP, VIEWS
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, bind, call_body, is_literal, placed_as
+from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal, placed_as
 from lrules.engine.records import Activation, Block, Value
 from lrules.engine.regions import Region
 
@@ -63,26 +63,28 @@ def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
             yield from _regions(child)
 
 
-def _declares(eqns) -> bool:
+def _declares(eqns: Any) -> bool:
     """Whether the derivative may differ from that of the function."""
     names = {eqn.primitive.name for eqn in eqns}
     bodies = [call_body(eqn) for eqn in eqns if eqn.primitive.name in CALLS]
     return not names.isdisjoint((STOP, *OWN_DERIVATIVE)) or any(_declares(b.eqns) for b in bodies if b is not None)
 
 
-def _straight(f: Callable, x):
+def _straight(f: Callable[..., Any], x: jax.Array) -> Any:
     """The derivative."""
     y, pull = jax.vjp(f, x)
     return pull(jnp.ones_like(y))[0]
 
 
-def _turned(f: Callable, x):
+def _turned(f: Callable[..., Any], x: jax.Array) -> Any:
     """The derivative if the function is holomorphic, taken in another direction."""
     y, pull = jax.vjp(f, x)
     return pull(1j * jnp.ones_like(y))[0] / 1j
 
 
-def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Callable, opened: bool = False) -> bool:
+def _same(
+    graph: Graph, block: Block, region: Region, one: Callable[..., Any], other: Callable[..., Any], opened: bool = False
+) -> bool:
     """Whether two derivatives of an activation are the same at sample points; `opened` is for the second one."""
     like = region.root.aval
     complex_ = jnp.issubdtype(like.dtype, jnp.complexfloating)
@@ -90,14 +92,14 @@ def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Call
     with jax.ensure_compile_time_eval():
         captured = [_constant(graph, block.value(v)) for v in region.others]
 
-    def function(opened: bool) -> Callable:
-        def f(x):
+    def function(opened: bool) -> Callable[..., Any]:
+        def f(x: jax.Array) -> Any:
             env = dict(zip(region.others, captured, strict=True)) | {region.root: x}
             return _evaluate(region.eqns, env, opened)[region.output]
 
         return f
 
-    def traced(derivative: Callable, f: Callable):
+    def traced(derivative: Callable[..., Any], f: Callable[..., Any]) -> Jaxpr:
         bare = jax.ShapeDtypeStruct(like.shape, like.dtype)
         return jax.make_jaxpr(lambda x: derivative(f, placed_as(x, like)))(bare)
 
@@ -113,10 +115,10 @@ def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Call
     return CACHE[key]
 
 
-def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
+def _sampled(traced: Any, points: np.ndarray, dtype: Any) -> np.ndarray:
     """The values of an elementwise function at points, one by one: shapes and shardings are left out."""
 
-    def at(jaxpr, values):
+    def at(jaxpr: Jaxpr, values: Sequence[Any]) -> list[Any]:
         env = dict(zip(jaxpr.invars, values, strict=True))
         for eqn in jaxpr.eqns:
             ins = [v.val if is_literal(v) else env[v] for v in eqn.invars]
@@ -138,7 +140,7 @@ def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
         return np.asarray(values, np.result_type(points))
 
 
-def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
+def _evaluate(eqns: Any, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
     """The values that equations compute; opened, they have the derivative of the function and not their own."""
     for eqn in eqns:
         values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
@@ -154,7 +156,7 @@ def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
     return env
 
 
-def _constant(graph: Graph, value: Value):
+def _constant(graph: Graph, value: Value) -> Any:
     """The value of a constant that is the same for all elements; ones if it is not known when the network is traced."""
     if value.producer is not None and len(value.producer.outvars) == 1:
         eqn = value.producer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jax.export import is_symbolic_dim
 
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import INLINED, is_literal, scan_counts
+from lrules.engine.jaxprs import INLINED, Atom, is_literal, scan_counts
 from lrules.engine.records import Block
 
 
@@ -23,7 +24,7 @@ def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int
         env = dict.fromkeys(block.jaxpr.constvars, 0) | dict(zip(block.jaxpr.invars, ins, strict=True))
         found: dict[str, Any] = {}
 
-        def read(atom) -> int:
+        def read(atom: Atom) -> int:
             return 0 if is_literal(atom) else env[atom]
 
         for index, eqn in enumerate(block.jaxpr.eqns):
@@ -42,7 +43,7 @@ def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in block.jaxpr.outvars], found
 
-    def scan(child: Block, params, levels: list[int]) -> tuple[list[int], dict[str, Any]]:
+    def scan(child: Block, params: Mapping[str, Any], levels: list[int]) -> tuple[list[int], dict[str, Any]]:
         n_consts, n_carry = scan_counts(params)
         carry, stacks, ys = levels[n_consts : n_consts + n_carry], [], []
         if is_symbolic_dim(params["length"]):

@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import treated
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, zeros_at
+from lrules.engine.handlers import Frame, Handler, zeros_at
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import evaluate
@@ -23,13 +23,14 @@ from lrules.rules.dual_propagation.differences import check_differences
 from lrules.rules.dual_propagation.levels import levels_of
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Dyads, State, units_of, with_damping
+from lrules.typing import Pytree
 
 
 class _Own:
     """What stands at a layer of the plan: neither backprop nor a rule with feedback, so that refusals count."""
 
 
-def plan_for(options: Options, net: Network, graph: Graph, params, inputs) -> Plan:
+def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
     """What happens at the layers of a network: that of the feedback rule, where there is one.
 
     Raises:
@@ -70,7 +71,7 @@ class DualNetwork:
       levels, depth: the levels of the states and of the outputs, if the order needs them.
     """
 
-    def __init__(self, options: Options, net: Network, params, inputs, reduction: str):
+    def __init__(self, options: Options, net: Network, params: Pytree, inputs: Pytree, reduction: str) -> None:
         self.options = options
         if any(handler.activations for handler in net.handlers):
             raise NotImplementedError(
@@ -106,7 +107,9 @@ class DualNetwork:
                 f"at least iterations={self.depth}"
             )
 
-    def arguments(self, net: Network, params, feedback: Feedback, inputs, rng):
+    def arguments(
+        self, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, rng: Any
+    ) -> tuple[tuple[list[Any], dict[str, jax.Array], list[Any], list[Any], tuple[Handler, ...]], jax.Array | None]:
         """`(args, keys)`: all that the network runs on, as what can be differentiated, and a key per iteration."""
         self.plan.check(feedback)
         leaves = net.parameters(params)
@@ -119,14 +122,14 @@ class DualNetwork:
             weights |= self.plan.init(rng, leaves, redrawn=True).fixed
         return (leaves, weights, jax.tree.leaves(inputs), self.graph.consts, net.handlers), keys
 
-    def damping(self, args) -> dict[str, Any]:
+    def damping(self, args: Any) -> dict[str, Any]:
         """L of every state that a layer reads; empty without damping."""
         if self.options.damping is None:
             return {}
         params, _, inputs, consts, _ = args
         return strengths(self.options, self.graph, self.units, self.readers, params, inputs, consts)
 
-    def run(self, mode: str, args, state: State):
+    def run(self, mode: str, args: Any, state: State) -> tuple[Any, Any, dict[str, Any]]:
         """`(outputs, aux, records)` of one run in a mode of `Dyads`."""
         params, weights, inputs, consts, handlers = args
         damped = self.options.damping is not None and mode in ("clean", "record")
@@ -139,10 +142,10 @@ class DualNetwork:
         outputs, aux = evaluate(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
         return outputs, aux, frame.records
 
-    def vjp(self, mode: str, args, state: State, damping):
+    def vjp(self, mode: str, args: Any, state: State, damping: Any) -> tuple[Any, Any, Any]:
         """`(outputs, pull, aux)`; `pull` is the function from the error of the outputs to the new states."""
 
-        def run(state):
+        def run(state: Pytree) -> tuple[tuple[Any, dict[str, Any]], Any]:
             outputs, aux, zeros = self.run(mode, args, with_damping(state, damping))
             return (outputs, {site: zeros[site] for site in state}), aux
 
@@ -150,11 +153,11 @@ class DualNetwork:
         return outputs, jax.tree_util.Partial(_pull, pull, zeros), aux
 
 
-def _pull(pull: Callable, zeros, error) -> State:
+def _pull(pull: Callable[..., Any], zeros: Any, error: Pytree) -> State:
     return pull((error, zeros))[0]
 
 
-def _nudged_inputs(options: Options, net: Network, inputs) -> dict[int, str]:
+def _nudged_inputs(options: Options, net: Network, inputs: Pytree) -> dict[int, str]:
     """The names of the inputs that are states: batches of floating-point numbers."""
     if options.input_nudge is None:
         return {}

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
 from lrules.rule import Rule, require_description
+from lrules.typing import AxisName
 
 Number = float | Mapping[str, float]  # one for all states, or one by pattern
 Order = Literal["forward_backward", "forward", "parallel", "odd_even", "random"]
@@ -30,7 +31,7 @@ class Options:
     input_nudge: float | None
     feedback_rule: Rule | None
     tolerance: float | None
-    axis_name: str | Sequence[str] | None
+    axis_name: AxisName
     passing: frozenset[str]
 
     def check(self) -> None:

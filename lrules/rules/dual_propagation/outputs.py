@@ -14,12 +14,13 @@ from lrules.engine.activations import LINEAR, VIEWS
 from lrules.engine.jaxprs import bind
 from lrules.network import Network
 from lrules.rules.dual_propagation.states import Unit
+from lrules.typing import Pytree
 
 
 class Floats:
     """Takes the floating-point leaves out of outputs, and puts cotangents together from such leaves."""
 
-    def __init__(self, outputs):
+    def __init__(self, outputs: Pytree) -> None:
         leaves, self.tree = jax.tree.flatten(outputs)
         self.real = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
         self.others = [
@@ -27,16 +28,16 @@ class Floats:
             for real, x in zip(self.real, leaves, strict=True)
         ]
 
-    def take(self, error) -> list[Any]:
+    def take(self, error: Pytree) -> list[Any]:
         return [e for e, real in zip(jax.tree.leaves(error), self.real, strict=True) if real]
 
-    def put(self, floats, others=None):
+    def put(self, floats: list[Any], others: Any = None) -> Any:
         """Outputs with these floats, and `others` for the rest (default: the cotangents of integers)."""
         given, others = iter(floats), self.others if others is None else others
         return jax.tree.unflatten(self.tree, [next(given) if r else o for r, o in zip(self.real, others, strict=True)])
 
 
-def exact_error(unit: Unit, objective: Callable, outputs) -> Callable:
+def exact_error(unit: Unit, objective: Callable[..., Any], outputs: Pytree) -> Callable[..., Any]:
     """The function from outputs to their error by Eq. 3, for an objective that is a sum of squared errors.
 
     Args:
@@ -50,7 +51,7 @@ def exact_error(unit: Unit, objective: Callable, outputs) -> Callable:
     """
     gradient, split = jax.grad(objective, allow_int=True), Floats(outputs)
 
-    def slopes(floats, outputs):
+    def slopes(floats: list[Any], outputs: Pytree) -> list[Any]:
         return split.take(gradient(split.put(floats, jax.tree.leaves(outputs))))
 
     if not _affine(Network(slopes).graph(split.take(outputs), outputs).outs):
@@ -59,10 +60,10 @@ def exact_error(unit: Unit, objective: Callable, outputs) -> Callable:
             'is not: write it as a sum of jnp.square(outputs - targets), or give output="refreshed"'
         )
 
-    def error_at(outputs):
+    def error_at(outputs: Pytree) -> Any:
         """-(s+ - s-) / (n beta), s+ and s- the minimisers of Eq. 3 for the gradient g and the curvature h."""
 
-        def leaf(g, h):
+        def leaf(g: Any, h: jax.Array) -> Any:
             h = h * unit.n * unit.beta
             a, b = unit.alpha, 1 - unit.alpha
             return g * jnp.where(b * h < 1, a / (1 + a * h) + b / (1 - b * h), jnp.nan)
@@ -74,7 +75,7 @@ def exact_error(unit: Unit, objective: Callable, outputs) -> Callable:
     return error_at
 
 
-def _affine(slopes) -> bool:
+def _affine(slopes: Any) -> bool:
     """Whether each element of each slope is an affine function of the output at its own place, and of no other."""
     stack: list[tuple[Any, int, tuple[Any, ...]]] = [(value, i, ()) for i, value in enumerate(slopes)]
     seen: set[Any] = set()
@@ -102,7 +103,7 @@ def _affine(slopes) -> bool:
     return True
 
 
-def _in_place(value, views) -> bool:
+def _in_place(value: Any, views: Any) -> bool:
     """Whether all elements are in the same order after these views.
 
     Raises:

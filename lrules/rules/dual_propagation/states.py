@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Handler
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.records import Activation
 from lrules.rules.dual_propagation.options import Number, Options
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and what last arrived from above
@@ -48,7 +49,9 @@ class Unit:
     def scale(self) -> float:
         return self.beta * self.n
 
-    def settle(self, fn, a, arriving, damping, plus, minus):
+    def settle(
+        self, fn: Callable[..., Any], a: jax.Array, arriving: jax.Array, damping: Any, plus: jax.Array, minus: jax.Array
+    ) -> tuple[Any, Any]:
         """The new s+ and s- from what comes from below and from above, and from the old ones."""
         d = (-self.scale * arriving.astype(at_least_float32(a.dtype))).astype(a.dtype)
         high, low = a + self.up * d, a - self.down * d
@@ -58,10 +61,10 @@ class Unit:
             low = (low + n * minus.astype(a.dtype)) / (1 + n) if self.down else low
         return fn(high), fn(low)
 
-    def mean(self, plus, minus):
+    def mean(self, plus: jax.Array, minus: jax.Array) -> jax.Array:
         return self.alpha * plus + (1 - self.alpha) * minus
 
-    def error(self, plus, minus):
+    def error(self, plus: jax.Array, minus: jax.Array) -> jax.Array:
         return ((minus - plus).astype(at_least_float32(plus.dtype)) / self.scale).astype(plus.dtype)
 
 
@@ -125,18 +128,18 @@ class Dyads(Handler):
 
     activations = True
 
-    def __init__(self, units: Mapping[str, Unit], mode: str, check: Callable[..., None] | None = None):
+    def __init__(self, units: Mapping[str, Unit], mode: str, check: Callable[..., None] | None = None) -> None:
         """`check(site, fn, x)` refuses activations that the options do not serve."""
         self.units, self.mode, self.check = units, mode, check
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         if activation.site not in self.units:
             return fn(x)
         if self.check is not None:
             self.check(activation.site, fn, x)
         return self.state(activation.site, fn, x, frame)
 
-    def state(self, site, fn, x, frame, *, first: bool = False):
+    def state(self, site: str, fn: Callable[..., Any], x: jax.Array, frame: Frame, *, first: bool = False) -> Any:
         unit = self.units[site]
         if self.mode == "record":
             y = fn(x)
@@ -153,17 +156,17 @@ class Dyads(Handler):
         return y
 
 
-def _dyad(unit: Unit, mode: str, fn: Callable, first: bool) -> Callable:
+def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callable[..., Any]:
     """One activation whose backward pass renews its state and hands down the difference in place of a derivative.
 
     It also returns a zero. Its cotangent makes JAX run the backward pass even where no error arrives (`stop_gradient`).
     """
 
     @jax.custom_vjp
-    def dyad(x, old, damping, captured):
+    def dyad(x: jax.Array, old: Any, damping: Any, captured: Any) -> tuple[Any, ...]:
         return forward(x, old, damping, captured)[0]
 
-    def forward(x, old, damping, captured):
+    def forward(x: jax.Array, old: Any, damping: Any, captured: Any) -> tuple[Any, Any]:
         zero = jnp.zeros(())
         if mode == "clean":
             y = fn(x, *captured)
@@ -173,7 +176,7 @@ def _dyad(unit: Unit, mode: str, fn: Callable, first: bool) -> Callable:
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
         return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
 
-    def backward(residuals, cotangent):
+    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
         arriving, _ = cotangent
         x, plus, minus, old, damping, captured = residuals
         new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
@@ -191,7 +194,7 @@ def with_damping(state: State, damping: Mapping[str, Any]) -> State:
     return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
 
 
-def residual(old: State, new: State):
+def residual(old: State, new: State) -> jax.Array:
     """The largest change of a pair s+, s-, divided by the norm of s+ - s-.
 
     A pair without a difference, which no error reaches, is left out: it shows in the pairs above that it changes.
@@ -205,5 +208,5 @@ def residual(old: State, new: State):
     return found
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))))
