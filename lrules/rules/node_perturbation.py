@@ -1,24 +1,24 @@
-"""Feedback weights that node perturbation teaches (Lansdell, Prakash, Kording 2019).
+"""Feedback weights that learn by node perturbation (Lansdell, Prakash, Kording 2019).
 
-Noise xi_l of unit variance, one draw per example, is added with standard deviation sigma to all hidden signals h_l at
-once, in a second forward pass. It estimates the gradient of each example's loss L at each hidden signal,
+A second forward pass adds noise to all hidden signals h_l at once: sigma xi_l, where xi_l has unit variance and one
+draw per example. This estimates the gradient of the loss L of each example at each hidden signal,
 
     lambda_l = (L(xi) - L(0)) xi_l / sigma,    E lambda_l = dL/dh_l + O(sigma)               (Eq. 3)
 
-and the feedback weights descend the squared distance between what they bring there and this estimate:
+and the feedback weights descend the squared distance between this estimate and the error that they bring there:
 
     sequential    B descends 1/2 |B_{l+1}^T e_{l+1} - lambda_l|^2,  e_l = (B_{l+1}^T e_{l+1}) * f'(z_l)    (Eq. 4)
     direct        B descends 1/2 |B_l^T e - lambda_l|^2,  e the output error                     (Corollary 1)
 
-The forward weights learn on the clean pass, with B in the place of W^T. The residual belongs to the hidden signal: all
-that arrives there together, minus the estimate, for each of the layers that read it. The gradient of B is a weight
-gradient with the residual in the place of what the layer reads, <d, op(B, residual)>, so a third run of the network in
-which residuals stand in for the hidden signals gives it for layers of any kind; of that run nothing else is needed, and
-under `jit` nothing else is computed.
+The forward weights learn on the clean pass, with B instead of W^T. The residual belongs to the hidden signal: it is the
+whole error that arrives there minus the estimate, and it is the same for each layer that reads the hidden signal. The
+gradient of B is a weight gradient in which the residual replaces the input of the layer, <d, op(B, residual)>. So a
+third run of the network, in which residuals replace the hidden signals, gives this gradient for layers of every kind.
+Nothing else of this run is needed, and under `jit` nothing else is computed.
 
-Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = sum lambda d^T, sums over all batches so
-far. The B that `init` draws brings the error down in the first step and has no part in what follows. A batch's pairs
-enter B after the forward weights have been given their gradients from it.
+Least squares (Eq. 5, 9, 11): B = S V^-1 with V = ridge I + sum d d^T and S = sum lambda d^T, where the sums are over
+all batches so far. The B that `init` draws brings the error down in the first step, and has no effect after it. The
+pairs of a batch enter B after the forward weights have got their gradients from B.
 """
 
 from __future__ import annotations
@@ -69,39 +69,52 @@ def node_perturbation(
     ridge: float = 0.1,
     max_feedback_bytes: float = 2**30,
 ) -> Rule:
-    """Feedback weights learned by node perturbation, in the place of W^T or straight from the output error.
+    """Node perturbation: feedback weights learn the effect of noise in the hidden signals on the loss.
 
     lambda_l = (L(xi) - L(0)) xi_l / std,  B_{l+1} descends 1/2 |B_{l+1}^T e_{l+1} - lambda_l|^2
 
-    Two forward passes; the noise is fresh at every step, from `rng=`; value and outputs are those of the clean pass.
-    With `solver="sgd"` the feedback weights are learned ones: `grads.feedback` is their gradient, a mean over examples,
-    for an optimizer and a learning rate of its own. With `"rls"` they are the least-squares solution for all batches so
-    far: continue with `feedback._replace(state=grads.state)`. A batch enters them after its own `grads.params`, which
-    are those of the feedback weights before it: in the first step, of what `init` drew, which then is forgotten. To let
-    them settle before the forward weights move, begin with steps that leave `grads.params` out.
+    The rule makes two forward passes, the second one with new noise at every step, from `rng=`. The value and the
+    outputs are those of the first, clean pass.
+
+    With `solver="sgd"` the feedback weights are learned: `grads.feedback` is their gradient, a mean over examples. Give
+    them their own optimizer and learning rate. With `solver="rls"` the feedback weights are the least-squares solution
+    for all batches so far: continue with `feedback._replace(state=grads.state)`. A batch enters this solution after the
+    rule has computed `grads.params` for it. So the first step uses the feedback weights that `init` draws, and later
+    steps do not depend on them. To let the feedback weights settle before the forward weights change, begin with steps
+    that do not use `grads.params`.
 
     Args:
       std: the standard deviation of the noise.
-      channel: `"sequential"` brings the error down through every layer, as feedback alignment does; `"direct"` brings
-        the output error straight to every hidden signal, as direct feedback alignment does.
-      solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything). Under
-        `jit` with a sharded batch, and under `shard_map`, they are those of all devices' examples; not so under `pmap`
-        or with `check_vma=False`.
+      channel: `"sequential"` brings the error down through every layer, as feedback alignment does. `"direct"` brings
+        the output error (see docs/terms.md) straight to every hidden signal, as direct feedback alignment does.
+      solver: `"sgd"`, or `"rls"` for recursive least squares. `"rls"` serves dense layers, and direct feedback to every
+        layer. Under `jit` with a sharded batch, and under `shard_map`, it uses the examples of all devices. Under
+        `pmap`, or with `check_vma=False`, it uses those of one device.
       init: the initializer of the feedback weights, as in `feedback_alignment` and `direct_feedback_alignment`;
         default `jax.nn.initializers.glorot_normal()`.
-      noise: `(key, shape, dtype)` -> numbers of mean 0 and variance 1, such as `jax.random.rademacher`.
-      ridge: the multiple of the identity that least squares start from.
-      max_feedback_bytes: refuse to make more direct feedback than this.
+      noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1, such as `jax.random.rademacher`.
+      ridge: the multiple of the identity with which least squares start.
+      max_feedback_bytes: the rule refuses to make more bytes of direct feedback than this.
 
     Returns:
-      The rule; it needs `rng=` and `lrules.value_and_grad`.
+      The rule. It needs `rng=`, and `lrules.value_and_grad`.
 
     Raises:
-      ValueError: an argument is out of range; under `lrules.transform`, as the rule needs the loss; at use: the noise
-        is of another shape than asked for.
-      TypeError: `init` or `noise` is no function.
+      ValueError: an argument is out of range. `lrules.transform` raises it, because the rule needs the loss. At use:
+        the noise does not have the shape that the rule asks for.
+      TypeError: `init` or `noise` is not a function.
       NotImplementedError: at use: a hidden signal lies inside a `cond` or `shard_map` of the network, its batch axis
-        cannot be told, or `"rls"` meets a layer that is not dense.
+        cannot be found, or a layer is not dense and the solver is `"rls"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> x, rule, loss = jnp.ones((5, 3)), lrules.node_perturbation(0.01), lrules.testing.half_squared_error
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> step = lrules.value_and_grad(net, loss, rule)
+      >>> (value, outputs), grads = step(params, feedback, x, jnp.zeros((5, 2)), rng=jax.random.key(1))
+      >>> grads.feedback["b"].shape
+      (4, 2)
 
     References:
       Lansdell, Prakash, Kording: Learning to solve the credit assignment problem (2019), sections 2 and 3, Eq. 1 to 5,
@@ -116,11 +129,11 @@ def node_perturbation(
     if not (is_number(ridge) and 0 < ridge < math.inf):
         raise ValueError(f"ridge must be a finite number > 0, got {ridge!r}")
     if not callable(noise):
-        raise TypeError(f"noise= is a {type(noise).__name__}: give a function (key, shape, dtype) -> array")
+        raise TypeError(f"noise must be a function (key, shape, dtype) -> array, got a {type(noise).__name__}")
     draw = as_initializer(init)
     learned = solver == "sgd"
     if channel == "direct":
-        learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
+        learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # the gradient is computed below
         spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
         spec = Sequential(_backward, draw, learned)
@@ -138,8 +151,8 @@ def node_perturbation(
 
     def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
         raise ValueError(
-            "node_perturbation compares the losses of two forward passes: use lrules.value_and_grad(net, loss, rule) "
-            "in place of transform"
+            "node_perturbation compares the losses of two forward passes, so transform cannot serve it: use "
+            "lrules.value_and_grad(net, loss, rule)"
         )
 
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
@@ -150,8 +163,8 @@ def node_perturbation(
             made = plan(net, graph, params, inputs)
             if not (learned or isinstance(feedback.state, dict)):
                 raise ValueError(
-                    'node_perturbation(solver="rls") keeps its feedback in feedback.state, and this one has none '
-                    "there: make it anew with rule.init(key, net, params, inputs)"
+                    'node_perturbation(solver="rls") keeps its feedback in feedback.state, and the state of this '
+                    "feedback is empty: make new feedback with rule.init(key, net, params, inputs)"
                 )
             weights = feedback if learned else Feedback({n: s["b"] for n, s in feedback.state.items()}, {})
             made.check(weights)
@@ -176,7 +189,7 @@ def _backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, l
 
 
 class _Experiment:
-    """Both forward passes, and what they teach."""
+    """Both forward passes, and the gradients of the feedback weights that follow from them."""
 
     def __init__(
         self, net: Network, graph: Graph, plan: Plan, loss: Callable[..., Any], std: float, noise: Callable[..., Any]
@@ -190,7 +203,7 @@ class _Experiment:
             inside = [s.split(" ")[0] for s in place if s != "scan"]
             if inside:
                 raise NotImplementedError(
-                    f"the {what} lies inside a {inside[0]}, where node perturbation cannot follow its noise: take it "
+                    f"the {what} lies inside a {inside[0]}, where node_perturbation cannot follow its noise: move it "
                     f"out of the {inside[0]}, or use another rule"
                 )
 
@@ -200,7 +213,7 @@ class _Experiment:
     def estimates(
         self, params: Pytree, inputs: Pytree, targets: Pytree, outputs: Pytree, rng: Any
     ) -> dict[str, jax.Array]:
-        """lambda at the definition of each hidden signal, with the axes of the scans around it in front."""
+        """lambda at the definition of each hidden signal; the axes of the scans around it come first."""
         net, graph = self.net, self.graph
         batch = net.batch_size(inputs)
         twice = doubled(net, params, inputs, graph)
@@ -215,9 +228,9 @@ class _Experiment:
             axis = batch_axis(net, h.name, h.root, other, batch)
             if axis is None:
                 raise NotImplementedError(
-                    f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be told "
-                    f"(batch {batch}), so that its noise cannot be held against the losses: write the network so that "
-                    "the batch stays an axis of its own, in the order of the inputs, or use another rule"
+                    f"the batch axis of the hidden signal {h.name!r} of shape {h.root.aval.shape} cannot be found "
+                    f"(batch {batch}), and node_perturbation compares its noise with the loss of each example: write "
+                    "the network so that the batch is a separate axis, in the order of the inputs, or use another rule"
                 )
             found[h.name] = frame.records[h.name] * _per_example(difference, axis, h)
         return found
@@ -297,13 +310,13 @@ class _Experiment:
 
 
 def _covariance(d: jax.Array) -> Any:
-    """sum d d^T over all but the last axis."""
+    """sum d d^T over all axes but the last."""
     d = split_as(d).reshape(-1, d.shape[-1]).astype(at_least_float32(d.dtype))
     return correlate(d, d, jnp.zeros((d.shape[1], d.shape[1]), d.dtype))
 
 
 def _per_example(numbers: jax.Array, axis: BatchAxis, hidden: Hidden) -> jax.Array:
-    """One number per example, spread over a hidden signal where it is defined."""
+    """One number per example, spread over a hidden signal at its definition."""
     shape = hidden.root.aval.shape
     rest = axis.rest(shape)
     spread = jnp.broadcast_to(numbers.reshape(-1, *[1] * len(rest)), (numbers.shape[0], *rest))
@@ -327,21 +340,21 @@ class _Noise(Handler):
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
         if jnp.shape(xi) != value.shape:
             raise ValueError(
-                f"node_perturbation: noise(key, {value.shape}, dtype) gave the shape {jnp.shape(xi)} at the hidden "
-                f"signal {hidden.name!r}: each of its numbers needs a draw of its own"
+                f"node_perturbation: noise(key, shape, dtype) must return the shape {value.shape} at the hidden signal "
+                f"{hidden.name!r}, got {jnp.shape(xi)}: draw one number for each element"
             )
         return value + self.std * xi
 
 
 class _ArrivingAtHidden(Handler):
-    """Makes the error that arrives at hidden signals that of a probe too."""
+    """Gives the error that arrives at a hidden signal also to a probe."""
 
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs else value
 
 
 class _ArrivingAtLayers(Handler):
-    """Makes the error that arrives at layers' outputs that of a probe too."""
+    """Gives the error that arrives at the outputs of a layer also to a probe."""
 
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         probe = frame.inputs.get(f"{layer.site} output")
@@ -357,7 +370,7 @@ _probed.defvjp(lambda value, probe: (value, None), lambda _, error: (error, erro
 
 
 class _StandIn(Handler):
-    """Puts what is in `frame.inputs` in the place of hidden signals, and records what layers make of it with `b`."""
+    """Replaces hidden signals by those in `frame.inputs`, and records what layers compute from them with `b`."""
 
     def __init__(self, sites: Any) -> None:
         self.sites = sites
@@ -375,7 +388,7 @@ class _StandIn(Handler):
 
 
 class _Rows:
-    """Feedback weights as `[..., size of d, size of what they bring]`, and the recursion for them."""
+    """Feedback weights as `[..., size of d, size of the signal that they bring]`, and the recursion for them."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -392,8 +405,9 @@ class _Rows:
             whole = layer.parameters == (layer.name,) and weight.producer is None and not layer.scope
             if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):
                 raise NotImplementedError(
-                    'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal '
-                    f'no other layer reads, which {layer.name!r} is not: give solver="sgd", or channel="direct"'
+                    f'solver="rls" cannot serve the layer {layer.name!r}: it serves dense layers whose weight is one '
+                    "matrix that the network uses once, and whose hidden signal no other layer reads; give "
+                    'solver="sgd", or channel="direct"'
                 )
             self.layers[layer.name] = layer
 
@@ -428,9 +442,9 @@ class _Rows:
 
 
 def _solve(v: jax.Array, s: Any) -> Any:
-    """V^-1 S for a positive definite V, by elimination, which needs no pivots then.
+    """V^-1 S for a positive definite V, by elimination, which then works without pivots.
 
-    A call of LAPACK, as `jnp.linalg.solve` makes, stalls for seconds in jitted training loops on CPUs of a few cores.
+    `jnp.linalg.solve` calls LAPACK, which stops for seconds in jitted training loops on CPUs with few cores.
     """
     width = v.shape[0]
 

@@ -1,12 +1,12 @@
 """Skipped backpropagation (Baldi, Sadowski, Lu 2018, section 3).
 
-The signal of hidden layer l is the output error brought down by the transposed forward weights above it, without the
-derivatives of the activations on the way; the layer's own derivative is applied:
+The signal of hidden layer l is the output error, brought down by the transposed forward weights above it. It does not
+get the derivatives of the activations on the way. It gets the derivative of its own layer:
 
     s_L-1 = W_L^T e,  s_l = W_{l+1}^T s_{l+1},  delta_l = s_l * f'(z_l),  dW_l = delta_l h_{l-1}^T
 
-Of what may lie between two layers besides, the paper speaks of nothing. Here pooling keeps its true derivative, as do
-normalisation and softmax: none of them is a neuron's transfer function.
+The paper does not mention other operations between two layers. Here pooling, normalisation and softmax keep their true
+derivatives, because they are not the transfer function of a neuron.
 """
 
 from __future__ import annotations
@@ -28,28 +28,39 @@ from lrules.rule import Direct, Rule
 
 
 def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
-    """Skipped backpropagation (SBP): backprop's path to each layer, without the activations' derivatives on the way.
+    """Skipped backpropagation (SBP): the path of backprop, without the derivatives of the activations on the way.
 
     delta_l = (W_{l+1}^T W_{l+2}^T ... W_L^T e) * f'(z_l)
 
-    Convolutions go down by their transpose, pooling and whatever else is no activation by its true derivative
-    (max pooling: to the maximum). An activation after the last layer counts as one on the way.
+    The error goes down through the transposed convolutions. It goes through pooling, and through everything else that
+    is not an activation, by the true derivative (max pooling: to the maximum). An activation after the last layer
+    counts as an activation on the way.
 
-    Modifiers of the error act on what arrives at each hidden signal, for the layer below it alone: nothing that they
-    change goes further down, so that, other than around sequential rules, modifications do not accumulate.
+    Modifiers of the error act on the error that arrives at each hidden signal (see docs/terms.md), and only for the
+    layer below it. The changed error does not go further down. So changes do not add up, as they do around sequential
+    rules.
 
     Args:
-      passing: names of functions that are no activations, so that error passes them by their derivative: activations as
-        `lrules.describe` lists them (`"tanh"`: all of that name, `"tanh#2"`: that one) and nonlinearities as refusals
-        name them (`{"exp"}`).
+      passing: names of functions that are not activations here: the error passes through them by their derivative. Give
+        names of activations that `lrules.describe` lists (`"tanh"`: all with that name, `"tanh#2"`: only this one), and
+        names of nonlinearities that refusals name (`{"exp"}`).
 
     Returns:
-      The rule; it needs no feedback. It costs what backprop costs, up to a second pass over the activations.
+      The rule. It has no feedback weights. It costs as much as backprop and at most one more pass over the activations.
 
     Raises:
-      ValueError: at `init` or use: a name in `passing` is that of nothing in the network.
+      ValueError: at `init` or use: nothing in the network has a name in `passing`.
       NotImplementedError: at `init` or use: a nonlinearity is not recognised as an activation, or a layer lies inside
         a `cond` or `shard_map`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+      >>> params, x = {"a": jnp.ones((1, 1)), "b": -jnp.ones((1, 1)), "c": jnp.ones((1, 1))}, jnp.ones((1, 1))
+      >>> f = lrules.transform(net, lrules.skipped_backprop())
+      >>> grads = jax.grad(lambda p: f(p, lrules.Feedback({}, {}), x).sum())(params)
+      >>> float(grads["a"][0, 0]), float(grads["b"][0, 0])  # the second relu has derivative 0: backprop has 0 for "a"
+      (-1.0, 0.0)
 
     References:
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 3.
@@ -65,7 +76,7 @@ def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
 
 @dataclasses.dataclass(frozen=True)
 class _Pullback:
-    """The pullback from the outputs to the hidden signals `records`, through a network whose activations are linear."""
+    """The pullback from the outputs to the hidden signals `records`, through a network with linear activations."""
 
     passing: frozenset[str]
 
@@ -88,7 +99,7 @@ def _only(pull: Callable[..., Any], errors: Any) -> Any:
 
 
 class _Linear(Handler):
-    """Activations with derivative one; hidden signals taken from the frame, so that what arrives there comes out."""
+    """Gives activations the derivative one, and takes hidden signals from the frame, to get the error that arrives."""
 
     activations = True
 
@@ -115,7 +126,7 @@ _straight.defvjp(lambda y, x: (y, jnp.zeros((), x.dtype)), lambda like, d: (None
 
 @jax.custom_vjp
 def _tap(value: Any, record: jax.Array) -> jax.Array:
-    """The record, whose error is seen besides by the value that it is a record of."""
+    """The record. The value that it records gets the same error."""
     return record
 
 

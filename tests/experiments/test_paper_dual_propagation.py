@@ -110,7 +110,7 @@ def test_the_tables_on_digits(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--beta=2", 'Error: DP, alpha=1/2: output="squared_error" has a minimiser only where (1 - alpha) beta < 1'),
+        ("--beta=2", 'Error: DP, alpha=1/2: output="squared_error" has a minimiser only if (1 - alpha) beta < 1'),
         ("--activation=tanh", "Error: DP, alpha=1: the activation 'tanh' cannot be damped"),
         ("--beta=0", "Error: beta must be a finite number > 0, got 0.0."),
     ],

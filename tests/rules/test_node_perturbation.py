@@ -411,7 +411,7 @@ def test_refusals():
         with pytest.raises((ValueError, TypeError), match=message):
             lrules.node_perturbation(**options)
     net, x = conv()
-    with pytest.raises(ValueError, match="a draw of its own"):
+    with pytest.raises(ValueError, match="draw one number for each element"):
         rule = lrules.node_perturbation(0.1, noise=lambda key, shape, dtype: jnp.ones((), dtype))
         run(net, x, rule, rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x), KEY)
     with pytest.raises(ValueError, match="value_and_grad"):

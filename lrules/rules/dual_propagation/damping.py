@@ -1,8 +1,8 @@
 """Damping: for which networks, and how strong (Hoier and Zach 2024, appendix F, Eq. 45 to 50).
 
-A state acts on the state above it, and that one acts back on it: together they multiply a change of the state by
-(beta_k / beta_{k+1}) W^T W. Where this has a norm above 1 the states diverge. Damping averages the new state with the
-old one; L_k is the weight of the old one, and the new one has the weight 1.
+A state acts on the state above it, and that state acts back: together they multiply a change of the state by
+(beta_k / beta_{k+1}) W^T W. If this has a norm above 1, the states diverge. Damping averages the new state with the old
+state; L_k is the weight of the old state, and the new state has the weight 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POWER_ITERATIONS = 5
 
 
 class Reader(NamedTuple):
-    """A layer between two states of a chain, the value that it leads to, and the state made of that (by name)."""
+    """A layer between two states of a chain, the value to which it leads, and the name of the state made from it."""
 
     layer: Layer
     target: Value
@@ -59,7 +59,7 @@ def strengths(
 
 
 def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[str]) -> dict[str, list[Reader]]:
-    """What reads each state, in a chain with one layer between two activations; `inputs` are states too.
+    """The layers that read each state, in a chain with one layer between two activations; `inputs` are states too.
 
     Raises:
       NotImplementedError: the network is not such a chain.
@@ -67,8 +67,8 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
     for activation in activations:
         if "scan" in activation.scope:
             raise NotImplementedError(
-                f"the activation {activation.site!r} lies inside a loop, where damping does not know which state comes "
-                "next: write the loop out, layer by layer, or leave damping out"
+                f"the activation {activation.site!r} lies inside a loop, and damping cannot find the next state there: "
+                "write the loop out, layer by layer, or leave damping out"
             )
     outputs = {id(a.output): a.site for a in activations}
     layers = {id(layer.output): layer for layer in graph.layers}
@@ -97,8 +97,8 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
         below = [above(layer.operand) for layer in found]
         if sites or len(found) != 1 or len(below[0][0]) > 1 or below[0][1]:
             raise NotImplementedError(
-                "damping serves chains, in which one layer lies between two activations, and this network has skip "
-                "connections or layers without an activation between them: leave damping out"
+                "damping serves chains with one layer between two activations, and this network has skip connections "
+                "or layers without an activation between them: leave damping out"
             )
         for site in below[0][0] or inputs:
             reading.setdefault(site, []).append(Reader(found[0], target, name))
@@ -115,10 +115,10 @@ def _norms(
 ) -> Iterator[tuple[str, str, Any]]:
     """|W^T W| between each state and those above it, by power iterations: `(state, state above, norm)`.
 
-    Factors and pooling on the way count; for pooling it may be a bound.
+    It includes factors and pooling on the way; for pooling it may be a bound.
 
     Raises:
-      NotImplementedError: something else lies on the way.
+      NotImplementedError: another operation lies on the way.
     """
     frame = Frame()
     handler = _RecordNorms({reader.layer.site for readers in reading.values() for reader in readers})
@@ -143,23 +143,23 @@ class _RecordNorms(Handler):
 
 
 def _growth(value: Value, states: set[int]) -> float:
-    """How many times longer a vector can get on its way from the layer or state (by id) below to here."""
+    """The factor by which a vector can grow on its way from the layer or state (by id) below to here."""
     grown = 1.0
     while value.layer is None and id(value) not in states and value.operands:
         eqn, moving = value.producer, [v for v in value.operands if v.data]
         known = _factor(eqn, moving[0], value) if len(moving) == 1 and eqn is not None else None
         if known is None:
             raise NotImplementedError(
-                "damping by power iterations knows what weights, biases, constant factors and pooling do to a change "
-                f"of a state, and between two states of this network lies {eqn.primitive.name if eqn else 'a loop'}: "
-                "give a number, such as damping=0.5"
+                "damping by power iterations serves weights, biases, constant factors and pooling between two states, "
+                f"and this network has {eqn.primitive.name if eqn else 'a loop'} there: give a number, such as "
+                "damping=0.5"
             )
         grown, value = grown * known, moving[0]
     return grown
 
 
 def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
-    """The norm of one equation between states, or a bound on it; None where it is not known."""
+    """The norm of one equation between states, or a bound on it; None if it is not known."""
     name, params, size = eqn.primitive.name, eqn.params, int(np.prod(operand.aval.shape))
     if name in ("mul", "div"):
         constants = [float(v.val) for v in eqn.invars if is_literal(v) and np.ndim(v.val) == 0]
@@ -172,16 +172,18 @@ def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
         return float(np.sqrt(size / np.prod(out.aval.shape)))
     if name in ("reduce_window_sum", "reduce_window_max"):
         window, stride, dilation = (np.asarray(params[f"window_{k}"]) for k in ("dimensions", "strides", "dilation"))
-        overlap = np.prod(np.where(dilation == 1, -(-window // stride), window))  # how many windows one element is in
+        overlap = np.prod(np.where(dilation == 1, -(-window // stride), window))  # in how many windows one element is
         return float(np.sqrt(overlap * (np.prod(window) if name == "reduce_window_sum" else 1)))
     return 1.0 if name in LINEAR | VIEWS | {"stop_gradient", "name", "slice", "pad", "rev", "reduce_max"} else None
 
 
 def check_projection(site: str, fn: Callable[..., Any], x: jax.Array) -> None:
-    """Damping needs activations that clip to an interval, so that s = f(a) is the point of it nearest to a.
+    """Refuses an activation that damping cannot serve.
+
+    Damping needs activations that clip to an interval, so that s = f(a) is the point of the interval nearest to a.
 
     Raises:
-      NotImplementedError: this one does not.
+      NotImplementedError: this activation does not clip to an interval.
     """
     try:
         points, values = sampled(fn, x)
@@ -194,6 +196,6 @@ def check_projection(site: str, fn: Callable[..., Any], x: jax.Array) -> None:
         values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3
     ):
         raise NotImplementedError(
-            f"the activation {site!r} cannot be damped, because Eq. 50 holds only for activations that clip to an "
-            "interval (relu, relu6, hard_tanh, jnp.clip) and changes the fixed points of others: leave damping out"
+            f"the activation {site!r} cannot be damped: Eq. 50 holds only for activations that clip to an interval "
+            "(relu, relu6, hard_tanh, jnp.clip), and it changes the fixed points of others: leave damping out"
         )

@@ -1,8 +1,8 @@
-"""The activations for which differences of states can do the work of derivatives.
+"""The activations for which differences of states can replace derivatives.
 
-A difference of two states shows what a function computes, not the derivative that it declares. A spike with a surrogate
-derivative and a straight-through function declare another one. And where states are complex, JAX sends cotangents down
-by the transpose of the derivative. A difference gives the same only if the derivative is one complex number, which
+A difference of two states shows the values of a function, not the derivative that it declares. A spike with a surrogate
+derivative and a straight-through function declare another derivative. And if states are complex, JAX sends cotangents
+down by the transpose of the derivative. A difference gives the same only if the derivative is one complex number, which
 means that the function is holomorphic.
 """
 
@@ -31,10 +31,11 @@ CACHE: dict[Any, bool] = {}  # whether two derivatives, as jaxprs, are the same
 
 
 def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
-    """Refuses activations for which differences of states do not serve.
+    """Refuses activations whose derivatives differences of states cannot replace.
 
     Raises:
-      NotImplementedError: an activation declares a derivative that is not its own, or is complex and not holomorphic.
+      NotImplementedError: an activation declares a derivative that is not that of the function, or is complex and not
+        holomorphic.
     """
     sites = {a.site for a in activations}
     for block, region in _regions(graph.block):
@@ -44,15 +45,15 @@ def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]
         if any(kinds) and not (all(kinds) and _same(graph, block, region, _turned, _straight)):
             raise NotImplementedError(
-                f"the activation {site!r} is complex and not holomorphic, so that differences of states are not "
-                f"derivatives: write it for the real and the imaginary part, or give passing={{{site!r}}}, and error "
-                "passes through it by its derivative"
+                f"the activation {site!r} is complex and not holomorphic, so differences of states are not its "
+                f"derivatives: write it for the real and the imaginary part, or give passing={{{site!r}}}, so that "
+                "the error passes through it by its derivative"
             )
         if _declares(region.eqns) and not _same(graph, block, region, _straight, _straight, opened=True):
             raise NotImplementedError(
-                f"the activation {site!r} has a derivative of its own, which is not that of the function, and "
-                f"differences of states cannot show it: give passing={{{site!r}}}, and error passes through it by "
-                "that derivative, or use another rule"
+                f"the activation {site!r} declares a derivative that is not that of the function, and differences of "
+                f"states cannot show it: give passing={{{site!r}}}, so that the error passes through it by the "
+                "declared derivative, or use another rule"
             )
 
 
@@ -64,7 +65,7 @@ def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
 
 
 def _declares(eqns: Any) -> bool:
-    """Whether the derivative may differ from that of the function."""
+    """Whether these equations may declare a derivative that is not that of the function."""
     names = {eqn.primitive.name for eqn in eqns}
     bodies = [call_body(eqn) for eqn in eqns if eqn.primitive.name in CALLS]
     return not names.isdisjoint((STOP, *OWN_DERIVATIVE)) or any(_declares(b.eqns) for b in bodies if b is not None)
@@ -77,7 +78,7 @@ def _straight(f: Callable[..., Any], x: jax.Array) -> Any:
 
 
 def _turned(f: Callable[..., Any], x: jax.Array) -> Any:
-    """The derivative if the function is holomorphic, taken in another direction."""
+    """The derivative in another direction; it is the same if the function is holomorphic."""
     y, pull = jax.vjp(f, x)
     return pull(1j * jnp.ones_like(y))[0] / 1j
 
@@ -85,7 +86,7 @@ def _turned(f: Callable[..., Any], x: jax.Array) -> Any:
 def _same(
     graph: Graph, block: Block, region: Region, one: Callable[..., Any], other: Callable[..., Any], opened: bool = False
 ) -> bool:
-    """Whether two derivatives of an activation are the same at sample points; `opened` is for the second one."""
+    """Whether two derivatives of an activation are the same at sample points; `opened` is for the second."""
     like = region.root.aval
     complex_ = jnp.issubdtype(like.dtype, jnp.complexfloating)
     close = 4 * float(jnp.finfo(like.dtype).eps) ** 0.5
@@ -116,7 +117,7 @@ def _same(
 
 
 def _sampled(traced: Any, points: np.ndarray, dtype: Any) -> np.ndarray:
-    """The values of an elementwise function at points, one by one: shapes and shardings are left out."""
+    """The values of an elementwise function at points, one by one, without shapes and shardings."""
 
     def at(jaxpr: Jaxpr, values: Sequence[Any]) -> list[Any]:
         env = dict(zip(jaxpr.invars, values, strict=True))
@@ -141,7 +142,7 @@ def _sampled(traced: Any, points: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _evaluate(eqns: Any, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
-    """The values that equations compute; opened, they have the derivative of the function and not their own."""
+    """The values that equations compute; if opened, they have the derivative of the function, not a declared one."""
     for eqn in eqns:
         values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
         body = call_body(eqn) if opened else None

@@ -1,4 +1,4 @@
-"""The level of each state: how many activations lie on the longest way from the inputs to it."""
+"""The level of each state: the number of activations on the longest path from the inputs to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One network with its states: which there are, and one run of it up and down."""
+"""One network with its states: a list of them, and one run of the network up and down."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lrules.typing import Pytree
 
 
 class _Own:
-    """What stands at a layer of the plan: neither backprop nor a rule with feedback, so that refusals count."""
+    """The entry of a layer in the plan: it is not backprop and not a rule with feedback, so refusals count."""
 
 
 def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
-    """What happens at the layers of a network: that of the feedback rule, where there is one.
+    """What happens at the layers of a network: the plan of the feedback rule, if there is one.
 
     Raises:
       NotImplementedError: an activation cannot have two states.
@@ -43,8 +43,8 @@ def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, input
         listed, place = ", ".join(map(repr, inside)), next(iter(inside.values()))
         what, lie, them = ("activation", "lies", "it") if len(inside) == 1 else ("activations", "lie", "them")
         raise NotImplementedError(
-            f"the {what} {listed} {lie} inside a {place}, where two states cannot be kept: take {them} out of the "
-            f"{place}, or give passing={{{listed}}}, and error passes through {them} by the derivative"
+            f"the {what} {listed} {lie} inside a {place}, where two states cannot be kept: move {them} out of the "
+            f"{place}, or give passing={{{listed}}}, so that the error passes through {them} by the derivative"
         )
     check_differences(graph, activations)
     own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
@@ -54,8 +54,8 @@ def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, input
     plan = description.plan(net, graph, params, inputs)
     if any(isinstance(spec, Direct) for spec in plan.specs.values()):
         raise ValueError(
-            "feedback_rule must be a sequential rule: a direct rule sends the output error past the states, which then "
-            "have nothing to hand down; give lrules.feedback_alignment() or the like"
+            "feedback_rule must be a sequential rule, got a direct rule, which sends the output error past the states: "
+            "give lrules.feedback_alignment() or the like"
         )
     return plan
 
@@ -75,8 +75,8 @@ class DualNetwork:
         self.options = options
         if any(handler.activations for handler in net.handlers):
             raise NotImplementedError(
-                "dual propagation uses differences of states where other rules use derivatives, so "
-                "without_derivatives and replace_derivative do not go with it: leave them out"
+                "dual_propagation uses differences of states instead of derivatives, so without_derivatives and "
+                "replace_derivative cannot change it: leave them out"
             )
         self.graph = graph = net.graph(params, inputs)
         self.plan = plan_for(options, net, graph, params, inputs)
@@ -91,7 +91,7 @@ class DualNetwork:
         self.units = units_of(options, names, list(self.nudged.values()), batch)
         if options.damping is not None and any(is_symbolic_dim(zeros.size) for zeros in self.clean.values()):
             raise NotImplementedError(
-                "damping tries the activations on numbers, and so needs shapes that are numbers: give the batch its "
+                "damping evaluates the activations, so the shapes must be numbers, not symbols: give the batch its "
                 "size, or leave damping out"
             )
         self.readers = readers(graph, activations, list(self.nudged.values())) if options.damping is not None else {}
@@ -103,14 +103,14 @@ class DualNetwork:
         if options.order == "forward" and options.iterations < self.depth:
             raise ValueError(
                 f'dual_propagation(order="forward", iterations={options.iterations}): the error falls by one layer in '
-                f"each iteration, and this network has {self.depth} layers, so the lowest ones would get none: give "
-                f"at least iterations={self.depth}"
+                f"each iteration, and this network has {self.depth} layers, so the lowest layers would get no error: "
+                f"give at least iterations={self.depth}"
             )
 
     def arguments(
         self, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, rng: Any
     ) -> tuple[tuple[list[Any], dict[str, jax.Array], list[Any], list[Any], tuple[Handler, ...]], jax.Array | None]:
-        """`(args, keys)`: all that the network runs on, as what can be differentiated, and a key per iteration."""
+        """`(args, keys)`: all that the network needs, as differentiable arguments, and a key per iteration."""
         self.plan.check(feedback)
         leaves = net.parameters(params)
         weights = {**feedback.fixed, **feedback.learned}

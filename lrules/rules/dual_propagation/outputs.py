@@ -1,4 +1,4 @@
-"""The error at the outputs: which outputs carry one, and its exact value for squared errors (Eq. 3)."""
+"""The error at the outputs: which outputs have one, and its exact value for squared errors (Eq. 3)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exact_error(unit: Unit, objective: Callable[..., Any], outputs: Pytree) -> C
       outputs: outputs of the same structure and shapes.
 
     Raises:
-      ValueError: the objective is not seen to be such a sum.
+      ValueError: the analysis cannot see that the objective is such a sum.
       NotImplementedError: the outputs have symbolic shapes, and the loss transposes them.
     """
     gradient, split = jax.grad(objective, allow_int=True), Floats(outputs)
@@ -56,12 +56,12 @@ def exact_error(unit: Unit, objective: Callable[..., Any], outputs: Pytree) -> C
 
     if not _affine(Network(slopes).graph(split.take(outputs), outputs).outs):
         raise ValueError(
-            'output="squared_error" needs a loss that is seen to be quadratic in each output by itself, and this loss '
-            'is not: write it as a sum of jnp.square(outputs - targets), or give output="refreshed"'
+            'output="squared_error" needs a loss that is quadratic in each output by itself, and the analysis cannot '
+            'see this: write the loss as a sum of jnp.square(outputs - targets), or give output="refreshed"'
         )
 
     def error_at(outputs: Pytree) -> Any:
-        """-(s+ - s-) / (n beta), s+ and s- the minimisers of Eq. 3 for the gradient g and the curvature h."""
+        """-(s+ - s-) / (n beta), where s+ and s- minimise Eq. 3 for the gradient g and the curvature h."""
 
         def leaf(g: Any, h: jax.Array) -> Any:
             h = h * unit.n * unit.beta
@@ -79,7 +79,7 @@ def _affine(slopes: Any) -> bool:
     """Whether each element of each slope is an affine function of the output at its own place, and of no other."""
     stack: list[tuple[Any, int, tuple[Any, ...]]] = [(value, i, ()) for i, value in enumerate(slopes)]
     seen: set[Any] = set()
-    while stack:  # a value, whose slope it is, and the views between
+    while stack:  # a value, the output whose slope it is, and the views between
         value, i, views = stack.pop()
         if not value.params or (id(value), i, views) in seen:
             continue
@@ -93,7 +93,7 @@ def _affine(slopes: Any) -> bool:
         if name == "integer_pow" and eqn.params["y"] == 0:
             continue
         linear = name in LINEAR and (name != "mul" or len(operands) == 1)
-        linear |= name == "integer_pow" and eqn.params["y"] == 1  # so do older versions of JAX differentiate squares
+        linear |= name == "integer_pow" and eqn.params["y"] == 1  # older versions of JAX have it in squares
         linear |= name == "div" and not value.operands[1].params
         linear |= name == "select_n" and not value.operands[0].params
         view = name in VIEWS and operands[0].aval.size == value.aval.size
@@ -113,8 +113,8 @@ def _in_place(value: Any, views: Any) -> bool:
         return True
     if is_symbolic_dim(value.aval.size):
         raise NotImplementedError(
-            f"the loss transposes outputs of the symbolic shape {value.aval.shape}, and it is not known where each one "
-            'goes: give all axes their sizes, or give output="refreshed"'
+            f"the loss transposes outputs of the symbolic shape {value.aval.shape}, so the analysis cannot follow each "
+            'output: give all axes their sizes, or give output="refreshed"'
         )
     order = np.arange(value.aval.size).reshape(value.aval.shape)
     with jax.ensure_compile_time_eval():

@@ -14,7 +14,7 @@ from lrules.engine.handlers import Frame, Handler
 from lrules.engine.records import Activation
 from lrules.rules.dual_propagation.options import Options
 
-State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and what last arrived from above
+State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and the error that last arrived from above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Unit:
     Attributes:
       alpha: the weight of s+ in the mean.
       adjoint: which of the two equations renews it.
-      gain: what multiplies D; 1 but for inputs.
-      beta, n: D is what arrives times -n beta, and what goes down is s+ - s- over -n beta. The batch n may be symbolic.
+      gain: the factor of D; it is 1 except for inputs.
+      beta, n: D is the arriving error times -n beta, and s+ - s- over -n beta goes down. The batch n may be symbolic.
     """
 
     alpha: float
@@ -51,10 +51,10 @@ class Unit:
     def settle(
         self, fn: Callable[..., Any], a: jax.Array, arriving: jax.Array, damping: Any, plus: jax.Array, minus: jax.Array
     ) -> tuple[Any, Any]:
-        """The new s+ and s- from what comes from below and from above, and from the old ones."""
+        """The new s+ and s-, from the pre-activation a, the error from above, and the old values."""
         d = (-self.scale * arriving.astype(at_least_float32(a.dtype))).astype(a.dtype)
         high, low = a + self.up * d, a - self.down * d
-        if damping is not None:  # where D has the factor 0 there is nothing to hold back
+        if damping is not None:  # a value for which D has the factor 0 needs no damping
             n = damping.astype(a.dtype)
             high = (high + n * plus.astype(a.dtype)) / (1 + n) if self.up else high
             low = (low + n * minus.astype(a.dtype)) / (1 + n) if self.down else low
@@ -71,14 +71,14 @@ def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: i
     """The numbers of each state.
 
     Args:
-      options: those of the rule.
+      options: the options of the rule.
       names: the names of the states.
-      inputs: the names of those that are inputs.
+      inputs: the names of the states that are inputs.
       n: the batch, see `Unit`.
 
     Raises:
-      ValueError: alpha or beta has no number for a state, or a pattern that no state uses; or squared errors have no
-        minimiser.
+      ValueError: alpha or beta has no number for a state, or has a pattern that no state uses; or squared errors have
+        no minimiser.
     """
     for option in (options.alpha, options.beta):
         option.check(names, ' (inputs are states with input_nudge, outputs with output="squared_error")')
@@ -89,23 +89,24 @@ def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: i
         units[name] = Unit(alpha, bool(options.adjoint), gain, beta, n)
         if name == "outputs" and (1 - alpha) * beta >= 1:
             raise ValueError(
-                f'output="squared_error" has a minimiser only where (1 - alpha) beta < 1, got {(1 - alpha) * beta:g}: '
+                f'output="squared_error" has a minimiser only if (1 - alpha) beta < 1, got {(1 - alpha) * beta:g}: '
                 "give a smaller beta or a larger alpha"
             )
     return units
 
 
 class Dyads(Handler):
-    """Runs all activations as pairs s+, s-; the old ones are in `frame.inputs`.
+    """Runs all activations as pairs s+, s-; the old pairs are in `frame.inputs`.
 
     Modes:
-      clean: going up, s+ and s- are what comes from below. Going down, they are renewed.
-      sweep: going up, they are renewed with what last arrived from above. Going down, they are renewed again.
-      still: the old ones are sent up and down. Going down, the new ones are computed.
-      record: clean ones are recorded going up; nothing goes down.
-      up: they are renewed going up, and recorded; nothing goes down.
+      clean: on the way up, s+ and s- are both f(a). On the way down, they are renewed.
+      sweep: on the way up, they are renewed with the error that last arrived from above. On the way down, they are
+        renewed again.
+      still: the old pairs are sent up and down. On the way down, the new pairs are computed.
+      record: clean pairs are recorded on the way up; nothing goes down.
+      up: the pairs are renewed on the way up, and recorded; nothing goes down.
 
-    In the first three, the new ones are the cotangents of the old ones.
+    In the first three modes, the new pairs are the cotangents of the old pairs.
     """
 
     activations = True
@@ -139,9 +140,10 @@ class Dyads(Handler):
 
 
 def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callable[..., Any]:
-    """One activation whose backward pass renews its state and hands down the difference in place of a derivative.
+    """One activation; its backward pass renews its state and sends down the difference instead of a derivative.
 
-    It also returns a zero. Its cotangent makes JAX run the backward pass even where no error arrives (`stop_gradient`).
+    It also returns a zero. The cotangent of this zero makes JAX run the backward pass even if no error arrives
+    (`stop_gradient`).
     """
 
     @jax.custom_vjp
@@ -154,7 +156,7 @@ def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callabl
             y = fn(x, *captured)
             return (y, zero), (x, y, y, old, damping, captured)
         plus, minus = old["plus"], old["minus"]
-        if mode == "sweep" and not first:  # below the inputs nothing has changed since the way down
+        if mode == "sweep" and not first:  # nothing below the inputs has changed since the way down
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
         return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
 
@@ -172,14 +174,15 @@ def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callabl
 
 
 def with_damping(state: State, damping: Mapping[str, Any]) -> State:
-    """The states together with the L of those that have one."""
+    """The states, with L for those that have one."""
     return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
 
 
 def residual(old: State, new: State) -> jax.Array:
     """The largest change of a pair s+, s-, divided by the norm of s+ - s-.
 
-    A pair without a difference, which no error reaches, is left out: it shows in the pairs above that it changes.
+    It leaves out a pair without a difference, because no error reaches it. If such a pair changes, the pairs above
+    show it.
     """
     found = jnp.zeros((), jnp.result_type(float))
     for site, pair in new.items():

@@ -19,7 +19,7 @@ from lrules.typing import Pytree
 
 
 def begin(network: DualNetwork, args: Any) -> tuple[Any, ...]:
-    """`(outputs, aux, started)`: the clean run, and what `gradients` goes on from."""
+    """`(outputs, aux, started)`: the clean run; `gradients` continues from `started`."""
     damping = network.damping(args)
     if network.options.order == "forward_backward":
         zeros = {site: dict.fromkeys(("plus", "minus", "arriving"), zero) for site, zero in network.clean.items()}
@@ -80,7 +80,7 @@ def transformed(network: DualNetwork) -> Callable[..., Any]:
 
 
 class _Sweeps:
-    """One iteration in each order. What it renews are the states and the error of the outputs."""
+    """One iteration in each order. It renews the states and the error of the outputs."""
 
     def __init__(
         self, network: DualNetwork, args: Any, damping: Mapping[str, Any], split: Floats, error_at: Callable[..., Any]
@@ -151,10 +151,10 @@ class _Sweeps:
 
 
 def _repeat(network: DualNetwork, iterate: Callable[..., Any], carry: Any, keys: Any, done: int) -> tuple[Any, ...]:
-    """`(carry, report)` after the iterations that are left, stopping early where the tolerance is met.
+    """`(carry, report)` after the remaining iterations; it stops early if the residual is within the tolerance.
 
     Args:
-      network: with its options.
+      network: the network, with its options.
       iterate: `(carry, key) -> carry`.
       carry: the states, and the error of the outputs.
       keys: one per iteration, or None.
@@ -175,7 +175,7 @@ def _repeat(network: DualNetwork, iterate: Callable[..., Any], carry: Any, keys:
             found = jnp.concatenate([found, rest])
         return carry, {"residual": found, "iterations": jnp.asarray(options.iterations)}
 
-    least = max(network.depth, done)  # before that many, no error has reached the lowest layers
+    least = max(network.depth, done)  # after fewer iterations, no error has reached the lowest layers
 
     def more(loop: Any) -> Any:
         i, _, found = loop
