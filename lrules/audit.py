@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lrules.description import feedback_reach, table
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler
-from lrules.engine.jaxprs import is_literal, open_jaxpr, scan_counts
+from lrules.engine.jaxprs import COND, SCAN, WHILE, is_literal, open_jaxpr, scan_counts
+from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.records import reach
@@ -238,13 +239,13 @@ def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
 
 
 def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "scan":
+    name, params = of(eqn).name, eqn.params
+    if name == SCAN:
         return _loop(params["jaxpr"], ins, *scan_counts(params))
-    if name == "while":
+    if name == WHILE:
         n, m = params["cond_nconsts"], params["body_nconsts"]
         return _loop(params["body_jaxpr"], ins[n:], m, len(ins) - n - m)
-    if name == "cond":
+    if name == COND:
         outs = [_follow(branch, ins[1:]) for branch in params["branches"]]
         return [_union(out) for out in zip(*outs, strict=True)]
     inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
@@ -258,11 +259,11 @@ def _result(eqn, ins: list[_Trace], aval) -> _Trace:
     if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans choose, and multiply nothing
         return _Trace(known=jnp.issubdtype(dtype, jnp.integer) and any(t.known for t in ins))
     real = [jnp.issubdtype(getattr(v.aval, "dtype", jnp.bool_), jnp.inexact) for v in eqn.invars]
-    met = _union(t for t, r in zip(ins, real, strict=True) if r or eqn.primitive.name == "convert_element_type")
+    met = _union(t for t, r in zip(ins, real, strict=True) if r or of(eqn).casts)
     if met.error:
         factors = [t.params for t in ins if not t.error and not t.known]
         return _Trace(error=True, via=met.via.union(*factors))
-    recorded = eqn.primitive.name == "name" and eqn.params["name"] == RECORDED
+    recorded = of(eqn).marks and eqn.params["name"] == RECORDED
     return dataclasses.replace(met, known=met.known or recorded)
 
 

@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
          "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
 
+JITS = {"jit", "pjit"}
+
 OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
@@ -39,6 +41,10 @@ INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_c
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 
 REMATS = {"remat", "remat2", "checkpoint"}
+
+SCAN, COND, WHILE, SHARD_MAP = "scan", "cond", "while", "shard_map"
+
+CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
 
 
 def scan_counts(params) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
 
     def backward(op, w, b, x, d, layer):
         raw, c = coefficients(op, w, x, d, layer)
-        order = _neurons(w, layer) if layer.operation.startswith("custom") else None
+        order = _neurons(w, layer) if layer.row.rounds else None
         if order is not None:  # it may round its weight, so that the error is scaled in the weight's place
             scaled = (d.astype(c.dtype) * _at_outputs(c, d, order, layer)).astype(d.dtype)
             (dx,) = jax.vjp(lambda x: op(w, x), x)[1](scaled)
