@@ -132,7 +132,7 @@ def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]
 
         def one_seed(key: Array, params: PyTree, state: PyTree) -> PyTree:
             key = jax.random.fold_in(key, 4)
-            return lrules.monotone.initialize(key, task.net, params, (state, x), initializer)
+            return lrules.monotone.initialize(key, task.net, params, (state, x), init=initializer)
 
         return jax.jit(jax.vmap(one_seed))(keys, params, state), state
 

@@ -169,6 +169,13 @@ def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
             raise InputError(f"{name} has no option '{option}': it takes none, so write {name} alone.")
         if option not in parameters:
             raise InputError(f"{name} has no option '{option}': {nearest(option, parameters)}")
+    unnamed = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(unnamed):
+        named = parameters[len(unnamed) :]
+        remedy = f"write the others with their names, such as {named[0]}=..." if named else "leave the others out"
+        raise InputError(
+            f"{name} takes at most {len(unnamed)} values without a name, and {len(args)} are given: {remedy}."
+        )
     missing = [p for p in _required(factory)[len(args) :] if p not in options]
     if missing:
         example = ", ".join([*map(_text, args), *(f"{k}={_text(v)}" for k, v in options.items()), f"{missing[0]}=..."])

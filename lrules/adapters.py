@@ -1,4 +1,9 @@
-"""Flax modules as networks: `from_nnx` and `from_linen` split a model into function, parameters and other state."""
+"""Flax modules as networks: `from_nnx` and `from_linen` split a model into function, parameters and other state.
+
+Flax is imported where it is used, so that `import lrules` works without it, and is quicker with it.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -7,27 +12,54 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import flax.core
-import flax.errors
 import jax
-from flax import linen as nn
-from flax import nnx
 
 from lrules.network import Network
+from lrules.typing import Pytree
 
-Pytree = Any
+if TYPE_CHECKING:
+    from flax import linen as nn
+    from flax import nnx
 
 
+
+@overload
 def from_nnx(
     model: nnx.Module,
-    wrt: Any = nnx.Param,
+    wrt: Any = ...,
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    with_state: Literal[False] = ...,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, nnx.State[Any, Any]]: ...
+@overload
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = ...,
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    with_state: Literal[True],
+    batch_axes: Pytree = ...,
+) -> tuple[Network, nnx.State[Any, Any], nnx.State[Any, Any]]: ...
+@overload
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = ...,
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    with_state: bool,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, nnx.State[Any, Any]] | tuple[Network, nnx.State[Any, Any], nnx.State[Any, Any]]: ...
+def from_nnx(
+    model: nnx.Module,
+    wrt: Any = None,
     *,
     call: Callable[[Any, Any], Any] | None = None,
     with_state: bool = False,
     batch_axes: Pytree = 0,
-) -> tuple[Network, nnx.State] | tuple[Network, nnx.State, nnx.State]:
+) -> tuple[Network, nnx.State[Any, Any]] | tuple[Network, nnx.State[Any, Any], nnx.State[Any, Any]]:
     """Splits an NNX model into a network and the parameters to train.
 
     The parameters are the `nnx.State` that `nnx.split` gives: `jax.grad` with respect to them returns what
@@ -40,7 +72,8 @@ def from_nnx(
 
     Args:
       model: the module, an instance.
-      wrt: the filter that selects what is trained, as in `nnx.split`: a variable type, a tuple of them, a predicate.
+      wrt: the filter that selects what is trained, as in `nnx.split`: a variable type, a tuple of them, a predicate;
+        by default `nnx.Param`.
       call: `call(model, inputs)`, where the model takes anything but `inputs` alone; by default `model(inputs)`.
       with_state: let the rest of the state in and out: inputs are then `(state, inputs)`, and the new state is the
         network's aux, so that batch statistics are kept and dropout masks advance.
@@ -50,6 +83,7 @@ def from_nnx(
       `(network, params)`, or `(network, params, state)` with `with_state`.
 
     Raises:
+      ImportError: Flax is not installed.
       TypeError: the model is no NNX module, or cannot be called.
       ValueError: `wrt` selects nothing.
 
@@ -64,6 +98,11 @@ def from_nnx(
       >>> net(params, jnp.ones((4, 3))).shape
       (4, 2)
     """
+    _require_flax("from_nnx")
+    from flax import linen as nn
+    from flax import nnx
+
+    wrt = nnx.Param if wrt is None else wrt
     if isinstance(model, nn.Module):
         raise TypeError(f"{type(model).__name__} is a Linen module: use from_linen(module, variables).")
     if isinstance(model, type) or not isinstance(model, nnx.Pytree):
@@ -81,7 +120,7 @@ def from_nnx(
     frozen, state = jax.tree.map(lambda x: x, others)
     given = {"frozen": frozen} if jax.tree.leaves(frozen) else {}
 
-    def run(params, state, inputs, frozen=frozen):
+    def run(params: Pytree, state: Pytree, inputs: Pytree, frozen: Any = frozen) -> tuple[Any, Any]:
         merged = nnx.merge(graphdef, params, frozen, state, copy=True)
         outputs = merged(inputs) if call is None else call(merged, inputs)
         return outputs, _like(state, nnx.state(merged, nnx.Not(nnx.Any(wrt, nnx.Param))))
@@ -94,7 +133,7 @@ def from_nnx(
         "from_nnx(..., with_state=True), or model.eval() before from_nnx.",
     )
 
-    def stateless(params, *args):  # the frozen weights, where there are any, and the inputs
+    def stateless(params: Pytree, *args: Any) -> Any:  # the frozen weights, where there are any, and the inputs
         *weights, inputs = args
         outputs, after = run(params, state, inputs, *weights)
         if _has_drawn(state, after):
@@ -106,12 +145,42 @@ def from_nnx(
     return dataclasses.replace(_stateful(run, batch_axes), **given), params, state
 
 
+@overload
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    rngs: Pytree = ...,
+    with_state: Literal[False] = ...,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, Pytree]: ...
+@overload
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    rngs: Pytree = ...,
+    with_state: Literal[True],
+    batch_axes: Pytree = ...,
+) -> tuple[Network, Pytree, dict[str, Any]]: ...
+@overload
+def from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = ...,
+    rngs: Pytree = ...,
+    with_state: bool,
+    batch_axes: Pytree = ...,
+) -> tuple[Network, Pytree] | tuple[Network, Pytree, dict[str, Any]]: ...
 def from_linen(
     module: nn.Module,
     variables: Mapping[str, Any],
     *,
     call: Callable[[Any, Any], Any] | None = None,
-    rngs: Any = None,
+    rngs: Pytree = None,
     with_state: bool = False,
     batch_axes: Pytree = 0,
 ) -> tuple[Network, Pytree] | tuple[Network, Pytree, dict[str, Any]]:
@@ -135,6 +204,7 @@ def from_linen(
       `(network, params)`, or `(network, params, state)` with `with_state`, `state` a dict of collections.
 
     Raises:
+      ImportError: Flax is not installed.
       TypeError: `module` is no Linen module.
       ValueError: `variables` has no collection `"params"`, or, when called, the module needs a key it was not given.
 
@@ -150,6 +220,12 @@ def from_linen(
       >>> net(params, x).shape
       (4, 2)
     """
+    _require_flax("from_linen")
+    import flax.core
+    import flax.errors
+    from flax import linen as nn
+    from flax import nnx
+
     if isinstance(module, nnx.Pytree):
         raise TypeError(f"{type(module).__name__} is an NNX module: use from_nnx(model).")
     if not isinstance(module, nn.Module):
@@ -166,7 +242,7 @@ def from_linen(
     params = variables["params"]
     collections = flax.core.unfreeze({name: variables[name] for name in variables if name != "params"})
 
-    def run(params, collections, inputs, keys):
+    def run(params: Pytree, collections: Any, inputs: Pytree, keys: Any) -> tuple[Any, dict[str, Any]]:
         method = None if call is None else lambda bound, inputs: call(bound, inputs)
         try:
             outputs, changed = module.apply(
@@ -186,14 +262,14 @@ def from_linen(
         "from_linen(..., rngs=rngs, with_state=True).",
     )
 
-    def stateless(params, inputs):
+    def stateless(params: Pytree, inputs: Pytree) -> Any:
         warn(params, inputs)
         return run(params, collections, inputs, rngs)[0]
 
     if not with_state:
         return Network(stateless, batch_axes=batch_axes), params
 
-    def step(params, state, inputs):
+    def step(params: Pytree, state: Pytree, inputs: Pytree) -> tuple[Any, ...]:
         if rngs is None:
             return run(params, state, inputs, None)
         pairs = jax.tree.map(jax.random.split, state["rngs"])
@@ -205,10 +281,24 @@ def from_linen(
     return _stateful(step, batch_axes), params, state
 
 
+def _require_flax(caller: str) -> None:
+    """Flax can be imported.
+
+    Raises:
+      ImportError: it cannot, and `caller` needs it.
+    """
+    try:
+        import flax  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "flax":  # it is there, and lacks something else
+            raise
+        raise ImportError(f"{caller} needs Flax, which is not installed: pip install flax", name="flax") from error
+
+
 def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Network:
     """The network of inputs `(state, inputs)` whose aux is the new state."""
 
-    def apply(params, *args):  # the frozen weights, where there are any, and the inputs
+    def apply(params: Pytree, *args: Any) -> tuple[Any, Any]:  # the frozen weights, where there are any, and the inputs
         *frozen, inputs = args
         if not isinstance(inputs, tuple | list) or len(inputs) != 2:
             raise TypeError(
@@ -219,14 +309,18 @@ def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Networ
     return Network(apply, has_aux=True, batch_axes=(None, batch_axes))
 
 
-def _like(state: nnx.State, after: nnx.State) -> nnx.State:
+def _like(state: nnx.State[Any, Any], after: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
     """`after` without the variables that `state` lacks, so that a scan over steps can carry it."""
+    from flax import nnx
+
     known = {path for path, _ in nnx.to_flat_state(state)}
     return nnx.from_flat_state((path, value) for path, value in nnx.to_flat_state(after) if path in known)
 
 
-def _has_drawn(before: nnx.State, after: nnx.State) -> bool:
+def _has_drawn(before: nnx.State[Any, Any], after: nnx.State[Any, Any]) -> bool:
     """Whether the call may have drawn from a random stream: that replaces its count, which lifted calls always do."""
+    from flax import nnx
+
     new = dict(nnx.to_flat_state(after))
     counts = ((path, v) for path, v in nnx.to_flat_state(before) if isinstance(v, nnx.RngCount) and path in new)
     return any(jax.tree.leaves(v)[0] is not jax.tree.leaves(new[path])[0] for path, v in counts)
@@ -239,7 +333,7 @@ def _repeated_draws(apply: Callable[[Any, Any], Any], keys: Pytree, sentence: st
     """
     traced: list[Network] = []
 
-    def warn(params, inputs):
+    def warn(params: Pytree, inputs: Pytree) -> None:
         if traced or not jax.tree.leaves(keys):
             return
         traced.append(Network(apply))
@@ -253,6 +347,8 @@ def _repeated_draws(apply: Callable[[Any, Any], Any], keys: Pytree, sentence: st
 
 def _users_level() -> int:
     """The stack level of the user's line, as its caller counts: the first outside of this library, JAX and Flax."""
+    import flax.core
+
     folders = [os.path.dirname(os.path.abspath(str(f))) for f in (__file__, jax.__file__, flax.core.__path__[0])]
     skipped = (*(folder + os.sep for folder in folders), contextlib.__file__, functools.__file__)
     level, frame = 1, sys._getframe(1)

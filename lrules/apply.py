@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from lrules.network import Network, as_network
-from lrules.rule import Gradients, Rule, check_params, check_rng, require_feedback, require_rule
+from lrules.network import Network, NetworkLike, as_network
+from lrules.rule import Feedback, Gradients, Rule, check_params, check_rng, require_feedback, require_rule
+from lrules.typing import Loss, Pytree
 
-Pytree = Any
+ValueAndGradients: TypeAlias = tuple[tuple[jax.Array, *tuple[Any, ...]], Gradients]  # ((value, outputs[, aux]), ...)
 
 
-def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -> Callable[..., Any]:
+class TransformedNetwork(Protocol):
+    """What `transform` returns."""
+
+    def __call__(self, params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
+        """The network's outputs, with `has_aux` `(outputs, aux)`.
+
+        Args:
+          params: the parameters.
+          feedback: from `rule.init`; `Feedback({}, {})` for rules that have none.
+          inputs: what the network takes.
+          rng: a fresh key for every step, for stochastic rules and for no others.
+        """
+
+
+class ValueAndGrad(Protocol):
+    """What `value_and_grad` returns."""
+
+    def __call__(
+        self, params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> ValueAndGradients:
+        """The objective and the outputs, with `has_aux` aux too, and the rule's gradients.
+
+        Args:
+          params: the parameters.
+          feedback: from `rule.init`; `Feedback({}, {})` for rules that have none.
+          inputs: what the network takes.
+          targets: what the loss takes beside the outputs.
+          rng: a fresh key for every step, for stochastic rules and for no others.
+        """
+
+
+def transform(net: NetworkLike, rule: Rule, *, reduction: Literal["mean", "sum"] = "mean") -> TransformedNetwork:
     """The network with its backward pass replaced: the same outputs, the rule's update as gradient.
 
     Args:
@@ -24,9 +56,9 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
         on the scale of the error take the arriving cotangent as that of such an objective.
 
     Returns:
-      `f(params, feedback, inputs, *, rng=None)`, equal to `net(params, inputs)` bit for bit. Its gradient with respect
-      to `params` is the rule's update, to `feedback` that of learned feedback weights, to `inputs` what the rule brings
-      down to them. No forward mode, no second derivatives.
+      `f(params, feedback, inputs, *, rng=None)`, a `TransformedNetwork`, equal to `net(params, inputs)` bit for bit.
+      Its gradient with respect to `params` is the rule's update, to `feedback` that of learned feedback weights, to
+      `inputs` what the rule brings down to them. No forward mode, no second derivatives.
 
     Raises:
       ValueError: the rule needs the loss or the targets (use `value_and_grad`), or `rng` is missing or superfluous.
@@ -44,7 +76,7 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
         raise ValueError(f'reduction={reduction!r} is neither "mean" nor "sum"')
     inner = rule.transform(as_network(net), reduction=reduction)
 
-    def f(params, feedback, inputs, *, rng=None):
+    def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
         check_rng(rule, rng)
         check_params(params)
         require_feedback(feedback)
@@ -53,7 +85,7 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
     return f
 
 
-def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Callable[..., Any]:
+def value_and_grad(net: NetworkLike, loss: Loss, rule: Rule) -> ValueAndGrad:
     """The objective and the rule's gradients, for a loss per example.
 
     The objective is the mean over all elements of `loss(outputs, targets)`.
@@ -64,7 +96,7 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
       rule: the learning rule.
 
     Returns:
-      `fn(params, feedback, inputs, targets, *, rng=None) -> ((value, outputs[, aux]), Gradients)`.
+      `fn(params, feedback, inputs, targets, *, rng=None) -> ((value, outputs[, aux]), Gradients)`, a `ValueAndGrad`.
 
     Raises:
       ValueError: the loss has another batch than the inputs, or `rng` is missing or superfluous.
@@ -77,7 +109,9 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
     else:
         inner = rule.value_and_grad(net, loss)
 
-    def fn(params, feedback, inputs, targets, *, rng=None):
+    def fn(
+        params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> ValueAndGradients:
         check_rng(rule, rng)
         check_params(params)
         require_feedback(feedback)
@@ -86,11 +120,15 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
     return fn
 
 
-def grad_of_transform(f: Callable, net: Network, loss: Callable, *, pass_targets: bool = False) -> Callable[..., Any]:
+def grad_of_transform(
+    f: Callable[..., Any], net: Network, loss: Callable[..., Any], *, pass_targets: bool = False
+) -> Callable[..., Any]:
     """`value_and_grad` of a rule that `transform` serves."""
 
-    def fn(params, feedback, inputs, targets, *, rng=None):
-        def objective(params, learned):
+    def fn(
+        params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> tuple[tuple[Any, ...], Gradients]:
+        def objective(params: Pytree, learned: Any) -> tuple[jax.Array, Any]:
             extra = {"targets": targets} if pass_targets else {}
             out = f(params, feedback._replace(learned=learned), inputs, rng=rng, **extra)
             outputs = out[0] if net.has_aux else out
@@ -104,7 +142,7 @@ def grad_of_transform(f: Callable, net: Network, loss: Callable, *, pass_targets
     return fn
 
 
-def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
+def mean_loss(net: Network, loss: Callable[..., Any], outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
     """The mean over all elements of `loss(outputs, targets)`, its batch checked.
 
     Raises:
@@ -121,7 +159,7 @@ def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, tar
     return jnp.mean(losses)
 
 
-def _check_call(net, rule) -> None:
+def _check_call(net: Any, rule: Any) -> None:
     """The network and the rule stand where they should."""
     require_rule(rule)
     if isinstance(net, Rule) or not callable(net):

@@ -10,7 +10,7 @@ analysis has missed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrules.description import feedback_reach, table
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.jaxprs import COND, SCAN, WHILE, is_literal, open_jaxpr, scan_counts
+from lrules.engine.handlers import Frame, Handler, Operation
+from lrules.engine.jaxprs import COND, SCAN, WHILE, Atom, Aval, Equation, Jaxpr, is_literal, open_jaxpr, scan_counts
 from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
-from lrules.engine.records import reach
+from lrules.engine.records import Hidden, Layer, reach
 from lrules.engine.running import evaluate
-from lrules.network import Network, as_network
+from lrules.network import Network, NetworkLike, as_network
 from lrules.options import as_initializer
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_description, require_rule
+from lrules.rule import Backprop, Direct, Rule, Sequential, check_params, require_description, require_rule
+from lrules.typing import Pytree
 
 RECORDED = "lrules recorded"
 
@@ -46,7 +47,7 @@ class Audit(NamedTuple):
         return "\n".join(table(self.rows, ("parameter", "route", "layers", "reached by")))
 
 
-def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
+def audit(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
     """By which route each parameter learns under a rule, checked twice.
 
     Routes: `"layer, feedback"` and `"layer"`, where the rule forms its gradient, with feedback weights or without;
@@ -116,7 +117,7 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
+def _route(plan: Plan, layers: Sequence[Layer], latents: bool, reached: Mapping[str, list[str]]) -> str:
     if not layers:
         return "latents" if latents else "bias or scale"
     routes = []
@@ -138,14 +139,14 @@ def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) 
 class _Recorded(Handler):
     """Marks what layers compute and read as recorded forward values."""
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         return checkpoint_name(op(w, x), RECORDED)
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return value if hidden.mark else checkpoint_name(value, RECORDED)
 
 
-def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int]) -> None:
+def _prove(net: Network, graph: Graph, plan: Plan, params: Pytree, inputs: Pytree, live: set[int]) -> None:
     """Follows the error through the program of the gradients."""
     plain = {layer.name for layer in graph.layers if isinstance(plan.specs[layer.site], Backprop)}
     refused = {graph.names[i] for refusal in graph.refusals for i in refusal.parameters}
@@ -153,8 +154,8 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
     choose = lambda name: Backprop() if name in plain | refused else probe  # noqa: E731
     made = make_plan(net, graph, params, inputs, choose)
 
-    def program(leaves, weights, values, errors):
-        def outputs(leaves):
+    def program(leaves: list[Any], weights: Any, values: Sequence[Any], errors: Any) -> Any:
+        def outputs(leaves: list[Any]) -> list[Any]:
             out, _ = evaluate(made, leaves, weights, values, graph.consts, (_Recorded(),), Frame())
             return [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
@@ -191,7 +192,9 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
             )
 
 
-def _through_feedback(op, w, b, x, d, layer):
+def _through_feedback(
+    op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
+) -> tuple[Any, Any, None]:
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
@@ -224,12 +227,12 @@ def _union(traces: Iterable[_Trace]) -> _Trace:
     )
 
 
-def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
+def _follow(jaxpr: Jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
     """What the results of a jaxpr are made of."""
     jaxpr, _ = open_jaxpr(jaxpr)
     env = dict.fromkeys(jaxpr.constvars, _Trace()) | dict(zip(jaxpr.invars, ins, strict=True))
 
-    def read(atom) -> _Trace:
+    def read(atom: Atom) -> _Trace:
         return _Trace() if is_literal(atom) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -238,7 +241,7 @@ def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
+def _equation(eqn: Equation, ins: list[_Trace]) -> list[_Trace]:
     name, params = of(eqn).name, eqn.params
     if name == SCAN:
         return _loop(params["jaxpr"], ins, *scan_counts(params))
@@ -254,7 +257,7 @@ def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
     return [_result(eqn, ins, out.aval) for out in eqn.outvars]
 
 
-def _result(eqn, ins: list[_Trace], aval) -> _Trace:
+def _result(eqn: Equation, ins: list[_Trace], aval: Aval) -> _Trace:
     dtype = getattr(aval, "dtype", jnp.bool_)
     if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans choose, and multiply nothing
         return _Trace(known=jnp.issubdtype(dtype, jnp.integer) and any(t.known for t in ins))
@@ -267,7 +270,7 @@ def _result(eqn, ins: list[_Trace], aval) -> _Trace:
     return dataclasses.replace(met, known=met.known or recorded)
 
 
-def _loop(body, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
+def _loop(body: Any, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
     carry = ins[n_consts : n_consts + n_carry]
     while True:
         outs = _follow(body, [*ins[:n_consts], *carry, *ins[n_consts + n_carry :]])

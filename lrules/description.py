@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from lrules.engine.batch import batch_axis, doubled
 from lrules.engine.graph import Graph
 from lrules.engine.operations import of
-from lrules.engine.plan import Refused
-from lrules.engine.records import Hidden, Layer
-from lrules.network import Network, as_network
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, require_description, require_rule
+from lrules.engine.plan import Plan, Refused
+from lrules.engine.records import Hidden, Layer, Value
+from lrules.network import Network, NetworkLike, as_network
+from lrules.rule import Backprop, Direct, Rule, Sequential, require_description, require_rule
+from lrules.typing import Pytree
 
 
 class Description(NamedTuple):
@@ -52,7 +53,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
+def describe(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
     """What the rule does to each layer, and which feedback reaches it.
 
     Args:
@@ -108,7 +109,7 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
     return Description(layers, hidden, [a.site for a in graph.activations], total, error_at)
 
 
-def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
+def refusals(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
     """What stands in the way of a rule: the parameters that it cannot serve, each with the reason and the remedy.
 
     Args:
@@ -156,7 +157,7 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
     return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 
 
-def _treatment(spec, layer: Layer, plan) -> str:
+def _treatment(spec: Any, layer: Layer, plan: Plan | None) -> str:
     if isinstance(spec, Sequential):
         return "sequential" + (", feedback" if plan and set(layer.parameters) & set(plan.sequential_feedback) else "")
     if isinstance(spec, Direct):
@@ -171,7 +172,7 @@ def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list
     for hidden in stops:
         stop_of.setdefault(id(hidden.root), []).append(hidden.name)
 
-    def spread(value, source: str, seen: set[int], start: bool):
+    def spread(value: Value, source: str, seen: set[int], start: bool) -> None:
         stack = [(value, start)]
         while stack:
             value, first = stack.pop()

@@ -12,11 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Frame, Handler, name_number
-from lrules.network import Network, as_network, parameter_name
+from lrules.engine.handlers import Frame, Handler, Operation, name_number
+from lrules.engine.records import Activation, Layer
+from lrules.network import NetworkLike, as_network, parameter_name
 from lrules.rule import Feedback
+from lrules.typing import Pytree
 
-Pytree = Any
+__all__ = [
+    "Agreement",
+    "agreement",
+    "compare",
+    "lipschitz_product",
+    "spectral_norms",
+    "total_angle",
+    "weight_alignment",
+]
 
 
 class Agreement(NamedTuple):
@@ -145,7 +155,7 @@ def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]
     return found
 
 
-def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -> jax.Array:
+def lipschitz_product(net: NetworkLike, params: Pytree, inputs: Pytree) -> jax.Array:
     """The spectral norm of the network with its activations left out: an estimate of its Lipschitz constant.
 
     ||W_L ... W_2 W_1||_2, exactly, for a multilayer perceptron
@@ -171,7 +181,7 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
     one = jax.lax.slice_in_dim(leaves[0], 0, 1, axis=axes[0])
     graph = net.graph(params, jax.tree.unflatten(jax.tree.structure(inputs), [one]))
 
-    def linear(x):
+    def linear(x: jax.Array) -> jax.Array:
         outputs, _ = graph.run(as_network(net).parameters(params), [x], handlers=(_LeftOut(),), frame=Frame())
         if len(jax.tree.leaves(outputs)) != 1:
             raise ValueError("lipschitz_product wants one output: wrap the network in a function that returns it")
@@ -182,9 +192,7 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
     return jnp.linalg.norm(rows.reshape(y.size, -1).astype(at_least_float32(y.dtype)), 2)
 
 
-def spectral_norms(
-    net: Network | Callable, params: Pytree, inputs: Pytree, iterations: int = 50
-) -> dict[str, jax.Array]:
+def spectral_norms(net: NetworkLike, params: Pytree, inputs: Pytree, *, iterations: int = 50) -> dict[str, jax.Array]:
     """The spectral norm of every dense layer and convolution, by power iterations.
 
     Their product bounds the Lipschitz constant of a chain of layers with 1-Lipschitz activations and pooling.
@@ -208,28 +216,29 @@ class _LeftOut(Handler):
 
     activations = True
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> jax.Array:
+        assert activation.output is not None
         return x.astype(activation.output.aval.dtype)
 
 
 class _SpectralNorms(Handler):
     """Records the spectral norm of layers."""
 
-    def __init__(self, iterations: int):
+    def __init__(self, iterations: int) -> None:
         self.iterations = iterations
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         if _known(layer):
             frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.product, w, self.iterations)
         return op(w, x)
 
 
-def _known(layer) -> bool:
+def _known(layer: Layer) -> bool:
     """Whether each row of what a layer reads is multiplied by the same matrix."""
     return layer.row.kind == "product" and layer.row.by_example
 
 
-def spectral_norm(layer, op: Callable, w, iterations: int):
+def spectral_norm(layer: Layer, op: Callable[..., Any], w: jax.Array, iterations: int) -> jax.Array:
     """The largest singular value of a layer's linear map, the bias apart, by power iterations.
 
     Args:
@@ -253,11 +262,11 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     w = jax.lax.stop_gradient(w)
     v = jax.random.normal(jax.random.key(name_number(layer.name)), shape, layer.operand.aval.dtype)
 
-    def apply(v):
+    def apply(v: jax.Array) -> Any:
         u, pull = jax.vjp(lambda v: op(w, v), v)
         return pull(u)[0]
 
-    def iterate(_, v):
+    def iterate(_: Any, v: jax.Array) -> Any:
         v = apply(v)
         norm = _norm(v)
         return (v / jnp.where(norm > 0, norm, 1)).astype(v.dtype)
@@ -266,5 +275,9 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     return _norm(op(w, v))
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

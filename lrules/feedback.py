@@ -11,25 +11,29 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, draw, is_whole
+from lrules.options import as_initializer, draw, is_whole
+from lrules.typing import Initializer
+
+__all__ = ["absolute", "averaged", "binary", "congruent", "shifted", "sparse"]
 
 
-def _around(init: Initializer | None, change: Callable) -> Initializer:
+def _around(init: Initializer | None, change: Callable[..., Any]) -> Initializer:
     """`change(inner, key)` in place of `inner(key)`, what another initialiser draws."""
     inner = as_initializer(init)
 
     @functools.wraps(inner)  # its signature too: it gets the weight if the other one asks for that
-    def changed(key, shape, dtype=jnp.float32, **weight):
+    def changed(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **weight: Any) -> Any:
         return change(lambda k: draw(inner, k, shape, dtype, **weight), key)
 
     return changed
 
 
-def sparse(n: float, rescale: bool = False) -> Initializer:
+def sparse(n: float, *, rescale: bool = False) -> Initializer:
     """Each neuron above reaches n neurons of the receiving layer on average, with weight one; all others get zero.
 
     B = 1 with probability p = n / fan_in, else 0, where fan_in is the size of the receiving layer
@@ -48,7 +52,7 @@ def sparse(n: float, rescale: bool = False) -> Initializer:
         least = "above 0" if rescale else "from 0 on"
         raise ValueError(f"sparse(n={n}): n counts neurons that are reached, so give a number {least}")
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         p = min(n / math.prod(shape[:-1]), 1.0)
         drawn = jax.random.bernoulli(key, p, shape).astype(dtype)
         return drawn / jnp.asarray(math.sqrt(n), dtype) if rescale else drawn
@@ -66,15 +70,15 @@ def binary(low: float = -1.0, high: float = 1.0) -> Initializer:
       Baldi, Sadowski, Lu (2018), section 3.
     """
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         chosen = jax.random.bernoulli(key, 0.5, shape)
         return jnp.where(chosen, jnp.asarray(high, dtype), jnp.asarray(low, dtype))
 
     return init
 
 
-def shifted(mean: float, init: Initializer | None = None) -> Initializer:
-    """Another initialiser's weights plus a mean: `shifted(0.1, glorot_uniform())`.
+def shifted(mean: float, *, init: Initializer | None = None) -> Initializer:
+    """Another initialiser's weights plus a mean: `shifted(0.1, init=glorot_uniform())`.
 
     Args:
       mean: what is added to every weight.
@@ -84,7 +88,7 @@ def shifted(mean: float, init: Initializer | None = None) -> Initializer:
       Baldi, Sadowski, Lu (2018), section 4.2, observation 3.
     """
 
-    def change(inner, key):
+    def change(inner: Callable[..., Any], key: jax.Array) -> Any:
         drawn = inner(key)
         return drawn + jnp.asarray(mean, drawn.dtype)
 
@@ -122,7 +126,9 @@ def congruent(init: Initializer | None = None) -> Initializer:
     """
     inner = as_initializer(init)
 
-    def congruent_init(key, shape, dtype=jnp.float32, weight=None):
+    def congruent_init(
+        key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, weight: Any = None
+    ) -> jax.Array:
         if weight is None:
             raise ValueError(
                 "congruent feedback takes the signs of the layer's own weight, which direct feedback does not stand "
@@ -133,7 +139,7 @@ def congruent(init: Initializer | None = None) -> Initializer:
     return congruent_init
 
 
-def averaged(n: int, init: Initializer | None = None) -> Initializer:
+def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     """The mean of n draws: what n sets of random matrices give whose signals are averaged.
 
     Args:
@@ -146,3 +152,7 @@ def averaged(n: int, init: Initializer | None = None) -> Initializer:
     if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged(n={n!r}): give a whole number of draws, one or more")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

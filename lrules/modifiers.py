@@ -15,26 +15,26 @@ deep learning channel (2018).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import passing_names, treated
-from lrules.engine.handlers import Handler, key_at
+from lrules.engine.handlers import Frame, Handler, key_at
 from lrules.engine.jaxprs import placed_as
 from lrules.engine.per_example import PerExample, scaled
 from lrules.engine.quantizer import by_parts, check_quantizer, quantize
+from lrules.engine.records import Activation, Hidden
 from lrules.network import Network
 from lrules.options import is_number, mesh_axes
-from lrules.rule import Rule, require_rule
+from lrules.rule import Feedback, Rule, require_rule
+from lrules.typing import AxisName, Loss, Pytree
 
-AxisName = str | Sequence[str] | None
 
-
-def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
+def modify_error(rule: Rule, fn: Callable[..., Any], *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
     """Passes the error that arrives at each hidden signal through a function: the constructor of one's own modifier.
 
     s_l <- fn(s_l)
@@ -68,14 +68,19 @@ def modify_error(rule: Rule, fn: Callable, *, stochastic: bool = False, axis_nam
     if not callable(fn):
         raise TypeError(f"modify_error: fn={fn!r} is no function: give one, (signal, name, rng) -> signal")
 
-    def push(net, params, inputs, scale, key):
+    def push(net: Network, params: Pytree, inputs: Pytree, scale: Any, key: Any) -> Network:
         return net.pushing(_AtHidden(fn, scale, key))
 
     return _modified(rule, push, stochastic=stochastic, axis_name=axis_name)
 
 
 def quantize_error(
-    rule: Rule, bits: int, scale: float = 2**-3, at: str = "hidden", *, axis_name: AxisName = None
+    rule: Rule,
+    bits: int,
+    *,
+    scale: float = 2**-3,
+    at: Literal["hidden", "output"] = "hidden",
+    axis_name: AxisName = None,
 ) -> Rule:
     """Quantises the error to signed powers of two, at each hidden signal or at the outputs before it is sent.
 
@@ -168,14 +173,14 @@ def drop_error(rule: Rule, rate: float) -> Rule:
     if not is_number(rate) or not 0 <= rate < 1:
         raise ValueError(f"rate must be a number >= 0 and < 1, got {rate!r}")
 
-    def drop(signal, name, rng):
+    def drop(signal: jax.Array, name: str, rng: Any) -> jax.Array:
         kept = placed_as(_kept(rng, signal.shape, rate), jax.typeof(signal))
         return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
 
     return modify_error(rule, drop, stochastic=True)
 
 
-def _kept(key, shape: tuple[int, ...], rate: float):
+def _kept(key: Any, shape: tuple[int, ...], rate: float) -> Any:
     """True with probability 1 - rate, each from as few random bits as can tell: one for 1/2, at most 16.
 
     Drawing them is what dropping costs.
@@ -194,20 +199,20 @@ class _AtHidden(Handler):
 
     arrays = ("key",)
 
-    def __init__(self, fn: Callable, scale: float, key):
+    def __init__(self, fn: Callable[..., Any], scale: float, key: Any) -> None:
         self.fn, self.scale, self.key = fn, scale, key
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         twice = hidden.mark and hidden.root.hidden is not None  # a layer reads this tensor, so it has that name too
         if twice or not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
         fn, scale, name = self.fn, self.scale, hidden.name
 
         @jax.custom_vjp
-        def identity(value, key):
+        def identity(value: Any, key: Any) -> Any:
             return value
 
-        def backward(key, error):
+        def backward(key: Any, error: jax.Array) -> tuple[Any, None]:
             rng = None if key is None else jax.random.wrap_key_data(key)
             new = fn(scaled(error, scale), name, rng)
             shape = getattr(new, "shape", None)
@@ -224,35 +229,35 @@ class _AtHidden(Handler):
         return identity(value, key)
 
 
-def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
+def _at_output(rule: Rule, fn: Callable[..., Any], axis_name: AxisName) -> Rule:
     """The rule, sent a function of the output error."""
 
     require_rule(rule)
     mesh_axes(axis_name)
 
-    def mark(outputs, scale):
+    def mark(outputs: Pytree, scale: Any) -> Any:
         @jax.custom_vjp
-        def identity(y):
+        def identity(y: jax.Array) -> jax.Array:
             return y
 
-        def backward(_, error):
+        def backward(_: Any, error: jax.Array) -> tuple[Any]:
             return ((fn(scaled(error, scale)) / scale).astype(error.dtype),)
 
         identity.defvjp(lambda y: (y, None), backward)
         floating = lambda y: jnp.issubdtype(jnp.result_type(y), jnp.inexact)  # noqa: E731
         return jax.tree.map(lambda y: identity(y) if floating(y) else y, outputs)
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         inner = rule.transform(net, reduction=reduction)
 
-        def f(params, feedback, inputs, *, rng=None):
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             scale = _scale(rule, net, inputs, reduction, axis_name)
             out = inner(params, feedback, inputs, rng=rng)
             return (mark(out[0], scale), *out[1:]) if net.has_aux else mark(out, scale)
 
         return f
 
-    def value_and_grad(net, loss):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
         assert rule.value_and_grad is not None
         return rule.value_and_grad(net, _with_error(loss, fn))
 
@@ -262,18 +267,18 @@ def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
     )
 
 
-def _with_error(loss: Callable, fn: Callable) -> Callable:
+def _with_error(loss: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
     """The loss with another gradient: `fn` of that of each example's own loss, times what arrives."""
 
-    def modified(outputs, targets):
+    def modified(outputs: Pytree, targets: Pytree) -> Any:
         @jax.custom_vjp
-        def call(outputs, targets):
+        def call(outputs: Pytree, targets: Pytree) -> Any:
             return loss(outputs, targets)
 
-        def forward(outputs, targets):
+        def forward(outputs: Pytree, targets: Pytree) -> tuple[Any, Any]:
             return jax.vjp(lambda o: loss(o, targets), outputs)
 
-        def backward(pull, arriving):
+        def backward(pull: Callable[..., Any], arriving: jax.Array) -> tuple[Any, None]:
             elements = arriving[0].size if arriving.ndim else 1
             (error,) = pull(jnp.full_like(arriving, 1 / elements))
             weight = arriving.mean() * elements  # the objective is the same mean over examples for all
@@ -286,7 +291,7 @@ def _with_error(loss: Callable, fn: Callable) -> Callable:
     return modified
 
 
-def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = ()) -> Rule:
+def replace_derivative(rule: Rule, g: Callable[..., Any], *, passing: str | Iterable[str] = ()) -> Rule:
     """Puts a function of the pre-activation in the place of every activation's derivative.
 
     delta_l = s_l * g(z_l) in place of s_l * f'(z_l)
@@ -319,7 +324,7 @@ def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = (
 
     names = passing_names(passing)
 
-    def push(net, params, inputs, scale, key):
+    def push(net: Network, params: Pytree, inputs: Pytree, scale: Any, key: Any) -> Network:
         sites = frozenset(a.site for a in treated(net.graph(params, inputs), names))
         replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
         return net if replaced else net.pushing(_Derivative(g, sites))
@@ -327,7 +332,7 @@ def replace_derivative(rule: Rule, g: Callable, passing: str | Iterable[str] = (
     return _modified(rule, push)
 
 
-def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
+def without_derivatives(rule: Rule, *, passing: str | Iterable[str] = ()) -> Rule:
     """Leaves out the derivatives of the activations.
 
     delta_l = s_l in place of s_l * f'(z_l)
@@ -345,7 +350,7 @@ def without_derivatives(rule: Rule, passing: str | Iterable[str] = ()) -> Rule:
     References:
       Baldi, Sadowski, Lu (2018), section 3: the variants "(no f')".
     """
-    return replace_derivative(rule, jnp.ones_like, passing)
+    return replace_derivative(rule, jnp.ones_like, passing=passing)
 
 
 class _Derivative(Handler):
@@ -353,19 +358,19 @@ class _Derivative(Handler):
 
     activations = True
 
-    def __init__(self, g: Callable, sites: frozenset[str]):
+    def __init__(self, g: Callable[..., Any], sites: frozenset[str]) -> None:
         self.g, self.sites = g, sites
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         if activation.site not in self.sites:
             return fn(x)
         g = self.g
 
         @jax.custom_vjp
-        def replaced(y, x):
+        def replaced(y: jax.Array, x: jax.Array) -> jax.Array:
             return y
 
-        def backward(x, error):
+        def backward(x: jax.Array, error: jax.Array) -> tuple[None, jax.Array]:
             slope = jnp.asarray(g(x))
             if slope.shape != x.shape:
                 raise ValueError(
@@ -378,7 +383,7 @@ class _Derivative(Handler):
         return replaced(jax.lax.stop_gradient(fn(x)), x)
 
 
-def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: AxisName = None) -> Rule:
+def quantize_update(rule: Rule, bits: int, *, scale: float = 2**-6, axis_name: AxisName = None) -> Rule:
     """Quantises each example's weight update to signed powers of two, before the sum over the batch.
 
     dW_l = sum over examples of Q(delta_l h_{l-1}^T),  Q as in `quantize`
@@ -412,7 +417,7 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     """
     check_quantizer(bits, scale)
 
-    def push(net, params, inputs, scale_, key):
+    def push(net: Network, params: Pytree, inputs: Pytree, scale_: Any, key: Any) -> Network:
         fn = lambda g: quantize(scaled(g, scale_), bits, scale) / scale_  # noqa: E731
         if any(isinstance(handler, PerExample) for handler in net.handlers):
             both = (h.then(fn) if isinstance(h, PerExample) else h for h in net.handlers)
@@ -422,7 +427,7 @@ def quantize_update(rule: Rule, bits: int, scale: float = 2**-6, *, axis_name: A
     return _modified(rule, push, axis_name=axis_name)
 
 
-def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> Any:
+def _scale(rule: Rule, net: Network, inputs: Pytree, reduction: str, axis_name: AxisName) -> Any:
     """What makes the arriving error that of the per-example sum: a number, or a symbolic batch (`jax.export`)."""
     if reduction == "sum" or not rule.additive:
         return 1.0
@@ -430,13 +435,13 @@ def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName
     return n if is_symbolic_dim(n) else float(n)
 
 
-def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
+def _modified(rule: Rule, push: Callable[..., Any], *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
     """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
     require_rule(rule)
     mesh_axes(axis_name)
 
-    def serve(net, inner, reduction):
-        def f(params, feedback, inputs, *targets, rng=None):
+    def serve(net: Network, inner: Any, reduction: str) -> Callable[..., Any]:
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *targets: Pytree, rng: Any = None) -> Any:
             own, rest = jax.random.split(rng) if stochastic else (None, rng)
             rest = rest if rule.stochastic else None
             modified = push(net, params, inputs, _scale(rule, net, inputs, reduction, axis_name), own)
@@ -444,11 +449,11 @@ def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name
 
         return f
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         rule.transform(net, reduction=reduction)  # what it refuses, it refuses here
         return serve(net, lambda net: rule.transform(net, reduction=reduction), reduction)
 
-    def value_and_grad(net, loss):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
         rule.value_and_grad(net, loss)  # type: ignore[misc]
         return serve(net, lambda net: rule.value_and_grad(net, loss), "mean")  # type: ignore[misc]
 

@@ -4,31 +4,46 @@ Such a network increases with everything that its first layer makes, so that wit
 the same sign everywhere above the first layer, and direct feedback with positive weights agrees with the gradient in
 sign (`lrules.monotone_dfa`, Theorem 2). Biases are free. *The first layer* is every layer that reads data.
 
-    params = monotone.initialize(key, net, params, inputs, monotone.uniform())
+    params = monotone.initialize(key, net, params, inputs, init=monotone.uniform())
     optimizer = optax.chain(optax.adam(1e-3), monotone.constrain(net, params, inputs))
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, name_number, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, name_number, zeros_at
+from lrules.engine.records import Activation, Layer
 from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
-from lrules.network import Network, as_network
-from lrules.options import Initializer, is_number
+from lrules.network import NetworkLike, as_network
+from lrules.options import is_number
 from lrules.rule import Sequential
+from lrules.typing import Initializer, Pytree
 
-Pytree = Any
+if TYPE_CHECKING:
+    import optax
+
+__all__ = [
+    "ConstrainState",
+    "absolute_normal",
+    "check",
+    "constrain",
+    "constrained",
+    "from_sigmoid",
+    "initialize",
+    "uniform",
+    "zeros",
+]
+
 BOUND = 1e-6
 PROBES = 4
 
@@ -36,7 +51,7 @@ PROBES = 4
 zeros: Initializer = jax.nn.initializers.zeros  # the paper's best start for all activations but ReLU
 
 
-def uniform(low: float = 1e-3, high: float | None = None) -> Initializer:
+def uniform(low: float = 1e-3, *, high: float | None = None) -> Initializer:
     """Uniform between a positive lower bound and an upper one.
 
     W ~ U(low, high)
@@ -55,7 +70,7 @@ def uniform(low: float = 1e-3, high: float | None = None) -> Initializer:
     if not (is_number(low) and is_number(top) and 0 < low < top):
         raise ValueError(f"uniform(low={low}, high={high}): weights of a mono-net need 0 < low < high")
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         top = high if high is not None else 1 / math.sqrt(math.prod(shape[:-1]))
         if not low < top:
             raise ValueError(
@@ -81,7 +96,7 @@ def absolute_normal(init: Initializer | None = None) -> Initializer:
     return absolute(init)
 
 
-def constrained(net: Network | Callable, params: Pytree, inputs: Pytree) -> Pytree:
+def constrained(net: NetworkLike, params: Pytree, inputs: Pytree) -> Pytree:
     """Which parameters a mono-net constrains: the weights of all layers but the first.
 
     A parameter is constrained or free as a whole. In a scan over layers whose first iteration reads the data, all
@@ -118,7 +133,9 @@ def _weights(graph: Graph, init: Initializer = zeros) -> dict[int, SequentialFee
     return found
 
 
-def initialize(key, net: Network | Callable, params: Pytree, inputs: Pytree, init: Initializer | None = None) -> Pytree:
+def initialize(
+    key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree, *, init: Initializer | None = None
+) -> Pytree:
     """Draws the weights of all layers but the first anew; other parameters stay as they are.
 
     Args:
@@ -148,7 +165,7 @@ class ConstrainState(NamedTuple):
 
 
 def constrain(
-    net: Network | Callable, params: Pytree, inputs: Pytree, bound: float = BOUND
+    net: NetworkLike, params: Pytree, inputs: Pytree, *, bound: float = BOUND
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a mono-net one: lifts weights of all layers but the first to a positive bound after each step.
 
@@ -170,6 +187,7 @@ def constrain(
         use, `params` is missing.
 
     Example:
+      >>> import optax
       >>> apply = lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"]
       >>> params = {"first": -jnp.ones((3, 2)), "second": jnp.ones((2, 1))}
       >>> positive = constrain(apply, params, jnp.zeros((1, 3)))
@@ -185,14 +203,14 @@ def constrain(
         raise ValueError(f"bound={bound!r} does not keep weights at or above 0: give zero or a small positive number")
     mask = constrained(net, params, inputs)
 
-    def init(params):
+    def init(params: Pytree) -> ConstrainState:
         return ConstrainState()
 
-    def update(updates, state, params=None, **extra: Any):
+    def update(updates: Pytree, state: Pytree, params: Pytree = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("monotone.constrain needs the parameters: optimizer.update(grads, state, params)")
 
-        def lift(positive, u, p):
+        def lift(positive: bool, u: jax.Array, p: Any) -> jax.Array:
             if not positive or _left_out(u) or _left_out(p):
                 return u
             wide = max(p.dtype, u.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
@@ -210,15 +228,19 @@ def constrain(
         lifted = [lift(*each) for each in zip(*leaves, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_left_out), lifted), state
 
+    import optax  # which takes longer to import than the whole library, and which no other function here needs
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _left_out(leaf) -> bool:
+def _left_out(leaf: Any) -> bool:
     """What stands for a parameter that `optax.masked` and the like leave to others."""
+    import optax
+
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
+def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
     """Checks that a network is a mono-net.
 
     Activations are asked at 67 points from -10,000 to 10,000; what lies between them and the layers (a sign turned
@@ -242,7 +264,7 @@ def check(net: Network | Callable, params: Pytree, inputs: Pytree) -> None:
             )
     layers = [layer for layer in graph.layers if not set(layer.scope) - {"scan"}]
 
-    def total(probes):
+    def total(probes: Mapping[str, Any]) -> Any:
         handlers = (_Increasing(), *net.handlers)
         outputs, _ = graph.run(leaves, jax.tree.leaves(inputs), handlers=handlers, frame=Frame(probes))
         return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
@@ -265,7 +287,7 @@ class _Increasing(Handler):
 
     activations = True
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         try:
             points, values = sampled(fn, x)
         except jax.errors.JAXTypeError:
@@ -279,7 +301,7 @@ class _Increasing(Handler):
             )
         return fn(x)
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         probe = frame.inputs.get(f"{layer.site} output")
         return op(w, x) if probe is None else op(w, x) + probe
 
@@ -319,3 +341,7 @@ def from_sigmoid(first: Any, first_bias: Any, second: Any, second_bias: Any) -> 
         jnp.concatenate([jnp.maximum(second, 0), jnp.maximum(-second, 0)]) / 2,
         second_bias + second.sum(0) / 2,
     )
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ import numpy as np
 
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
-
-Pytree = Any
+from lrules.options import first_match
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,14 +42,14 @@ class Network:
     signal_axes: int | Mapping[str, int] | None = None
     handlers: tuple[Handler, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         axes = self.signal_axes
         given = axes.values() if isinstance(axes, Mapping) else () if axes is None else (axes,)
         if not all(isinstance(axis, int | np.integer) for axis in given):
             raise ValueError(f"signal_axes must be an axis, axes by name as {{'outputs': 0}}, or None, got {axes!r}")
 
     # jax.jit keeps what it has traced by equality: two networks are one only if they hold the very same frozen weights.
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         if not isinstance(other, Network):
             return NotImplemented
         (mine, tree), (theirs, other_tree) = jax.tree.flatten(self.frozen), jax.tree.flatten(other.frozen)
@@ -58,7 +57,7 @@ class Network:
         names = ("apply", "has_aux", "batch_axes", "signal_axes", "handlers")
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.apply, self.has_aux, self.handlers))
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
@@ -80,7 +79,7 @@ class Network:
         leaves, inputs_tree = jax.tree.flatten(inputs)
         trees: list[Any] = []
 
-        def flat(param_leaves, input_leaves):
+        def flat(param_leaves: Any, input_leaves: Any) -> tuple[list[Any], list[Any]]:
             if double:
                 input_leaves = [
                     x if a is None else jax.lax.concatenate([x, x], a % jnp.ndim(x))
@@ -128,7 +127,7 @@ class Network:
         """
         stated = self.signal_axes
         if isinstance(stated, Mapping):
-            stated = next((axis for pattern, axis in stated.items() if re.search(pattern, name)), None)
+            stated = first_match(stated, name)
         if stated is None:
             return None
         if not -len(shape) <= stated < len(shape) or shape[stated] != batch:
@@ -159,18 +158,21 @@ class Network:
         return next(iter(sizes))
 
 
-def as_network(net: Network | Callable[..., Any]) -> Network:
+NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # what is applied to (params, inputs)
+
+
+def as_network(net: NetworkLike) -> Network:
     """`net` itself, or a bare function wrapped."""
     return net if isinstance(net, Network) else Network(net)
 
 
-def parameter_name(path) -> str:
+def parameter_name(path: tuple[Any, ...]) -> str:
     """The name of a parameter: its path with `/` between the parts, without a trailing `/value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value") or "params"
 
 
-def _split_aux(out):
+def _split_aux(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True wants apply to return (outputs, aux), got {type(out).__name__}")
     return out

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, is_number
-
-Pytree = Any
+from lrules.network import NetworkLike
+from lrules.options import as_initializer, is_number
+from lrules.typing import Initializer, Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Sequential:
     whole_batch: bool = False
     gain: Callable[..., Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         as_initializer(self.init)  # which refuses what cannot be called
 
 
@@ -61,7 +61,7 @@ class Direct:
       shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
       rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
-      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+      pullback: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
         how many losses the objective is the mean of.
@@ -78,13 +78,13 @@ class Direct:
     at: tuple[str, ...] | None = None
     shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
-    channel: Callable[..., Callable[..., Any]] | None = None
+    pullback: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
-    error_at: str = "layer"
-    max_feedback_bytes: int = 2**30
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         as_initializer(self.init)
         if self.error_at not in ("layer", "outputs"):
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
@@ -94,7 +94,7 @@ class Direct:
     @property
     def lands(self) -> bool:
         """Whether anything arrives at all."""
-        return self.signal is not None or self.channel is not None
+        return self.signal is not None or self.pullback is not None
 
 LayerRule = Backprop | Sequential | Direct
 
@@ -138,6 +138,19 @@ class Gradients(_Gradients):
         return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
+class DrawFeedback(Protocol):
+    """What `rule.init` is."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights of a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params, inputs: as the network takes them; `ShapeDtypeStruct`s will do for the inputs.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleDescription:
     """What a rule does where. The rule's functions are made from it.
@@ -174,7 +187,7 @@ class Rule:
         functions by hand, and for a copy with another function: a description would no longer be true of it.
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
     _: dataclasses.KW_ONLY
@@ -212,14 +225,14 @@ def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleD
     return rule.description
 
 
-def require_rule(rule) -> None:
+def require_rule(rule: Any) -> None:
     """A rule is a `Rule`, not the factory that makes it."""
     if not isinstance(rule, Rule):
         hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
         raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
 
 
-def require_feedback(feedback) -> None:
+def require_feedback(feedback: Any) -> None:
     """Feedback is a `Feedback`, empty for rules that need none."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
@@ -228,7 +241,7 @@ def require_feedback(feedback) -> None:
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 
-def check_rng(rule: Rule, rng) -> None:
+def check_rng(rule: Rule, rng: jax.Array | None) -> None:
     """`rng=` belongs to stochastic rules and to no others."""
     if rule.stochastic and rng is None:
         raise ValueError("this rule is stochastic: give it a fresh key at every step, rng=jax.random.key(...)")

@@ -101,7 +101,7 @@ def test_spectral_norms():
 
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, params)
-        got = jax.jit(lambda p: diagnostics.spectral_norms(net, p, jnp.ones((5, 4, 4, 2)), 300))(params)
+        got = jax.jit(lambda p: diagnostics.spectral_norms(net, p, jnp.ones((5, 4, 4, 2)), iterations=300))(params)
         matrix = jax.jacobian(lambda x: conv(params["conv"], x).ravel())(jnp.zeros((1, 4, 4, 2))).reshape(64, -1)
         np.testing.assert_allclose(got["conv"], np.linalg.norm(matrix, 2), rtol=1e-6)
         np.testing.assert_allclose(got["out"], np.linalg.norm(params["out"], 2), rtol=1e-6)

@@ -48,7 +48,7 @@ def test_binary(values, init):
 def test_shifted_and_absolute():
     for inner in (jax.nn.initializers.glorot_normal(), jax.nn.initializers.glorot_uniform()):
         plain = inner(KEY, (20, 30), jnp.float32)
-        np.testing.assert_allclose(feedback.shifted(0.3, inner)(KEY, (20, 30)), plain + 0.3, rtol=1e-6)
+        np.testing.assert_allclose(feedback.shifted(0.3, init=inner)(KEY, (20, 30)), plain + 0.3, rtol=1e-6)
         np.testing.assert_array_equal(feedback.absolute(inner)(KEY, (20, 30)), jnp.abs(plain))
 
 
@@ -60,9 +60,9 @@ def test_congruent():
 
 
 WRAPPERS = {
-    "shifted": lambda init: feedback.shifted(0.1, init),
+    "shifted": lambda init: feedback.shifted(0.1, init=init),
     "absolute": feedback.absolute,
-    "averaged": lambda init: feedback.averaged(3, init),
+    "averaged": lambda init: feedback.averaged(3, init=init),
 }
 
 
@@ -82,7 +82,13 @@ def test_congruent_inside_another(name):
 
 @pytest.mark.parametrize(
     "init",
-    [feedback.sparse(2), feedback.sparse(2, True), feedback.binary(), feedback.shifted(1.0), feedback.averaged(3)],
+    [
+        feedback.sparse(2),
+        feedback.sparse(2, rescale=True),
+        feedback.binary(),
+        feedback.shifted(1.0),
+        feedback.averaged(3),
+    ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes(init, dtype):

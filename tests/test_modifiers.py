@@ -2,98 +2,30 @@
 
 import math
 import zlib
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrules
-from lrules.engine.quantizer import quantize
 from tests import bridge
 from tests.reference import (
-    backman,
-    backprop,
-    channel,
-    direct,
-    feedback_alignment,
-    kolen_pollack,
     losses,
+    modifiers,
     nets,
     quantise,
     random_target_projection,
-    skipped_backprop,
 )
-from tests.rules.common import BATCH, NETS, agrees, by_name, draw, make, one_hot_mean, pull
+from tests.rules.common import BATCH, FAMILIES, NETS, agrees, by_name, draw, make, one_hot_mean, pull, references
 
 NONE = lrules.Feedback({}, {})
 
 
 # ---------------------------------------------------------------------------------------------------- the quantiser
-
-
-def integer_reference(x, bits, scale):
-    """Eq. 19 in whole numbers: |x / alpha| = n / d, and 2^k is nearest if 2^(2k - 1) <= (n / d)^2 < 2^(2k + 1)."""
-    if x == 0:
-        return 0.0
-    ratio = abs(Fraction(float(x)) / Fraction(float(scale)))
-    n, d = ratio.numerator, ratio.denominator
-    k = n.bit_length() - d.bit_length()
-    while 2 * n * n >= d * d * 4 ** (k + 1) if k + 1 >= 0 else 2 * n * n * 4 ** (-k - 1) >= d * d:
-        k += 1
-    while 2 * n * n < d * d * 4**k if k >= 0 else 2 * n * n * 4**-k < d * d:
-        k -= 1
-    return math.copysign(scale * 2.0 ** max(min(k, 0), 1 - bits), x)
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_quantizer_is_the_integer_reference(dtype):
-    """At the ties' neighbours too: 2^(k - 1/2) is never a float, so its two neighbours round to either side."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        edges = np.asarray([2.0 ** (k - 0.5) for k in range(-12, 4)], dtype)
-        x = np.concatenate(
-            [edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(9)), 2.0 ** np.arange(-9.0, 3)]
-        )
-        x = np.concatenate([x, rng.normal(size=300) * 10.0 ** rng.uniform(-6, 3, size=300)]).astype(dtype)
-        x = np.concatenate([x, -x, [0.0, -0.0, np.inf]]).astype(dtype)
-        for bits in (1, 2, 5, 10):
-            for scale in (0.125, 2**-6, 1.0):
-                got = jax.jit(quantize, static_argnums=(1, 2))(x, bits, scale)
-                assert got.dtype == dtype
-                wanted = [scale if np.isinf(v) else integer_reference(v, bits, scale) for v in x]
-                np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted, dtype))
-                if dtype == np.float64:
-                    np.testing.assert_array_equal(
-                        np.asarray(quantize(x[:-1], bits, 0.3)), quantise.quantise(x[:-1], bits, 0.3)
-                    )
-
-
-@settings(max_examples=50)
-@given(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.integers(1, 12))
-def test_quantizer_on_any_float(x, bits):
-    assert float(quantize(jnp.float32(x), bits, 0.125)) == integer_reference(x, bits, 0.125)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_more_bits_than_floats_have_change_nothing(dtype):
-    with jax.enable_x64(True):
-        x = jnp.asarray([0.1, -1e-30, float(jnp.finfo(dtype).tiny), 3.0, 0.0], dtype)
-        for bits in (2**31, 2**32, 2**40, 2**63):
-            np.testing.assert_array_equal(quantize(x, bits, 0.125), quantize(x, 1500, 0.125))
-
-
-def test_quantizer_in_low_precision_and_at_nan():
-    x = jnp.asarray([0.1, -0.01, 0.0, 3.0], jnp.bfloat16)
-    got = quantize(x, 4, 0.125)
-    assert got.dtype == jnp.bfloat16 and got.tolist() == [0.125, -0.015625, 0.0, 0.125]
-    assert np.isnan(quantize(jnp.asarray(np.nan), 4, 0.125))
 
 
 @pytest.mark.parametrize(
@@ -153,23 +85,6 @@ def test_functions_have_to_keep_the_shape():
 # --------------------------------------------------------------------------------------------- rules and references
 
 
-def references(net, x):
-    """For each rule: the rule, its feedback, and its reference as `(x, e, **options)`."""
-    fa, dfa, kp = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.kolen_pollack()
-    (fa_feedback, b), (dfa_feedback, c), (kp_feedback, k) = draw(fa, net, x), draw(dfa, net, x), draw(kp, net, x)
-    return {
-        "backprop": (lrules.backprop(), NONE, lambda x, e, **o: backprop.gradients(net, x, e, **o)),
-        "alignment": (fa, fa_feedback, lambda x, e, **o: feedback_alignment.gradients(net, b, x, e, **o)),
-        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct.gradients(net, c, x, e, **o)),
-        "kolen_pollack": (kp, kp_feedback, lambda x, e, **o: kolen_pollack.gradients(net, k, x, e, **o)),
-        "skipped": (lrules.skipped_backprop(), NONE, lambda x, e, **o: skipped_backprop.gradients(net, x, e, **o)),
-        "backman": (lrules.backman(), NONE, lambda x, e, **o: backman.gradients(net, x, e, **o)),
-    }
-
-
-FAMILIES = ["backprop", "alignment", "direct", "kolen_pollack", "skipped", "backman"]
-
-
 def drop_masks(net, x, key, rate):
     """What `drop_error` draws from `rng`: a key per hidden signal, for each of its numbers 2 bits at 3/4, else 16."""
     bits = 2 if rate == 0.75 else 16
@@ -188,12 +103,12 @@ def drop_masks(net, x, key, rate):
 KEY = jax.random.key(9)
 MODIFIERS = {
     "quantize": (lambda r: lrules.quantize_error(r, 3), lambda net, x, n: quantise.error(3, n)),
-    "sign": (lrules.sign_error, lambda net, x, n: channel.sign(n)),
-    "magnitude": (lrules.magnitude_error, lambda net, x, n: channel.magnitude(n)),
-    "drop": (lambda r: lrules.drop_error(r, 0.4), lambda net, x, n: channel.drop(drop_masks(net, x, KEY, 0.4), 0.4)),
+    "sign": (lrules.sign_error, lambda net, x, n: modifiers.sign(n)),
+    "magnitude": (lrules.magnitude_error, lambda net, x, n: modifiers.magnitude(n)),
+    "drop": (lambda r: lrules.drop_error(r, 0.4), lambda net, x, n: modifiers.drop(drop_masks(net, x, KEY, 0.4), 0.4)),
     "own": (
         lambda r: lrules.modify_error(r, lambda signal, name, rng: jnp.tanh(signal)),
-        lambda net, x, n: channel.per_example(np.tanh, n),
+        lambda net, x, n: modifiers.per_example(np.tanh, n),
     ),
 }
 
@@ -238,7 +153,7 @@ def test_pairs_of_modifiers(family):
         for outer, inner in PAIRS:
             new = MODIFIERS[outer][0](MODIFIERS[inner][0](rule))
             rng = {"rng": KEY} if new.stochastic else {}
-            turns = channel.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
+            turns = modifiers.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
             agrees(pull(net, new, feedback, x, e, **rng), reference(x, e, modify=turns))
             without = lrules.without_derivatives(new)
             agrees(pull(net, without, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope))
@@ -250,8 +165,8 @@ def test_two_drops_are_independent_and_split_the_key():
         rule, feedback, reference = references(net, x)["direct"]
         new = lrules.drop_error(lrules.drop_error(rule, 0.4), 0.75)
         inner = jax.random.split(KEY)[1]
-        turns = channel.in_turn(
-            channel.drop(drop_masks(net, x, KEY, 0.75), 0.75), channel.drop(drop_masks(net, x, inner, 0.4), 0.4)
+        turns = modifiers.in_turn(
+            modifiers.drop(drop_masks(net, x, KEY, 0.75), 0.75), modifiers.drop(drop_masks(net, x, inner, 0.4), 0.4)
         )
         agrees(pull(net, new, feedback, x, e, rng=KEY), reference(x, e, modify=turns))
 
@@ -368,15 +283,6 @@ def by_parts(fn):
     return lambda z: fn(np.real(z)) + 1j * fn(np.imag(z))
 
 
-def test_quantizer_of_complex_numbers():
-    x = np.random.default_rng(0).normal(size=50) * 10.0 ** np.arange(-25, 25)
-    z = np.asarray(x + 1j * x[::-1], np.complex64)
-    got = quantize(z, 4, 0.125)
-    assert got.dtype == np.complex64
-    np.testing.assert_array_equal(got.real, quantize(z.real, 4, 0.125))
-    np.testing.assert_array_equal(got.imag, quantize(z.imag, 4, 0.125))
-
-
 @pytest.mark.parametrize(
     ("modify", "wanted"),
     [
@@ -410,26 +316,6 @@ def test_dropped_complex_errors_are_dropped_whole():
         (got,), arriving = seen, 4 * (e @ params["b"].T)
         np.testing.assert_allclose(got, np.where(got == 0, 0, 2 * arriving), rtol=1e-12)
         assert 0 < np.sum(got == 0) < got.size
-
-
-@pytest.mark.parametrize("alpha", [1.0, "gradient_norm"])
-def test_quantised_complex_updates(alpha):
-    with jax.enable_x64(True):
-        params, x, e = complex_arguments()
-        h, quantiser = np.tanh(x @ params["a"]), by_parts(lambda s: quantise.quantise(s, 3, 2**-6))
-        d = (e @ params["b"].T) * (1 - h**2)
-        f = lrules.transform(complex_net, lrules.quantize_update(lrules.backprop(), 3))
-        got = jax.vjp(lambda p: f(p, NONE, x), params)[1](e)[0]
-        wanted = {"a": sum(quantiser(4 * np.outer(x[i], d[i])) for i in range(4)) / 4}
-        wanted["b"] = sum(quantiser(4 * np.outer(h[i], e[i])) for i in range(4)) / 4
-        bridge.close(got, wanted)
-        rule = lrules.backman(alpha)
-        c = np.linalg.norm(h.T @ e, axis=0, keepdims=True)  # of each neuron's gradient
-        c = 1 / c * (1 if alpha == 1 else np.linalg.norm(e) / np.linalg.norm(np.linalg.norm(e, axis=0) / c))
-        plain, quantised = (lrules.transform(complex_net, r) for r in (rule, lrules.quantize_update(rule, 3)))
-        plain, quantised = (jax.vjp(lambda p, f=f: f(p, NONE, x), params)[1](e)[0]["b"] for f in (plain, quantised))
-        bridge.close(plain, c * (h.T @ e))
-        bridge.close(quantised, sum(quantiser(c * np.outer(h[i], e[i])) for i in range(4)))
 
 
 # ------------------------------------------------------------------------------------------------------------- marks
@@ -566,137 +452,6 @@ def test_quantised_output_error_of_rules_that_take_the_loss():
 # ------------------------------------------------------------------------------------------------------- the updates
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("family", FAMILIES[:-1])
-def test_quantised_updates(name, family):
-    with jax.enable_x64(True):
-        net, x, e = make(name)
-        rule, feedback, reference = references(net, x)[family]
-        got = pull(net, lrules.quantize_update(rule, 4), feedback, x, e)
-        agrees(got, quantise.update(lambda net, x, e, i: reference(x, e), net, x, e, 4))
-        if family == "kolen_pollack":
-            kernels = {k: v["kernel"] for k, v in got[0].items()}
-            bridge.close(got[1].learned, {f"{k}/kernel": kernels[str(k)] for k in range(1, len(net))})
-        summed = pull(net, lrules.quantize_update(rule, 4), feedback, x, e * BATCH, reduction="sum")
-        bridge.close(summed[0], jax.tree.map(lambda g: g * BATCH, got[0]))
-
-
-@pytest.mark.parametrize("name", ["deep", "conv_max"])
-def test_quantised_updates_of_backman(name):
-    """c times the example's gradient, with c of the whole batch; nothing is divided by the batch."""
-    with jax.enable_x64(True):
-        net, x, e = make(name)
-        got = pull(net, lrules.quantize_update(lrules.backman(), 4), NONE, x, e)
-        whole = backman.gradients(net, x, e)
-        c = []
-        trace, signal, d = nets.forward(net, x), e, [None] * len(net)
-        for k in reversed(range(len(net))):
-            d[k] = nets.to_pre_activation(net, trace, k, signal)
-            c.insert(0, backman.coefficients(nets.kernel_gradient(net[k], trace.reads[k], d[k]), d[k]))
-            signal = nets.transpose(net[k], net[k].kernel * c[0], d[k], trace.reads[k].shape)
-        bridge.close(got[2], whole.inputs)
-        for k, layer in enumerate(net):
-            kernel = sum(
-                quantise.quantise(
-                    nets.kernel_gradient(layer, trace.reads[k][i : i + 1], d[k][i : i + 1]) * c[k], 4, 2**-6
-                )
-                for i in range(BATCH)
-            )
-            bridge.close(got[0][str(k)]["kernel"], kernel)
-
-
-def test_quantised_updates_with_other_modifiers():
-    with jax.enable_x64(True):
-        net, x, e = make("conv_max")
-        for family in ("alignment", "direct"):
-            rule, feedback, reference = references(net, x)[family]
-            one = lambda net, x, e, i: reference(x, e, modify=quantise.error(3, 1))  # noqa: B023, E731
-            wanted = quantise.update(one, net, x, e, 4)
-            inside = lrules.quantize_error(lrules.quantize_update(rule, 4), 3)
-            outside = lrules.quantize_update(lrules.quantize_error(rule, 3), 4)
-            agrees(pull(net, inside, feedback, x, e), wanted)
-            agrees(pull(net, outside, feedback, x, e), wanted)
-
-
-def test_two_quantised_updates():
-    """The outermost first: 2 bits beside a larger scale, then 6 bits."""
-    with jax.enable_x64(True):
-        net, x, e = make("shallow")
-        rule = lrules.quantize_update(lrules.quantize_update(lrules.backprop(), 6), 2, scale=0.3)
-        got = pull(net, rule, NONE, x, e)
-        total = np.zeros_like(net[0].kernel)
-        for i in range(BATCH):
-            g = backprop.gradients(net, x[i : i + 1], e[i : i + 1] * BATCH).kernels[0]
-            total += quantise.quantise(quantise.quantise(g, 2, 0.3), 6, 2**-6) / BATCH
-        bridge.close(got[0]["0"]["kernel"], total)
-
-
-def awkward(p, tokens):
-    """An embedding, positions, a token of its own, normalisation, attention, and a loop over layers."""
-    h = jnp.take(p["embed"], tokens, axis=0) + p["position"][None]
-    h = jnp.concatenate([jnp.broadcast_to(p["token"], (len(h), 1, 4)), h], axis=1)
-    normal = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-3)
-    h = normal * p["scale"].reshape(1, 1, -1) + p["bias"].reshape(1, 1, -1)
-    q, k, v = (h @ p["qkv"][i] for i in range(3))
-    h = h + jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
-
-    def layer(h, w):
-        return jnp.tanh((h.reshape(-1, 4) @ w["w"] + w["b"].reshape(1, -1)).reshape(h.shape)), None
-
-    h = jax.lax.scan(layer, h, {"w": p["w"], "b": p["b"]})[0]
-    return h[:, 0] @ p["out"]
-
-
-def test_quantised_updates_of_an_awkward_network():
-    """Every example alone, quantised, summed: the same, where each parameter is used once per example."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        shapes = {
-            "embed": (7, 4), "position": (3, 4), "token": (4,), "scale": (4,), "bias": (4,), "qkv": (3, 4, 4),
-            "w": (2, 4, 4), "b": (2, 4), "out": (4, 2),
-        }  # fmt: skip
-        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
-        tokens, e = jnp.asarray(rng.integers(0, 7, size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)) / 5)
-        f = lrules.transform(awkward, lrules.quantize_update(lrules.backprop(), 5))
-        got = jax.jit(lambda p: jax.vjp(lambda p: f(p, NONE, tokens), p)[1](e)[0])(params)
-        true = jax.jit(lambda p, t, e: jax.vjp(lambda p: awkward(p, t), p)[1](e)[0])
-        quantised = [
-            jax.tree.map(
-                lambda g: quantise.quantise(g * 5, 5, 2**-6) / 5, true(params, tokens[i : i + 1], e[i : i + 1])
-            )
-            for i in range(5)
-        ]
-        wanted = jax.tree.map(lambda *g: sum(g), *quantised)
-        wanted["token"] = true(params, tokens, e)["token"]  # joins the data by concatenation, neither bias nor scale
-        bridge.close(got, wanted)
-
-
-def test_memory_of_quantised_updates():
-    """Does not grow with batch x parameters."""
-    params = {"a": jnp.zeros((64, 256)), "b": jnp.zeros((256, 256)), "c": jnp.zeros((256, 10))}
-    apply = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
-    f = lrules.transform(apply, lrules.quantize_update(lrules.backprop(), 4))
-
-    def peak(batch):
-        grad = jax.jit(jax.grad(lambda p, x: (f(p, NONE, x) ** 2).mean()))
-        compiled = grad.lower(params, jnp.zeros((batch, 64))).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    sizes = 4 * sum(p.size for p in params.values())
-    assert peak(128) < 8 * sizes
-    assert peak(128) - peak(8) < 120 * 4 * 1_500 * 4  # a few copies of the activations
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_quantised_updates_are_summed_in_float32(dtype):
-    """4,096 updates of 2^-6: in half precision such a sum stands still at 512 or 4,096 of them."""
-    f = lrules.transform(lambda p, x: x @ p["w"] + p["b"], lrules.quantize_update(lrules.backprop(), bits=3))
-    params = {"w": jnp.ones((1, 1), dtype), "b": jnp.ones((1, 1), dtype)}
-    x = jnp.ones((8192, 1), dtype)
-    got = jax.grad(lambda p: f(p, NONE, x).astype(jnp.float32).mean())(params)
-    assert [float(g[0, 0]) for g in got.values()] == [2**-6] * 2 and got["w"].dtype == dtype
-
-
 @pytest.mark.parametrize(
     "rule",
     [lrules.sign_error(lrules.backprop()), lrules.quantize_error(lrules.backprop(), 3, at="output"),
@@ -714,14 +469,6 @@ def test_a_batch_larger_than_half_precision(rule):
     small, large = gradient(1024), gradient(2**16 + 1024)
     np.testing.assert_allclose(large, small, rtol=0.1)  # subnormal numbers
     assert float(small[0, 0]) > 0.01
-
-
-def test_a_batch_that_cannot_be_told_is_refused():
-    apply = lambda p, x: jax.lax.map(lambda row: jnp.tanh(row @ p["a"]) @ p["b"], x)  # noqa: E731
-    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    f = lrules.transform(apply, lrules.quantize_update(lrules.backprop(), 4))
-    with pytest.raises(NotImplementedError, match="cannot be told"):
-        f(params, NONE, jnp.ones((5, 3)))
 
 
 # -------------------------------------------------------------------------------------------------------- constructs
@@ -829,7 +576,7 @@ def test_explicit_mesh(modify, steps):
 
 def test_an_infinite_update_is_the_largest_number_on_every_device():
     params, x, t = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}, jnp.ones((4, 3)), jnp.asarray([[1.0], [0], [0], [0]])
-    rule = lrules.quantize_update(lrules.backprop(), 4, 0.5)
+    rule = lrules.quantize_update(lrules.backprop(), 4, scale=0.5)
     step = lrules.value_and_grad(
         lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lambda y, t: (y * jnp.where(t > 0, jnp.inf, 1.0)).sum(-1), rule
     )
@@ -897,8 +644,10 @@ def gated(p, x):
 PASSED = {
     "skipped": lambda passing: lrules.skipped_backprop(passing),
     "no derivatives": lambda passing: lrules.without_derivatives(lrules.backprop(), passing=passing),
-    "direct, no derivatives": lambda passing: lrules.without_derivatives(lrules.direct_feedback_alignment(), passing),
-    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing),
+    "direct, no derivatives": lambda passing: lrules.without_derivatives(
+        lrules.direct_feedback_alignment(), passing=passing
+    ),
+    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing=passing),
     "dual": lambda passing: lrules.dual_propagation(passing=passing, alpha=0.2),
 }
 

@@ -21,13 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.jaxprs import OWN_DERIVATIVE, call_body, call_name
-from lrules.engine.operations import TABLE, of
-
-# For dual propagation, which asks by name.
-LINEAR = {row.name for row in TABLE if row.curve == "linear"}
-VIEWS = {row.name for row in TABLE if row.kind == "view"}
-STOP = "stop_gradient"
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Atom, Equation, call_body, call_name
+from lrules.engine.operations import of
 
 NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_tanh", "hard_sigmoid", "hard_silu",
          "hard_swish", "leaky_relu", "softplus", "soft_sign", "mish", "squareplus", "sparse_plus", "sparse_sigmoid",
@@ -43,36 +38,7 @@ Axes = tuple[int, ...]  # for each axis of one value, the axis of another that i
 MARK, UNMARK = "lrules_activation_", "lrules_not_activation_"
 
 
-def activation(fn: Callable) -> Callable:
-    """Marks an elementwise function as one activation, for rules that need to know.
-
-    Args:
-      fn: `x -> y` of the same shape, without parameters.
-
-    Returns:
-      The same function under a name that the library recognises.
-
-    Example:
-      >>> bent = activation(lambda x: x + jnp.sin(x))
-      >>> float(bent(0.0))
-      0.0
-    """
-    return _named(fn, MARK)
-
-
-def not_activation(fn: Callable) -> Callable:
-    """Marks a function as holding no activation, for rules that would otherwise take one in it for such.
-
-    Args:
-      fn: any function.
-
-    Returns:
-      The same function under a name that the library recognises.
-    """
-    return _named(fn, UNMARK)
-
-
-def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
+def sampled(fn: Callable[..., Any], like: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points from -8 to 8 and two far ones, in increasing order, and what an activation makes of them.
 
     Args:
@@ -92,14 +58,6 @@ def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
             points.append(np.asarray(part, np.float64).ravel())
             values.append(np.asarray(known(part), np.float64).ravel())
     return np.concatenate(points)[: len(grid)], np.concatenate(values)[: len(grid)]
-
-
-def _named(fn: Callable, prefix: str) -> Callable:
-    def renamed(*args, **kwargs):
-        return fn(*args, **kwargs)
-
-    renamed.__name__ = renamed.__qualname__ = prefix + getattr(fn, "__name__", "function").strip("<>")
-    return jax.jit(renamed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +87,7 @@ def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
+def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
     """The activations of a network for rules that treat them specially: all but those that `passing` names.
 
     Raises:
@@ -155,7 +113,7 @@ def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
     return [a for a in graph.activations if passing.isdisjoint((a.name, a.site))]
 
 
-def arrangement(eqn, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
+def arrangement(eqn: Equation, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
     """How the operands of an equation that acts on each element alone lie in its output; None if it does not.
 
     For each operand, by position, the axis of it that each axis of the output is (`vmap` transposes where batches lie
@@ -203,7 +161,7 @@ def _composed(first: Axes, then: Axes) -> Axes:
     return tuple(first[i] for i in then)
 
 
-def arranged(value) -> dict[int, Axes] | None:
+def arranged(value: Any) -> dict[int, Axes] | None:
     """The arrangement of the equation that produces a value; None where it is not elementwise."""
     if value.arranged is False:  # not asked yet: values are shared by many
         eqn, operands = value.producer, value.operands
@@ -212,7 +170,7 @@ def arranged(value) -> dict[int, Axes] | None:
     return value.arranged
 
 
-def is_atom(eqn, ins) -> bool:
+def is_atom(eqn: Equation, ins: Sequence[Any]) -> bool:
     """Whether a call is evaluated as it stands: elementwise as a whole, and a function of one value alone."""
     held = arrangement(eqn, [_is_uniform(v) for v in ins]) if of(eqn).kind == "call" else None
     if held is None or any(not v.both and not _is_uniform(v) for v in ins):
@@ -220,7 +178,7 @@ def is_atom(eqn, ins) -> bool:
     return _one_origin([(v, held[k]) for k, v in enumerate(ins) if v.both])
 
 
-def _is_uniform(value) -> bool:
+def _is_uniform(value: Any) -> bool:
     """A constant that is the same for all elements."""
     if value.params or value.data:
         return False
@@ -237,7 +195,7 @@ def _is_uniform(value) -> bool:
     return value.uniform
 
 
-def _one_origin(values) -> bool:
+def _one_origin(values: Sequence[Any]) -> bool:
     """Whether values are elementwise functions of one, each of which lies in the same way in what is made of them."""
     front = {(v.order, axes): v for v, axes in values}
     while len(front) > 1:
@@ -253,12 +211,12 @@ def _one_origin(values) -> bool:
     return True
 
 
-def _reduces(eqn) -> bool:
+def _reduces(eqn: Equation) -> bool:
     """Whether an equation takes a mean, a maximum or the like over axes of the array or of a mesh, but no pooling."""
     return of(eqn).statistic and eqn.params.get("axes") != ()
 
 
-def _is_statistic(value) -> bool:
+def _is_statistic(value: Any) -> bool:
     """Whether a value comes elementwise from results of reductions, as means and variances do."""
     eqn = value.producer
     if eqn is None or _reduces(eqn):
@@ -271,7 +229,7 @@ def _is_statistic(value) -> bool:
     return value.statistic
 
 
-def linear_origins(values) -> set[int]:
+def linear_origins(values: Sequence[Any]) -> set[int]:
     """The values that these hold up to factors, terms, normalisation and views: what a layer reads of a nonlinearity.
 
     Products with data are not followed, exp(logvar / 2) * noise, nor quotients by what depends on both: softmax.
@@ -295,5 +253,5 @@ def linear_origins(values) -> set[int]:
     return seen
 
 
-def _is_literal(atom) -> bool:
+def _is_literal(atom: Atom) -> bool:
     return hasattr(atom, "val")

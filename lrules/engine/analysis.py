@@ -20,7 +20,7 @@ Uses of parameters that no rule can serve are kept as refusals, for the rule tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from lrules.engine.jaxprs import (
     SCAN,
     SHARD_MAP,
     WHILE,
+    Aval,
+    Equation,
+    Jaxpr,
     call_name,
     open_jaxpr,
     scan_counts,
@@ -82,7 +85,7 @@ class Analysis:
         batch (0), and products between a Fourier transform and its inverse (over so many axes).
     """
 
-    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]):
+    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]) -> None:
         self.names, self.ndims, self.promoted = names, ndims, promoted
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
@@ -98,14 +101,14 @@ class Analysis:
 
     # -- registering what is found
 
-    def refuse(self, params: frozenset[int], what: str):
+    def refuse(self, params: frozenset[int], what: str) -> None:
         if not self.silent:
             names = ", ".join(repr(self.names[i]) for i in sorted(params))
             refusal = Refusal(params, what.format(name=names), self.sealed != "while loop")
             if refusal not in self.refusals:
                 self.refusals.append(refusal)
 
-    def add_layer(self, block: Block, index: int, eqn, found: Multiplication):
+    def add_layer(self, block: Block, index: int, eqn: Equation, found: Multiplication) -> None:
         w, x, sources = found.weight, found.operand, found.sources
         if self.inner is not None:
             self.inner.append((found, "loop inside a " if {"scan", "while"} & set(block.scope) else ""))
@@ -153,7 +156,7 @@ class Analysis:
             layer.reads = self.add_hidden(x, "", w.loops, mark=False)
             layer.reads.readers.append(layer)
 
-    def add_hidden(self, x: Value, name: str, loops: frozenset, mark: bool) -> Hidden:
+    def add_hidden(self, x: Value, name: str, loops: frozenset[Any], mark: bool) -> Hidden:
         root, views = x.root()
         if mark or root.hidden is None:
             block, variable = root.place  # type: ignore[misc]
@@ -172,7 +175,7 @@ class Analysis:
             root.hidden = hidden
         return root.hidden
 
-    def finish(self, outs: Sequence[Value]):
+    def finish(self, outs: Sequence[Value]) -> None:
         """Settles which lookups are layers, names all that was found, and says where feedback has to ride along."""
         for out in outs:
             for lookup in out.lookups:
@@ -199,7 +202,7 @@ class Analysis:
             hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
             taken[hidden.mark].add(hidden.name)
 
-    def add_affine(self, block: Block, index: int, ins: list[Value], out: Value):
+    def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
         """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
         pure = [k for k, v in enumerate(ins) if v.pure]
         if len(pure) == 1 and not self.sealed and jnp.issubdtype(out.aval.dtype, jnp.inexact):
@@ -207,7 +210,7 @@ class Analysis:
             self.affines.append(affine)
             block.affines[index] = affine
 
-    def add_activations(self, block: Block):
+    def add_activations(self, block: Block) -> None:
         if self.silent or self.sealed or self.unmarked:
             return
         regions, doubts = find_regions(block)
@@ -226,7 +229,9 @@ class Analysis:
 
     # -- walking
 
-    def walk(self, jaxpr, ins: Sequence[Value], scope, loops, path) -> tuple[Block, list[Value]]:
+    def walk(
+        self, jaxpr: Jaxpr, ins: Sequence[Value], scope: Any, loops: Any, path: tuple[Any, ...]
+    ) -> tuple[Block, list[Value]]:
         jaxpr, consts = open_jaxpr(jaxpr)
         block = Block(jaxpr, consts, scope, loops)
         for var in jaxpr.constvars:
@@ -244,7 +249,7 @@ class Analysis:
         self.add_activations(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
-    def equation(self, block: Block, index: int, eqn, ins: list[Value], path) -> list[Value]:
+    def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
         row, name = of(eqn), of(eqn).name
         params = frozenset().union(*(v.params for v in ins))
         key = (*path, index)
@@ -307,13 +312,15 @@ class Analysis:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)
         return outs
 
-    def find_beginnings(self, eqn, ins: list[Value]):
+    def find_beginnings(self, eqn: Equation, ins: list[Value]) -> None:
         """Where a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
         if is_product(eqn) and all(v.params for v in ins[:2]):
             bent = [v for v in ins[:2] if v.stage == 2]
             self.found |= {v.key: 0 for b in bent for v in ancestors(b, lambda v: False) if v.key is not None}
 
-    def mixture(self, block: Block, index: int, eqn, ins: list[Value], key) -> Multiplication | None:
+    def mixture(
+        self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]
+    ) -> Multiplication | None:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
         row = of(eqn)
         found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
@@ -336,7 +343,9 @@ class Analysis:
             )
         return None
 
-    def own_derivative(self, block: Block, index: int, eqn, ins: list[Value], body) -> Multiplication | None:
+    def own_derivative(
+        self, block: Block, index: int, eqn: Equation, ins: list[Value], body: Any
+    ) -> Multiplication | None:
         """A function with a derivative of its own: one layer if one weight multiplies data in it, else sealed."""
         what = f"{of(eqn).name[:10]} function"
         before = self.inner, self.sealed, self.refusals
@@ -357,13 +366,13 @@ class Analysis:
             )
         return None
 
-    def generic(self, eqn, ins: list[Value], carried: bool = False) -> list[Value]:
+    def generic(self, eqn: Equation, ins: list[Value], carried: bool = False) -> list[Value]:
         """What an equation without a structure of its own passes from its operands to its results."""
         if of(eqn).same:
             return [self.generic_one(eqn, [v], out.aval, carried) for v, out in zip(ins, eqn.outvars, strict=True)]
         return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
 
-    def generic_one(self, eqn, ins: list[Value], aval, carried: bool) -> Value:
+    def generic_one(self, eqn: Equation, ins: list[Value], aval: Aval, carried: bool) -> Value:
         row = of(eqn)
         value = Value(
             aval,
@@ -398,7 +407,7 @@ class Analysis:
                 value.axes = parameter_axes(eqn, ins, aval, axes)
         return value
 
-    def sums(self, block: Block, eqn, ins: list[Value]):
+    def sums(self, block: Block, eqn: Equation, ins: list[Value]) -> None:
         """Refuses products of weights and data that are summed by hand."""
         for product, sentence in by_hand.summed(eqn, ins, block):
             if of(eqn).kind == "transform":  # a product between two transforms is a convolution
@@ -408,14 +417,14 @@ class Analysis:
 
     # -- constructs
 
-    def scan(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def scan(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         n_consts, n_carry = scan_counts(eqn.params)
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         scope, loops = (*block.scope, "scan"), (*block.loops, (key, length))
         carry = [classes_of(v) for v in ins[n_consts : n_consts + n_carry]]
 
-        def inputs():
+        def inputs() -> Iterator[Value]:
             for value in ins[:n_consts]:
                 yield value
             for classes, aval in zip(carry, avals[n_consts : n_consts + n_carry], strict=True):
@@ -456,7 +465,7 @@ class Analysis:
             results.append(result)
         return results
 
-    def cond(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def cond(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         walked = [
             self.walk(branch, ins[1:], (*block.scope, "cond"), block.loops, (*key, i))
             for i, branch in enumerate(eqn.params["branches"])
@@ -470,7 +479,7 @@ class Analysis:
             results.append(merged)
         return results
 
-    def loop(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def loop(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         """A while loop: nothing in it can be served, so it must hold no layer."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = ins[n : n + m], ins[n + m :]
@@ -486,7 +495,7 @@ class Analysis:
         self.sealed = before
         return [Value(v.aval, **classes_of(everything), producer=eqn, operands=tuple(ins)) for v in eqn.outvars]
 
-    def shard_map(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def shard_map(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         body = eqn.params["jaxpr"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
@@ -508,7 +517,7 @@ class Analysis:
         ]  # fmt: skip
 
 
-def _owned_axes(w: Value) -> frozenset:
+def _owned_axes(w: Value) -> frozenset[Any]:
     """Mesh axes along which a `shard_map` of the network splits what the weight is made of."""
     found: set[str] = set()
     seen: set[int] = set()

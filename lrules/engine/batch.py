@@ -14,16 +14,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
 from lrules.network import Network
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class BatchAxis:
         """The shape without the batch, a merged axis taken apart."""
         return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
 
-    def restore(self, x, shape: Sequence[int]):
+    def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
         x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
         return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
 
-    def in_front(self, x, shape: Sequence[int], batch: int):
+    def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
         """A tensor of that shape as `[batch, *rest]`."""
         x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
         return jnp.moveaxis(x, self.axis + 1, 0).reshape(-1, *self.rest(shape))
@@ -63,10 +63,10 @@ class Unbatched(BatchAxis):
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
 
-    def restore(self, x, shape: Sequence[int]):
+    def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
         return x.sum(0).reshape(shape)
 
-    def in_front(self, x, shape: Sequence[int], batch: int):
+    def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
         return jnp.broadcast_to(x.reshape(1, *shape), (batch, *shape))
 
 
@@ -127,13 +127,13 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
     return (before, after) if a.aval.shape[axis] == batch else None
 
 
-def _back(eqn, a: Value, b: Value, axis: int):
+def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
     """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
     if len(a.operands) != len(b.operands):
         return None
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
 
-    def to(u, v, i, front=1, behind=1):
+    def to(u: Value, v: Value, i: int, front: Any = 1, behind: Any = 1) -> Any:
         return (u, v, i, (front, behind)) if _grown(u, v) == i else None
 
     row = of(eqn)
@@ -165,7 +165,7 @@ def _back(eqn, a: Value, b: Value, axis: int):
     return None
 
 
-def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to, u: Value, v: Value):
+def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
     """Through a view: the axis holds one of the operand's, or several, of which the one that grows is the batch."""
     held, i = axes[axis], _grown(u, v)
     if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):

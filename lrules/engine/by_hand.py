@@ -13,11 +13,12 @@ The *output* of a layer whose weight has several axes of outputs may be a matrix
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from lrules.engine.jaxprs import JITS, open_jaxpr
+from lrules.engine.jaxprs import JITS, Equation, open_jaxpr
 from lrules.engine.operations import is_product, of
 
 MOST = 8  # so many products are followed in one value
@@ -70,7 +71,7 @@ class Product:
         return (self.outer and other.outer) or _cuts(self.weight) != _cuts(other.weight)
 
 
-def _cuts(weight) -> set[str]:
+def _cuts(weight: Any) -> set[str]:
     """Which slices of parameters a weight is computed from."""
     found, stack, seen = set(), [weight], set()
     while stack:
@@ -87,7 +88,7 @@ def _cuts(weight) -> set[str]:
     return found
 
 
-def of_layer(layer) -> tuple[Product, ...]:
+def of_layer(layer: Any) -> tuple[Product, ...]:
     """The output of a layer, if it may hold a matrix for each example."""
     members = layer.row.members(layer.eqn, layer.position)
     free = frozenset(o for a, o in layer.output_axes.items() if a not in members)
@@ -95,7 +96,7 @@ def of_layer(layer) -> tuple[Product, ...]:
     return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
-def made(eqn, ins, out) -> list[Product]:
+def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[Product]:
     """The product that an equation makes of a weight and data."""
     row = of(eqn)
     weighs = [v.pure or _is_weight(v, other) for v, other in zip(ins, ins[::-1], strict=True)]
@@ -105,7 +106,7 @@ def made(eqn, ins, out) -> list[Product]:
     weight, data = ins[side], ins[1 - side]
     if not data.data or (out.chosen and not data.differentiable):  # rows, or a weight, chosen by a mask
         return []
-    if row.combines:
+    if row.elementwise and row.combines:
         if len(weight.aval.shape) not in (0, len(out.aval.shape)):
             return []
         dims = frozenset(weight.spread if weight.pure else weight.weight_dims & weight.spread)
@@ -126,13 +127,13 @@ def made(eqn, ins, out) -> list[Product]:
     return []
 
 
-def _is_weight(value, other) -> bool:
+def _is_weight(value: Any, other: Any) -> bool:
     """Whether of two values that meet, neither made of parameters alone, this one is the weight."""
     chosen = value.chosen and not other.chosen and other.data
     return chosen or (value.both and not value.batched and other.batched)
 
 
-def passed(eqn, ins, out, axes) -> list[Product]:
+def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Product]:
     """The products that an equation passes on; `axes` as from `view_axes`."""
     row = of(eqn)
     ndim = len(getattr(out.aval, "shape", ()))
@@ -167,11 +168,11 @@ def passed(eqn, ins, out, axes) -> list[Product]:
     return found
 
 
-def _is_where(eqn) -> bool:
+def _is_where(eqn: Equation) -> bool:
     return of(eqn).name in JITS and all(of(e).carries for e in open_jaxpr(eqn.params["jaxpr"])[0].eqns)
 
 
-def summed(eqn, ins, block) -> list[tuple[Product, str]]:
+def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[Product, str]]:
     """The products that an equation sums up, and what to say of them."""
     hit: list[tuple[Product, str]] = []
     for k, value in enumerate(ins):
@@ -189,7 +190,7 @@ def summed(eqn, ins, block) -> list[tuple[Product, str]]:
     return hit
 
 
-def _distance_axes(eqn, ins, k, product, block) -> frozenset[int]:
+def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
     """Along which axes of its operand `k` an equation sums up distances, or multiplies differences by each other."""
     row, done = of(eqn), product.kind == "distance"
     if row.kind == "product" and k < 2:
@@ -201,7 +202,7 @@ def _distance_axes(eqn, ins, k, product, block) -> frozenset[int]:
     return frozenset(row.reduced(eqn, k)) if summed else frozenset()
 
 
-def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
+def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
     """Along which axes of its operand `k` an equation sums up what must not be summed."""
     row, axes = of(eqn), frozenset(of(eqn).reduced(eqn, k))
     if row.kind == "product" and k < 2:
@@ -218,7 +219,7 @@ def _summed_axes(eqn, ins, k, product, block) -> frozenset[int]:
     return axes if wrong else frozenset()
 
 
-def _is_mean(eqn, block) -> bool:
+def _is_mean(eqn: Equation, block: Any) -> bool:
     """Whether a sum is only divided by a number, as a mean is: statistics of scaled values are no neuron."""
     variables = {eqn.outvars[0]}
     divided = False

@@ -19,9 +19,7 @@ from lrules.engine.records import Hidden
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct
-
-Pytree = Any
-
+from lrules.typing import Pytree
 
 SMALLER = {  # what makes direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",
@@ -154,7 +152,7 @@ def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
         raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
-    if where != {"layer"} or any(spec.channel for spec in specs):
+    if where != {"layer"} or any(spec.pullback for spec in specs):
         return {}
     return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}
 
@@ -241,7 +239,7 @@ def _settled(
     return [(o, n) for o, names in pairs.items() for n in names]
 
 
-def _feedback_dtype(graph: Graph, hidden: Hidden):
+def _feedback_dtype(graph: Graph, hidden: Hidden) -> Any:
     if hidden.readers:
         return feedback_dtype(graph.param_avals[min(hidden.readers[0].sources)].dtype)
     return hidden.reader.aval.dtype

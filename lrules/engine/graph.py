@@ -10,7 +10,7 @@ the parameters and once from the feedback, so that feedback meets its layer afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,11 @@ import numpy as np
 from lrules.engine.activations import linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
-from lrules.engine.jaxprs import INLINED, REMATS, bind, is_literal, scan_counts
+from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
 from lrules.engine.operations import of
 from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
+from lrules.engine.regions import Region
+from lrules.typing import Pytree
 
 
 class Graph:
@@ -32,7 +34,9 @@ class Graph:
     outputs: none through `stop_gradient`, or to aux alone.
     """
 
-    def __init__(self, closed, names: Sequence[str], batched: Sequence[bool], out_tree, aux_tree, n_outputs: int):
+    def __init__(
+        self, closed: Any, names: Sequence[str], batched: Sequence[bool], out_tree: Any, aux_tree: Any, n_outputs: int
+    ) -> None:
         self.closed, self.names = closed, list(names)
         self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
         invars = closed.jaxpr.invars
@@ -63,16 +67,16 @@ class Graph:
 
     def run(
         self,
-        params,
-        inputs,
+        params: Sequence[Any],
+        inputs: Sequence[Any],
         *,
-        consts=None,
-        feedback=None,
-        handlers=(),
+        consts: Sequence[Any] | None = None,
+        feedback: Sequence[Any] | None = None,
+        handlers: Sequence[Handler] = (),
         frame: Frame | None = None,
         marks: Sequence[Hidden] = (),
         taps: Mapping[str, Value] | None = None,
-    ):
+    ) -> tuple[Any, Any]:
         """Evaluates the network.
 
         Args:
@@ -99,19 +103,21 @@ class Graph:
 class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
-    def __init__(self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]):
+    def __init__(
+        self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]
+    ) -> None:
         self.handlers, self.shadows, self.marks = tuple(handlers), shadows, marks
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.affines = any(h.affines for h in handlers)
 
-    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts=None) -> list[Pair]:
+    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts: Sequence[Any] | None = None) -> list[Pair]:
         env: dict[Any, Pair] = {}
 
-        def read(atom) -> Pair:
+        def read(atom: Atom) -> Pair:
             return (atom.val, None) if is_literal(atom) else env[atom]
 
-        def write(variable, pair: Pair):
+        def write(variable: Any, pair: Pair) -> None:
             value, shadow = pair
             here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
             for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
@@ -144,11 +150,11 @@ class _Runner:
                     write(var, pair)
         return [read(v) for v in block.jaxpr.outvars]
 
-    def activation(self, region, read, frame: Frame, shadowed: bool) -> Pair:
+    def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
         captured = [value for value, _ in others]
 
-        def fn(x, *others):
+        def fn(x: jax.Array, *others: Any) -> Any:
             env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
             for eqn in region.eqns:
                 got = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
@@ -164,7 +170,7 @@ class _Runner:
         x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
         return run(x), fn(x_shadow.transpose(region.axes), *rest)
 
-    def equation(self, block: Block, index: int, eqn, pairs: list[Pair], frame: Frame) -> list[Pair]:
+    def equation(self, block: Block, index: int, eqn: Equation, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]
         if index in block.layers:
             out = self.layer(block.layers[index], eqn, pairs, frame)
@@ -196,29 +202,29 @@ class _Runner:
         mixed_out = self.shadows and any(block.values[v].shadowed for v in eqn.outvars)
         return mixed_out or any(child.sites(affines=self.affines) for child in block.children[index])
 
-    def layer(self, layer: Layer, eqn, pairs: list[Pair], frame: Frame):
+    def layer(self, layer: Layer, eqn: Equation, pairs: list[Pair], frame: Frame) -> Any:
         k = layer.position
         (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
         single = len(rest) == 1 and not layer.row.looks_up
         x = rest[0] if single else tuple(rest)
 
-        def op(w, x):
+        def op(w: jax.Array, x: jax.Array) -> Any:
             others = [x] if single else list(x)
             return bind(eqn, [*others[:k], w, *others[k:]])[0]
 
         b = w if b is None else b
 
-        def run(w, b, x):
+        def run(w: jax.Array, b: Any, x: Any) -> Any:
             return op(w, x)
 
         for handler in self.handlers:  # the rule's own innermost
             run = nest_layer(handler, layer, run, op, frame)
         return run(w, b, x)
 
-    def affine(self, affine: Affine, eqn, values: list[Any], frame: Frame):
+    def affine(self, affine: Affine, eqn: Equation, values: list[Any], frame: Frame) -> Any:
         k = affine.position
 
-        def run(p, others):
+        def run(p: Any, others: Any) -> Any:
             return bind(eqn, [*others[:k], p, *others[k:]])[0]
 
         for handler in self.handlers:
@@ -227,10 +233,10 @@ class _Runner:
 
     # -- constructs
 
-    def remat(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def remat(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
         (child,) = block.children[index]
 
-        def body(pairs, inputs, position):
+        def body(pairs: Sequence[Pair], inputs: Pytree, position: Any) -> tuple[list[Pair], dict[str, Any]]:
             inner = Frame(inputs, {}, position)
             return self.block(child, pairs, inner), inner.records
 
@@ -239,14 +245,14 @@ class _Runner:
         frame.records.update(records)
         return outs
 
-    def scan(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def scan(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Any]:
         (child,), params = block.children[index], eqn.params
         n_consts, n_carry = scan_counts(params)
         consts, carry, xs = pairs[:n_consts], pairs[n_consts : n_consts + n_carry], pairs[n_consts + n_carry :]
 
         classes = [child.value(v) for v in child.jaxpr.invars[n_consts : n_consts + n_carry]]
 
-        def body(carry, sliced):
+        def body(carry: Any, sliced: Any) -> tuple[Any, Any]:
             xs, inputs, i = sliced
             inner = Frame(inputs, {}, (*frame.index, i))
             outs = self.block(child, [*consts, *carry, *xs], inner)
@@ -266,11 +272,11 @@ class _Runner:
         frame.records.update(records)
         return [*carry, *ys]
 
-    def cond(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def cond(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
         classes = [block.values[v] for v in eqn.outvars]
 
-        def branch(child):
-            def run(pairs):
+        def branch(child: Block) -> Callable[..., list[Pair]]:
+            def run(pairs: Sequence[Pair]) -> list[Pair]:
                 outs = self.block(child, pairs, Frame({}, {}, frame.index))
                 return [self.paired(c, p) for c, p in zip(classes, outs, strict=True)]
 
@@ -279,11 +285,11 @@ class _Runner:
         # Frames inside a branch keep nothing: what one branch records the other would have to record too.
         return jax.lax.switch(pairs[0][0], [branch(child) for child in block.children[index]], list(pairs[1:]))
 
-    def shard_map(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def shard_map(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Pair]:
         (child,), params = block.children[index], eqn.params
         classes = [child.value(v) for v in child.jaxpr.outvars]
 
-        def body(*pairs):
+        def body(*pairs: Pair) -> tuple[Pair, ...]:
             outs = self.block(child, pairs, Frame({}, {}, frame.index))
             return tuple(self.paired(c, p) for c, p in zip(classes, outs, strict=True))
 

@@ -11,9 +11,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lrules.engine.activations import ALIASES, FORMULAS
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import CONSTRUCTS, INLINED, SCAN, bind, is_literal
+from lrules.engine.jaxprs import CONSTRUCTS, INLINED, SCAN, Atom, bind, is_literal
 from lrules.engine.operations import Row, of
 from lrules.engine.records import Block, Value
 
@@ -36,7 +38,7 @@ class Head:
     function: str
     views: tuple[Any, ...] = ()
 
-    def arranged(self, error):
+    def arranged(self, error: jax.Array) -> jax.Array:
         """The error at the layer's outputs in the arrangement of the output."""
         for eqn in self.views:
             (error,) = bind(eqn, [error])
@@ -95,7 +97,7 @@ def _named(passed: Sequence[tuple[str, Row]]) -> str:
     return ALIASES.get(bent[0], bent[0]) if len(bent) == 1 else " ".join(dict.fromkeys(reversed(bent)))
 
 
-def _layer_of(value: Value):
+def _layer_of(value: Value) -> Any:
     """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's.
 
     What is brought along the edges of a graph, by constants, is still the layer's.
@@ -167,7 +169,7 @@ def _evaluate(block: Block, wanted: Sequence[Any], env: dict[Any, Any], given: M
     equations, _ = _needed(block, wanted, given)
     env |= {v: given[id(value)] for v, value in block.values.items() if id(value) in given}
 
-    def read(v):
+    def read(v: Atom) -> Any:
         return v.val if is_literal(v) else env[v]
 
     for index in sorted(equations):

@@ -13,11 +13,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jax.export import is_symbolic_dim
-
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, SCAN
+from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.reshapes import reshape_groups
 
 Axes = Sequence[int]
+
+Places = list[tuple[int, ...]]  # for each axis of the output, the axes of the operand that it holds
 
 Kind = Literal[
     "elementwise", "view", "placement", "move", "lookup", "scatter", "product", "reduction", "cumulative", "window",
@@ -29,7 +30,7 @@ Curve = Literal["", "linear", "bent", "formula", "choice", "comparison", "rows"]
 Combines = Literal["", "sum", "product", "quotient", "select", "extreme", "distance"]
 
 
-def _none(eqn, k: int) -> Axes:
+def _none(eqn: Equation, k: int) -> Axes:
     return ()
 
 
@@ -45,7 +46,8 @@ class Row:
         over a mesh; a `"transform"` between all elements; a `"call"`, a `"loop"`; a `"source"`: no error flows into it.
       curve: how it bends: `"linear"`; `"bent"`, as tanh; `"formula"`, which alone is no activation, as exp; `"choice"`,
         as abs; `"comparison"`; `"rows"`, which bends whole rows; empty where no activation holds it.
-      combines: what an elementwise function makes of two values: a `"sum"`, `"product"` and so on.
+      combines: what it makes of two values, elementwise or in a window: a `"sum"`, a `"product"` and so on.
+      power: `eqn -> n`, of what raises to a whole power.
       view: `(eqn, shape of the operand) -> axes`: for each axis of the output, the axes of its operand that it holds,
         or None for an equation that is no view.
       permutation: `eqn -> axes`, where the view puts the elements into another order.
@@ -73,15 +75,16 @@ class Row:
     kind: Kind = "unknown"
     curve: Curve = ""
     combines: Combines = ""
-    view: Callable[[Any, Axes], list[tuple[int, ...]] | None] | None = None
-    permutation: Callable[[Any], tuple[int, ...]] | None = None
-    lies: Callable[[Any, int], Mapping[int, int]] | None = None
-    reorders: Callable[[Any, int, Sequence[bool]], bool] | None = None
+    power: Callable[[Equation], int] | None = None
+    view: Callable[[Equation, Axes], Places | None] | None = None
+    permutation: Callable[[Equation], tuple[int, ...]] | None = None
+    lies: Callable[[Equation, int], Mapping[int, int]] | None = None
+    reorders: Callable[[Equation, int, Sequence[bool]], bool] | None = None
     weights: tuple[int, ...] = ()
-    contracted: Callable[[Any, int], Axes] = _none
-    members: Callable[[Any, int], Axes] = _none
-    window: Callable[[Any, int], Axes] = _none
-    reduced: Callable[[Any, int], Axes] = _none
+    contracted: Callable[[Equation, int], Axes] = _none
+    members: Callable[[Equation, int], Axes] = _none
+    window: Callable[[Equation, int], Axes] = _none
+    reduced: Callable[[Equation, int], Axes] = _none
     by_example: bool = True
     rounds: bool = False
     carries: bool = False
@@ -130,7 +133,7 @@ class Row:
         """Whether it is a view that leaves each element where it is."""
         return self.view is _as_it_is
 
-    def free(self, eqn, k: int) -> frozenset[int]:
+    def free(self, eqn: Equation, k: int) -> frozenset[int]:
         """The axes of a product's operand along which lie the rows that are multiplied one by one."""
         return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()
 
@@ -138,52 +141,52 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------- the axes
 
 
-def _ndim(eqn, k: int) -> int:
+def _ndim(eqn: Equation, k: int) -> int:
     return len(eqn.invars[k].aval.shape)
 
 
-def _in_place(eqn, k: int) -> Mapping[int, int]:
+def _in_place(eqn: Equation, k: int) -> Mapping[int, int]:
     return {i: i for i in range(_ndim(eqn, k))}
 
 
-def _all(eqn, k: int) -> Axes:
+def _all(eqn: Equation, k: int) -> Axes:
     return range(_ndim(eqn, k))
 
 
-def _axes(eqn, k: int) -> Axes:
+def _axes(eqn: Equation, k: int) -> Axes:
     return eqn.params["axes"]
 
 
-def _axis(eqn, k: int) -> Axes:
+def _axis(eqn: Equation, k: int) -> Axes:
     return [eqn.params["axis"]]
 
 
-def _not_reduced(eqn, k: int) -> Mapping[int, int]:
+def _not_reduced(eqn: Equation, k: int) -> Mapping[int, int]:
     kept = [i for i in range(_ndim(eqn, k)) if i not in eqn.params["axes"]]
     return {i: o for o, i in enumerate(kept)}
 
 
-def _as_it_is(eqn, shape: Axes):
+def _as_it_is(eqn: Equation, shape: Axes) -> Places | None:
     return [(i,) for i in range(len(shape))] if len(eqn.invars) == 1 else None
 
 
-def _permutation(eqn) -> tuple[int, ...]:
+def _permutation(eqn: Equation) -> tuple[int, ...]:
     return tuple(eqn.params["permutation"])
 
 
-def _transposed(eqn, shape: Axes):
+def _transposed(eqn: Equation, shape: Axes) -> Places | None:
     return [(i,) for i in eqn.params["permutation"]]
 
 
-def _squeezed(eqn, shape: Axes):
+def _squeezed(eqn: Equation, shape: Axes) -> Places | None:
     return [(i,) for i in range(len(shape)) if i not in eqn.params["dimensions"]]
 
 
-def _broadcast(eqn, k: int) -> Mapping[int, int]:
+def _broadcast(eqn: Equation, k: int) -> Mapping[int, int]:
     return dict(enumerate(eqn.params["broadcast_dimensions"] if k == 0 else ()))
 
 
-def _expanded(eqn, shape: Axes):
+def _expanded(eqn: Equation, shape: Axes) -> Places | None:
     out = eqn.outvars[0].aval.shape
     if math.prod(out) != math.prod(shape):
         return None
@@ -193,89 +196,60 @@ def _expanded(eqn, shape: Axes):
     return axes
 
 
-def _reshaped(eqn, shape: Axes):
+def _reshaped(eqn: Equation, shape: Axes) -> Places | None:
     if eqn.params.get("dimensions") is not None:
         return None
     out = eqn.outvars[0].aval.shape
     axes: list[tuple[int, ...]] = [()] * len(out)
-    for left, right in _reshape_groups(shape, out):
+    for left, right in reshape_groups(shape, out):
         for o in right:
             axes[o] = tuple(left)
     return axes
 
 
-def _reshape_groups(a: Axes, b: Axes) -> list[tuple[list[int], list[int]]]:
-    """Axes of `a` that become axes of `b` under a reshape, in the smallest groups."""
-    groups, i, j = [], 0, 0
-    while i < len(a) or j < len(b):
-        left, right = [i] if i < len(a) else [], [j] if j < len(b) else []
-        m, n = (a[i] if left else 1), (b[j] if right else 1)
-        i, j = i + len(left), j + len(right)
-        while m != n:
-            if i < len(a) and (j == len(b) or _smaller(m, n)):
-                left.append(i)
-                m *= a[i]
-                i += 1
-            elif j < len(b):
-                right.append(j)
-                n *= b[j]
-                j += 1
-            else:
-                break
-        groups.append((left, right))
-    return groups
-
-
-def _smaller(m, n) -> bool:
-    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
-    if is_symbolic_dim(m) or is_symbolic_dim(n):
-        return n % m == 0
-    return m < n
-
-
-def _along(param: str):
+def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
     """Reorders along the axis, or the axes, that a parameter of the equation names."""
 
-    def reorders(eqn, axis: int, data: Sequence[bool]) -> bool:
+    def reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
         along = eqn.params[param]
         return axis in along if isinstance(along, tuple) else axis == along
 
     return reorders
 
 
-def _nowhere(eqn, axis: int, data: Sequence[bool]) -> bool:
+def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     return False
 
 
-def _anywhere(eqn, axis: int, data: Sequence[bool]) -> bool:
+def _anywhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     return True
 
 
-def _stacked(eqn, k: int) -> Mapping[int, int]:
+def _stacked(eqn: Equation, k: int) -> Mapping[int, int]:
     return {i: i + (i >= eqn.params["axis"]) for i in range(_ndim(eqn, k))}
 
 
-def _dot_contracted(eqn, k: int) -> Axes:
+def _dot_contracted(eqn: Equation, k: int) -> Axes:
     return eqn.params["dimension_numbers"][0][k]
 
 
-def _dot_members(eqn, k: int) -> Axes:
+def _dot_members(eqn: Equation, k: int) -> Axes:
     return eqn.params["dimension_numbers"][1][k]
 
 
-def _dot_lies(eqn, k: int) -> Mapping[int, int]:
+def _dot_lies(eqn: Equation, k: int) -> Mapping[int, int]:
     contracted, members = eqn.params["dimension_numbers"]
     return _free_last(eqn, k, members[k], [*contracted[k], *members[k]])
 
 
-def _free_last(eqn, k: int, members: Axes, others: Axes) -> Mapping[int, int]:
+def _free_last(eqn: Equation, k: int, members: Axes, others: Axes) -> Mapping[int, int]:
     """The output of a product holds the members, the free axes of the left operand, those of the right one."""
     free = [i for i in range(_ndim(eqn, k)) if i not in others]
     start = len(members) if k == 0 else len(eqn.outvars[0].aval.shape) - len(free)
     return dict(zip(members, range(len(members)), strict=True)) | {i: start + o for o, i in enumerate(free)}
 
 
-def _ragged_numbers(eqn) -> tuple[Any, Any, Axes]:
+def _ragged_numbers(eqn: Equation) -> tuple[Any, Any, Axes]:
     """The contracted axes, those of members, and those of groups; none of the first where rows are no groups'."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted, members = numbers.dot_dimension_numbers
@@ -283,35 +257,35 @@ def _ragged_numbers(eqn) -> tuple[Any, Any, Axes]:
     return ((), ()) if not groups or members[1] else contracted, members, groups
 
 
-def _ragged_contracted(eqn, k: int) -> Axes:
+def _ragged_contracted(eqn: Equation, k: int) -> Axes:
     return _ragged_numbers(eqn)[0][k] if k < 2 else ()
 
 
-def _ragged_groups(eqn, k: int) -> Axes:
+def _ragged_groups(eqn: Equation, k: int) -> Axes:
     return _ragged_numbers(eqn)[2] if k == 1 else ()
 
 
-def _ragged_lies(eqn, k: int) -> Mapping[int, int]:
+def _ragged_lies(eqn: Equation, k: int) -> Mapping[int, int]:
     contracted, members, groups = _ragged_numbers(eqn)
     if k > 1 or not contracted[k]:
         return {}
     return _free_last(eqn, k, members[k], [*contracted[k], *members[k], *(groups if k == 1 else ())])
 
 
-def _conv_lies(eqn, k: int) -> Mapping[int, int]:
+def _conv_lies(eqn: Equation, k: int) -> Mapping[int, int]:
     spec = eqn.params["dimension_numbers"]
     return {spec.lhs_spec[0]: spec.out_spec[0]} if k == 0 else {spec.rhs_spec[0]: spec.out_spec[1]}
 
 
-def _conv_contracted(eqn, k: int) -> Axes:
+def _conv_contracted(eqn: Equation, k: int) -> Axes:
     return [i for i in range(_ndim(eqn, k)) if i not in _conv_lies(eqn, k)]
 
 
-def _conv_window(eqn, k: int) -> Axes:
+def _conv_window(eqn: Equation, k: int) -> Axes:
     return eqn.params["dimension_numbers"].rhs_spec[2:] if k == 1 else ()
 
 
-def _gathered(eqn, k: int) -> Mapping[int, int]:
+def _gathered(eqn: Equation, k: int) -> Mapping[int, int]:
     numbers = eqn.params["dimension_numbers"]
     if k == 1:  # the last axis of the indices is that of their parts
         rest = [o for o in range(len(eqn.outvars[0].aval.shape)) if o not in numbers.offset_dims]
@@ -321,40 +295,40 @@ def _gathered(eqn, k: int) -> Mapping[int, int]:
     return dict(zip(whole, numbers.offset_dims, strict=True))
 
 
-def _gather_chooses(eqn, k: int) -> Axes:
+def _gather_chooses(eqn: Equation, k: int) -> Axes:
     return sorted(set(eqn.params["dimension_numbers"].start_index_map)) if k == 0 else ()
 
 
-def _gather_reorders(eqn, axis: int, data: Sequence[bool]) -> bool:
+def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     """Whether examples are looked up by data, as in h[order]."""
     numbers = eqn.params["dimension_numbers"]
     one = len(numbers.start_index_map) == 1 and not getattr(numbers, "operand_batching_dims", ())
     return axis not in numbers.offset_dims and all(data) and one
 
 
-def _slice_chooses(eqn, k: int) -> Axes:
+def _slice_chooses(eqn: Equation, k: int) -> Axes:
     sizes = zip(eqn.invars[0].aval.shape, eqn.params["slice_sizes"], strict=True)
     return [i for i, (n, size) in enumerate(sizes) if n != size] if k == 0 else ()
 
 
-def _scattered(eqn, k: int) -> Axes:
+def _scattered(eqn: Equation, k: int) -> Axes:
     """Updates may be summed along all axes but those of their windows."""
     windows = eqn.params["dimension_numbers"].update_window_dims
     return [i for i in range(_ndim(eqn, k)) if i not in windows] if k == 2 else ()
 
 
-def _fft_axes(eqn, k: int) -> Axes:
+def _fft_axes(eqn: Equation, k: int) -> Axes:
     return range(_ndim(eqn, k))[-len(eqn.params["fft_lengths"]) :]
 
 
-def _windows(eqn, k: int) -> Axes:
+def _windows(eqn: Equation, k: int) -> Axes:
     return [i for i, n in enumerate(eqn.params["window_dimensions"]) if n != 1]
 
 
 # --------------------------------------------------------------------------------------------------------- the table
 
 
-def _rows(names: str, kind: Kind, **facts) -> list[Row]:
+def _rows(names: str, kind: Kind, **facts: Any) -> list[Row]:
     return [Row(name, kind, **facts) for name in names.split()]
 
 
@@ -376,7 +350,8 @@ TABLE = [
     *_rows("clamp abs sign", "elementwise", curve="choice"),
     *_rows("eq ne lt gt le ge and or xor not is_finite", "elementwise", curve="comparison"),
     Row("pow", "elementwise", "formula", "distance"),
-    *_rows("exp exp2 log log1p sqrt rsqrt cbrt integer_pow square", "elementwise", curve="formula"),
+    *_rows("exp exp2 log log1p sqrt rsqrt cbrt square", "elementwise", curve="formula"),
+    Row("integer_pow", "elementwise", "formula", power=lambda eqn: eqn.params["y"]),
     Row("atan2", "elementwise", "bent", "distance"),
     *_rows("expm1 tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh", "elementwise", curve="bent"),
     *_rows("logistic erf erfc erf_inv lgamma digamma rem floor ceil round", "elementwise", curve="bent"),
@@ -416,7 +391,8 @@ TABLE = [
     Row("cummax", "cumulative", "rows", lies=_in_place),
     Row("cummin", "cumulative", lies=_in_place),
     Row("reduce_window_sum", "window", lies=_in_place, reduced=_windows, leads=True, totals=True),
-    *_rows("reduce_window reduce_window_max reduce_window_min", "window", lies=_in_place),
+    *_rows("reduce_window_max reduce_window_min", "window", combines="extreme", lies=_in_place),
+    Row("reduce_window", "window", lies=_in_place),
     *_rows("psum psum_invariant", "collective", statistic=True, totals=True),
     *_rows("pmax pmin reduce_scatter", "collective", statistic=True),
     # Multiplied and summed up.
@@ -437,7 +413,7 @@ TABLE = [
 ROWS = {row.name: row for row in TABLE}
 
 
-def of(eqn) -> Row:
+def of(eqn: Equation) -> Row:
     """The row of an equation's primitive."""
     name = eqn.primitive.name
     return ROWS.get(name) or _unknown(name)
@@ -448,13 +424,13 @@ def _unknown(name: str) -> Row:
     return Row(name)
 
 
-def view_axes(eqn, shape: Axes) -> list[tuple[int, ...]] | None:
+def view_axes(eqn: Equation, shape: Axes) -> Places | None:
     """For each axis of the equation's output, the axes of its operand that it holds; None if it is no view."""
     view = of(eqn).view
     return None if view is None else view(eqn, shape)
 
 
-def is_product(eqn) -> bool:
+def is_product(eqn: Equation) -> bool:
     """Whether an equation multiplies and sums up."""
     row = of(eqn)
     return row.kind == "product" and len(row.contracted(eqn, 1)) > 0

@@ -28,8 +28,6 @@ from lrules.engine.weights import (
 )
 from lrules.rule import Direct, Feedback, LayerRule, Sequential
 
-Pytree = Any
-
 
 @dataclasses.dataclass(eq=False)
 class Plan:
@@ -68,7 +66,7 @@ class Plan:
                 shapes[name] = (shape, dtype, False)
         return shapes
 
-    def init(self, key, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
+    def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
         """Draws the feedback weights, each from a key of its own name."""
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
@@ -121,7 +119,7 @@ class Refused(NotImplementedError):
       refusals: what stands in the way, by parameter.
     """
 
-    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]):
+    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]) -> None:
         self.refusals: dict[str, str] = {}
         for names, sentence in found:
             for name in names:

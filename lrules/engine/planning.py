@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from lrules.engine.direct_feedback import add_direct_feedback, bare
 from lrules.engine.graph import Graph
@@ -15,8 +14,7 @@ from lrules.engine.weights import (
 )
 from lrules.network import Network
 from lrules.rule import Backprop, Direct, LayerRule, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 def make_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from lrules.engine.jaxprs import open_jaxpr
+from lrules.engine.jaxprs import Equation, Jaxpr, open_jaxpr
 from lrules.engine.operations import Row, is_product, of
 from lrules.engine.records import Value, parts
 
@@ -30,14 +30,14 @@ class Multiplication:
     mixed: bool = False
 
 
-def multiplies(jaxpr) -> bool:
+def multiplies(jaxpr: Jaxpr) -> bool:
     """Whether there are products in a jaxpr or the jaxprs inside it."""
     jaxpr, _ = open_jaxpr(jaxpr)
     inner = [v for eqn in jaxpr.eqns for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
     return any(map(is_product, jaxpr.eqns)) or any(map(multiplies, inner))
 
 
-def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
+def multiplication(eqn: Equation, ins: list[Value]) -> Multiplication | None:
     """The layer that an equation is; None if it is none."""
     row = of(eqn)
     if row.looks_up:
@@ -49,7 +49,9 @@ def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
     return None if side is None else _layer(row, eqn, ins, side, sources, ins[1 - side])
 
 
-def _layer(row: Row, eqn, ins: list[Value], side: int, sources: frozenset[int], operand: Value) -> Multiplication:
+def _layer(
+    row: Row, eqn: Equation, ins: list[Value], side: int, sources: frozenset[int], operand: Value
+) -> Multiplication:
     contracted, w = row.contracted(eqn, side), ins[side]
     lies = row.lies(eqn, side) if row.lies is not None else {}
     output_axes = {axis: out for axis, out in lies.items() if axis not in contracted}
@@ -58,7 +60,7 @@ def _layer(row: Row, eqn, ins: list[Value], side: int, sources: frozenset[int], 
     return Multiplication(w, operand, contracted, output_axes, side, sources, shape, mixed)
 
 
-def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
+def of_latents(eqn: Equation, ins: list[Value]) -> Multiplication | None:
     """A product of two parameters with which a network without a batch begins: of learned latents and a weight.
 
     The latents are a vector, or else what stands on the left. Two that are made of one parameter are no layer.
@@ -71,7 +73,7 @@ def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
     return None if found is None else dataclasses.replace(found, weight=ins[1 - latents], operand=ins[latents])
 
 
-def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
+def transformed(eqn: Equation, ins: list[Value], axes: int) -> Multiplication | None:
     """An elementwise product between a Fourier transform over the last axes and its inverse."""
     pure = [k for k, v in enumerate(ins) if v.pure]
     if not axes or of(eqn).combines != "product" or len(pure) != 1:
@@ -82,7 +84,7 @@ def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
     return Multiplication(w, ins[1 - pure[0]], contracted, kept, pure[0], w.params, shape)
 
 
-def _one_side(row: Row, eqn, ins: list[Value]) -> tuple[int | None, frozenset[int]]:
+def _one_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None, frozenset[int]]:
     """The weight of a product that takes it on one side only, and the parameters that it is made of."""
     (side,) = row.weights
     w, x = ins[side], ins[1 - side]
@@ -92,7 +94,7 @@ def _one_side(row: Row, eqn, ins: list[Value]) -> tuple[int | None, frozenset[in
     return (side if sources else None), sources
 
 
-def _either_side(row: Row, eqn, ins: list[Value]) -> tuple[int | None, frozenset[int]]:
+def _either_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None, frozenset[int]]:
     """Which of the two operands of a product is the weight, and the parameters that it is made of."""
     if ins[0].pure != ins[1].pure:
         side = 0 if ins[0].pure else 1
@@ -112,7 +114,7 @@ def _either_side(row: Row, eqn, ins: list[Value]) -> tuple[int | None, frozenset
     return None, frozenset()
 
 
-def _mixed(row: Row, eqn, ins: list[Value], side: int) -> frozenset[int]:
+def _mixed(row: Row, eqn: Equation, ins: list[Value], side: int) -> frozenset[int]:
     """The parameters of a weight that layers have made: for each example, where it multiplies a hidden signal as a
     matrix, or without a batch, where it multiplies what has one."""
     w, x = ins[side], ins[1 - side]
@@ -130,7 +132,7 @@ def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[
     return bool(dims & contracted) and bool(free) and free <= dims
 
 
-def one_layer(eqn, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
+def one_layer(eqn: Equation, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
     """A function with a derivative of its own as one layer: there is one product in it, of one weight and data."""
     pure = [k for k, v in enumerate(ins) if v.pure]
     data = [v for v in ins if v.data]
@@ -154,7 +156,7 @@ def one_layer(eqn, ins: list[Value], found: list[Multiplication]) -> Multiplicat
     return Multiplication(w, operand, contracted, output_axes, pure[0], w.params, inner.shape)
 
 
-def stage(eqn, ins: list[Value]) -> int:
+def stage(eqn: Equation, ins: list[Value]) -> int:
     """Of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one.
 
     A number by which all is multiplied or divided, as a spectral norm, does not count.

@@ -7,9 +7,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from lrules.engine.by_hand import Product
 from lrules.engine.dtypes import is_inexact
-from lrules.engine.jaxprs import is_literal
+from lrules.engine.jaxprs import Atom, Aval, is_literal
 from lrules.engine.operations import Row, of
 
 
@@ -41,7 +43,7 @@ class Layer:
     operand: Value = dataclasses.field(repr=False)
     scope: tuple[str, ...] = ()
     reads: Hidden | None = None
-    owned: frozenset = frozenset()
+    owned: frozenset[Any] = frozenset()
     eqn: Any = dataclasses.field(default=None, repr=False)
     sources: frozenset[int] = frozenset()
     position: int = 0  # which operand of the equation the weight is
@@ -95,7 +97,7 @@ class Hidden:
     loops: tuple[tuple[int, bool], ...] = ()
     mark: bool = False
 
-    def to_definition(self, signal):
+    def to_definition(self, signal: jax.Array) -> jax.Array:
         """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
 
         signal = signal.astype(self.reader.aval.dtype)
@@ -149,10 +151,10 @@ class Value:
     place: tuple[Block, Any] | None = None  # the block and variable where it is defined
     axes: dict[int, tuple[tuple[tuple[int, ...], ...], frozenset[int]]] = dataclasses.field(default_factory=dict)
     varies: frozenset[int] | None = None
-    loops: frozenset = frozenset()
+    loops: frozenset[Any] = frozenset()
     carried: bool = False
     products: tuple[Product, ...] = ()
-    lookups: frozenset = frozenset()  # the layers whose rows a chosen value is made of
+    lookups: frozenset[Any] = frozenset()  # the layers whose rows a chosen value is made of
     stage: int = 0  # of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one
     key: Any = None  # where the product stands that made it
     wanted: bool = False  # a weight is made of it, so that feedback has to ride along
@@ -162,7 +164,7 @@ class Value:
     arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
-    split: frozenset = frozenset()  # mesh axes along which a shard_map of the network splits it
+    split: frozenset[Any] = frozenset()  # mesh axes along which a shard_map of the network splits it
 
     @property
     def pure(self) -> bool:
@@ -234,20 +236,20 @@ class Block:
                 own |= child.sites(affines=affines)
         return own
 
-    def value(self, atom) -> Value:
+    def value(self, atom: Atom) -> Value:
         if is_literal(atom):
             return Value(atom.aval)
         return self.values[atom]
 
 
-def parameter(i: int, aval) -> Value:
+def parameter(i: int, aval: Aval) -> Value:
     """The value of a parameter."""
     axes: dict[int, Any] = {i: (tuple((d,) for d in range(len(aval.shape))), frozenset())}
     own = frozenset([i])
     return Value(aval, params=own, differentiable=own, axes=axes)
 
 
-def argument(aval, batched: bool) -> Value:
+def argument(aval: Aval, batched: bool) -> Value:
     """The value of an input; what has no batch is a constant."""
     return Value(aval, data=batched, batched=batched, smooth=batched and is_inexact(aval))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ from lrules.engine.activations import (
     _is_uniform,
     arranged,
 )
-from lrules.engine.jaxprs import OWN_DERIVATIVE, call_body, call_name
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
+from lrules.engine.records import Block, Value
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,7 +40,7 @@ class Region:
     activation: Any = None
 
 
-def _nonlinear(eqn, value) -> list[Row]:
+def _nonlinear(eqn: Equation, value: Callable[..., Value]) -> list[Row]:
     """The nonlinear primitives of an elementwise equation."""
     row = of(eqn)
     if row.combines == "product":
@@ -48,7 +50,7 @@ def _nonlinear(eqn, value) -> list[Row]:
     return [inner for inner in (_inner(eqn) if row.kind == "call" else [row]) if inner.nonlinear]
 
 
-def _inner(eqn) -> list[Row]:
+def _inner(eqn: Equation) -> list[Row]:
     """The primitives in a call, and in the calls in it."""
     eqns = getattr(call_body(eqn), "eqns", ())
     return [row for e in eqns for row in (_inner(e) if of(e).kind == "call" else [of(e)])]
@@ -64,13 +66,13 @@ def _of_statistics(row: Row) -> bool:
     return row.curve in ("formula", "comparison", "choice") or row.combines == "product"
 
 
-def _is_named(eqn) -> bool:
+def _is_named(eqn: Equation) -> bool:
     row = of(eqn)
     name = call_name(eqn) if row.kind == "call" else ""
     return name in NAMED or name.startswith((MARK, UNMARK)) or row.name in OWN_DERIVATIVE
 
 
-def find_regions(block) -> tuple[list[Region], list[Doubt]]:
+def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
     """The activations of one block, in program order, and what may be one."""
     eqns, value = block.jaxpr.eqns, block.value
     users: dict[Any, set[int]] = {}
@@ -79,11 +81,11 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
             if not _is_literal(v):
                 users.setdefault(v, set()).add(index)
 
-    def compared(eqn) -> bool:
+    def compared(eqn: Equation) -> bool:
         asks = [i >= 0 and of(eqns[i]).curve == "comparison" for i in users.get(eqn.outvars[0], {-1})]
         return of(eqn).stops and all(asks)
 
-    def selected(eqn) -> bool:
+    def selected(eqn: Equation) -> bool:
         """Whether an equation is no transpose, or one such as `vmap` makes of what a select of several values reads."""
         if of(eqn).permutation is None:
             return True
@@ -105,7 +107,7 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
         if all(_is_uniform(value(v)) for v in others) and (compared(eqn) or _lies(block, eqn, operands)):
             candidates[index] = operands
 
-    def output(index):
+    def output(index: int) -> Any:
         return eqns[index].outvars[0]
 
     named = {index for index in candidates if _is_named(eqns[index])}
@@ -131,7 +133,7 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
                 cuts.add(output(index))
         return groups
 
-    def region(key, indices: list[int], last: int) -> Region | Doubt | None:
+    def region(key: Any, indices: list[int], last: int) -> Region | Doubt | None:
         """What ends with this equation."""
         needed, stack = {last}, [last]
         while stack:
@@ -171,14 +173,14 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
     return sorted(found, key=lambda region: region.indices[-1]), doubts
 
 
-def _steps(block, eqn) -> list[Axes]:
+def _steps(block: Block, eqn: Equation) -> list[Axes]:
     """How each operand of a candidate that depends on parameters and data lies in its output."""
     held = arranged(block.value(eqn.outvars[0])) or {}
     same = tuple(range(len(eqn.outvars[0].aval.shape)))
     return [held.get(k, same) for k, v in enumerate(eqn.invars) if block.value(v).both]
 
 
-def _lies(block, eqn, operands) -> bool:
+def _lies(block: Block, eqn: Equation, operands: Any) -> bool:
     """Whether an equation is elementwise, of operands of its output's shape up to the order of the axes."""
     shape = eqn.outvars[0].aval.shape
     return arranged(block.value(eqn.outvars[0])) is not None and all(
@@ -187,17 +189,17 @@ def _lies(block, eqn, operands) -> bool:
     )
 
 
-def _trimmed(block, start, indices: list[int], candidates) -> tuple[Any, list[int]]:
+def _trimmed(block: Block, start: Any, indices: list[int], candidates: Any) -> tuple[Any, list[int]]:
     """The region without the factors and terms at its ends, unless they may belong to a formula."""
     eqns = block.jaxpr.eqns
 
-    def affine(index):
+    def affine(index: int) -> Any:
         operands, eqn = candidates[index], eqns[index]
         row = of(eqn)
         linear = row.curve == "linear" or (row.combines == "quotient" and eqn.invars[0] is operands[0])
         return linear and len(operands) == 1
 
-    def formula(index):
+    def formula(index: int) -> bool:
         return of(eqns[index]).curve == "formula"
 
     front, value, readers = 0, start, indices  # how many lead to the first that bends
@@ -218,7 +220,7 @@ def _trimmed(block, start, indices: list[int], candidates) -> tuple[Any, list[in
     return start, indices if formula(back[-1]) else back
 
 
-def _region(block, start, indices) -> Region | Doubt | None:
+def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
     eqns, value = [block.jaxpr.eqns[i] for i in indices], block.value
     out = eqns[-1].outvars[0]
     calls = [call_name(e) for e in eqns if _is_named(e)]
@@ -244,13 +246,13 @@ def _region(block, start, indices) -> Region | Doubt | None:
     return Region(name, start, out, tuple(dict.fromkeys(free)), eqns, indices, lies[out])
 
 
-def _hides(eqn, value) -> bool:
+def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether a function with a derivative of its own, of more than one element, holds what may be an activation."""
     of_several = of(eqn).name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
     return of_several and any(row.curve == "bent" for row in _inner(eqn))
 
 
-def _doubted(eqn) -> str:
+def _doubted(eqn: Equation) -> str:
     """The name of an equation of several values that may be meant as an activation."""
     if of(eqn).name in OWN_DERIVATIVE:
         return call_name(eqn)
@@ -258,7 +260,7 @@ def _doubted(eqn) -> str:
     return "_".join(dict.fromkeys(bent)) or of(eqn).name
 
 
-def _bends(eqn, value) -> bool:
+def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether an elementwise equation of several values bends one of them, as max and select do."""
     mixed = [v for v in eqn.invars if value(v).both]
     if all(_is_statistic(value(v)) for v in mixed):

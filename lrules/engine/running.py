@@ -6,7 +6,7 @@ Sequential rules are a `custom_vjp` around each layer, direct ones one `custom_v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from lrules.engine.batch import Unbatched
-from lrules.engine.handlers import Frame, Handler
+from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import bind, placed_as, split_as, varying_axes
 from lrules.engine.operations import of
@@ -24,23 +24,22 @@ from lrules.engine.records import Hidden, Layer
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct, Feedback, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 class _RuleHandler(Handler):
     """The rule's own handler: the layers of sequential rules, and the landings of direct ones."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def layer(self, layer: Layer, op, w, b, x, frame: Frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         spec = self.plan.specs[layer.site]
         if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
         return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
 
-    def hidden(self, hidden: Hidden, value, frame: Frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         landing = self.plan.direct_feedback.get(hidden.name)
         if landing is None or landing.hidden is not hidden:
             return value
@@ -49,15 +48,15 @@ class _RuleHandler(Handler):
         return jax.lax.stop_gradient(value)
 
 
-def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
+def _sequential_layer(spec: Sequential, layer: Layer, op: Operation) -> Callable[..., Any]:
     @jax.custom_vjp
-    def multiply(w, b, x):
+    def multiply(w: jax.Array, b: Any, x: jax.Array) -> Any:
         return op(w, x)
 
-    def forward(w, b, x):
+    def forward(w: jax.Array, b: Any, x: jax.Array) -> tuple[Any, Any]:
         return op(w, x), (w, b, x)
 
-    def backward(residuals, d):
+    def backward(residuals: Any, d: jax.Array) -> tuple[Any, Any, Any]:
         w, b, x = residuals
         dw, dx, db = spec.backward(op, w, b, x, d, layer)
         return dw, db, None if dx is None else jax.tree.map(_if_floating, x, dx)
@@ -66,12 +65,19 @@ def _sequential_layer(spec: Sequential, layer: Layer, op) -> Callable:
     return multiply
 
 
-def _if_floating(x, dx):
+def _if_floating(x: jax.Array, dx: Any) -> Any:
     return dx if jnp.issubdtype(x.dtype, jnp.inexact) else None
 
 
 def run_plan(
-    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
+    plan: Plan,
+    net: Network,
+    params: Pytree,
+    feedback: Feedback,
+    inputs: Pytree,
+    *,
+    targets: Pytree = None,
+    rng: jax.Array | None = None,
 ) -> Any:
     """Runs the network under a plan; what comes out differentiates as the rule says."""
     outputs, aux = run_to_heads(plan, net, params, feedback, inputs, targets=targets, rng=rng)
@@ -80,7 +86,14 @@ def run_plan(
 
 
 def run_to_heads(
-    plan: Plan, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, *, targets=None, rng=None
+    plan: Plan,
+    net: Network,
+    params: Pytree,
+    feedback: Feedback,
+    inputs: Pytree,
+    *,
+    targets: Pytree = None,
+    rng: jax.Array | None = None,
 ) -> Any:
     """The same up to where the output error is taken: `(outputs, aux)`, see `head.py`."""
     plan.check(feedback)
@@ -104,14 +117,20 @@ def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs
     return jax.tree.unflatten(tree, [outs[i] if i in below else leaf for i, leaf in enumerate(leaves)])
 
 
-def evaluate(plan: Plan, params, feedback, inputs, consts, handlers, frame: Frame):
+def evaluate(
+    plan: Plan,
+    params: Sequence[Any],
+    feedback: Mapping[str, Any],
+    inputs: Sequence[Any],
+    consts: Sequence[Any],
+    handlers: Sequence[Handler],
+    frame: Frame,
+) -> tuple[Any, Any]:
     shadow = None
     if plan.shadows:
         names = plan.graph.names
         shadow = [
-            placed_as(feedback[name], jax.typeof(p))
-            if name in plan.sequential_feedback
-            else jax.lax.stop_gradient(p)
+            placed_as(feedback[name], jax.typeof(p)) if name in plan.sequential_feedback else jax.lax.stop_gradient(p)
             for name, p in zip(names, params, strict=True)
         ]
     own = _RuleHandler(plan)
@@ -124,19 +143,32 @@ def evaluate(plan: Plan, params, feedback, inputs, consts, handlers, frame: Fram
     return jax.tree.unflatten(tree, leaves), aux
 
 
-def _direct_run(plan: Plan) -> Callable:
+def _direct_run(plan: Plan) -> Callable[..., Any]:
     """The whole network as one function whose backward pass brings the output error to every landing at once."""
 
     @jax.custom_vjp
-    def run(params, feedback, inputs, consts, handlers, targets):
+    def run(
+        params: Sequence[Any],
+        feedback: Mapping[str, Any],
+        inputs: Sequence[Any],
+        consts: Sequence[Any],
+        handlers: Sequence[Handler],
+        targets: Pytree,
+    ) -> tuple[Any, Any]:
         return evaluate(plan, params, feedback, inputs, consts, handlers, Frame())
 
-    def forward(*args):
+    def forward(*args: Any) -> tuple[Any, Any]:
         # Only what is differentiated is: data may come from what has no reverse mode, such as a while loop.
         wanted = any(leaf.perturbed for leaf in jax.tree.leaves(args[2:5]))
         params, feedback, inputs, consts, handlers, targets = jax.tree.map(lambda leaf: leaf.value, args)
 
-        def network(params, feedback, inputs=inputs, consts=consts, handlers=handlers):
+        def network(
+            params: Sequence[Any],
+            feedback: Mapping[str, Any],
+            inputs: Sequence[Any] = inputs,
+            consts: Sequence[Any] = consts,
+            handlers: Sequence[Handler] = handlers,
+        ) -> tuple[Any, Any]:
             frame = Frame()
             outputs, aux = evaluate(plan, params, feedback, inputs, consts, handlers, frame)
             return (outputs, frame.records), aux
@@ -145,18 +177,18 @@ def _direct_run(plan: Plan) -> Callable:
         (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
         learns = any(landing.spec.learn is not None for landing in plan.direct_feedback.values())
         landings = plan.direct_feedback.values()
-        channels = dict.fromkeys(landing.spec.channel for landing in landings if landing.spec.channel)
-        skips = [channel(plan, params, inputs, consts, records) for channel in channels]
-        return (outputs, aux), (pull, skips, feedback, targets, records if learns else None)
+        pullbacks = dict.fromkeys(landing.spec.pullback for landing in landings if landing.spec.pullback)
+        pulls = [pullback(plan, params, inputs, consts, records) for pullback in pullbacks]
+        return (outputs, aux), (pull, pulls, feedback, targets, records if learns else None)
 
-    def backward(residuals, cotangent):
-        pull, skips, feedback, targets, records = residuals
+    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+        pull, pulls, feedback, targets, records = residuals
         errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
         signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
-        for skip in skips:
-            signals |= skip(errors)
+        for pull_signals in pulls:
+            signals |= pull_signals(errors)
         for name, landing in plan.direct_feedback.items():
             spec, b = landing.spec, feedback.get(name)
             if spec.signal is None:
@@ -174,21 +206,21 @@ def _direct_run(plan: Plan) -> Callable:
     return run
 
 
-def _is_zero(x) -> bool:
+def _is_zero(x: Any) -> bool:
     return isinstance(x, SymbolicZero)
 
 
-def _instantiate(x):
+def _instantiate(x: Any) -> Any:
     return np.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
-def _over_devices(grad, b):
+def _over_devices(grad: Any, b: Any) -> Any:
     """Sums a feedback gradient over the devices that share the feedback weight, as the transpose of using it would."""
     axes = tuple(sorted(varying_axes(jax.typeof(grad)) - varying_axes(jax.typeof(b))))
     return jax.lax.psum(grad, axes) if axes else grad
 
 
-def _spec(x):
+def _spec(x: jax.Array) -> Any:
     """Which axes of an array are split over which explicit axes of a mesh."""
     return jax.typeof(x).sharding.spec
 
@@ -206,7 +238,7 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
 
 
-def sent_error(plan: Plan, spec: Direct, e, feedback):
+def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, Any]) -> jax.Array:
     """The output error as it is sent: shared axes in front, `[*shared, batch, outputs]`, its rank reduced."""
     if spec.shared_axes:
         (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
@@ -220,7 +252,7 @@ def sent_error(plan: Plan, spec: Direct, e, feedback):
     return e
 
 
-def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
+def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, elements: int | None = None) -> Any:
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.signal is not None
@@ -231,13 +263,13 @@ def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
 
     more = {"elements": elements} if "elements" in inspect.signature(landing.spec.signal).parameters else {}
 
-    def signal(e, b):  # [*shared, batch, *hidden without shared axes]
+    def signal(e: jax.Array, b: Any) -> Any:  # [*shared, batch, *hidden without shared axes]
         return landing.spec.signal(e, b, targets, hidden.name, **more)  # type: ignore[misc]
 
     for _ in shared:
         signal = jax.vmap(signal, in_axes=(0, None))
 
-    def define(s):
+    def define(s: Any) -> jax.Array:
         if axis.merged or not all(of(eqn).same_shape for eqn in hidden.views):
             s = split_as(s, landing.batch_split)  # reshapes take few axes that are split
         return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
@@ -245,7 +277,7 @@ def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
     for _ in turns:
         define = jax.vmap(define)
 
-    def arrive(b):
+    def arrive(b: Any) -> jax.Array:
         s = jnp.moveaxis(signal(e, b), turns, range(len(turns)))
         front = [len(turns) + k for k in range(len(places))]
         return define(jnp.moveaxis(s, front, [len(turns) + 1 + place for place in places.values()]))
@@ -261,7 +293,7 @@ def _land(landing: DirectFeedback, e, b, targets, elements: int | None = None):
     return placed_as(out, hidden.root.aval, len(hidden.loops))
 
 
-def direct_feedback_gradient(landing: DirectFeedback, e, record, b):
+def direct_feedback_gradient(landing: DirectFeedback, e: jax.Array, record: jax.Array, b: Any) -> Any:
     """The gradient of one direct feedback weight, summed over the scans and positions that share it."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.learn is not None
@@ -269,7 +301,7 @@ def direct_feedback_gradient(landing: DirectFeedback, e, record, b):
     given, b = b, split_as(b, *landing.split)
     e = split_as(e, *[None] * len(shared), landing.batch_split)
 
-    def seen(value):  # as the reader sees it, the batch in front
+    def seen(value: Any) -> jax.Array:  # as the reader sees it, the batch in front
         for eqn in hidden.views:
             (value,) = bind(eqn, [value])
         spec, at = landing.lies, axis.axis
@@ -285,7 +317,7 @@ def direct_feedback_gradient(landing: DirectFeedback, e, record, b):
     h = seen(record).astype(b.dtype)
     h = jnp.moveaxis(h, [*own, *others, *where], range(len(own) + len(others) + len(where)))
 
-    def summed(learn, in_axes):
+    def summed(learn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
         return lambda *args: jax.vmap(learn, in_axes)(*args).sum(0)
 
     learn = landing.spec.learn

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrules.engine.jaxprs import Aval, Equation
 from lrules.engine.operations import of
 from lrules.engine.records import Layer, Value, classes_of
 
 
-def slice_of(value: Value, aval, key) -> Value:
+def slice_of(value: Value, aval: Aval, key: tuple[Any, ...]) -> Value:
     """One slice of a scanned value: a definition of its own."""
     axes = {}
     for i, (dims, sliced) in value.axes.items():
@@ -20,11 +21,11 @@ def slice_of(value: Value, aval, key) -> Value:
     )  # fmt: skip
 
 
-def _through(axes, dims: frozenset[int]) -> frozenset[int]:
+def _through(axes: Any, dims: frozenset[int]) -> frozenset[int]:
     return frozenset(j for j, held in enumerate(axes) if dims & set(held))
 
 
-def varying_dims(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
+def varying_dims(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> frozenset[int]:
     row = of(eqn)
     full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
     if axes is not None:
@@ -37,13 +38,13 @@ def varying_dims(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
     return full
 
 
-def parameter_axes(eqn, ins: list[Value], aval, axes):
+def parameter_axes(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> dict[int, Any]:
     """Which axes of which parameters the dimensions of a value made of parameters hold."""
     row = of(eqn)
     ndim = len(getattr(aval, "shape", ()))
     found: dict[int, Any] = {}
 
-    def add(i, dims, sliced):
+    def add(i: int, dims: Any, sliced: Any) -> None:
         if i not in found or sum(map(len, dims)) > sum(map(len, found[i][0])):
             found[i] = (dims, sliced)
 
@@ -68,7 +69,7 @@ def parameter_axes(eqn, ins: list[Value], aval, axes):
     return found
 
 
-def output_parameter_axes(layer: Layer):
+def output_parameter_axes(layer: Layer) -> dict[int, Any]:
     """Which axes of its parameters the dimensions of a layer's output hold."""
     came_from = {o: a for a, o in layer.output_axes.items()}
     ndim = len(layer.output.aval.shape)  # type: ignore[union-attr]

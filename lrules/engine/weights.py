@@ -102,7 +102,7 @@ class SequentialFeedback:
     sliced: tuple[int, ...]
     spatial: tuple[int, ...] = ()
 
-    def draw(self, key, weight) -> jax.Array:
+    def draw(self, key: jax.Array, weight: Any) -> jax.Array:
         """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart.
 
         Initializers with an argument `weight` get the parameter, in the same layout.
@@ -117,7 +117,7 @@ class SequentialFeedback:
         if "weight" in inspect.signature(init).parameters:
             weights = split_as(jax.lax.stop_gradient(jnp.transpose(weight, order))).reshape(count, *shape)
 
-        def one(k, w):
+        def one(k: Any, w: Any) -> jax.Array:
             return draw(init, k, shape, self.dtype, **({} if w is None else {"weight": w}))
 
         if self.sliced:
@@ -128,7 +128,7 @@ class SequentialFeedback:
         return drawn.reshape([self.shape[i] for i in order]).transpose(inverse)
 
 
-def draw_direct(landing: DirectFeedback, key) -> jax.Array:
+def draw_direct(landing: DirectFeedback, key: jax.Array) -> jax.Array:
     """Draws `[hidden size, outputs]`, of which feedback of a rank keeps so many outputs, as good as any others.
 
     Where such a matrix would be larger than all feedback may be, of as many outputs as fit.
@@ -138,7 +138,7 @@ def draw_direct(landing: DirectFeedback, key) -> jax.Array:
     fitting = landing.spec.max_feedback_bytes / max(size * jnp.dtype(landing.dtype).itemsize, 1)
     outputs = landing.outputs if landing.spec.rank is None else max(sent, int(min(landing.outputs, fitting)))
 
-    def one(k):
+    def one(k: Any) -> jax.Array:
         drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
         return drawn[:, :sent].T.reshape(landing.shape[n:])
 
@@ -147,7 +147,7 @@ def draw_direct(landing: DirectFeedback, key) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
 
 
-def draw_reduction(key, shape: tuple[int, ...], dtype) -> jax.Array:
+def draw_reduction(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The matrix `[outputs, rank]` that brings errors to a rank: random rows of length one that sum to one.
 
     Independent numbers have the same mean and variance after it as before. Fewer than three numbers of length one

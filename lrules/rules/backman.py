@@ -14,21 +14,24 @@ norm of the layer, and c is 0 if that is zero too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
 from lrules.engine.dtypes import at_least_float32
+from lrules.engine.handlers import Operation
 from lrules.engine.jaxprs import varying_axes
+from lrules.engine.records import Layer
 from lrules.options import is_number, mesh_axes
 from lrules.rule import Rule
+from lrules.typing import AxisName
 
 DEAD = 1e-15
 
 
-def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = None) -> Rule:
+def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None) -> Rule:
     """BackMAN: each neuron's weight gradient, and the error it sends down, scaled to a norm of alpha.
 
     c_i = alpha / ||(r^T a)_i||,  dW_i = c_i (r^T a)_i,  and g W goes down with g = r diag(c)
@@ -60,11 +63,11 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
         raise ValueError(f'alpha={alpha!r} is neither a number nor "gradient_norm": give that, or a number from 0 on')
     outer = mesh_axes(axis_name)
 
-    def coefficients(op, w, x, d, layer):
+    def coefficients(op: Operation, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, jax.Array]:
         (raw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         axes = _device_axes(layer, raw, outer)
 
-        def whole(value):
+        def whole(value: Any) -> Any:
             return jax.lax.psum(value, axes) if axes else value
 
         wide = at_least_float32(raw.dtype)
@@ -80,10 +83,12 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
             return raw, c.astype(wide)  # which is complex where the gradient is
         return raw, c.astype(wide) * jnp.asarray(alpha, wide)
 
-    def gain(op, w, x, d, layer):
+    def gain(op: Operation, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> jax.Array:
         return coefficients(op, w, x, d, layer)[1]
 
-    def backward(op, w, b, x, d, layer):
+    def backward(
+        op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
+    ) -> tuple[Any, Any, None]:
         raw, c = coefficients(op, w, x, d, layer)
         order = _neurons(w, layer) if layer.row.rounds else None
         if order is not None:  # it may round its weight, so that the error is scaled in the weight's place
@@ -96,13 +101,13 @@ def backman(alpha: float | str = 1.0, axis_name: str | Sequence[str] | None = No
     return sequential(backward, whole_batch=True, gain=gain)
 
 
-def _neurons(w, layer) -> list[int] | None:
+def _neurons(w: jax.Array, layer: Layer) -> list[int] | None:
     """The weight's axes of neurons in the order in which they lie in the outputs; None if rows belong to groups."""
     order = sorted(layer.output_axes, key=lambda a: (layer.output_axes[a], a))
     return order if len(order) + len(layer.contracted) == w.ndim else None
 
 
-def _squares(op, w, x, d, layer):
+def _squares(op: Operation, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> Any:
     """The sum of squares of the arriving error per output neuron, of the weight's rank."""
     order = _neurons(w, layer)
     if order is None:  # each row is that of one group of neurons
@@ -115,13 +120,13 @@ def _squares(op, w, x, d, layer):
     return jnp.expand_dims(per_neuron, tuple(a for a in range(w.ndim) if a not in order))
 
 
-def _at_outputs(c, d, order, layer):
+def _at_outputs(c: Any, d: jax.Array, order: Any, layer: Layer) -> Any:
     """The coefficients of neurons where these lie in the outputs."""
     c = c.squeeze(layer.contracted).transpose([sorted(order).index(a) for a in order])
     return c.reshape([n if i in layer.output_axes.values() else 1 for i, n in enumerate(d.shape)])
 
 
-def _device_axes(layer, raw, outer):
+def _device_axes(layer: Layer, raw: Any, outer: Any) -> tuple[Any, ...]:
     """The mesh axes over which the raw gradient has to be summed."""
     spread = varying_axes(jax.typeof(raw))
     inside = any(s.startswith("shard_map") for s in layer.scope)

@@ -6,12 +6,18 @@ Last layer only: delta_l = 0 for every hidden layer l (Baldi, Sadowski, Lu 2018,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 from lrules.constructors import direct
+from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame
 from lrules.engine.plan import Plan
+from lrules.network import Network, NetworkLike
 from lrules.rule import Backprop, Feedback, Rule, RuleDescription
+from lrules.typing import Pytree
 
 
 def backprop() -> Rule:
@@ -23,11 +29,11 @@ def backprop() -> Rule:
       The rule; its feedback is `Feedback({}, {})`.
     """
 
-    def init(key, net, params, inputs):
+    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         return Feedback({}, {})
 
-    def transform(net, *, reduction="mean"):
-        def f(params, feedback, inputs, *, rng=None):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             if not net.handlers:
                 return net(params, inputs)
             graph = net.graph(params, inputs)
@@ -40,7 +46,7 @@ def backprop() -> Rule:
 
     everywhere = Backprop()
 
-    def plan(net, graph, params, inputs):
+    def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return Plan(graph, {layer.site: everywhere for layer in graph.layers}, {}, {})
 
     return Rule(init, transform, description=RuleDescription(plan, everywhere))

@@ -8,26 +8,28 @@ Adaptive (ASRBP): dB_l = e h_l^T besides, the product of the error at the top an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer, Pytree
 
 
-def project(e, b):
+def project(e: jax.Array, b: Any) -> jax.Array:
     """Brings the output error `e` `[batch, outputs]` to a hidden signal by `b` `[outputs, *hidden]`."""
     return jnp.tensordot(e.astype(b.dtype), b, axes=1)
 
 
-def arrive(e, b, targets, name):
+def arrive(e: jax.Array, b: Any, targets: Pytree, name: str) -> jax.Array:
     """The signal of direct feedback alignment."""
     return project(e, b)
 
 
-def correlate(e, h, b):
+def correlate(e: jax.Array, h: jax.Array, b: Any) -> Any:
     """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`, summed.
 
     As the transpose of `project`, in which JAX itself sees to a batch that lies on several devices.
@@ -37,13 +39,13 @@ def correlate(e, h, b):
 
 def direct_feedback_alignment(
     init: Initializer | None = None,
-    adaptive: bool = False,
     *,
+    adaptive: bool = False,
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
-    error_at: str = "layer",
-    max_feedback_bytes: int = 2**30,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Direct feedback alignment (DFA), which Baldi, Sadowski and Lu call skipped random backpropagation (SRBP).
 

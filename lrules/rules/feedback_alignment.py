@@ -7,14 +7,19 @@ Adaptive random backpropagation (ARBP): dB_l = dW_l besides (Baldi, Sadowski, Lu
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from lrules.constructors import sequential
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.engine.handlers import Operation
+from lrules.engine.records import Layer
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 
-def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:
+def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = False) -> Rule:
     """Feedback alignment (FA), which Baldi, Sadowski and Lu call random backpropagation (RBP).
 
     delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l)
@@ -45,7 +50,7 @@ def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) 
     """
     require_flags(adaptive=adaptive)
 
-    def backward(op, w, b, x, d, layer):
+    def backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, Any]:
         (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
         (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
         return dw, dx, dw if adaptive else None

@@ -6,9 +6,9 @@ decay gamma, W_l - B_l shrinks by the factor 1 - eta gamma at every step of grad
 
 from __future__ import annotations
 
-from lrules.options import Initializer
 from lrules.rule import Rule
 from lrules.rules.feedback_alignment import feedback_alignment
+from lrules.typing import Initializer
 
 
 def kolen_pollack(init: Initializer | None = None) -> Rule:

@@ -6,15 +6,20 @@ one output, the update of every example then agrees in sign with its gradient (T
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lrules.constructors import direct
 from lrules.feedback import absolute
-from lrules.options import Initializer
 from lrules.rule import Rule
 from lrules.rules.direct_feedback_alignment import arrive
+from lrules.typing import Initializer
 
 
 def monotone_dfa(
-    init: Initializer | None = None, *, error_at: str = "layer", max_feedback_bytes: int = 2**30
+    init: Initializer | None = None,
+    *,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Monotone direct feedback alignment (mDFA): DFA with positive feedback, for nets with positive weights.
 

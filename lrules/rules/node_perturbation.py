@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,12 @@ from lrules.apply import mean_loss
 from lrules.engine.batch import BatchAxis, batch_axis, doubled
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, key_at, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, key_at, zeros_at
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
-from lrules.engine.records import Hidden
+from lrules.engine.records import Hidden, Layer
 from lrules.engine.running import (
     direct_feedback_gradient,
     evaluate,
@@ -49,23 +49,25 @@ from lrules.engine.running import (
     run_to_heads,
     sent_error,
 )
-from lrules.network import Network, as_network
-from lrules.options import Initializer, as_initializer, is_number, require_flags
+from lrules.network import Network, NetworkLike, as_network
+from lrules.options import as_initializer, is_number
 from lrules.rule import Direct, Feedback, Gradients, Rule, RuleDescription, Sequential, check_params
 from lrules.rules.direct_feedback_alignment import arrive, correlate, project
+from lrules.typing import Initializer, Loss, Pytree
 
-SOLVERS = ("sgd", "rls")
+Channel = Literal["sequential", "direct"]
+Solver = Literal["sgd", "rls"]
 
 
 def node_perturbation(
     std: float,
-    direct: bool = False,
-    solver: str = "sgd",
     *,
+    channel: Channel = "sequential",
+    solver: Solver = "sgd",
     init: Initializer | None = None,
     noise: Callable[..., jax.Array] = jax.random.normal,
     ridge: float = 0.1,
-    max_feedback_bytes: int = 2**30,
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Feedback weights learned by node perturbation, in the place of W^T or straight from the output error.
 
@@ -80,8 +82,8 @@ def node_perturbation(
 
     Args:
       std: the standard deviation of the noise.
-      direct: bring the output error straight to every hidden signal, as direct feedback alignment does; else through
-        every layer, as feedback alignment.
+      channel: `"sequential"` brings the error down through every layer, as feedback alignment does; `"direct"` brings
+        the output error straight to every hidden signal, as direct feedback alignment does.
       solver: `"sgd"`, or `"rls"` for recursive least squares (dense layers, and direct feedback to anything). Under
         `jit` with a sharded batch, and under `shard_map`, they are those of all devices' examples; not so under `pmap`
         or with `check_vma=False`.
@@ -107,8 +109,9 @@ def node_perturbation(
     """
     if not (is_number(std) and 0 < std < math.inf):
         raise ValueError(f"std must be a finite number > 0, got {std!r}")
-    require_flags(direct=direct)
-    if solver not in SOLVERS:
+    if channel not in get_args(Channel):
+        raise ValueError(f'channel must be "sequential" or "direct", got {channel!r}')
+    if solver not in get_args(Solver):
         raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
     if not (is_number(ridge) and 0 < ridge < math.inf):
         raise ValueError(f"ridge must be a finite number > 0, got {ridge!r}")
@@ -116,16 +119,16 @@ def node_perturbation(
         raise TypeError(f"noise= is a {type(noise).__name__}: give a function (key, shape, dtype) -> array")
     draw = as_initializer(init)
     learned = solver == "sgd"
-    if direct:
+    if channel == "direct":
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # its own gradient is formed below
         spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
         spec = Sequential(_backward, draw, learned)
 
-    def plan(net, graph, params, inputs) -> Plan:
+    def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return make_plan(net, graph, params, inputs, lambda name: spec, partition=False)
 
-    def rule_init(key, net, params, inputs) -> Feedback:
+    def rule_init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
         check_params(params)
         graph = net.graph(params, inputs)
@@ -133,14 +136,16 @@ def node_perturbation(
         feedback = made.init(key, net.parameters(params))
         return feedback if learned else Feedback({}, {}, _Rows(made).begin(feedback.fixed, ridge))
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
         raise ValueError(
             "node_perturbation compares the losses of two forward passes: use lrules.value_and_grad(net, loss, rule) "
             "in place of transform"
         )
 
-    def value_and_grad(net, loss):
-        def fn(params, feedback, inputs, targets, *, rng=None):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
+        def fn(
+            params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+        ) -> tuple[tuple[Any, ...], Gradients]:
             graph = net.graph(params, inputs)
             made = plan(net, graph, params, inputs)
             if not (learned or isinstance(feedback.state, dict)):
@@ -151,7 +156,7 @@ def node_perturbation(
             weights = feedback if learned else Feedback({n: s["b"] for n, s in feedback.state.items()}, {})
             made.check(weights)
             experiment = _Experiment(net, graph, made, loss, std, noise)
-            run = experiment.direct if direct else experiment.sequential
+            run = experiment.direct if channel == "direct" else experiment.sequential
             head, grads, db, statistics = run(params, weights, inputs, targets, rng)
             if learned:
                 return head, Gradients(grads, {name: db[name] for name in feedback.learned}, feedback.state, {})
@@ -164,7 +169,7 @@ def node_perturbation(
     return Rule(rule_init, transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
 
 
-def _backward(op, w, b, x, d, layer):
+def _backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
@@ -173,7 +178,9 @@ def _backward(op, w, b, x, d, layer):
 class _Experiment:
     """Both forward passes, and what they teach."""
 
-    def __init__(self, net: Network, graph: Graph, plan: Plan, loss: Callable, std: float, noise: Callable):
+    def __init__(
+        self, net: Network, graph: Graph, plan: Plan, loss: Callable[..., Any], std: float, noise: Callable[..., Any]
+    ) -> None:
         self.net, self.graph, self.plan, self.loss, self.std, self.noise = net, graph, plan, loss, std, noise
         self.hidden = [h for h in graph.hidden if not h.mark and jnp.issubdtype(h.root.aval.dtype, jnp.inexact)]
         for place, what in [
@@ -187,10 +194,12 @@ class _Experiment:
                     f"out of the {inside[0]}, or use another rule"
                 )
 
-    def objective(self, outputs, inputs, targets):
+    def objective(self, outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
         return mean_loss(self.net, self.loss, outputs, inputs, targets)
 
-    def estimates(self, params, inputs, targets, outputs, rng):
+    def estimates(
+        self, params: Pytree, inputs: Pytree, targets: Pytree, outputs: Pytree, rng: Any
+    ) -> dict[str, jax.Array]:
         """lambda at the definition of each hidden signal, with the axes of the scans around it in front."""
         net, graph = self.net, self.graph
         batch = net.batch_size(inputs)
@@ -213,7 +222,9 @@ class _Experiment:
             found[h.name] = frame.records[h.name] * _per_example(difference, axis, h)
         return found
 
-    def sequential(self, params, feedback, inputs, targets, rng):
+    def sequential(
+        self, params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, rng: jax.Array | None
+    ) -> tuple[tuple[Any, ...], Any, Any, dict[str, Any]]:
         plan, graph = self.plan, self.graph
         weights = {**feedback.fixed, **feedback.learned}
         leaves, consts = jax.tree.leaves(inputs), graph.consts
@@ -225,7 +236,7 @@ class _Experiment:
         probes = {h.name: zeros_at(h.root) for h in self.hidden}
         probes |= {f"{site} output": zeros_at(layer.output) for site, layer in taught.items()}
 
-        def clean(params, probes):
+        def clean(params: Pytree, probes: Mapping[str, Any]) -> tuple[jax.Array, Any]:
             handlers = (_ArrivingAtHidden(), *self.net.handlers, _ArrivingAtLayers())
             run = evaluate(plan, self.net.parameters(params), weights, leaves, consts, handlers, Frame(probes))
             outputs, aux = run
@@ -238,7 +249,7 @@ class _Experiment:
         n = self.net.batch_size(inputs)
         residuals = {h.name: (n * arriving[h.name] - lambdas[h.name]).astype(h.root.aval.dtype) for h in self.hidden}
 
-        def stand_in(weights):
+        def stand_in(weights: Any) -> dict[str, Any]:
             frame = Frame(residuals)
             evaluate(plan, self.net.parameters(params), weights, leaves, consts, (_StandIn(set(taught)),), frame)
             return frame.records
@@ -252,14 +263,16 @@ class _Experiment:
                 statistics[layer.name] = _covariance(n * d)
         return head, grads, db, statistics
 
-    def direct(self, params, feedback, inputs, targets, rng):
+    def direct(
+        self, params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, rng: jax.Array | None
+    ) -> tuple[tuple[Any, ...], Any, dict[str, Any], dict[str, Any]]:
         plan, net = self.plan, self.net
 
-        def of_outputs(ends):
+        def of_outputs(ends: Any) -> tuple[jax.Array, Any]:
             outputs = from_heads(plan, net, ends, params, inputs)
             return self.objective(outputs, inputs, targets), outputs
 
-        def clean(params):
+        def clean(params: Pytree) -> tuple[jax.Array, Any]:
             ends, aux = run_to_heads(plan, net, params, feedback, inputs)
             value, outputs = of_outputs(ends)
             return value, (ends, outputs, aux)
@@ -270,7 +283,7 @@ class _Experiment:
         n = net.batch_size(inputs)
         weights = {**feedback.fixed, **feedback.learned}
 
-        def learn(e, estimate, b):
+        def learn(e: jax.Array, estimate: jax.Array, b: Any) -> Any:
             return correlate(e, n * project(e, b) - estimate, b)
 
         db, statistics = {}, {}
@@ -283,13 +296,13 @@ class _Experiment:
         return head, grads, db, statistics
 
 
-def _covariance(d):
+def _covariance(d: jax.Array) -> Any:
     """sum d d^T over all but the last axis."""
     d = split_as(d).reshape(-1, d.shape[-1]).astype(at_least_float32(d.dtype))
     return correlate(d, d, jnp.zeros((d.shape[1], d.shape[1]), d.dtype))
 
 
-def _per_example(numbers, axis: BatchAxis, hidden: Hidden):
+def _per_example(numbers: jax.Array, axis: BatchAxis, hidden: Hidden) -> jax.Array:
     """One number per example, spread over a hidden signal where it is defined."""
     shape = hidden.root.aval.shape
     rest = axis.rest(shape)
@@ -304,10 +317,10 @@ def _per_example(numbers, axis: BatchAxis, hidden: Hidden):
 class _Noise(Handler):
     """Adds noise to hidden signals, and records it."""
 
-    def __init__(self, names, std: float, noise: Callable, key):
+    def __init__(self, names: Any, std: float, noise: Callable[..., Any], key: jax.Array) -> None:
         self.names, self.std, self.noise, self.key = names, std, noise, key
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         if hidden.name not in self.names:
             return value
         key = key_at(self.key, hidden, value, frame)
@@ -323,20 +336,20 @@ class _Noise(Handler):
 class _ArrivingAtHidden(Handler):
     """Makes the error that arrives at hidden signals that of a probe too."""
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return _probed(value, frame.inputs[hidden.name]) if hidden.name in frame.inputs else value
 
 
 class _ArrivingAtLayers(Handler):
     """Makes the error that arrives at layers' outputs that of a probe too."""
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         probe = frame.inputs.get(f"{layer.site} output")
         return op(w, x) if probe is None else _probed(op(w, x), probe)
 
 
 @jax.custom_vjp
-def _probed(value, probe):
+def _probed(value: Any, probe: jax.Array) -> Any:
     return value
 
 
@@ -346,13 +359,13 @@ _probed.defvjp(lambda value, probe: (value, None), lambda _, error: (error, erro
 class _StandIn(Handler):
     """Puts what is in `frame.inputs` in the place of hidden signals, and records what layers make of it with `b`."""
 
-    def __init__(self, sites):
+    def __init__(self, sites: Any) -> None:
         self.sites = sites
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return frame.inputs.get(hidden.name, value)
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         if layer.site in self.sites:
             frame.records[layer.site] = op.product(b, x)
         return op(w, x)
@@ -364,7 +377,7 @@ class _StandIn(Handler):
 class _Rows:
     """Feedback weights as `[..., size of d, size of what they bring]`, and the recursion for them."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.layers: dict[str, Any] = {}
         if plan.direct_feedback:
@@ -380,23 +393,23 @@ class _Rows:
             if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):
                 raise NotImplementedError(
                     'solver="rls" serves dense layers whose weight is one matrix, used once, and whose hidden signal '
-                    f'no other layer reads, which {layer.name!r} is not: take solver="sgd", or direct=True'
+                    f'no other layer reads, which {layer.name!r} is not: give solver="sgd", or channel="direct"'
                 )
             self.layers[layer.name] = layer
 
-    def of(self, name: str, b):
+    def of(self, name: str, b: Any) -> Any:
         b = split_as(b.astype(at_least_float32(b.dtype)))
         if name in self.layers:
             return b.T if self.layers[name].contracted == (0,) else b
         lead = len(self.plan.direct_feedback[name].lengths)
         return b.reshape(*b.shape[: lead + 1], -1)
 
-    def back(self, name: str, rows, like):
+    def back(self, name: str, rows: jax.Array, like: Any) -> Any:
         if name in self.layers and self.layers[name].contracted == (0,):
             rows = rows.T
         return placed_as(rows.reshape(like.shape).astype(like.dtype), jax.typeof(like))
 
-    def begin(self, drawn, ridge: float):
+    def begin(self, drawn: dict[str, jax.Array], ridge: float) -> dict[str, Any]:
         """The state before the first batch."""
         state = {}
         for name, b in drawn.items():
@@ -404,7 +417,7 @@ class _Rows:
             state[name] = {"b": b, "s": jnp.zeros_like(rows), "v": ridge * jnp.eye(rows.shape[-2], dtype=rows.dtype)}
         return state
 
-    def step(self, name: str, state, gradient, covariance):
+    def step(self, name: str, state: Pytree, gradient: jax.Array, covariance: jax.Array) -> dict[str, Any]:
         """Adds a batch: `gradient` is its sum of d (B^T d - lambda)^T, `covariance` that of d d^T."""
         v = state["v"] + covariance.astype(state["v"].dtype)
         rows = self.of(name, state["b"])
@@ -414,14 +427,14 @@ class _Rows:
         return {"b": self.back(name, jnp.moveaxis(solved, 0, -2), state["b"]), "s": s, "v": v}
 
 
-def _solve(v, s):
+def _solve(v: jax.Array, s: Any) -> Any:
     """V^-1 S for a positive definite V, by elimination, which needs no pivots then.
 
     A call of LAPACK, as `jnp.linalg.solve` makes, stalls for seconds in jitted training loops on CPUs of a few cores.
     """
     width = v.shape[0]
 
-    def eliminate(i, rows):
+    def eliminate(i: int, rows: jax.Array) -> jax.Array:
         pivot = rows[i] / rows[i, i]
         return (rows - jnp.outer(rows[:, i], pivot)).at[i].set(pivot)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lrules.constructors import layerwise
 from lrules.engine.graph import Graph
-from lrules.options import require_pattern
+from lrules.options import ByName, first_match, require_pattern
 from lrules.rule import Backprop, Direct, LayerRule, Rule, require_description
 
 
@@ -50,27 +49,15 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             )
         layers[pattern] = layer
 
-    def choose_for(graph: Graph):
+    chosen: ByName[LayerRule] = ByName("partition", layers)
+
+    def choose_for(graph: Graph) -> Callable[[str], LayerRule]:
         refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
-        names = [layer.name for layer in graph.layers] + refused
-        first = {name: next((p for p in rules if re.search(p, name)), None) for name in names}
-        listed = ", ".join(map(repr, dict.fromkeys(names)))
-        for pattern in rules:
-            if pattern not in first.values() and names and not re.search(pattern, ""):  # one for all others may be idle
-                why = (
-                    "is shadowed by those before it"
-                    if any(re.search(pattern, n) for n in names)
-                    else "matches no layer"
-                )
-                raise ValueError(f"partition: {pattern!r} {why}; the layers are {listed}")
-        for name, match in first.items():
-            if match is None:
-                raise ValueError(f"partition: no pattern matches the layer {name!r}: add one, such as '.*', at the end")
-
-        def choose(name: str):
-            return next((layer for pattern, layer in layers.items() if re.search(pattern, name)), Backprop())
-
-        return choose
+        names = [*(layer.name for layer in graph.layers), *refused]
+        chosen.check(names)
+        for name in names:
+            chosen.of(name)  # which refuses a layer without a rule
+        return lambda name: first_match(layers, name) or Backprop()
 
     return layerwise(
         choose_for,

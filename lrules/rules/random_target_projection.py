@@ -8,16 +8,19 @@ authors' program has it the other way round, which comes to the same where B is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.options import Initializer, as_initializer
+from lrules.options import as_initializer
 from lrules.rule import Rule
 from lrules.rules.direct_feedback_alignment import project
+from lrules.typing import Initializer, Pytree
 
 
-def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: int = 2**30) -> Rule:
+def random_target_projection(init: Initializer | None = None, *, max_feedback_bytes: float = 2**30) -> Rule:
     """Direct random target projection (DRTP): each hidden signal gets a random projection of the targets.
 
     delta_l = -(B_l^T t) * f'(z_l)
@@ -43,13 +46,13 @@ def random_target_projection(init: Initializer | None = None, *, max_feedback_by
       algorithm with layerwise feedforward training (2019).
     """
 
-    def signal(e, b, targets, name, elements):
+    def signal(e: jax.Array, b: Any, targets: Pytree, name: str, elements: int) -> jax.Array:
         return project(-_as_outputs(targets, e), b) / elements
 
     return direct(signal, init=as_initializer(init), targets=True, max_feedback_bytes=max_feedback_bytes, offers=())
 
 
-def _as_outputs(targets, e):
+def _as_outputs(targets: Pytree, e: jax.Array) -> jax.Array:
     """The targets as `[batch, outputs]`; classes become one-hot."""
     batch, outputs = e.shape
     leaves = jax.tree.leaves(targets)

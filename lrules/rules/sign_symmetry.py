@@ -8,18 +8,25 @@ the standard deviation of the weights at the start, it grows as backpropagation'
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
 from lrules.engine.dtypes import at_least_float32
-from lrules.options import Initializer, as_initializer
+from lrules.engine.handlers import Operation
+from lrules.engine.records import Layer
+from lrules.options import as_initializer
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 MAGNITUDES = ("unit", "scaled", "random", "fixed")
 
 
-def sign_symmetry(magnitude: str = "unit", init: Initializer | None = None) -> Rule:
+def sign_symmetry(
+    magnitude: Literal["unit", "scaled", "random", "fixed"] = "unit", *, init: Initializer | None = None
+) -> Rule:
     """Sign symmetry: feedback with the signs of the present forward weights.
 
     delta_l = ((M_{l+1} * sign(W_{l+1}))^T delta_{l+1}) * f'(z_l)
@@ -53,12 +60,12 @@ def sign_symmetry(magnitude: str = "unit", init: Initializer | None = None) -> R
     return sequential(_backward, init=as_initializer(init), redrawn=magnitude == "random")
 
 
-def _deviation(key, shape, dtype=jnp.float32, weight=None):
+def _deviation(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, weight: Any = None) -> jax.Array:
     """The standard deviation of a layer's weights, of their shape."""
     return jnp.full(shape, jnp.std(weight.astype(at_least_float32(dtype)))).astype(dtype)
 
 
-def _backward(op, w, b, x, d, layer):
+def _backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     signed = jnp.sign(w) if b is None else jnp.abs(b).astype(w.dtype) * jnp.sign(w)
     feedback = w if layer.reads is None else signed  # what goes down to the inputs is no feedback

@@ -12,15 +12,18 @@ normalisation and softmax: none of them is a neuron's transfer function.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lrules.constructors import layerwise
 from lrules.engine.activations import passing_names, treated
+from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.plan import Plan
+from lrules.engine.records import Activation, Hidden
 from lrules.rule import Direct, Rule
 
 
@@ -51,25 +54,27 @@ def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
     References:
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 3.
     """
-    spec = Direct(None, channel=_Channel(passing_names(passing)))
+    spec = Direct(None, pullback=_Pullback(passing_names(passing)))
 
-    def choose_for(graph):
-        treated(graph, spec.channel.passing)  # type: ignore[union-attr]
+    def choose_for(graph: Graph) -> Callable[[str], Direct]:
+        treated(graph, spec.pullback.passing)  # type: ignore[union-attr]
         return lambda name: spec
 
     return layerwise(choose_for, layer=spec)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Channel:
+class _Pullback:
     """The pullback from the outputs to the hidden signals `records`, through a network whose activations are linear."""
 
     passing: frozenset[str]
 
-    def __call__(self, plan: Plan, params, inputs, consts, records):
+    def __call__(
+        self, plan: Plan, params: Sequence[Any], inputs: Sequence[Any], consts: Sequence[Any], records: Any
+    ) -> Callable[..., Any]:
         handler = _Linear(set(records), {a.site for a in treated(plan.graph, self.passing)})
 
-        def network(records):
+        def network(records: Any) -> tuple[Any, Any]:
             frame = Frame(records)
             return plan.graph.run(params, inputs, consts=consts, handlers=(handler,), frame=frame, marks=plan.marks)
 
@@ -77,7 +82,7 @@ class _Channel:
         return jax.tree_util.Partial(_only, pull)
 
 
-def _only(pull, errors):
+def _only(pull: Callable[..., Any], errors: Any) -> Any:
     (signals,) = pull(errors)
     return signals
 
@@ -87,20 +92,20 @@ class _Linear(Handler):
 
     activations = True
 
-    def __init__(self, names: set[str], sites: set[str]):
+    def __init__(self, names: set[str], sites: set[str]) -> None:
         self.names, self.sites = names, sites
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         if activation.site not in self.sites:
             return fn(x)
         return _straight(jax.lax.stop_gradient(fn(x)), x)
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return _tap(value, frame.inputs[hidden.name]) if hidden.name in self.names else value
 
 
 @jax.custom_vjp
-def _straight(y, x):
+def _straight(y: jax.Array, x: jax.Array) -> jax.Array:
     """y, with the derivative of x."""
     return y
 
@@ -109,7 +114,7 @@ _straight.defvjp(lambda y, x: (y, jnp.zeros((), x.dtype)), lambda like, d: (None
 
 
 @jax.custom_vjp
-def _tap(value, record):
+def _tap(value: Any, record: jax.Array) -> jax.Array:
     """The record, whose error is seen besides by the value that it is a record of."""
     return record
 

@@ -1,4 +1,4 @@
-"""Adaptive direct feedback, feedback shared along axes, feedback of low rank."""
+"""Direct feedback, fixed and adaptive: the reference, feedback shared along axes, feedback of low rank."""
 
 import ast
 import re
@@ -11,8 +11,17 @@ import pytest
 
 import lrules
 from tests import bridge
-from tests.reference import direct
-from tests.rules.common import NETS, agrees, by_name, draw, make, pull
+from tests.reference import direct_feedback_alignment
+from tests.rules.common import ALL_NETS, NETS, agrees, by_name, draw, make, pull
+
+
+@pytest.mark.parametrize("name", ALL_NETS)
+def test_fixed(name):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        rule = lrules.direct_feedback_alignment()
+        feedback, listed = draw(rule, net, x)
+        agrees(pull(net, rule, feedback, x, e), direct_feedback_alignment.gradients(net, listed, x, e))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -23,7 +32,7 @@ def test_adaptive(name):
         feedback, listed = draw(rule, net, x)
         assert feedback.fixed == {} and sorted(feedback.learned) == [f"{k}/kernel" for k in range(1, len(net))]
         got = pull(net, rule, feedback, x, e)
-        wanted = direct.gradients(net, listed, x, e, adaptive=True)
+        wanted = direct_feedback_alignment.gradients(net, listed, x, e, adaptive=True)
         agrees(got, wanted)
         bridge.close(got[1].learned, by_name(wanted.feedback))
 
@@ -315,7 +324,7 @@ def test_low_rank(name):
         listed = [np.asarray(feedback.learned[f"{k}/kernel"]) for k in range(1, len(net))]
         products = [None, *(np.tensordot(shared, b, axes=1) for b in listed)]
         got = pull(net, rule, feedback, x, e)
-        wanted = direct.gradients(net, products, x, e, adaptive=True)
+        wanted = direct_feedback_alignment.gradients(net, products, x, e, adaptive=True)
         agrees(got, wanted)
         for k, b in enumerate(wanted.feedback[1:], 1):
             bridge.close(got[1].learned[f"{k}/kernel"], np.tensordot(shared.T, b, axes=1))

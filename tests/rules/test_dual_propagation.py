@@ -11,7 +11,7 @@ import pytest
 
 import lrules
 from lrules.diagnostics import spectral_norm
-from lrules.rules.damping import POWER_ITERATIONS
+from lrules.rules.dual_propagation.damping import POWER_ITERATIONS
 from tests import bridge
 from tests.reference import backprop, losses, nets
 from tests.reference import dual_propagation as reference
@@ -230,7 +230,7 @@ def test_damping_knows_the_strengths_of_states_and_factors():
     bridge.close(outside.params["a"], inside.params["a"])
     np.testing.assert_allclose(outside.report["residual"], inside.report["residual"], atol=1e-9)
     for between in (lambda h: h * jnp.arange(1.0, 8.0)[None], lambda h: h / jnp.sqrt(1 + jnp.square(h).mean())):
-        with pytest.raises(NotImplementedError, match="give damping= a number"):
+        with pytest.raises(NotImplementedError, match="give a number, such as damping=0.5"):
             grads(lambda p, x, f=between: jax.nn.relu(f(jax.nn.relu(x @ p["a"]) @ p["b"])) @ p["c"], w)
 
 
@@ -241,10 +241,10 @@ def test_feedback_weights():
     options = {"alpha": 0.3, "beta": 0.5, "iterations": 3}
     want = expected(net, x, feedback=feedback, **options)
     fixed = lrules.Feedback(bridge.feedback_dict(feedback), {})
-    _, grads = computed(net, x, fixed, feedback=lrules.feedback_alignment(), **options)
+    _, grads = computed(net, x, fixed, feedback_rule=lrules.feedback_alignment(), **options)
     bridge.close(grads.params, bridge.kernels_and_biases(want))
     learned = lrules.Feedback({}, bridge.feedback_dict(feedback))
-    _, grads = computed(net, x, learned, feedback=lrules.kolen_pollack(), **options)
+    _, grads = computed(net, x, learned, feedback_rule=lrules.kolen_pollack(), **options)
     bridge.close(grads.params, bridge.kernels_and_biases(want))
     bridge.close(grads.feedback, {f"{k}/kernel": want.kernels[k] for k in range(1, len(net))})
 
@@ -272,7 +272,7 @@ def test_squared_errors_of_another_scale():
     net, x = dense()
     y = targets_of(net, x)
     weights = jnp.asarray([0.0, 1.0, 2.0, 0.5, 1.0])
-    rule = lrules.dual_propagation(0.6, 0.5, adjoint=False, output="squared_error")
+    rule = lrules.dual_propagation(0.6, beta=0.5, adjoint=False, output="squared_error")
 
     def loss(outputs, targets):  # optax has the same without the factor
         return 3 * weights[:, None] * optax.squared_error(outputs, targets)
@@ -397,7 +397,7 @@ def test_nudged_inputs_that_no_error_reaches():
         params, NO_FEEDBACK, inputs, y
     )
     bridge.close(grads.params, jax.grad(lambda p: half_squared(net(p, inputs), y).mean())(params), 1e-6)
-    with pytest.raises(ValueError, match="no input is a batch of floating-point numbers"):
+    with pytest.raises(ValueError, match="batches of floating-point numbers, and this network has none"):
         f = lrules.transform(lambda p, i: p["a"][i], lrules.dual_propagation(input_nudge=1.0))
         f(params, NO_FEEDBACK, jnp.asarray([0, 1]))
 
@@ -456,7 +456,7 @@ def test_vgg16_takes_sixteen_passes():
     x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 32, 32, 3), (2, 10)))
 
     def step(params, x, y, iterations):
-        rule = lrules.dual_propagation(0.0, 0.01, order="forward", iterations=iterations)
+        rule = lrules.dual_propagation(0.0, beta=0.01, order="forward", iterations=iterations)
         return lrules.value_and_grad(vgg16, optax.softmax_cross_entropy, rule)(params, NO_FEEDBACK, x, y)[1]
 
     assert jax.eval_shape(functools.partial(step, iterations=16), params, x, y).params == params
@@ -499,7 +499,7 @@ def test_a_net_without_activations_gets_its_gradient():
 
 def test_under_vmap_and_eager():
     params, x, y = residual_case()
-    fn = lrules.value_and_grad(residual_net, half_squared, lrules.dual_propagation(0.3, 0.5, iterations=3))
+    fn = lrules.value_and_grad(residual_net, half_squared, lrules.dual_propagation(0.3, beta=0.5, iterations=3))
     seeds = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
     _, both = jax.jit(jax.vmap(lambda p: fn(p, NO_FEEDBACK, x, y)))(seeds)
     for i, scale in enumerate((1, 2)):
@@ -584,27 +584,28 @@ def test_stops_early():
 
 def test_arguments_out_of_range():
     for options, message in [
-        ({"alpha": 1.2}, "in \\[0, 1\\]"),
-        ({"alpha": {"relu": -0.1}}, "in \\[0, 1\\]"),
-        ({"beta": 0.0}, "positive"),
-        ({"iterations": 0}, "from 1 on"),
-        ({"iterations": 1.5}, "from 1 on"),
-        ({"order": "backward"}, "'forward_backward', 'forward'"),
-        ({"output": "twice"}, "'once', 'refreshed'"),
+        ({"alpha": 1.2}, r"^alpha must be a number in \[0, 1\], got 1.2"),
+        ({"alpha": {"relu": -0.1}}, r"^alpha\['relu'\] must be a number in \[0, 1\], got -0.1"),
+        ({"beta": 0.0}, "^beta must be a finite number > 0, got 0.0"),
+        ({"beta": {".*": 0.0}}, r"^beta\['\.\*'\] must be a finite number > 0, got 0.0"),
+        ({"iterations": 0}, "iterations must be an integer >= 1, got 0"),
+        ({"iterations": 1.5}, "iterations must be an integer >= 1, got 1.5"),
+        ({"order": "backward"}, "order must be one of 'forward_backward', 'forward', .* got 'backward'"),
+        ({"output": "twice"}, "output must be one of 'once', 'refreshed', 'squared_error', got 'twice'"),
         ({"damping": "spectral"}, "adjoint=False"),
-        ({"damping": "strong", "adjoint": False}, '"spectral" nor "contracting"'),
-        ({"damping": -1.0, "adjoint": False}, "negative"),
+        ({"damping": "strong", "adjoint": False}, '"spectral", "contracting", .* got \'strong\''),
+        ({"damping": -1.0, "adjoint": False}, "a finite number >= 0 or None, got -1.0"),
         ({"output": "squared_error"}, "adjoint=False"),
-        ({"feedback": "fa"}, "sequential rule"),
-        ({"input_nudge": 0.0}, "leave it out"),
-        ({"tolerance": -1.0}, "from 0 on"),
-        ({"alpha": "half"}, "in \\[0, 1\\]"),
+        ({"feedback_rule": "fa"}, "feedback_rule must be a sequential rule, .* got a str$"),
+        ({"input_nudge": 0.0}, "input_nudge must be a finite number > 0, got 0.0: leave it out"),
+        ({"tolerance": -1.0}, "tolerance must be a number >= 0 or None, got -1.0"),
+        ({"alpha": "half"}, "in \\[0, 1\\], got 'half'"),
         ({"alpha": {"(": 0.5}}, "no regular expression"),
-        ({"beta": None}, "positive"),
-        ({"beta": float("inf")}, "positive"),
+        ({"beta": None}, "beta must be a finite number > 0, got None"),
+        ({"beta": float("inf")}, "got inf"),
         ({"adjoint": "no"}, "neither True nor False"),
         ({"input_nudge": "a"}, "leave it out"),
-        ({"tolerance": "a"}, "from 0 on"),
+        ({"tolerance": "a"}, "tolerance must be a number"),
     ]:
         with pytest.raises(ValueError, match=message):
             lrules.dual_propagation(**options)
@@ -618,12 +619,25 @@ def refused(error, message, apply=None, loss=half_squared, net=None, modify=lamb
         fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
 
 
-def test_rules_that_cannot_bring_down_the_difference():
-    fa = lrules.feedback_alignment()
-    for rule in (lrules.sign_error(fa), lrules.quantize_error(fa, 2, at="output"), lrules.without_derivatives(fa),
-                 lrules.node_perturbation(0.1)):  # fmt: skip
-        with pytest.raises(ValueError, match="modifiers go around dual_propagation"):
-            lrules.dual_propagation(feedback=rule)
+FA = lrules.feedback_alignment()
+
+
+@pytest.mark.parametrize(
+    "rule,message",
+    [
+        (lrules.sign_error(FA), "put the modifier around dual_propagation"),
+        (lrules.quantize_error(FA, 2, at="output"), "put the modifier around dual_propagation"),
+        (lrules.without_derivatives(FA), "put the modifier around dual_propagation"),
+        (lrules.node_perturbation(0.1), "got a rule that needs the loss or the targets"),
+        (lrules.random_target_projection(), "got a rule that needs the loss or the targets"),
+        (lrules.feedback_alignment, "got a function: call it first"),
+        (lrules.Rule(FA.init, FA.transform), "does not say it: it was made of functions by hand"),
+        (FA._replace(init=lambda key, net, params, inputs: NO_FEEDBACK), "one of its functions was replaced"),
+    ],
+)
+def test_rules_that_cannot_bring_down_the_difference(rule, message):
+    with pytest.raises(ValueError, match=f"feedback_rule.*{message}"):
+        lrules.dual_propagation(feedback_rule=rule)
 
 
 @pytest.mark.parametrize(
@@ -643,7 +657,7 @@ def test_losses_that_have_no_closed_form(loss):
     net, x = dense()
     rule = lrules.dual_propagation(alpha=0.3, beta=0.2, adjoint=False, output="squared_error")
     fn = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
-    with pytest.raises(ValueError, match="squared errors of single outputs"):
+    with pytest.raises(ValueError, match="quadratic in each output by itself"):
         fn(bridge.parameters(net), NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
 
 
@@ -695,17 +709,17 @@ def test_nudged_and_damped_inputs_converge():
 
 def test_refusals():
     refused(ValueError, "has 3", order="forward", iterations=2)
-    refused(ValueError, "no minimiser", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
+    refused(ValueError, "has a minimiser only where", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
     exact = {"adjoint": False, "output": "squared_error"}
-    refused(ValueError, "cannot be seen to be quadratic", loss=optax.softmax_cross_entropy, **exact)
-    refused(ValueError, "names no value for 'relu'", alpha={"tanh": 0.5})
+    refused(ValueError, "is not: write it as a sum of jnp.square", loss=optax.softmax_cross_entropy, **exact)
+    refused(ValueError, "alpha has no number for 'relu'", alpha={"tanh": 0.5})
     refused(
         ValueError,
         "'elu\\$' matches no state",
         beta={"elu$": 0.5, "elu": 0.1, ".*": 0.1},
         net=dense(0, ("tanh", "tanh")),
     )
-    refused(ValueError, "direct feedback leaves nothing", feedback=lrules.direct_feedback_alignment())
+    refused(ValueError, "feedback_rule must be a sequential rule", feedback_rule=lrules.direct_feedback_alignment())
     refused(NotImplementedError, "derivatives", modify=lrules.without_derivatives)
     damped = {"alpha": 1.0, "adjoint": False, "damping": "spectral"}
     refused(NotImplementedError, "'tanh' cannot be damped", **damped)
@@ -814,7 +828,7 @@ def test_error_modifiers_compose():
         lambda r: lrules.sign_error(lrules.quantize_error(r, 3)),
     ):
         bridge.close(grads(modify(weak)), grads(modify(lrules.backprop())), 1e-6)
-    quantised = [lrules.quantize_update(r, 20, 4.0) for r in (weak, lrules.backprop())]
+    quantised = [lrules.quantize_update(r, 20, scale=4.0) for r in (weak, lrules.backprop())]
     for a, b in itertools.pairwise([grads(r) for r in quantised]):
         assert all(
             np.abs(g - h).max() < 1e-2 * np.abs(h).max() for g, h in zip(*map(jax.tree.leaves, (a, b)), strict=True)

@@ -8,7 +8,7 @@ import pytest
 
 import lrules
 from tests import bridge
-from tests.reference import direct, losses, nets, random_target_projection
+from tests.reference import direct_feedback_alignment, losses, nets, random_target_projection
 from tests.rules.common import BATCH, NETS, draw, make, one_hot_mean
 
 LABELS = np.array([0, 2, 1, 1, 0])
@@ -66,7 +66,8 @@ def test_within_a_partition():
         got, listed = gradients(net, x, rule, jnp.asarray(LABELS), CLASSES)
         e = one_hot_mean(net, x, LABELS)
         signals = [e @ listed[1], e @ listed[2], -losses.one_hot(LABELS, 3) @ listed[3] / BATCH]
-        bridge.close(got, bridge.kernels_and_biases(direct.from_signals(net, nets.forward(net, x), x, e, signals)))
+        wanted = direct_feedback_alignment.from_signals(net, nets.forward(net, x), x, e, signals)
+        bridge.close(got, bridge.kernels_and_biases(wanted))
 
 
 def test_refusals():

@@ -1,8 +1,9 @@
-"""For which activations differences of states stand in for derivatives (dual propagation).
+"""The activations for which differences of states can do the work of derivatives.
 
-A difference of two states knows what a function does, not what derivative it declares: that of a spike with a
-surrogate, or of a function that is straight through, has nothing to do with it. And where states are complex, JAX's
-cotangents go down by the transpose of the derivative, which a difference is only if that is one complex number.
+A difference of two states shows what a function computes, not the derivative that it declares. A spike with a surrogate
+derivative and a straight-through function declare another one. And where states are complex, JAX sends cotangents down
+by the transpose of the derivative. A difference gives the same only if the derivative is one complex number, which
+means that the function is holomorphic.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, bind, call_body, is_literal, placed_as
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal, placed_as
 from lrules.engine.operations import of
 from lrules.engine.records import Activation, Block, Value
 from lrules.engine.regions import Region
@@ -29,10 +30,10 @@ CACHE: dict[Any, bool] = {}  # whether two derivatives, as jaxprs, are the same
 
 
 def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
-    """Refuses activations that differences of states cannot serve.
+    """Refuses activations for which differences of states do not serve.
 
     Raises:
-      NotImplementedError: one declares a derivative that is not its own, or is complex and not holomorphic.
+      NotImplementedError: an activation declares a derivative that is not its own, or is complex and not holomorphic.
     """
     sites = {a.site for a in activations}
     for block, region in _regions(graph.block):
@@ -42,14 +43,14 @@ def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]
         if any(kinds) and not (all(kinds) and _same(graph, block, region, _turned, _straight)):
             raise NotImplementedError(
-                f"the activation {site!r} is complex and not holomorphic, where differences of states are no "
-                f"derivatives: write it on the real and the imaginary part, or give passing={{{site!r}}}, by which "
-                "error passes it by its derivative"
+                f"the activation {site!r} is complex and not holomorphic, so that differences of states are not "
+                f"derivatives: write it for the real and the imaginary part, or give passing={{{site!r}}}, and error "
+                "passes through it by its derivative"
             )
         if _declares(region.eqns) and not _same(graph, block, region, _straight, _straight, opened=True):
             raise NotImplementedError(
                 f"the activation {site!r} has a derivative of its own, which is not that of the function, and "
-                f"differences of states know nothing of it: give passing={{{site!r}}}, by which error passes it by "
+                f"differences of states cannot show it: give passing={{{site!r}}}, and error passes through it by "
                 "that derivative, or use another rule"
             )
 
@@ -61,41 +62,43 @@ def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
             yield from _regions(child)
 
 
-def _declares(eqns) -> bool:
-    """Whether a derivative may be other than that of the function."""
+def _declares(eqns: Any) -> bool:
+    """Whether the derivative may differ from that of the function."""
     rows, bodies = [of(eqn) for eqn in eqns], [call_body(eqn) for eqn in eqns]
     own = any(row.stops or row.name in OWN_DERIVATIVE for row in rows)
     return own or any(_declares(body.eqns) for body in bodies if body is not None)
 
 
-def _straight(f: Callable, x):
+def _straight(f: Callable[..., Any], x: jax.Array) -> Any:
     """The derivative."""
     y, pull = jax.vjp(f, x)
     return pull(jnp.ones_like(y))[0]
 
 
-def _turned(f: Callable, x):
-    """The derivative of a holomorphic function, by way of another direction."""
+def _turned(f: Callable[..., Any], x: jax.Array) -> Any:
+    """The derivative if the function is holomorphic, taken in another direction."""
     y, pull = jax.vjp(f, x)
     return pull(1j * jnp.ones_like(y))[0] / 1j
 
 
-def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Callable, opened: bool = False) -> bool:
-    """Whether two derivatives of an activation are the same at sample points, the other one's with its calls opened."""
+def _same(
+    graph: Graph, block: Block, region: Region, one: Callable[..., Any], other: Callable[..., Any], opened: bool = False
+) -> bool:
+    """Whether two derivatives of an activation are the same at sample points; `opened` is for the second one."""
     like = region.root.aval
     complex_ = jnp.issubdtype(like.dtype, jnp.complexfloating)
     close = 4 * float(jnp.finfo(like.dtype).eps) ** 0.5
     with jax.ensure_compile_time_eval():
         captured = [_constant(graph, block.value(v)) for v in region.others]
 
-    def function(opened: bool) -> Callable:
-        def f(x):
+    def function(opened: bool) -> Callable[..., Any]:
+        def f(x: jax.Array) -> Any:
             env = dict(zip(region.others, captured, strict=True)) | {region.root: x}
             return _evaluate(region.eqns, env, opened)[region.output]
 
         return f
 
-    def traced(derivative: Callable, f: Callable):
+    def traced(derivative: Callable[..., Any], f: Callable[..., Any]) -> Jaxpr:
         bare = jax.ShapeDtypeStruct(like.shape, like.dtype)
         return jax.make_jaxpr(lambda x: derivative(f, placed_as(x, like)))(bare)
 
@@ -111,10 +114,10 @@ def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Call
     return CACHE[key]
 
 
-def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
-    """What an elementwise function makes of points, each taken alone: shapes and places are left out."""
+def _sampled(traced: Any, points: np.ndarray, dtype: Any) -> np.ndarray:
+    """The values of an elementwise function at points, one by one: shapes and shardings are left out."""
 
-    def at(jaxpr, values):
+    def at(jaxpr: Jaxpr, values: Sequence[Any]) -> list[Any]:
         env = dict(zip(jaxpr.invars, values, strict=True))
         for eqn in jaxpr.eqns:
             ins = [v.val if is_literal(v) else env[v] for v in eqn.invars]
@@ -136,8 +139,8 @@ def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
         return np.asarray(values, np.result_type(points))
 
 
-def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
-    """What equations make of what is known; opened, their derivative is that of the function itself."""
+def _evaluate(eqns: Any, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
+    """The values that equations compute; opened, they have the derivative of the function and not their own."""
     for eqn in eqns:
         values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
         body = call_body(eqn) if opened else None
@@ -152,8 +155,8 @@ def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
     return env
 
 
-def _constant(graph: Graph, value: Value):
-    """A constant that is the same for all elements, or ones where it is not known when the network is traced."""
+def _constant(graph: Graph, value: Value) -> Any:
+    """The value of a constant that is the same for all elements; ones if it is not known when the network is traced."""
     if value.producer is not None and len(value.producer.outvars) == 1:
         eqn = value.producer
         return bind(eqn, [v.val if is_literal(v) else _constant(graph, operand)

@@ -9,7 +9,7 @@ The constraint is kept by lifting weights below a small positive bound to it aft
 
 import numpy as np
 
-from . import direct, nets
+from . import direct_feedback_alignment, nets
 
 
 def lift(net, bound=1e-6):
@@ -23,7 +23,7 @@ def is_mono_net(net):
 
 
 def gradients(net, feedback, x, e, *, modify=nets.unmodified, derivative=nets.slope):
-    """Monotone direct feedback alignment: `direct.gradients` with B_k >= 0."""
+    """Monotone direct feedback alignment: `direct_feedback_alignment.gradients` with B_k >= 0."""
     if any((np.asarray(b) < 0).any() for b in feedback[1:]):
         raise ValueError("monotone feedback must not be negative")
-    return direct.gradients(net, feedback, x, e, modify=modify, derivative=derivative)
+    return direct_feedback_alignment.gradients(net, feedback, x, e, modify=modify, derivative=derivative)

@@ -1,0 +1,212 @@
+"""One state: how it is renewed, and what it sends up and down."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.records import Activation
+from lrules.rules.dual_propagation.options import Number, Options
+
+State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and what last arrived from above
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The numbers of one state.
+
+    Attributes:
+      alpha: the weight of s+ in the mean.
+      adjoint: which of the two equations renews it.
+      gain: what multiplies D; 1 but for inputs.
+      beta, n: D is what arrives times -n beta, and what goes down is s+ - s- over -n beta. The batch n may be symbolic.
+    """
+
+    alpha: float
+    adjoint: bool
+    gain: float
+    beta: float
+    n: int
+
+    @property
+    def up(self) -> float:
+        """The factor of D in s+."""
+        return self.gain * ((1 - self.alpha) if self.adjoint else self.alpha)
+
+    @property
+    def down(self) -> float:
+        """The factor of -D in s-."""
+        return self.gain * (self.alpha if self.adjoint else (1 - self.alpha))
+
+    @property
+    def scale(self) -> float:
+        return self.beta * self.n
+
+    def settle(
+        self, fn: Callable[..., Any], a: jax.Array, arriving: jax.Array, damping: Any, plus: jax.Array, minus: jax.Array
+    ) -> tuple[Any, Any]:
+        """The new s+ and s- from what comes from below and from above, and from the old ones."""
+        d = (-self.scale * arriving.astype(at_least_float32(a.dtype))).astype(a.dtype)
+        high, low = a + self.up * d, a - self.down * d
+        if damping is not None:  # where D has the factor 0 there is nothing to hold back
+            n = damping.astype(a.dtype)
+            high = (high + n * plus.astype(a.dtype)) / (1 + n) if self.up else high
+            low = (low + n * minus.astype(a.dtype)) / (1 + n) if self.down else low
+        return fn(high), fn(low)
+
+    def mean(self, plus: jax.Array, minus: jax.Array) -> jax.Array:
+        return self.alpha * plus + (1 - self.alpha) * minus
+
+    def error(self, plus: jax.Array, minus: jax.Array) -> jax.Array:
+        return ((minus - plus).astype(at_least_float32(plus.dtype)) / self.scale).astype(plus.dtype)
+
+
+def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: int) -> dict[str, Unit]:
+    """The numbers of each state.
+
+    Args:
+      options: those of the rule.
+      names: the names of the states.
+      inputs: the names of those that are inputs.
+      n: the batch, see `Unit`.
+
+    Raises:
+      ValueError: alpha or beta has no number for a state, or a pattern that no state uses; or squared errors have no
+        minimiser.
+    """
+    alphas, betas = _numbers("alpha", options.alpha, names), _numbers("beta", options.beta, names)
+    units = {}
+    for name in names:
+        alpha, beta = alphas[name], betas[name]
+        gain = float(options.input_nudge or 0) if name in inputs else 1.0
+        units[name] = Unit(alpha, bool(options.adjoint), gain, beta, n)
+        if name == "outputs" and (1 - alpha) * beta >= 1:
+            raise ValueError(
+                f'output="squared_error" has a minimiser only where (1 - alpha) beta < 1, got {(1 - alpha) * beta:g}: '
+                "give a smaller beta or a larger alpha"
+            )
+    return units
+
+
+def _numbers(what: str, value: Number, names: Sequence[str]) -> dict[str, float]:
+    """The number of each state: one for all, or that of the first pattern that its name matches."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, float(value))
+    matched = {name: next((p for p in value if re.search(p, name)), None) for name in names}
+    for name, pattern in matched.items():
+        if pattern is None:
+            raise ValueError(f"{what} has no number for {name!r}: add a pattern, such as '.*', at the end")
+    for pattern in value:
+        if pattern not in matched.values():
+            raise ValueError(
+                f"{what}: {pattern!r} matches no state first: leave it out, or give a pattern for one of "
+                f"{', '.join(map(repr, names))} (inputs are states with input_nudge, outputs with "
+                'output="squared_error")'
+            )
+    return {name: float(value[pattern]) for name, pattern in matched.items() if pattern is not None}
+
+
+class Dyads(Handler):
+    """Runs all activations as pairs s+, s-; the old ones are in `frame.inputs`.
+
+    Modes:
+      clean: going up, s+ and s- are what comes from below. Going down, they are renewed.
+      sweep: going up, they are renewed with what last arrived from above. Going down, they are renewed again.
+      still: the old ones are sent up and down. Going down, the new ones are computed.
+      record: clean ones are recorded going up; nothing goes down.
+      up: they are renewed going up, and recorded; nothing goes down.
+
+    In the first three, the new ones are the cotangents of the old ones.
+    """
+
+    activations = True
+
+    def __init__(self, units: Mapping[str, Unit], mode: str, check: Callable[..., None] | None = None) -> None:
+        """`check(site, fn, x)` refuses activations that the options do not serve."""
+        self.units, self.mode, self.check = units, mode, check
+
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
+        if activation.site not in self.units:
+            return fn(x)
+        if self.check is not None:
+            self.check(activation.site, fn, x)
+        return self.state(activation.site, fn, x, frame)
+
+    def state(self, site: str, fn: Callable[..., Any], x: jax.Array, frame: Frame, *, first: bool = False) -> Any:
+        unit = self.units[site]
+        if self.mode == "record":
+            y = fn(x)
+            frame.records[site] = {"plus": y, "minus": y, "arriving": jnp.zeros_like(y)}
+            return y
+        old = dict(frame.inputs[site])
+        damping = old.pop("damping", None)
+        if self.mode == "up":
+            plus, minus = unit.settle(fn, x, old["arriving"], damping, old["plus"], old["minus"])
+            frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
+            return unit.mean(plus, minus)
+        converted, captured = jax.closure_convert(fn, x)
+        y, frame.records[site] = _dyad(unit, self.mode, converted, first)(x, old, damping, captured)
+        return y
+
+
+def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callable[..., Any]:
+    """One activation whose backward pass renews its state and hands down the difference in place of a derivative.
+
+    It also returns a zero. Its cotangent makes JAX run the backward pass even where no error arrives (`stop_gradient`).
+    """
+
+    @jax.custom_vjp
+    def dyad(x: jax.Array, old: Any, damping: Any, captured: Any) -> tuple[Any, ...]:
+        return forward(x, old, damping, captured)[0]
+
+    def forward(x: jax.Array, old: Any, damping: Any, captured: Any) -> tuple[Any, Any]:
+        zero = jnp.zeros(())
+        if mode == "clean":
+            y = fn(x, *captured)
+            return (y, zero), (x, y, y, old, damping, captured)
+        plus, minus = old["plus"], old["minus"]
+        if mode == "sweep" and not first:  # below the inputs nothing has changed since the way down
+            plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
+        return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
+
+    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+        arriving, _ = cotangent
+        x, plus, minus, old, damping, captured = residuals
+        new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
+        down = unit.error(plus, minus) if mode == "still" else unit.error(new_plus, new_minus)
+        new = {"plus": new_plus, "minus": new_minus, "arriving": arriving}
+        nothing = jax.tree.map(jnp.zeros_like, (damping, captured))
+        return (arriving if first and mode == "still" else down.astype(x.dtype)), new, *nothing
+
+    dyad.defvjp(forward, backward)
+    return dyad
+
+
+def with_damping(state: State, damping: Mapping[str, Any]) -> State:
+    """The states together with the L of those that have one."""
+    return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
+
+
+def residual(old: State, new: State) -> jax.Array:
+    """The largest change of a pair s+, s-, divided by the norm of s+ - s-.
+
+    A pair without a difference, which no error reaches, is left out: it shows in the pairs above that it changes.
+    """
+    found = jnp.zeros((), jnp.result_type(float))
+    for site, pair in new.items():
+        change = _norm(jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")]))
+        size = _norm(pair["plus"] - pair["minus"])
+        here = jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size))
+        found = jnp.maximum(found, here.astype(found.dtype))
+    return found
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))))
