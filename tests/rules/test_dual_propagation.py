@@ -711,7 +711,7 @@ def test_refusals():
     refused(ValueError, "has 3", order="forward", iterations=2)
     refused(ValueError, "has a minimiser only if", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
     exact = {"adjoint": False, "output": "squared_error"}
-    refused(ValueError, "is not: write it as a sum of jnp.square", loss=optax.softmax_cross_entropy, **exact)
+    refused(ValueError, "write the loss as a sum of jnp.square", loss=optax.softmax_cross_entropy, **exact)
     refused(ValueError, "alpha has no number for 'relu'", alpha={"tanh": 0.5})
     refused(
         ValueError,
