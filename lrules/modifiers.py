@@ -14,7 +14,6 @@ deep learning channel (2018).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -421,7 +420,7 @@ def quantize_update(rule: Rule, bits: int, *, scale: float = 2**-6, axis_name: A
         fn = lambda g: quantize(scaled(g, scale_), bits, scale) / scale_  # noqa: E731
         if any(isinstance(handler, PerExample) for handler in net.handlers):
             both = (h.then(fn) if isinstance(h, PerExample) else h for h in net.handlers)
-            return dataclasses.replace(net, handlers=tuple(both))
+            return net.handled(tuple(both))
         return net.pushing(PerExample((fn,), rule, net, params, inputs))
 
     return _modified(rule, push, axis_name=axis_name)

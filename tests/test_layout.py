@@ -163,6 +163,7 @@ def test_no_file_is_too_long(path):
 
 # Files without a test of their own name: where they are tested, and why there.
 TESTED_ELSEWHERE = {
+    "engine/captured": ("test_tracing.py", "what a network closes over may be replaced"),
     "engine/dtypes": ("test_composition.py", "two rules of one line, tested by networks in half precision"),
     "engine/handlers": ("test_modifiers.py", "what rules and modifiers act through"),
     "engine/jaxprs": ("test_zoo.py", "reading jaxprs and evaluating them: every model does"),
@@ -171,6 +172,7 @@ TESTED_ELSEWHERE = {
     "engine/planning": ("rules/test_partition.py", "the same"),
     "engine/records": ("test_zoo.py", "what the analysis writes down of every model"),
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
+    "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
     "rules/damping": ("rules/test_dual_propagation.py", "a part of dual propagation"),
     "constructors": ("experiments/test_recipes.py", "rules made with them"),

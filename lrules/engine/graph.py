@@ -34,10 +34,11 @@ class Graph:
     """
 
     def __init__(
-        self, closed: Any, names: Sequence[str], batched: Sequence[bool], out_tree: Any, aux_tree: Any, n_outputs: int
+        self, closed: Any, names: Sequence[str], batched: Sequence[bool], out_tree: Any, aux_tree: Any
     ) -> None:
         self.closed, self.names = closed, list(names)
-        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
+        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, out_tree.num_leaves
+        n_outputs = self.n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
         promoted: dict[Any, int] = {}
@@ -237,7 +238,7 @@ class _Runner:
 
         def body(pairs: Sequence[Pair], inputs: Pytree, position: Any) -> tuple[list[Pair], dict[str, Any]]:
             inner = Frame(inputs, {}, position)
-            return self.block(child, pairs, inner), inner.records
+            return self.block(child, pairs, inner), inner.taken()
 
         checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
         outs, records = checkpointed(pairs, below(frame.inputs, child), frame.index)
@@ -257,7 +258,7 @@ class _Runner:
             outs = self.block(child, [*consts, *carry, *xs], inner)
             ys = [self.paired(child.value(v), p) for v, p in zip(child.jaxpr.outvars, outs, strict=True)][n_carry:]
             carry = [self.paired(c, p) for c, p in zip(classes, outs[:n_carry], strict=True)]
-            return carry, (ys, inner.records)
+            return carry, (ys, inner.taken())
 
         options = {"_split_transpose": params["_split_transpose"]} if "_split_transpose" in params else {}
         carry, (ys, records) = jax.lax.scan(

@@ -92,6 +92,11 @@ class Frame:
     records: dict[str, Any] = dataclasses.field(default_factory=dict)
     index: tuple[Any, ...] = ()
 
+    def taken(self) -> dict[str, Any]:
+        """The records, which the frame then no longer holds: what handlers have made of it outlives a trace."""
+        taken, self.records = self.records, {}
+        return taken
+
 
 def name_number(name: str) -> int:
     """A number for a name, to fold into keys: the same in every process, which hash() is not."""

@@ -37,7 +37,7 @@ class _RuleHandler(Handler):
         spec = self.plan.specs[layer.site]
         if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
-        return _sequential_layer(spec, layer, op)(w, b if spec.init is not None else None, x)
+        return _sequential_layer(spec, layer, op.product)(w, b if spec.init is not None else None, x)
 
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         landing = self.plan.direct_feedback.get(hidden.name)
@@ -48,7 +48,7 @@ class _RuleHandler(Handler):
         return jax.lax.stop_gradient(value)
 
 
-def _sequential_layer(spec: Sequential, layer: Layer, op: Operation) -> Callable[..., Any]:
+def _sequential_layer(spec: Sequential, layer: Layer, op: Callable[..., Any]) -> Callable[..., Any]:
     @jax.custom_vjp
     def multiply(w: jax.Array, b: Any, x: jax.Array) -> Any:
         return op(w, x)
@@ -171,7 +171,7 @@ def _direct_run(plan: Plan) -> Callable[..., Any]:
         ) -> tuple[Any, Any]:
             frame = Frame()
             outputs, aux = evaluate(plan, params, feedback, inputs, consts, handlers, frame)
-            return (outputs, frame.records), aux
+            return (outputs, frame.taken()), aux
 
         differentiated = (params, feedback, inputs, consts, handlers) if wanted else (params, feedback)
         (outputs, records), pull, aux = jax.vjp(network, *differentiated, has_aux=True)
