@@ -64,8 +64,8 @@ from lrules.engine.records import (
     ancestors,
     classes_of,
     merged_classes,
-    parts,
     unique,
+    want,
 )
 from lrules.engine.regions import find_regions
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
@@ -195,8 +195,7 @@ class Analysis:
         for layer in self.layers:
             layer.site = unique(layer.name, sites)
             sites.add(layer.site)
-            for value in parts(layer.weight)[0]:
-                value.wanted = True
+            want(layer.weight)
         taken: dict[bool, set[str]] = {True: set(), False: set()}
         for hidden in self.hidden:
             hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])

@@ -22,8 +22,10 @@ from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
 from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
 from lrules.engine.operations import of
+from lrules.engine.product import Product
 from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
 from lrules.engine.regions import Region
+from lrules.engine.shared import equation_key, run_together
 from lrules.typing import Pytree
 
 
@@ -111,6 +113,10 @@ class _Runner:
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.affines = any(h.affines for h in handlers)
+        self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
+        self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
+        # Without jit an equation is a program of its own, as it is where the network is called.
+        self.staged = isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
 
     def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts: Sequence[Any] | None = None) -> list[Pair]:
         env: dict[Any, Pair] = {}
@@ -121,7 +127,7 @@ class _Runner:
         def write(variable: Any, pair: Pair) -> None:
             value, shadow = pair
             here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
-            for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
+            for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
                 for hidden in here:
                     value = handler.hidden(hidden, value, frame)
             if (block, variable) in self.taps:
@@ -135,9 +141,24 @@ class _Runner:
                 write(var, pair)
             else:
                 env[var] = pair
+        pending: dict[int, Any] = {}  # equations that run together, and what they compute
+
+        def run_pending() -> None:
+            eqns = [block.jaxpr.eqns[i] for i in pending]
+            wanted = [v for e in eqns for v in e.outvars if not block.readers.get(v, set()) <= pending.keys()]
+            values = run_together(eqns, list(pending.values()), lambda v: read(v)[0], wanted)
+            env.update(zip(wanted, ((value, None) for value in values), strict=True))
+            pending.clear()
+
         for index, eqn in enumerate(block.jaxpr.eqns):
             if self.activations and index in block.skipped:
                 continue
+            key = equation_key(eqn) if self.staged and self.is_plain(block, index, eqn) else None
+            if key is not None:
+                pending[index] = key
+                continue
+            if pending:
+                run_pending()
             if self.activations and index in block.regions:
                 region = block.regions[index]
                 write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
@@ -149,7 +170,22 @@ class _Runner:
                     env[var] = pair  # defined, and handled, inside
                 else:
                     write(var, pair)
+        if pending:
+            run_pending()
         return [read(v) for v in block.jaxpr.outvars]
+
+    def is_plain(self, block: Block, index: int, eqn: Equation) -> bool:
+        """Whether nothing has to be handled at an equation: neither at it nor at what it gives."""
+        if index in block.children or (index in block.layers and self.at_layers):
+            return False
+        if (self.affines and index in block.affines) or (self.activations and index in block.regions):
+            return False
+        return not any(
+            (self.at_hidden and v in block.hidden)
+            or (block, v) in self.taps
+            or (self.shadows and block.values[v].shadowed)
+            for v in eqn.outvars
+        )
 
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
@@ -209,16 +245,13 @@ class _Runner:
         single = len(rest) == 1 and not layer.row.looks_up
         x = rest[0] if single else tuple(rest)
 
-        def op(w: jax.Array, x: jax.Array) -> Any:
-            others = [x] if single else list(x)
-            return bind(eqn, [*others[:k], w, *others[k:]])[0]
-
+        op = Product(eqn, k, single)
         b = w if b is None else b
 
         def run(w: jax.Array, b: Any, x: Any) -> Any:
             return op(w, x)
 
-        for handler in self.handlers:  # the rule's own innermost
+        for handler in self.at_layers:  # the rule's own innermost
             run = nest_layer(handler, layer, run, op, frame)
         return run(w, b, x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,7 +158,7 @@ class Value:
     lookups: frozenset[Any] = frozenset()  # the layers whose rows a chosen value is made of
     stage: int = 0  # of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one
     key: Any = None  # where the product stands that made it
-    wanted: bool = False  # a weight is made of it, so that feedback has to ride along
+    wanted: bool = False  # a layer's weight is made of it, so that feedback has to ride along
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
@@ -189,7 +190,8 @@ class Value:
 
     @property
     def shadowed(self) -> bool:
-        return (self.pure or self.wanted) and not self.carried
+        """Whether it is computed from the feedback, too."""
+        return self.wanted and not self.carried
 
     @property
     def weight_dims(self) -> frozenset[int]:
@@ -221,6 +223,16 @@ class Block:
     hidden: dict[Any, list[Hidden]] = dataclasses.field(default_factory=dict)
     regions: dict[int, Any] = dataclasses.field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def readers(self) -> dict[Any, set[int]]:
+        """The equations that read each variable, by number; -1: it is a result of the block."""
+        found: dict[Any, set[int]] = {v: {-1} for v in self.jaxpr.outvars if not is_literal(v)}
+        for index, eqn in enumerate(self.jaxpr.eqns):
+            for v in eqn.invars:
+                if not is_literal(v):
+                    found.setdefault(v, set()).add(index)
+        return found
 
     def sites(self, *, affines: bool = False) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
@@ -333,6 +345,18 @@ def parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
             else:
                 stack += [v for v in value.operands if v.params]
     return list(found.values()), sources
+
+
+def want(weight: Value) -> None:
+    """Marks all that a weight is made of."""
+    stack, _ = parts(weight)
+    stack += [operand for value in stack for operand in value.operands if operand.pure]
+    stack += [weight] if weight.pure else []
+    while stack:
+        value = stack.pop()
+        if value.params and not value.wanted:
+            value.wanted = True
+            stack += value.operands if value.pure else ()
 
 
 def unique(name: str, taken: set[str]) -> str:

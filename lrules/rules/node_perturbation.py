@@ -40,6 +40,7 @@ from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
+from lrules.engine.product import Product
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.running import (
     direct_feedback_gradient,
@@ -182,10 +183,8 @@ def node_perturbation(
     return Rule(rule_init, transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
 
 
-def _backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
-    (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
-    (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
-    return dw, dx, None
+def _backward(op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
+    return op.weight_gradient(w, x, d), op.passed_down(b, x, d), None
 
 
 class _Experiment:
