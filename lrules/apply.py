@@ -120,11 +120,13 @@ def value_and_grad(net: NetworkLike, loss: Loss, rule: Rule) -> ValueAndGrad:
     return fn
 
 
-def grad_of_transform(f: Callable, net: Network, loss: Callable) -> Callable[..., Any]:
+def grad_of_transform(f: Callable[..., Any], net: Network, loss: Callable[..., Any]) -> Callable[..., Any]:
     """`value_and_grad` of a rule that `transform` serves."""
 
-    def fn(params, feedback, inputs, targets, *, rng=None):
-        def objective(params, learned):
+    def fn(
+        params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> tuple[tuple[Any, ...], Gradients]:
+        def objective(params: Pytree, learned: Any) -> tuple[jax.Array, Any]:
             out = f(params, feedback._replace(learned=learned), inputs, rng=rng)
             outputs = out[0] if net.has_aux else out
             return mean_loss(net, loss, outputs, inputs, targets), out
@@ -137,7 +139,7 @@ def grad_of_transform(f: Callable, net: Network, loss: Callable) -> Callable[...
     return fn
 
 
-def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
+def mean_loss(net: Network, loss: Callable[..., Any], outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
     """The mean over all elements of `loss(outputs, targets)`, its batch checked.
 
     Raises:
@@ -154,7 +156,7 @@ def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, tar
     return jnp.mean(losses)
 
 
-def _check_call(net, rule) -> None:
+def _check_call(net: Any, rule: Any) -> None:
     """The network and the rule stand where they should."""
     require_rule(rule)
     if isinstance(net, Rule) or not callable(net):

@@ -35,10 +35,10 @@ from lrules.engine.graph import Graph
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import prepare, run_plan
-from lrules.network import as_network
+from lrules.network import Network, NetworkLike, as_network
 from lrules.options import ByName, is_whole, require_flags, require_pattern
 from lrules.rule import Direct, Feedback, Gradients, LayerRule, Rule, RuleDescription, Sequential, check_params
-from lrules.typing import Initializer, Pytree
+from lrules.typing import Initializer, Loss, Pytree
 
 
 def layerwise(
@@ -54,35 +54,37 @@ def layerwise(
     specs = [spec for spec in layers if isinstance(spec, Sequential | Direct)]
     needs_loss = next((spec.needs_loss for spec in specs if spec.needs_loss is not None), None)
 
-    def plan(net, graph, params, inputs) -> Plan:
+    def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return make_plan(net, graph, params, inputs, choose_for(graph))
 
-    def init(key, net, params, inputs) -> Feedback:
+    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
         check_params(params)
         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         if needs_loss is not None:
             raise ValueError(
                 f"this rule needs {needs_loss}: use lrules.value_and_grad(net, loss, rule) in place of transform"
             )
 
-        def f(params, feedback, inputs, *, rng=None):
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             made = plan(net, net.graph(params, inputs), params, inputs)
             return run_plan(made, net, params, feedback, inputs, rng=rng)
 
         return f
 
-    def value_and_grad(net, loss):
-        def fn(params, feedback, inputs, targets, *, rng=None):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
+        def fn(
+            params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+        ) -> tuple[tuple[Any, ...], Gradients]:
             graph = net.graph(params, inputs)
             outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
             elements = jax.eval_shape(loss, outputs, targets).size
             made = dataclasses.replace(plan(net, graph, params, inputs), elements=elements)
             calls = prepare(made, feedback, rng, targets)
 
-            def objective(params, learned, states):
+            def objective(params: Pytree, learned: Any, states: Any) -> tuple[jax.Array, Any]:
                 weights = feedback._replace(learned=learned)
                 out = run_plan(made, net, params, weights, inputs, rng=rng, calls=calls, states=states)
                 outputs = out[0] if net.has_aux else out
@@ -253,7 +255,7 @@ def direct(
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 
 
-def _pairs(shared_axes) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
+def _pairs(shared_axes: Any) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
     """`shared_axes=` as axes of the outputs, each with the places of the hidden signals that are given for it."""
     several = isinstance(shared_axes, Iterable) and not isinstance(shared_axes, str)
     pairs = [(a, None) if is_whole(a) else a for a in (tuple(shared_axes) if several else (shared_axes,))]

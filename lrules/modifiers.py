@@ -14,7 +14,6 @@ deep learning channel (2018).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -25,19 +24,20 @@ from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import passing_names, treated
 from lrules.engine.closures import held
-from lrules.engine.handlers import Handler, key_at
+from lrules.engine.handlers import Frame, Handler, key_at
 from lrules.engine.jaxprs import placed_as
 from lrules.engine.per_example import PerExample, scaled
 from lrules.engine.quantizer import by_parts, quantize, quantizer_numbers
+from lrules.engine.records import Activation, Hidden
 from lrules.network import Network
 from lrules.options import ByName, asked_for, by_name, is_number, mesh_axes
-from lrules.rule import Rule, require_rule
-from lrules.typing import AxisName, Numbers
+from lrules.rule import Feedback, Rule, require_rule
+from lrules.typing import AxisName, Loss, Numbers, Pytree
 
 
 def modify_error(
     rule: Rule,
-    fn: Callable,
+    fn: Callable[..., Any],
     *,
     stochastic: bool = False,
     numbers: Mapping[str, Any] | None = None,
@@ -83,10 +83,10 @@ def modify_error(
     if unasked := sorted(set(given) - wanted):
         raise ValueError(f"numbers= names {unasked[0]!r}, for which fn does not ask: add it to its arguments")
 
-    def bound(name: str) -> Callable:
+    def bound(name: str) -> Callable[..., Any]:
         return functools.partial(fn, **{number: value.of(name) for number, value in given.items()}) if given else fn
 
-    def push(net, params, inputs, scale, key):
+    def push(net: Network, params: Pytree, inputs: Pytree, scale: Any, key: Any) -> Network:
         fns = {"": bound("")} if not any(value.several for value in given.values()) else {}
         if not fns:
             hidden = [h for h in net.graph(params, inputs).hidden if jnp.issubdtype(h.root.aval.dtype, jnp.inexact)]
@@ -134,7 +134,7 @@ def quantize_error(
     chosen = quantizer_numbers(bits, scale, "hidden signal")
     if at == "hidden":
 
-        def fn(signal, name, rng, bits, scale):
+        def fn(signal: jax.Array, name: str, rng: Any, bits: int, scale: float) -> jax.Array:
             return quantize(signal, bits, scale)
 
         return modify_error(rule, fn, numbers={"bits": bits, "scale": scale}, axis_name=axis_name)
@@ -205,14 +205,14 @@ def drop_error(rule: Rule, rate: Numbers) -> Rule:
     """
     by_name("rate", rate, lambda value: is_number(value) and 0 <= value < 1, "a number >= 0 and < 1", "hidden signal")
 
-    def drop(signal, name, rng, rate):
+    def drop(signal: jax.Array, name: str, rng: Any, rate: float) -> jax.Array:
         kept = placed_as(_kept(rng, signal.shape, rate), jax.typeof(signal))
         return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
 
     return modify_error(rule, drop, stochastic=True, numbers={"rate": rate})
 
 
-def _kept(key, shape: tuple[int, ...], rate: float):
+def _kept(key: Any, shape: tuple[int, ...], rate: float) -> Any:
     """True with probability 1 - rate, each from as few random bits as can tell: one for 1/2, at most 16.
 
     Drawing them is what dropping costs.
@@ -231,11 +231,11 @@ class _AtHidden(Handler):
 
     arrays = ("key", "values")
 
-    def __init__(self, fns: Mapping[str, Callable], scale: float, key):
+    def __init__(self, fns: Mapping[str, Callable[..., Any]], scale: float, key: Any) -> None:
         self.scale, self.key = scale, key
         self.names, (self.values, self.remade) = set(fns), held(dict(fns))
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         twice = hidden.mark and hidden.root.hidden is not None  # a layer reads this tensor, so it has that name too
         if twice or not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
@@ -246,10 +246,10 @@ class _AtHidden(Handler):
             )
 
         @jax.custom_vjp
-        def identity(value, key, values):
+        def identity(value: Any, key: Any, values: Any) -> Any:
             return value
 
-        def backward(kept, error):
+        def backward(kept: Any, error: jax.Array) -> tuple[Any, None, None]:
             key, values = kept
             rng, fns = None if key is None else jax.random.wrap_key_data(key), remade(values)
             fn = fns[name if name in fns else ""]
@@ -268,35 +268,35 @@ class _AtHidden(Handler):
         return identity(value, key, self.values)
 
 
-def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
+def _at_output(rule: Rule, fn: Callable[..., Any], axis_name: AxisName) -> Rule:
     """The rule, sent a function of the output error."""
 
     require_rule(rule)
     mesh_axes(axis_name)
 
-    def mark(outputs, scale):
+    def mark(outputs: Pytree, scale: Any) -> Any:
         @jax.custom_vjp
-        def identity(y):
+        def identity(y: jax.Array) -> jax.Array:
             return y
 
-        def backward(_, error):
+        def backward(_: Any, error: jax.Array) -> tuple[Any]:
             return ((fn(scaled(error, scale)) / scale).astype(error.dtype),)
 
         identity.defvjp(lambda y: (y, None), backward)
         floating = lambda y: jnp.issubdtype(jnp.result_type(y), jnp.inexact)  # noqa: E731
         return jax.tree.map(lambda y: identity(y) if floating(y) else y, outputs)
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         inner = rule.transform(net, reduction=reduction)
 
-        def f(params, feedback, inputs, *, rng=None):
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             scale = _scale(rule, net, inputs, reduction, axis_name)
             out = inner(params, feedback, inputs, rng=rng)
             return (mark(out[0], scale), *out[1:]) if net.has_aux else mark(out, scale)
 
         return f
 
-    def value_and_grad(net, loss):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
         assert rule.value_and_grad is not None
         return rule.value_and_grad(net, _with_error(loss, fn))
 
@@ -306,18 +306,18 @@ def _at_output(rule: Rule, fn: Callable, axis_name: AxisName) -> Rule:
     )
 
 
-def _with_error(loss: Callable, fn: Callable) -> Callable:
+def _with_error(loss: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
     """The loss with another gradient: `fn` of that of each example's own loss, times what arrives."""
 
-    def modified(outputs, targets):
+    def modified(outputs: Pytree, targets: Pytree) -> Any:
         @jax.custom_vjp
-        def call(outputs, targets):
+        def call(outputs: Pytree, targets: Pytree) -> Any:
             return loss(outputs, targets)
 
-        def forward(outputs, targets):
+        def forward(outputs: Pytree, targets: Pytree) -> tuple[Any, Any]:
             return jax.vjp(lambda o: loss(o, targets), outputs)
 
-        def backward(pull, arriving):
+        def backward(pull: Callable[..., Any], arriving: jax.Array) -> tuple[Any, None]:
             elements = arriving[0].size if arriving.ndim else 1
             (error,) = pull(jnp.full_like(arriving, 1 / elements))
             weight = arriving.mean() * elements  # the objective is the same mean over examples for all
@@ -330,7 +330,7 @@ def _with_error(loss: Callable, fn: Callable) -> Callable:
     return modified
 
 
-def replace_derivative(rule: Rule, g: Callable, *, passing: str | Iterable[str] = ()) -> Rule:
+def replace_derivative(rule: Rule, g: Callable[..., Any], *, passing: str | Iterable[str] = ()) -> Rule:
     """Puts a function of the pre-activation in the place of every activation's derivative.
 
     delta_l = s_l * g(z_l) in place of s_l * f'(z_l)
@@ -363,7 +363,7 @@ def replace_derivative(rule: Rule, g: Callable, *, passing: str | Iterable[str] 
 
     names = passing_names(passing)
 
-    def push(net, params, inputs, scale, key):
+    def push(net: Network, params: Pytree, inputs: Pytree, scale: Any, key: Any) -> Network:
         sites = frozenset(a.site for a in treated(net.graph(params, inputs), names))
         replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
         return net if replaced else net.pushing(_Derivative(g, sites))
@@ -397,19 +397,19 @@ class _Derivative(Handler):
 
     activations = True
 
-    def __init__(self, g: Callable, sites: frozenset[str]):
+    def __init__(self, g: Callable[..., Any], sites: frozenset[str]) -> None:
         self.g, self.sites = g, sites
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         if activation.site not in self.sites:
             return fn(x)
         g = self.g
 
         @jax.custom_vjp
-        def replaced(y, x):
+        def replaced(y: jax.Array, x: jax.Array) -> jax.Array:
             return y
 
-        def backward(x, error):
+        def backward(x: jax.Array, error: jax.Array) -> tuple[None, jax.Array]:
             slope = jnp.asarray(g(x))
             if slope.shape != x.shape:
                 raise ValueError(
@@ -458,20 +458,20 @@ def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_n
     """
     chosen = quantizer_numbers(bits, scale, "layer")
 
-    def push(net, params, inputs, scale_, key):
-        def fn(gradient, name):
+    def push(net: Network, params: Pytree, inputs: Pytree, scale_: Any, key: Any) -> Network:
+        def fn(gradient: jax.Array, name: str) -> jax.Array:
             bits, scale = (number.of(name) for number in chosen)
             return quantize(scaled(gradient, scale_), bits, scale) / scale_
 
         if any(isinstance(handler, PerExample) for handler in net.handlers):
             both = (h.then(fn, chosen) if isinstance(h, PerExample) else h for h in net.handlers)
-            return dataclasses.replace(net, handlers=tuple(both))
+            return net.handled(tuple(both))
         return net.pushing(PerExample((fn,), chosen, rule, net, params, inputs))
 
     return _modified(rule, push, axis_name=axis_name)
 
 
-def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName) -> Any:
+def _scale(rule: Rule, net: Network, inputs: Pytree, reduction: str, axis_name: AxisName) -> Any:
     """What makes the arriving error that of the per-example sum: a number, or a symbolic batch (`jax.export`)."""
     if reduction == "sum" or not rule.additive:
         return 1.0
@@ -479,13 +479,13 @@ def _scale(rule: Rule, net: Network, inputs, reduction: str, axis_name: AxisName
     return n if is_symbolic_dim(n) else float(n)
 
 
-def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
+def _modified(rule: Rule, push: Callable[..., Any], *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
     """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
     require_rule(rule)
     mesh_axes(axis_name)
 
-    def serve(net, inner, reduction):
-        def f(params, feedback, inputs, *targets, rng=None):
+    def serve(net: Network, inner: Any, reduction: str) -> Callable[..., Any]:
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *targets: Pytree, rng: Any = None) -> Any:
             own, rest = jax.random.split(rng) if stochastic else (None, rng)
             rest = rest if rule.stochastic else None
             modified = push(net, params, inputs, _scale(rule, net, inputs, reduction, axis_name), own)
@@ -493,11 +493,11 @@ def _modified(rule: Rule, push: Callable, *, stochastic: bool = False, axis_name
 
         return f
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         rule.transform(net, reduction=reduction)  # what it refuses, it refuses here
         return serve(net, lambda net: rule.transform(net, reduction=reduction), reduction)
 
-    def value_and_grad(net, loss):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
         rule.value_and_grad(net, loss)  # type: ignore[misc]
         return serve(net, lambda net: rule.value_and_grad(net, loss), "mean")  # type: ignore[misc]
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
+from lrules.engine.traces import Traces
 from lrules.options import first_match
 from lrules.typing import Pytree
 
@@ -41,15 +42,16 @@ class Network:
     frozen: Pytree = None
     signal_axes: int | Mapping[str, int] | None = None
     handlers: tuple[Handler, ...] = ()
+    traces: Traces = dataclasses.field(default_factory=Traces, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         axes = self.signal_axes
         given = axes.values() if isinstance(axes, Mapping) else () if axes is None else (axes,)
         if not all(isinstance(axis, int | np.integer) for axis in given):
             raise ValueError(f"signal_axes must be an axis, axes by name as {{'outputs': 0}}, or None, got {axes!r}")
 
     # jax.jit keeps what it has traced by equality: two networks are one only if they hold the very same frozen weights.
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         if not isinstance(other, Network):
             return NotImplemented
         (mine, tree), (theirs, other_tree) = jax.tree.flatten(self.frozen), jax.tree.flatten(other.frozen)
@@ -57,7 +59,7 @@ class Network:
         names = ("apply", "has_aux", "batch_axes", "signal_axes", "handlers")
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.apply, self.has_aux, self.handlers))
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
@@ -69,17 +71,24 @@ class Network:
 
     def pushing(self, handler: Handler) -> Network:
         """The same network with one more handler, inside those that it has."""
-        return dataclasses.replace(self, handlers=(*self.handlers, handler))
+        return self.handled((*self.handlers, handler))
+
+    def handled(self, handlers: tuple[Handler, ...]) -> Network:
+        """The same network with these handlers, and with what it has been traced to."""
+        new = dataclasses.replace(self, handlers=handlers)
+        object.__setattr__(new, "traces", self.traces)
+        return new
 
     def graph(self, params: Pytree, inputs: Pytree, *, double: bool = False) -> Graph:
-        """Traces the network; with `double`, on the batch put after itself (to see which axes grow with it)."""
-        paths, params_tree = jax.tree_util.tree_flatten_with_path((params, self.frozen))
-        paths = [(path[1:], leaf) for path, leaf in paths]
-        names = [parameter_name(path) for path, _ in paths]
-        leaves, inputs_tree = jax.tree.flatten(inputs)
-        trees: list[Any] = []
+        """The network traced, once for each kind of arguments; with `double`, on the batch put after itself.
 
-        def flat(param_leaves, input_leaves):
+        (Of the latter the axes have twice the size that grow with the batch.)
+        """
+        leaves, params_tree = jax.tree.flatten((params, self.frozen))
+        input_leaves, inputs_tree = jax.tree.flatten(inputs)
+        axes = self.input_batch_axes(inputs)
+
+        def flat(param_leaves: list[Any], input_leaves: list[Any]) -> tuple[Pytree, Pytree]:
             if double:
                 input_leaves = [
                     x if a is None else jax.lax.concatenate([x, x], a % jnp.ndim(x))
@@ -87,20 +96,17 @@ class Network:
                 ]
             p, frozen = jax.tree.unflatten(params_tree, param_leaves)
             given = (p,) if frozen is None else (p, frozen)
-            out = self.apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
-            outputs, aux = _split_aux(out) if self.has_aux else (out, None)
-            (out_leaves, out_tree), (aux_leaves, aux_tree) = jax.tree.flatten(outputs), jax.tree.flatten(aux)
-            trees[:] = [out_tree, aux_tree, len(out_leaves)]
-            return out_leaves, aux_leaves
+            out = apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
+            return _split_aux(out) if has_aux else (out, None)
 
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise ValueError(f"two parameters are named {twice!r}: rename one, since rules and feedback go by names")
-        axes = self.input_batch_axes(inputs)
-        closed = jax.make_jaxpr(flat)([leaf for _, leaf in paths], leaves)
-        # What has no batch (state, keys, masks) is no data: a weight that it changes stays a weight.
-        batched = [a is not None or all(other is None for other in axes) for a in axes]
-        return Graph(closed, names, batched, *trees)
+        def build(closed: Any, out_tree: Any, aux_tree: Any) -> Graph:
+            # What has no batch (state, keys, masks) is no data: a weight that it changes stays a weight.
+            batched = [a is not None or all(other is None for other in axes) for a in axes]
+            return Graph(closed, parameter_names((params, self.frozen)), batched, out_tree, aux_tree)
+
+        apply, has_aux = self.apply, self.has_aux  # not the network: traces are kept, and are not to keep it
+        key = (params_tree, inputs_tree, double)
+        return self.traces.graph(apply, key, flat, (leaves, input_leaves), build)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
         """The batch axis of each leaf of `inputs`; None among the inputs is no leaf."""
@@ -166,13 +172,26 @@ def as_network(net: NetworkLike) -> Network:
     return net if isinstance(net, Network) else Network(net)
 
 
-def parameter_name(path) -> str:
+def parameter_names(params: Pytree) -> list[str]:
+    """The names of the leaves of `(parameters, frozen weights)`.
+
+    Raises:
+      ValueError: two have one name.
+    """
+    names = [parameter_name(path[1:]) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"two parameters are named {twice!r}: rename one, since rules and feedback go by names")
+    return names
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
     """The name of a parameter: its path with `/` between the parts, without a trailing `/value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value") or "params"
 
 
-def _split_aux(out):
+def _split_aux(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True wants apply to return (outputs, aux), got {type(out).__name__}")
     return out

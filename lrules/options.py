@@ -16,7 +16,7 @@ from lrules.typing import Initializer
 T = TypeVar("T")
 
 
-def is_number(value) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is one real number, NaN and infinity among them; True and False are none."""
     dtype = getattr(value, "dtype", None)
     if dtype is not None:
@@ -25,12 +25,12 @@ def is_number(value) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_whole(value) -> TypeGuard[int]:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def as_initializer(init) -> Initializer:
+def as_initializer(init: Any) -> Initializer:
     """The initializer, or `jax.nn.initializers.glorot_normal()` if it is None.
 
     Raises:
@@ -46,7 +46,7 @@ def as_initializer(init) -> Initializer:
     return init
 
 
-def draw(init: Initializer, key, shape: tuple[int, ...], dtype, **weight) -> jax.Array:
+def draw(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any, **weight: Any) -> jax.Array:
     """What an initializer draws, checked.
 
     Raises:
@@ -65,14 +65,14 @@ def draw(init: Initializer, key, shape: tuple[int, ...], dtype, **weight) -> jax
     return drawn
 
 
-def require_flags(**flags) -> None:
+def require_flags(**flags: object) -> None:
     """Options that are True or False are that."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
             raise ValueError(f"{name}={value!r} is neither True nor False: give one of them")
 
 
-def require_pattern(pattern, what: str = "") -> None:
+def require_pattern(pattern: Any, what: str = "") -> None:
     """A regular expression is one; `what` stands before it in the message."""
     try:
         re.compile(pattern)
@@ -80,7 +80,7 @@ def require_pattern(pattern, what: str = "") -> None:
         raise ValueError(f"{what}{pattern!r} is no regular expression: {error}") from None
 
 
-def mesh_axes(axis_name) -> tuple[str, ...]:
+def mesh_axes(axis_name: Any) -> tuple[str, ...]:
     """The names of mesh axes that `axis_name=` gives.
 
     Raises:
@@ -116,7 +116,7 @@ class ByName(Generic[T]):
       0.1
     """
 
-    def __init__(self, option: str, given: T | Mapping[str, T], kind: str = "layer"):
+    def __init__(self, option: str, given: T | Mapping[str, T], kind: str = "layer") -> None:
         self.option, self.kind = option, kind
         self.several = isinstance(given, Mapping)
         self.patterns: dict[str, T] = dict(given) if isinstance(given, Mapping) else {"": given}
@@ -146,11 +146,11 @@ class ByName(Generic[T]):
         """Whether a pattern matches this name."""
         return any(re.search(pattern, name) for pattern in self.patterns)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], hint: str = "") -> None:
         """Every pattern has to be the first match of a name, but for one that matches everything ('.*').
 
         Raises:
-          ValueError: a pattern is not; the message lists the names.
+          ValueError: a pattern is not; the message lists the names, and ends with the hint.
         """
         if not self.several:
             return
@@ -161,7 +161,7 @@ class ByName(Generic[T]):
                 matches = any(re.search(pattern, name) for name in names)
                 why = "is shadowed by those before it" if matches else f"matches no {self.kind}"
                 listed = ", ".join(map(repr, names))
-                raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}")
+                raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
 
 
 def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:

@@ -335,14 +335,14 @@ def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleD
     return rule.description
 
 
-def require_rule(rule) -> None:
+def require_rule(rule: Any) -> None:
     """A rule is a `Rule`, not the factory that makes it."""
     if not isinstance(rule, Rule):
         hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
         raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
 
 
-def require_feedback(feedback) -> None:
+def require_feedback(feedback: Any) -> None:
     """Feedback is a `Feedback`, empty for rules that need none."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
@@ -351,7 +351,7 @@ def require_feedback(feedback) -> None:
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 
-def check_rng(rule: Rule, rng) -> None:
+def check_rng(rule: Rule, rng: jax.Array | None) -> None:
     """`rng=` belongs to stochastic rules and to no others."""
     if rule.stochastic and rng is None:
         raise ValueError("this rule is stochastic: give it a fresh key at every step, rng=jax.random.key(...)")

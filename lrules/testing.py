@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lrules.apply import transform, value_and_grad
 from lrules.network import Network, as_network
-from lrules.rule import Feedback, Rule
+from lrules.rule import Feedback, Gradients, Rule
 from lrules.typing import Pytree
 
 __all__ = ["check_rule", "half_squared_error", "serves_transform"]
@@ -90,11 +93,11 @@ def half_squared_error(outputs: Pytree, targets: Pytree) -> jax.Array:
     return sum(terms[1:], terms[0])
 
 
-def _zip(a, b):
+def _zip(a: Pytree, b: Any) -> Iterator[tuple[Any, Any]]:
     return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
 
-def _example():
+def _example() -> tuple[Network, dict[str, dict[str, Any]], jax.Array]:
     keys = jax.random.split(jax.random.key(3), 4)
     params = {
         name: {"kernel": jax.random.normal(k, shape) / shape[0] ** 0.5, "bias": jnp.full(shape[1], 0.1, jnp.float32)}
@@ -102,7 +105,7 @@ def _example():
     }
     params["a"]["bias"] = params["a"]["bias"].at[2].set(-100.0)  # never active
 
-    def apply(params, x):
+    def apply(params: Pytree, x: jax.Array) -> Any:
         layer = lambda name, h: h @ params[name]["kernel"] + params[name]["bias"][None]  # noqa: E731
         h = jax.nn.relu(layer("a", x))
         h = h + jnp.tanh(layer("b", h))
@@ -111,7 +114,7 @@ def _example():
     return Network(apply), params, jax.random.normal(jax.random.key(4), (5, 6))
 
 
-def _same(got, wanted, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
+def _same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(wanted), f"{complaint}: another structure"
     for g, w in _zip(got, wanted):
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
@@ -120,7 +123,7 @@ def _same(got, wanted, complaint: str, *, tolerance: float = 0.0, exact: bool = 
         assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
 
 
-def _check_init(rule, net, params, inputs, feedback, key) -> None:
+def _check_init(rule: Rule, net: Network, params: Pytree, inputs: Pytree, feedback: Feedback, key: jax.Array) -> None:
     assert isinstance(feedback, Feedback), "init does not return a Feedback"
     shapes = jax.eval_shape(lambda k, p, x: rule.init(k, net, p, x), key, params, inputs)
     described = jax.tree.map(lambda x: (x.shape, str(x.dtype)), feedback)
@@ -131,7 +134,7 @@ def _check_init(rule, net, params, inputs, feedback, key) -> None:
     _same(again, feedback, "init with one key gives two results", exact=True)
 
 
-def _check_rng(rule, net, params, feedback, inputs, targets) -> None:
+def _check_rng(rule: Rule, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree) -> None:
     wrong = {} if rule.stochastic else {"rng": jax.random.key(0)}
     try:
         value_and_grad(net, half_squared_error, rule)(params, feedback, inputs, targets, **wrong)
@@ -141,7 +144,7 @@ def _check_rng(rule, net, params, feedback, inputs, targets) -> None:
         raise AssertionError("rng is " + ("not asked for" if rule.stochastic else "taken without need"))
 
 
-def _check_gradients(params, feedback, grads) -> None:
+def _check_gradients(params: Pytree, feedback: Feedback, grads: Gradients) -> None:
     assert jax.tree.structure(grads.params) == jax.tree.structure(params), "gradients have another structure"
     for g, p in _zip(grads.params, params):
         kinds = f"{g.dtype}{g.shape}", f"{p.dtype}{p.shape}"
@@ -158,13 +161,13 @@ def _check_gradients(params, feedback, grads) -> None:
     assert jax.tree.structure(grads.state) == jax.tree.structure(feedback.state), "grads.state has another structure"
 
 
-def _check_vmap(rule, net, params, inputs, targets, step) -> None:
+def _check_vmap(rule: Rule, net: Network, params: Pytree, inputs: Pytree, targets: Pytree, step: Any) -> None:
     keys = jax.random.split(jax.random.key(5), 2)
     feedbacks = jax.vmap(lambda k: rule.init(k, net, params, inputs))(keys)
     many = jax.tree.map(lambda p: jnp.stack([p, p * jnp.asarray(0.5, p.dtype)]), params)
     rng = jax.random.split(jax.random.key(6), 2) if rule.stochastic else None
 
-    def one(p, fb, k):
+    def one(p: Any, fb: Feedback, k: Any) -> Any:
         return step(p, fb, inputs, targets, **({} if k is None else {"rng": k}))[1].params
 
     together = jax.jit(jax.vmap(one))(many, feedbacks, rng)
@@ -174,8 +177,10 @@ def _check_vmap(rule, net, params, inputs, targets, step) -> None:
         _same(picked, alone, "vmap over seeds changes the gradients", tolerance=1e-4)
 
 
-def _check_scan(step, params, feedback, inputs, targets, rng) -> None:
-    def update(p, fb):
+def _check_scan(
+    step: Any, params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, rng: Mapping[str, Any]
+) -> None:
+    def update(p: Any, fb: Feedback) -> tuple[Any, Feedback]:
         _, grads = step(p, fb, inputs, targets, **rng)
         p = jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, p, grads.params)
         learned = jax.tree.map(lambda b, g: b - jnp.asarray(1e-3, b.dtype) * g, fb.learned, grads.feedback)

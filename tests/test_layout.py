@@ -163,17 +163,20 @@ def test_no_file_is_too_long(path):
 
 # Files without a test of their own name: where they are tested, and why there.
 TESTED_ELSEWHERE = {
+    "engine/captured": ("test_tracing.py", "what a network closes over may be replaced"),
     "engine/dtypes": ("test_composition.py", "two rules of one line, tested by networks in half precision"),
     "engine/handlers": ("test_modifiers.py", "what rules and modifiers act through"),
     "engine/jaxprs": ("test_zoo.py", "reading jaxprs and evaluating them: every model does"),
-    "engine/operations": ("test_zoo.py", "the layers that are found in every model"),
+    "engine/products": ("test_zoo.py", "the layers that are found in every model"),
     "engine/plan": ("rules/test_partition.py", "who does what at which layer"),
     "engine/planning": ("rules/test_partition.py", "the same"),
+    "engine/landing": ("rules/test_direct_feedback_alignment.py", "how the output error gets to hidden signals"),
+    "engine/returned": ("test_constructors.py", "mistakes in a rule of one's own"),
     "engine/records": ("test_zoo.py", "what the analysis writes down of every model"),
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
+    "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
-    "rules/damping": ("rules/test_dual_propagation.py", "a part of dual propagation"),
-    "constructors": ("experiments/test_recipes.py", "rules made with them"),
+    "typing": ("typing/test_typing.py", "what type checkers say to a user"),
     "testing": ("test_composition.py", "check_rule, run on rules"),
 }
 
@@ -198,6 +201,7 @@ IMPORTED_AS = {
 # What is not imported here, and who needs it.
 NOT_IMPORTED = {
     "importlib_resources": "tensorflow-datasets imports it and does not declare it",
+    "basedpyright": "called by tests/typing/test_typing.py",
     "ipykernel": "runs the notebooks",
     "mypy": "called by the Makefile",
     "pytest-xdist": "called by the Makefile, as pytest -n",

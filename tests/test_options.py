@@ -16,7 +16,7 @@ def test_nowhere_to_land():
 
 def test_values_of_options():
     for alpha in ("norm", "1", None, True, -1, float("nan"), float("inf"), jnp.ones(2)):
-        with pytest.raises(ValueError, match='neither a number nor "gradient_norm"'):
+        with pytest.raises(ValueError, match='a finite number >= 0 or "gradient_norm"'):
             lrules.backman(alpha)
     lrules.backman(jnp.float32(0.5))
     jax.jit(lambda alpha: lrules.transform(mlp, lrules.backman(alpha))(W, NONE, X))(0.5)

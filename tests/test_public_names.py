@@ -26,8 +26,3 @@ def test_a_module(name):
     functions = {n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     public = {n for n in functions if not n.startswith("_")} - INTERNAL
     assert set(module.__all__) == public | VALUES.get(name, set())
-
-
-def test_hidden_has_words_of_its_own():
-    assert "rematerialisation" not in (lrules.hidden.__doc__ or "")
-    assert lrules.hidden.__module__ == "lrules.marks"

@@ -20,7 +20,7 @@ Uses of parameters that no rule can serve are kept as refusals, for the rule tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,20 +28,30 @@ import jax.numpy as jnp
 from lrules.engine import by_hand
 from lrules.engine.activations import MARK, UNMARK, Doubt, is_atom
 from lrules.engine.dtypes import counts, is_inexact
-from lrules.engine.jaxprs import INLINED, call_name, open_jaxpr, scan_counts, varying_axes
-from lrules.engine.operations import (
-    CASTS,
-    ELEMENTWISE,
-    STRUCTURAL,
+from lrules.engine.jaxprs import (
+    COND,
+    INLINED,
+    OWN_DERIVATIVE,
+    SCAN,
+    SHARD_MAP,
+    WHILE,
+    Aval,
+    Equation,
+    Jaxpr,
+    call_name,
+    open_jaxpr,
+    scan_counts,
+    varying_axes,
+)
+from lrules.engine.operations import is_product, of, view_axes
+from lrules.engine.products import (
     Multiplication,
-    is_product,
     multiplication,
     multiplies,
     of_latents,
     one_layer,
     stage,
     transformed,
-    view_axes,
 )
 from lrules.engine.records import (
     Activation,
@@ -54,8 +64,8 @@ from lrules.engine.records import (
     ancestors,
     classes_of,
     merged_classes,
-    parts,
     unique,
+    want,
 )
 from lrules.engine.regions import find_regions
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
@@ -75,7 +85,7 @@ class Analysis:
         batch (0), and products between a Fourier transform and its inverse (over so many axes).
     """
 
-    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]):
+    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]) -> None:
         self.names, self.ndims, self.promoted = names, ndims, promoted
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
@@ -91,14 +101,14 @@ class Analysis:
 
     # -- registering what is found
 
-    def refuse(self, params: frozenset[int], what: str):
+    def refuse(self, params: frozenset[int], what: str) -> None:
         if not self.silent:
             names = ", ".join(repr(self.names[i]) for i in sorted(params))
             refusal = Refusal(params, what.format(name=names), self.sealed != "while loop")
             if refusal not in self.refusals:
                 self.refusals.append(refusal)
 
-    def add_layer(self, block: Block, index: int, eqn, found: Multiplication):
+    def add_layer(self, block: Block, index: int, eqn: Equation, found: Multiplication) -> None:
         w, x, sources = found.weight, found.operand, found.sources
         if self.inner is not None:
             self.inner.append((found, "loop inside a " if {"scan", "while"} & set(block.scope) else ""))
@@ -126,7 +136,7 @@ class Analysis:
         layer = Layer(
             name=names[0],
             parameters=names,
-            operation=eqn.primitive.name,
+            operation=of(eqn).name,
             site="",
             contracted=tuple(found.contracted),
             output_axes=found.output_axes,
@@ -146,7 +156,7 @@ class Analysis:
             layer.reads = self.add_hidden(x, "", w.loops, mark=False)
             layer.reads.readers.append(layer)
 
-    def add_hidden(self, x: Value, name: str, loops: frozenset, mark: bool) -> Hidden:
+    def add_hidden(self, x: Value, name: str, loops: frozenset[Any], mark: bool) -> Hidden:
         root, views = x.root()
         if mark or root.hidden is None:
             block, variable = root.place  # type: ignore[misc]
@@ -165,7 +175,7 @@ class Analysis:
             root.hidden = hidden
         return root.hidden
 
-    def finish(self, outs: Sequence[Value]):
+    def finish(self, outs: Sequence[Value]) -> None:
         """Settles which lookups are layers, names all that was found, and says where feedback has to ride along."""
         for out in outs:
             for lookup in out.lookups:
@@ -185,14 +195,13 @@ class Analysis:
         for layer in self.layers:
             layer.site = unique(layer.name, sites)
             sites.add(layer.site)
-            for value in parts(layer.weight)[0]:
-                value.wanted = True
+            want(layer.weight)
         taken: dict[bool, set[str]] = {True: set(), False: set()}
         for hidden in self.hidden:
             hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
             taken[hidden.mark].add(hidden.name)
 
-    def add_affine(self, block: Block, index: int, ins: list[Value], out: Value):
+    def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
         """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
         pure = [k for k, v in enumerate(ins) if v.pure]
         if len(pure) == 1 and not self.sealed and jnp.issubdtype(out.aval.dtype, jnp.inexact):
@@ -200,7 +209,7 @@ class Analysis:
             self.affines.append(affine)
             block.affines[index] = affine
 
-    def add_activations(self, block: Block):
+    def add_activations(self, block: Block) -> None:
         if self.silent or self.sealed or self.unmarked:
             return
         regions, doubts = find_regions(block)
@@ -219,7 +228,9 @@ class Analysis:
 
     # -- walking
 
-    def walk(self, jaxpr, ins: Sequence[Value], scope, loops, path) -> tuple[Block, list[Value]]:
+    def walk(
+        self, jaxpr: Jaxpr, ins: Sequence[Value], scope: Any, loops: Any, path: tuple[Any, ...]
+    ) -> tuple[Block, list[Value]]:
         jaxpr, consts = open_jaxpr(jaxpr)
         block = Block(jaxpr, consts, scope, loops)
         for var in jaxpr.constvars:
@@ -237,8 +248,8 @@ class Analysis:
         self.add_activations(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
-    def equation(self, block: Block, index: int, eqn, ins: list[Value], path) -> list[Value]:
-        name = eqn.primitive.name
+    def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
+        row, name = of(eqn), of(eqn).name
         params = frozenset().union(*(v.params for v in ins))
         key = (*path, index)
         begins = key in self.promoted and not any(v.data for v in ins)
@@ -255,12 +266,12 @@ class Analysis:
             return outs
         found = None
         if params and data:
-            walk = {"scan": self.scan, "cond": self.cond, "while": self.loop, "shard_map": self.shard_map}.get(name)
+            walk = {SCAN: self.scan, COND: self.cond, WHILE: self.loop, SHARD_MAP: self.shard_map}.get(name)
             if walk is not None:
                 return walk(block, index, eqn, ins, key)
             if any(v.differentiable for v in ins):
                 found = self.mixture(block, index, eqn, ins, key)
-        elif params and name == "scan":
+        elif params and name == SCAN:
             outs = self.generic(eqn, ins, carried=any(v.carried for v in ins))
             if multiplies(eqn.params["jaxpr"]):  # a network without a batch may lie inside
                 walked = self.scan(block, index, eqn, ins, key)
@@ -288,27 +299,29 @@ class Analysis:
             if not outs[0].chosen:
                 layer.uses.add("data")
                 outs[0].products, outs[0].axes = by_hand.of_layer(layer), output_parameter_axes(layer)
-        elif params and data and not self.silent and name in ELEMENTWISE:
+        elif params and data and not self.silent and row.elementwise:
             self.add_affine(block, index, ins, outs[0])
         if params and not data and outs and is_product(eqn):
             outs[0].key = key
         for out in outs:
             out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
         self.sums(block, eqn, ins)
-        marked = name == "name" and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
+        marked = row.marks and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)
         return outs
 
-    def find_beginnings(self, eqn, ins: list[Value]):
+    def find_beginnings(self, eqn: Equation, ins: list[Value]) -> None:
         """Where a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
         if is_product(eqn) and all(v.params for v in ins[:2]):
             bent = [v for v in ins[:2] if v.stage == 2]
             self.found |= {v.key: 0 for b in bent for v in ancestors(b, lambda v: False) if v.key is not None}
 
-    def mixture(self, block: Block, index: int, eqn, ins: list[Value], key) -> Multiplication | None:
+    def mixture(
+        self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]
+    ) -> Multiplication | None:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
-        name = eqn.primitive.name
+        row = of(eqn)
         found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
         if found is None and key in self.promoted and not any(v.data for v in ins):
             found = of_latents(eqn, ins)
@@ -319,19 +332,21 @@ class Analysis:
         inner = [v for k, v in eqn.params.items() if k in ("call_jaxpr", "fun_jaxpr")]
         if not weights or not any(v.data for v in ins if v not in weights):
             return None
-        if name.startswith(("custom_jvp_call", "custom_vjp_call")) and inner:
+        if row.name in OWN_DERIVATIVE and inner:
             return self.own_derivative(block, index, eqn, ins, inner[0])
-        if name not in ELEMENTWISE and name not in STRUCTURAL:
+        if not row.may_mix:
             self.refuse(
                 frozenset().union(*(v.params for v in weights)),
-                f"the parameter {{name}} meets data in the primitive {name!r}, which lrules does not know: write it "
-                "with dot_general or conv_general_dilated",
+                f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: write "
+                "it with dot_general or conv_general_dilated",
             )
         return None
 
-    def own_derivative(self, block: Block, index: int, eqn, ins: list[Value], body) -> Multiplication | None:
+    def own_derivative(
+        self, block: Block, index: int, eqn: Equation, ins: list[Value], body: Any
+    ) -> Multiplication | None:
         """A function with a derivative of its own: one layer if one weight multiplies data in it, else sealed."""
-        what = "custom_" + eqn.primitive.name[7:10] + " function"
+        what = f"{of(eqn).name[:10]} function"
         before = self.inner, self.sealed, self.refusals
         self.inner, self.sealed, self.refusals = [], self.sealed or what, []
         self.walk(body, [dataclasses.replace(v, place=None) for v in ins], (), (), (index, "custom"))
@@ -350,14 +365,14 @@ class Analysis:
             )
         return None
 
-    def generic(self, eqn, ins: list[Value], carried: bool = False) -> list[Value]:
+    def generic(self, eqn: Equation, ins: list[Value], carried: bool = False) -> list[Value]:
         """What an equation without a structure of its own passes from its operands to its results."""
-        if eqn.primitive.name == "optimization_barrier":
+        if of(eqn).same:
             return [self.generic_one(eqn, [v], out.aval, carried) for v, out in zip(ins, eqn.outvars, strict=True)]
         return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
 
-    def generic_one(self, eqn, ins: list[Value], aval, carried: bool) -> Value:
-        name = eqn.primitive.name
+    def generic_one(self, eqn: Equation, ins: list[Value], aval: Aval, carried: bool) -> Value:
+        row = of(eqn)
         value = Value(
             aval,
             params=frozenset().union(*(v.params for v in ins)),
@@ -369,10 +384,10 @@ class Analysis:
             operands=tuple(ins),
         )
         own = self.inner is not None  # inside a function with a derivative of its own, which may pass integers
-        stops = name == "stop_gradient" and ins[0].smooth and not own  # of a weight, it only freezes it
+        stops = row.stops and ins[0].smooth and not own  # of a weight, it only freezes it
         if is_inexact(aval) or (own and counts(aval)):
             value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
-            value.smooth = any(v.smooth or (v.data and counts(v.aval) and name in CASTS) for v in ins)
+            value.smooth = any(v.smooth or (v.data and counts(v.aval) and row.casts) for v in ins)
         if value.chosen:
             value.params = value.differentiable
             value.lookups = frozenset().union(*(v.lookups for v in ins))
@@ -391,24 +406,24 @@ class Analysis:
                 value.axes = parameter_axes(eqn, ins, aval, axes)
         return value
 
-    def sums(self, block: Block, eqn, ins: list[Value]):
+    def sums(self, block: Block, eqn: Equation, ins: list[Value]) -> None:
         """Refuses products of weights and data that are summed by hand."""
         for product, sentence in by_hand.summed(eqn, ins, block):
-            if eqn.primitive.name == "fft":  # a product between two transforms is a convolution
-                self.found[product.key] = len(eqn.params["fft_lengths"])
+            if of(eqn).kind == "transform":  # a product between two transforms is a convolution
+                self.found[product.key] = len(of(eqn).contracted(eqn, 0))
             else:
                 self.refuse(product.params, sentence)
 
     # -- constructs
 
-    def scan(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def scan(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         n_consts, n_carry = scan_counts(eqn.params)
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         scope, loops = (*block.scope, "scan"), (*block.loops, (key, length))
         carry = [classes_of(v) for v in ins[n_consts : n_consts + n_carry]]
 
-        def inputs():
+        def inputs() -> Iterator[Value]:
             for value in ins[:n_consts]:
                 yield value
             for classes, aval in zip(carry, avals[n_consts : n_consts + n_carry], strict=True):
@@ -449,7 +464,7 @@ class Analysis:
             results.append(result)
         return results
 
-    def cond(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def cond(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         walked = [
             self.walk(branch, ins[1:], (*block.scope, "cond"), block.loops, (*key, i))
             for i, branch in enumerate(eqn.params["branches"])
@@ -463,7 +478,7 @@ class Analysis:
             results.append(merged)
         return results
 
-    def loop(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def loop(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         """A while loop: nothing in it can be served, so it must hold no layer."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = ins[n : n + m], ins[n + m :]
@@ -479,7 +494,7 @@ class Analysis:
         self.sealed = before
         return [Value(v.aval, **classes_of(everything), producer=eqn, operands=tuple(ins)) for v in eqn.outvars]
 
-    def shard_map(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def shard_map(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         body = eqn.params["jaxpr"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
@@ -501,7 +516,7 @@ class Analysis:
         ]  # fmt: skip
 
 
-def _owned_axes(w: Value) -> frozenset:
+def _owned_axes(w: Value) -> frozenset[Any]:
     """Mesh axes along which a `shard_map` of the network splits what the weight is made of."""
     found: set[str] = set()
     seen: set[int] = set()

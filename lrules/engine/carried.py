@@ -18,7 +18,9 @@ from lrules.engine.jaxprs import as_varying, varying_axes
 from lrules.typing import Pytree
 
 
-def begin(make: Callable[..., Pytree], asks: frozenset[str], like: Any, name: str, key, lengths: tuple[int, ...]):
+def begin(
+    make: Callable[..., Pytree], asks: frozenset[str], like: Any, name: str, key: jax.Array, lengths: tuple[int, ...]
+) -> Pytree:
     """The first state: what `make` gives, anew for each iteration of the loops around it.
 
     Args:
@@ -33,7 +35,7 @@ def begin(make: Callable[..., Pytree], asks: frozenset[str], like: Any, name: st
     for n in lengths:
         count *= n
 
-    def one(key):
+    def one(key: jax.Array) -> Pytree:
         given = {"key": key, "name": name}
         return jax.tree.map(jnp.asarray, make(like, **{what: given[what] for what in asks}))
 
@@ -57,7 +59,7 @@ def encoded(state: Pytree) -> tuple[Pytree, Callable[[Pytree], Pytree]]:
     return jax.tree.unflatten(tree, [x for x, _ in parts]), decoded
 
 
-def _floats(leaf) -> tuple[Any, Callable[[Any], Any]]:
+def _floats(leaf: Any) -> tuple[Any, Callable[[Any], Any]]:
     dtype = leaf.dtype
     if jnp.issubdtype(dtype, jnp.inexact):
         return leaf, lambda x: x

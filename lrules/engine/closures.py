@@ -37,7 +37,7 @@ def held(thing: F) -> tuple[list[Any], Callable[[Sequence[Any]], F]]:
     """
     found: dict[int, tuple[Any, _Hole]] = {}  # the values by id, which they keep
 
-    def hole(value):
+    def hole(value: Any) -> _Hole:
         return found.setdefault(id(value), (value, _Hole(len(found))))[1]
 
     emptied = _rebuilt(thing, jax.core.Tracer, hole, {})  # which does not keep the values: they end with their trace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
@@ -238,7 +239,7 @@ def _settled(
     return [(o, n) for o, names in pairs.items() for n in names]
 
 
-def _feedback_dtype(graph: Graph, hidden: Hidden):
+def _feedback_dtype(graph: Graph, hidden: Hidden) -> Any:
     if hidden.readers:
         return feedback_dtype(graph.param_avals[min(hidden.readers[0].sources)].dtype)
     return hidden.reader.aval.dtype

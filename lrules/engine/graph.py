@@ -10,7 +10,7 @@ the parameters and once from the feedback, so that feedback meets its layer afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,13 @@ import numpy as np
 from lrules.engine.activations import linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
-from lrules.engine.jaxprs import INLINED, REMATS, bind, is_literal, scan_counts
+from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
+from lrules.engine.operations import of
+from lrules.engine.product import Product
 from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
+from lrules.engine.regions import Region
+from lrules.engine.shared import equation_key, run_together
+from lrules.typing import Pytree
 
 
 class Graph:
@@ -31,9 +36,12 @@ class Graph:
     outputs: none through `stop_gradient`, or to aux alone.
     """
 
-    def __init__(self, closed, names: Sequence[str], batched: Sequence[bool], out_tree, aux_tree, n_outputs: int):
+    def __init__(
+        self, closed: Any, names: Sequence[str], batched: Sequence[bool], out_tree: Any, aux_tree: Any
+    ) -> None:
         self.closed, self.names = closed, list(names)
-        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
+        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, out_tree.num_leaves
+        n_outputs = self.n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
         promoted: dict[Any, int] = {}
@@ -62,16 +70,16 @@ class Graph:
 
     def run(
         self,
-        params,
-        inputs,
+        params: Sequence[Any],
+        inputs: Sequence[Any],
         *,
-        consts=None,
-        feedback=None,
-        handlers=(),
+        consts: Sequence[Any] | None = None,
+        feedback: Sequence[Any] | None = None,
+        handlers: Sequence[Handler] = (),
         frame: Frame | None = None,
         marks: Sequence[Hidden] = (),
         taps: Mapping[str, Value] | None = None,
-    ):
+    ) -> tuple[Any, Any]:
         """Evaluates the network.
 
         Args:
@@ -98,22 +106,28 @@ class Graph:
 class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
-    def __init__(self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]):
+    def __init__(
+        self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]
+    ) -> None:
         self.handlers, self.shadows, self.marks = tuple(handlers), shadows, marks
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.affines = any(h.affines for h in handlers)
+        self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
+        self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
+        # Without jit an equation is a program of its own, as it is where the network is called.
+        self.staged = isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
 
-    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts=None) -> list[Pair]:
+    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts: Sequence[Any] | None = None) -> list[Pair]:
         env: dict[Any, Pair] = {}
 
-        def read(atom) -> Pair:
+        def read(atom: Atom) -> Pair:
             return (atom.val, None) if is_literal(atom) else env[atom]
 
-        def write(variable, pair: Pair):
+        def write(variable: Any, pair: Pair) -> None:
             value, shadow = pair
             here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
-            for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
+            for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
                 for hidden in here:
                     value = handler.hidden(hidden, value, frame)
             if (block, variable) in self.taps:
@@ -127,27 +141,57 @@ class _Runner:
                 write(var, pair)
             else:
                 env[var] = pair
+        pending: dict[int, Any] = {}  # equations that run together, and what they compute
+
+        def run_pending() -> None:
+            eqns = [block.jaxpr.eqns[i] for i in pending]
+            wanted = [v for e in eqns for v in e.outvars if not block.readers.get(v, set()) <= pending.keys()]
+            values = run_together(eqns, list(pending.values()), lambda v: read(v)[0], wanted)
+            env.update(zip(wanted, ((value, None) for value in values), strict=True))
+            pending.clear()
+
         for index, eqn in enumerate(block.jaxpr.eqns):
             if self.activations and index in block.skipped:
                 continue
+            key = equation_key(eqn) if self.staged and self.is_plain(block, index, eqn) else None
+            if key is not None:
+                pending[index] = key
+                continue
+            if pending:
+                run_pending()
             if self.activations and index in block.regions:
                 region = block.regions[index]
                 write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
             outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
-            inlined = index in block.children and eqn.primitive.name in INLINED
+            inlined = index in block.children and of(eqn).name in INLINED
             for var, pair in zip(eqn.outvars, outs, strict=True):
                 if inlined and block.values[var].place != (block, var):
                     env[var] = pair  # defined, and handled, inside
                 else:
                     write(var, pair)
+        if pending:
+            run_pending()
         return [read(v) for v in block.jaxpr.outvars]
 
-    def activation(self, region, read, frame: Frame, shadowed: bool) -> Pair:
+    def is_plain(self, block: Block, index: int, eqn: Equation) -> bool:
+        """Whether nothing has to be handled at an equation: neither at it nor at what it gives."""
+        if index in block.children or (index in block.layers and self.at_layers):
+            return False
+        if (self.affines and index in block.affines) or (self.activations and index in block.regions):
+            return False
+        return not any(
+            (self.at_hidden and v in block.hidden)
+            or (block, v) in self.taps
+            or (self.shadows and block.values[v].shadowed)
+            for v in eqn.outvars
+        )
+
+    def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
         captured = [value for value, _ in others]
 
-        def fn(x, *others):
+        def fn(x: jax.Array, *others: Any) -> Any:
             env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
             for eqn in region.eqns:
                 got = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
@@ -163,7 +207,7 @@ class _Runner:
         x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
         return run(x), fn(x_shadow.transpose(region.axes), *rest)
 
-    def equation(self, block: Block, index: int, eqn, pairs: list[Pair], frame: Frame) -> list[Pair]:
+    def equation(self, block: Block, index: int, eqn: Equation, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]
         if index in block.layers:
             out = self.layer(block.layers[index], eqn, pairs, frame)
@@ -172,8 +216,8 @@ class _Runner:
             return [(out, bind(eqn, [v if s is None else s for v, s in pairs])[0])]
         if self.affines and index in block.affines:
             return [(self.affine(block.affines[index], eqn, values, frame), None)]
-        name = eqn.primitive.name
         if index in block.children and self.busy(block, index):
+            name = of(eqn).name
             if name in REMATS:
                 return self.remat(block, index, eqn, pairs, frame)
             if name in INLINED:
@@ -195,29 +239,26 @@ class _Runner:
         mixed_out = self.shadows and any(block.values[v].shadowed for v in eqn.outvars)
         return mixed_out or any(child.sites(affines=self.affines) for child in block.children[index])
 
-    def layer(self, layer: Layer, eqn, pairs: list[Pair], frame: Frame):
+    def layer(self, layer: Layer, eqn: Equation, pairs: list[Pair], frame: Frame) -> Any:
         k = layer.position
         (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
-        single = len(rest) == 1 and layer.operation not in ("gather", "dynamic_slice")
+        single = len(rest) == 1 and not layer.row.looks_up
         x = rest[0] if single else tuple(rest)
 
-        def op(w, x):
-            others = [x] if single else list(x)
-            return bind(eqn, [*others[:k], w, *others[k:]])[0]
-
+        op = Product(eqn, k, single)
         b = w if b is None else b
 
-        def run(w, b, x):
+        def run(w: jax.Array, b: Any, x: Any) -> Any:
             return op(w, x)
 
-        for handler in self.handlers:  # the rule's own innermost
+        for handler in self.at_layers:  # the rule's own innermost
             run = nest_layer(handler, layer, run, op, frame)
         return run(w, b, x)
 
-    def affine(self, affine: Affine, eqn, values: list[Any], frame: Frame):
+    def affine(self, affine: Affine, eqn: Equation, values: list[Any], frame: Frame) -> Any:
         k = affine.position
 
-        def run(p, others):
+        def run(p: Any, others: Any) -> Any:
             return bind(eqn, [*others[:k], p, *others[k:]])[0]
 
         for handler in self.handlers:
@@ -226,32 +267,32 @@ class _Runner:
 
     # -- constructs
 
-    def remat(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def remat(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
         (child,) = block.children[index]
 
-        def body(pairs, inputs, position):
+        def body(pairs: Sequence[Pair], inputs: Pytree, position: Any) -> tuple[list[Pair], dict[str, Any]]:
             inner = Frame(inputs, {}, position)
-            return self.block(child, pairs, inner), inner.records
+            return self.block(child, pairs, inner), inner.taken()
 
         checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
         outs, records = checkpointed(pairs, below(frame.inputs, child), frame.index)
         frame.records.update(records)
         return outs
 
-    def scan(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def scan(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Any]:
         (child,), params = block.children[index], eqn.params
         n_consts, n_carry = scan_counts(params)
         consts, carry, xs = pairs[:n_consts], pairs[n_consts : n_consts + n_carry], pairs[n_consts + n_carry :]
 
         classes = [child.value(v) for v in child.jaxpr.invars[n_consts : n_consts + n_carry]]
 
-        def body(carry, sliced):
+        def body(carry: Any, sliced: Any) -> tuple[Any, Any]:
             xs, inputs, i = sliced
             inner = Frame(inputs, {}, (*frame.index, i))
             outs = self.block(child, [*consts, *carry, *xs], inner)
             ys = [self.paired(child.value(v), p) for v, p in zip(child.jaxpr.outvars, outs, strict=True)][n_carry:]
             carry = [self.paired(c, p) for c, p in zip(classes, outs[:n_carry], strict=True)]
-            return carry, (ys, inner.records)
+            return carry, (ys, inner.taken())
 
         options = {"_split_transpose": params["_split_transpose"]} if "_split_transpose" in params else {}
         carry, (ys, records) = jax.lax.scan(
@@ -265,11 +306,11 @@ class _Runner:
         frame.records.update(records)
         return [*carry, *ys]
 
-    def cond(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def cond(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
         classes = [block.values[v] for v in eqn.outvars]
 
-        def branch(child):
-            def run(pairs, inputs):
+        def branch(child: Block) -> Callable[..., list[Pair]]:
+            def run(pairs: Sequence[Pair], inputs: Pytree) -> list[Pair]:
                 outs = self.block(child, pairs, Frame(below(inputs, child), {}, frame.index))
                 return [self.paired(c, p) for c, p in zip(classes, outs, strict=True)]
 
@@ -280,11 +321,11 @@ class _Runner:
         inputs = {site: value for child in children for site, value in below(frame.inputs, child).items()}
         return jax.lax.switch(pairs[0][0], [branch(child) for child in children], list(pairs[1:]), inputs)
 
-    def shard_map(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def shard_map(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Pair]:
         (child,), params = block.children[index], eqn.params
         classes = [child.value(v) for v in child.jaxpr.outvars]
 
-        def body(*pairs):
+        def body(*pairs: Pair) -> tuple[Pair, ...]:
             outs = self.block(child, pairs, Frame({}, {}, frame.index))
             return tuple(self.paired(c, p) for c, p in zip(classes, outs, strict=True))
 

@@ -14,11 +14,13 @@ from lrules.engine.batch import BatchAxis, doubled, find_batch_axis
 from lrules.engine.closures import held
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Handler
+from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.jaxprs import placed_as
+from lrules.engine.records import Affine, Layer
 from lrules.network import Network
 from lrules.options import ByName
 from lrules.rule import Rule, Sequential, require_description
+from lrules.typing import Pytree
 
 
 class PerExample(Handler):
@@ -30,8 +32,14 @@ class PerExample(Handler):
     affines = True
 
     def __init__(
-        self, fns: tuple[Callable, ...], numbers: Sequence[ByName], rule: Rule, net: Network, params, inputs
-    ):
+        self,
+        fns: tuple[Callable[..., Any], ...],
+        numbers: Sequence[ByName[Any]],
+        rule: Rule,
+        net: Network,
+        params: Pytree,
+        inputs: Pytree,
+    ) -> None:
         self.fns = fns
         batch = net.batch_size(inputs)
         graph = net.graph(params, inputs)
@@ -60,27 +68,27 @@ class PerExample(Handler):
             for site, ends in values[0].items()
         }
 
-    def check(self, numbers: Sequence[ByName]) -> None:
+    def check(self, numbers: Sequence[ByName[Any]]) -> None:
         """Every pattern matches a layer, a bias or a scale."""
         for number in numbers:
             number.check(self.names.values())
 
-    def then(self, fn: Callable, numbers: Sequence[ByName]) -> PerExample:
+    def then(self, fn: Callable[..., Any], numbers: Sequence[ByName[Any]]) -> PerExample:
         """The same with one more function, inside the others."""
         self.check(numbers)
         new = copy.copy(self)
         new.fns = (*self.fns, fn)
         return new
 
-    def changed(self, gradient, site: str):
+    def changed(self, gradient: jax.Array, site: str) -> jax.Array:
         for fn in self.fns:
             gradient = fn(gradient, self.names[site])
         return gradient
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         x_axis, y_axis = self.axes[layer.site]
         # Where one example's rows alone would be multiplied otherwise, its error alone goes back through all of them.
-        whole = layer.weight.batched or layer.operation.startswith(("ragged_dot", "custom"))
+        whole = layer.weight.batched or not layer.row.by_example
         if y_axis is None or not (whole or (x_axis is not None and len(jax.tree.leaves(x)) == 1)):
             raise NotImplementedError(
                 f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "
@@ -92,17 +100,17 @@ class PerExample(Handler):
         values, remade = held(called) if self.holds else ([], lambda values: called)
 
         @jax.custom_vjp
-        def multiply(values, w, b, x):
+        def multiply(values: Any, w: jax.Array, b: Any, x: jax.Array) -> Any:
             _, run = remade(values)
             return run(w, b if fed else w, x)
 
-        def backward(residuals, d):
+        def backward(residuals: Any, d: jax.Array) -> tuple[Any, Any, Any, Any]:
             values, w, b, x = residuals
             gain, run = remade(values)
             (dw, db, dx) = jax.vjp(lambda w, b, x: run(w, b if fed else w, x), w, b, x)[1](d)
             c = None if gain is None else gain(product, w, x, d, layer)
 
-            def raw(x, d):
+            def raw(x: jax.Array, d: jax.Array) -> Any:
                 if c is None:
                     y, pull = jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)
                     return pull(placed_as(d, jax.typeof(y)))
@@ -110,7 +118,7 @@ class PerExample(Handler):
                 (g,) = pull(placed_as(d, jax.typeof(y)))
                 return g.astype(at_least_float32(g.dtype)) * c, db
 
-            def example(total, slices):
+            def example(total: Any, slices: Any) -> tuple[Any, None]:
                 if whole:
                     found = raw(x, _alone(d, slices, y_axis))
                 else:
@@ -127,7 +135,7 @@ class PerExample(Handler):
         multiply.defvjp(lambda *args: (multiply(*args), args), backward)
         return multiply(values, w, b if fed else None, x)
 
-    def affine(self, affine, op, p, others, frame):
+    def affine(self, affine: Affine, op: Callable[..., Any], p: Any, others: Any, frame: Frame) -> Any:
         (axis,) = self.axes[affine.site]
         if axis is None:
             return op(p, others)
@@ -135,10 +143,10 @@ class PerExample(Handler):
         kept = {i + len(shape) - jnp.ndim(p) for i in affine.value.spread}
 
         @jax.custom_vjp
-        def meet(p, others):
+        def meet(p: Any, others: Any) -> Any:
             return op(p, others)
 
-        def backward(residuals, d):
+        def backward(residuals: Any, d: jax.Array) -> tuple[Any, ...]:
             p, others = residuals
             wide, spread = jax.vjp(lambda p: jnp.broadcast_to(p, shape), p)
             g, d_others = jax.vjp(op, wide, others)[1](d)
@@ -161,19 +169,19 @@ def _meeting(graph: Graph) -> dict[str, list[Any]]:
     return layers | {affine.site: [affine.output] for affine in graph.affines}
 
 
-def _nothing(x):
+def _nothing(x: jax.Array) -> Any:
     """Zeros like x, on the devices where x is, to sum up in."""
     return placed_as(jnp.zeros(x.shape, at_least_float32(x.dtype)), jax.typeof(x))
 
 
-def _to_front(x, axis: BatchAxis):
+def _to_front(x: jax.Array, axis: BatchAxis) -> jax.Array:
     """`[batch, ..., before, after, ...]` of `[..., before * batch * after, ...]`, whole on every device."""
     x = _whole(x, axis.axis)
     x = x.reshape(*x.shape[: axis.axis], axis.before, -1, axis.after, *x.shape[axis.axis + 1 :])
     return jnp.moveaxis(x, axis.axis + 1, 0)
 
 
-def _whole(x, axis: int):
+def _whole(x: jax.Array, axis: int) -> Any:
     """The array, not split over explicit mesh axes along this one: loops run over nothing that is."""
     sharding = jax.typeof(x).sharding
     if sharding.spec[axis] is None:
@@ -182,18 +190,18 @@ def _whole(x, axis: int):
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
-def _one(x, axis: BatchAxis):
+def _one(x: jax.Array, axis: BatchAxis) -> jax.Array:
     """One example of `_to_front`, as `[..., before * 1 * after, ...]`."""
     return x.reshape(*x.shape[: axis.axis], axis.before * axis.after, *x.shape[axis.axis + 2 :])
 
 
-def _alone(x, i, axis: BatchAxis):
+def _alone(x: jax.Array, i: int, axis: BatchAxis) -> jax.Array:
     """The tensor with zeros for all examples but one."""
     size = x.shape[axis.axis]
     example = jnp.arange(size) // axis.after % (size // (axis.before * axis.after))
     return jnp.where(jnp.expand_dims(example == i, [a for a in range(x.ndim) if a != axis.axis]), x, 0)
 
 
-def scaled(error, scale: float):
+def scaled(error: jax.Array, scale: float) -> jax.Array:
     """The error times the batch, which half precision might not hold."""
     return error.astype(at_least_float32(error.dtype)) * scale

@@ -90,7 +90,7 @@ class Plan:
                 shapes[name] = (shape, dtype, False)
         return shapes
 
-    def init(self, key, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
+    def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
         """Draws the feedback weights, each from a key of its own name."""
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
@@ -106,7 +106,7 @@ class Plan:
             (learned if is_learned else fixed)[name] = drawn
         return Feedback(fixed, learned, self._begin(key) if self.states and not redrawn else ())
 
-    def _begin(self, key) -> dict[str, Any]:
+    def _begin(self, key: jax.Array) -> dict[str, Any]:
         """The first states."""
         states = {}
         for site, (spec, like, name, lengths) in self.states.items():
@@ -163,7 +163,7 @@ class Refused(NotImplementedError):
       refusals: what stands in the way, by parameter.
     """
 
-    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]):
+    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]) -> None:
         self.refusals: dict[str, str] = {}
         for names, sentence in found:
             for name in names:

@@ -17,7 +17,7 @@ from lrules.typing import Numbers
 LEVELS = 2**12  # powers of two below one, of which no float holds as many
 
 
-def quantize(x, bits: int, scale: float) -> jax.Array:
+def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
     """The power of two nearest to |x / alpha| on a logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
 
     Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
@@ -53,12 +53,12 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
     return (jnp.sign(wide) * level).astype(jnp.result_type(x))
 
 
-def by_parts(fn: Callable, x):
+def by_parts(fn: Callable[..., Any], x: jax.Array) -> Any:
     """The function of a real array; of a complex one, of its real and imaginary part."""
     return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
 
 
-def _root_half(dtype) -> Any:
+def _root_half(dtype: Any) -> Any:
     """The smallest number of the dtype whose square is at least one half."""
     root = np.asarray(math.sqrt(0.5), dtype)
     while Fraction(float(root)) ** 2 >= Fraction(1, 2):

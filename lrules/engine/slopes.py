@@ -7,15 +7,17 @@ normalisation, casts, reshapes and transposes. Of a hidden signal, it is the act
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lrules.engine.activations import LINEAR, is_statistic
+from lrules.engine.activations import is_statistic
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.jaxprs import placed_as
+from lrules.engine.operations import of
 from lrules.engine.records import Activation, Hidden, Layer, Value, reach, undo_views
 
 
@@ -47,11 +49,13 @@ def _layers_below(source: Value | None) -> list[tuple[Layer, tuple[Any, ...]]]:
 
 def _terms(value: Value) -> list[Value]:
     """What a value is a sum of, or the one thing that it is a multiple of."""
-    name = value.producer.primitive.name if value.producer is not None else ""
-    moving = [v for v in value.operands if v.both and not is_statistic(v)]
-    if name in ("mul", "div"):
-        return moving if len(moving) == 1 and (name == "mul" or moving[0] is value.operands[0]) else []
-    return moving if name in LINEAR else []
+    if value.producer is None:
+        return []
+    row, moving = of(value.producer), [v for v in value.operands if v.both and not is_statistic(v)]
+    if row.combines in ("product", "quotient"):
+        alone = len(moving) == 1 and (row.combines == "product" or moving[0] is value.operands[0])
+        return moving if alone else []
+    return moving if row.curve == "linear" else []
 
 
 def activation_of_hidden(graph: Graph, hidden: Hidden) -> Activation | None:
@@ -72,10 +76,12 @@ class Slopes(Handler):
 
     activations = True
 
-    def __init__(self, layers: dict[str, list[tuple[str, tuple[Any, ...]]]], hidden: dict[str, tuple[str, str]]):
+    def __init__(
+        self, layers: Mapping[str, list[tuple[str, tuple[Any, ...]]]], hidden: Mapping[str, tuple[str, str]]
+    ) -> None:
         self.layers, self.hidden_signals = layers, hidden
 
-    def activation(self, activation, fn, x, frame: Frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         below, names = self.layers.get(activation.site, ()), self.hidden_signals.get(activation.site)
         y = fn(x)
         if not below and names is None:
@@ -98,13 +104,13 @@ class Slopes(Handler):
         return y
 
 
-def open_slot(y):
+def open_slot(y: jax.Array) -> jax.Array:
     """Zeros beside a layer's output, whose cotangent is going to be the slope of the activation above."""
     return placed_as(jnp.zeros(y.shape, y.dtype), jax.typeof(y))
 
 
 @jax.custom_vjp
-def _with_slope(y, slot, slope):
+def _with_slope(y: jax.Array, slot: jax.Array, slope: jax.Array) -> jax.Array:
     return y
 
 

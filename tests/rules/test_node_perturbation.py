@@ -15,12 +15,7 @@ from tests.reference import losses, nets
 from tests.reference import node_perturbation as reference
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def half_squared(outputs, targets):
@@ -416,7 +411,7 @@ def test_refusals():
         with pytest.raises((ValueError, TypeError), match=message):
             lrules.node_perturbation(**options)
     net, x = conv()
-    with pytest.raises(ValueError, match="a draw of its own"):
+    with pytest.raises(ValueError, match="draw one number for each element"):
         rule = lrules.node_perturbation(0.1, noise=lambda key, shape, dtype: jnp.ones((), dtype))
         run(net, x, rule, rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x), KEY)
     with pytest.raises(ValueError, match="value_and_grad"):

@@ -47,7 +47,7 @@ def test_disagreeing_rules_of_one_signal():
 
 
 def test_patterns():
-    with pytest.raises(TypeError, match="partition wants a dict of rules, not a list: give {pattern: rule, ...}"):
+    with pytest.raises(TypeError, match="partition: rules must be a dict {pattern: rule}, got a list"):
         lrules.partition([(".*", FA)])
     with pytest.raises(ValueError, match="3 is no regular expression"):
         lrules.partition({3: FA})
@@ -63,7 +63,7 @@ def test_patterns():
         lrules.partition({".*": lrules.feedback_alignment})
     with pytest.raises(ValueError, match="acts on the network as a whole"):
         lrules.partition({".*": lrules.dual_propagation()})
-    with pytest.raises(ValueError, match="no rules"):
+    with pytest.raises(ValueError, match="at least one rule"):
         lrules.partition({})
 
 

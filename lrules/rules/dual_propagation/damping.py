@@ -1,8 +1,8 @@
 """Damping: for which networks, and how strong (Hoier and Zach 2024, appendix F, Eq. 45 to 50).
 
-A state acts on the state above it, and that one acts back on it: together they multiply a change of the state by
-(beta_k / beta_{k+1}) W^T W. Where this has a norm above 1 the states diverge. Damping averages the new state with the
-old one; L_k is the weight of the old one, and the new one has the weight 1.
+A state acts on the state above it, and that state acts back: together they multiply a change of the state by
+(beta_k / beta_{k+1}) W^T W. If this has a norm above 1, the states diverge. Damping averages the new state with the old
+state; L_k is the weight of the old state, and the new state has the weight 1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.diagnostics import spectral_norm
-from lrules.engine.activations import LINEAR, VIEWS, sampled
+from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.jaxprs import is_literal
+from lrules.engine.handlers import Frame, Handler, Operation
+from lrules.engine.jaxprs import Equation, is_literal
+from lrules.engine.operations import of
 from lrules.engine.records import Activation, Layer, Value
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Unit
@@ -27,7 +28,7 @@ POWER_ITERATIONS = 5
 
 
 class Reader(NamedTuple):
-    """A layer between two states of a chain, the value that it leads to, and the state made of that (by name)."""
+    """A layer between two states of a chain, the value to which it leads, and the name of the state made from it."""
 
     layer: Layer
     target: Value
@@ -35,7 +36,13 @@ class Reader(NamedTuple):
 
 
 def strengths(
-    options: Options, graph: Graph, units: Mapping[str, Unit], reading: dict[str, list[Reader]], params, inputs, consts
+    options: Options,
+    graph: Graph,
+    units: Mapping[str, Unit],
+    reading: dict[str, list[Reader]],
+    params: Sequence[Any],
+    inputs: Sequence[Any],
+    consts: Sequence[Any],
 ) -> dict[str, Any]:
     """L of every state that a layer reads."""
     if not isinstance(options.damping, str):
@@ -53,7 +60,7 @@ def strengths(
 
 
 def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[str]) -> dict[str, list[Reader]]:
-    """What reads each state, in a chain with one layer between two activations; `inputs` are states too.
+    """The layers that read each state, in a chain with one layer between two activations; `inputs` are states too.
 
     Raises:
       NotImplementedError: the network is not such a chain.
@@ -61,13 +68,13 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
     for activation in activations:
         if "scan" in activation.scope:
             raise NotImplementedError(
-                f"the activation {activation.site!r} lies inside a loop, where damping does not know which state comes "
-                "next: write the loop out, layer by layer, or leave damping out"
+                f"the activation {activation.site!r} lies inside a loop, and damping cannot find the next state there: "
+                "write the loop out, layer by layer, or leave damping out"
             )
     outputs = {id(a.output): a.site for a in activations}
     layers = {id(layer.output): layer for layer in graph.layers}
 
-    def above(start) -> tuple[set[str], list[Any]]:
+    def above(start: Any) -> tuple[set[str], list[Any]]:
         sites: set[str] = set()
         found: list[Any] = []
         seen, stack = set(), [start]
@@ -91,8 +98,8 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
         below = [above(layer.operand) for layer in found]
         if sites or len(found) != 1 or len(below[0][0]) > 1 or below[0][1]:
             raise NotImplementedError(
-                "damping serves chains, in which one layer lies between two activations, and this network has skip "
-                "connections or layers without an activation between them: leave damping out"
+                "damping serves chains with one layer between two activations, and this network has skip connections "
+                "or layers without an activation between them: leave damping out"
             )
         for site in below[0][0] or inputs:
             reading.setdefault(site, []).append(Reader(found[0], target, name))
@@ -100,14 +107,19 @@ def readers(graph: Graph, activations: Sequence[Activation], inputs: Sequence[st
 
 
 def _norms(
-    graph: Graph, sites: set[str], params, inputs, consts, reading: dict[str, list[Reader]]
+    graph: Graph,
+    sites: set[str],
+    params: Sequence[Any],
+    inputs: Sequence[Any],
+    consts: Sequence[Any],
+    reading: dict[str, list[Reader]],
 ) -> Iterator[tuple[str, str, Any]]:
     """|W^T W| between each state and those above it, by power iterations: `(state, state above, norm)`.
 
-    Factors and pooling on the way count; for pooling it may be a bound.
+    It includes factors and pooling on the way; for pooling it may be a bound.
 
     Raises:
-      NotImplementedError: something else lies on the way.
+      NotImplementedError: another operation lies on the way.
     """
     frame = Frame()
     handler = _RecordNorms({reader.layer.site for readers in reading.values() for reader in readers})
@@ -122,55 +134,57 @@ def _norms(
 class _RecordNorms(Handler):
     """Records |W^T W| of layers, by power iterations."""
 
-    def __init__(self, sites):
+    def __init__(self, sites: Any) -> None:
         self.sites = sites
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         if layer.site in self.sites:
             frame.records[layer.site] = spectral_norm(layer, op.product, w, POWER_ITERATIONS) ** 2
         return op(w, x)
 
 
 def _growth(value: Value, states: set[int]) -> float:
-    """How many times longer a vector can get on its way from the layer or state (by id) below to here."""
+    """The factor by which a vector can grow on its way from the layer or state (by id) below to here."""
     grown = 1.0
     while value.layer is None and id(value) not in states and value.operands:
         eqn, moving = value.producer, [v for v in value.operands if v.data]
         known = _factor(eqn, moving[0], value) if len(moving) == 1 and eqn is not None else None
         if known is None:
             raise NotImplementedError(
-                "damping by power iterations knows what weights, biases, constant factors and pooling do to a change "
-                f"of a state, and between two states of this network lies {eqn.primitive.name if eqn else 'a loop'}: "
-                "give a number, such as damping=0.5"
+                "damping by power iterations serves weights, biases, constant factors and pooling between two states, "
+                f"and this network has {of(eqn).name if eqn else 'a loop'} there: give a number, such as damping=0.5"
             )
         grown, value = grown * known, moving[0]
     return grown
 
 
-def _factor(eqn, operand: Value, out: Value) -> float | None:
+def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
     """The norm of one equation between states, or a bound on it; None where it is not known."""
-    name, params, size = eqn.primitive.name, eqn.params, int(np.prod(operand.aval.shape))
-    if name in ("mul", "div"):
+    row, params, size = of(eqn), eqn.params, int(np.prod(operand.aval.shape))
+    if row.combines in ("product", "quotient"):
         constants = [float(v.val) for v in eqn.invars if is_literal(v) and np.ndim(v.val) == 0]
-        if not constants or (name == "div" and is_literal(eqn.invars[0])):
+        if not constants or (row.combines == "quotient" and is_literal(eqn.invars[0])):
             return None
-        return abs(constants[0]) if name == "mul" else 1 / abs(constants[0])
-    if name == "broadcast_in_dim":
+        return abs(constants[0]) if row.combines == "product" else 1 / abs(constants[0])
+    if row.kind == "view":  # which may repeat elements
         return float(np.sqrt(np.prod(out.aval.shape) / size))
-    if name == "reduce_sum":
+    if row.kind == "reduction" and row.totals:
         return float(np.sqrt(size / np.prod(out.aval.shape)))
-    if name in ("reduce_window_sum", "reduce_window_max"):
+    if row.kind == "window" and (row.totals or row.combines == "extreme"):
         window, stride, dilation = (np.asarray(params[f"window_{k}"]) for k in ("dimensions", "strides", "dilation"))
         overlap = np.prod(np.where(dilation == 1, -(-window // stride), window))  # how many windows one element is in
-        return float(np.sqrt(overlap * (np.prod(window) if name == "reduce_window_sum" else 1)))
-    return 1.0 if name in LINEAR | VIEWS | {"stop_gradient", "name", "slice", "pad", "rev", "reduce_max"} else None
+        return float(np.sqrt(overlap * (np.prod(window) if row.totals else 1)))
+    moves = row.curve == "linear" or row.same or (row.kind == "move" and row.carries)
+    return 1.0 if moves or (row.kind == "reduction" and row.curve == "rows") else None
 
 
-def check_projection(site: str, fn: Callable, x) -> None:
-    """Damping needs activations that clip to an interval, so that s = f(a) is the point of it nearest to a.
+def check_projection(site: str, fn: Callable[..., Any], x: jax.Array) -> None:
+    """Refuses an activation that damping cannot serve.
+
+    Damping needs activations that clip to an interval, so that s = f(a) is the point of the interval nearest to a.
 
     Raises:
-      NotImplementedError: this one does not.
+      NotImplementedError: this activation does not clip to an interval.
     """
     try:
         points, values = sampled(fn, x)
@@ -183,6 +197,6 @@ def check_projection(site: str, fn: Callable, x) -> None:
         values, np.clip(points, values.min(), values.max()), rtol=1e-3, atol=1e-3
     ):
         raise NotImplementedError(
-            f"the activation {site!r} cannot be damped, because Eq. 50 holds only for activations that clip to an "
-            "interval (relu, relu6, hard_tanh, jnp.clip) and changes the fixed points of others: leave damping out"
+            f"the activation {site!r} cannot be damped: Eq. 50 holds only for activations that clip to an interval "
+            "(relu, relu6, hard_tanh, jnp.clip), and it changes the fixed points of others: leave damping out"
         )

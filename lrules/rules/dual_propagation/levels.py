@@ -1,14 +1,16 @@
-"""The level of each state: how many activations lie on the longest way from the inputs to it."""
+"""The level of each state: the number of activations on the longest path from the inputs to it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jax.export import is_symbolic_dim
 
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import INLINED, is_literal, scan_counts
+from lrules.engine.jaxprs import INLINED, SCAN, Atom, is_literal, scan_counts
+from lrules.engine.operations import of
 from lrules.engine.records import Block
 
 
@@ -23,7 +25,7 @@ def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int
         env = dict.fromkeys(block.jaxpr.constvars, 0) | dict(zip(block.jaxpr.invars, ins, strict=True))
         found: dict[str, Any] = {}
 
-        def read(atom) -> int:
+        def read(atom: Atom) -> int:
             return 0 if is_literal(atom) else env[atom]
 
         for index, eqn in enumerate(block.jaxpr.eqns):
@@ -33,16 +35,16 @@ def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int
                 region = block.regions[index]
                 outs = [read(region.root) + 1]
                 found[region.activation.site] = np.asarray(outs[0])
-            elif index in block.children and eqn.primitive.name == "scan":
+            elif index in block.children and of(eqn).name == SCAN:
                 outs, inner = scan(block.children[index][0], eqn.params, levels)
                 found |= inner
-            elif index in block.children and eqn.primitive.name in INLINED:
+            elif index in block.children and of(eqn).name in INLINED:
                 outs, inner = walk(block.children[index][0], levels)
                 found |= inner
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in block.jaxpr.outvars], found
 
-    def scan(child: Block, params, levels: list[int]) -> tuple[list[int], dict[str, Any]]:
+    def scan(child: Block, params: Mapping[str, Any], levels: list[int]) -> tuple[list[int], dict[str, Any]]:
         n_consts, n_carry = scan_counts(params)
         carry, stacks, ys = levels[n_consts : n_consts + n_carry], [], []
         if is_symbolic_dim(params["length"]):

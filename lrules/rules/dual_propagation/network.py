@@ -1,4 +1,4 @@
-"""One network with its states: which there are, and one run of it up and down."""
+"""One network with its states: a list of them, and one run of the network up and down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import treated
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, zeros_at
+from lrules.engine.handlers import Frame, Handler, zeros_at
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import evaluate
@@ -23,14 +23,15 @@ from lrules.rules.dual_propagation.differences import check_differences
 from lrules.rules.dual_propagation.levels import levels_of
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Dyads, State, units_of, with_damping
+from lrules.typing import Pytree
 
 
 class _Own:
-    """What stands at a layer of the plan: neither backprop nor a rule with feedback, so that refusals count."""
+    """The entry of a layer in the plan: it is not backprop and not a rule with feedback, so refusals count."""
 
 
-def plan_for(options: Options, net: Network, graph: Graph, params, inputs) -> Plan:
-    """What happens at the layers of a network: that of the feedback rule, where there is one.
+def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
+    """What happens at the layers of a network: the plan of the feedback rule, if there is one.
 
     Raises:
       NotImplementedError: an activation cannot have two states.
@@ -42,8 +43,8 @@ def plan_for(options: Options, net: Network, graph: Graph, params, inputs) -> Pl
         listed, place = ", ".join(map(repr, inside)), next(iter(inside.values()))
         what, lie, them = ("activation", "lies", "it") if len(inside) == 1 else ("activations", "lie", "them")
         raise NotImplementedError(
-            f"the {what} {listed} {lie} inside a {place}, where two states cannot be kept: take {them} out of the "
-            f"{place}, or give passing={{{listed}}}, and error passes through {them} by the derivative"
+            f"the {what} {listed} {lie} inside a {place}, where two states cannot be kept: move {them} out of the "
+            f"{place}, or give passing={{{listed}}}, so that the error passes through {them} by the derivative"
         )
     check_differences(graph, activations)
     own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
@@ -53,8 +54,14 @@ def plan_for(options: Options, net: Network, graph: Graph, params, inputs) -> Pl
     plan = description.plan(net, graph, params, inputs)
     if any(isinstance(spec, Direct) for spec in plan.specs.values()):
         raise ValueError(
-            "feedback_rule must be a sequential rule: a direct rule sends the output error past the states, which then "
-            "have nothing to hand down; give lrules.feedback_alignment() or the like"
+            "feedback_rule must be a sequential rule, got a direct rule, which sends the output error past the states: "
+            "give lrules.feedback_alignment() or the like"
+        )
+    for spec in plan.asking:
+        what = f"asks for {min(spec.asks_for)!r} by name" if spec.asks_for else "has a traced number"
+        raise ValueError(
+            f"feedback_rule must be a rule that takes (op, w, b, x, d, layer) and known numbers, got one that {what}: "
+            "give lrules.feedback_alignment() or the like"
         )
     return plan
 
@@ -70,12 +77,12 @@ class DualNetwork:
       levels, depth: the levels of the states and of the outputs, if the order needs them.
     """
 
-    def __init__(self, options: Options, net: Network, params, inputs, reduction: str):
+    def __init__(self, options: Options, net: Network, params: Pytree, inputs: Pytree, reduction: str) -> None:
         self.options = options
         if any(handler.activations for handler in net.handlers):
             raise NotImplementedError(
-                "dual propagation uses differences of states where other rules use derivatives, so "
-                "without_derivatives and replace_derivative do not go with it: leave them out"
+                "dual_propagation uses differences of states instead of derivatives, so without_derivatives and "
+                "replace_derivative cannot change it: leave them out"
             )
         self.graph = graph = net.graph(params, inputs)
         self.plan = plan_for(options, net, graph, params, inputs)
@@ -90,7 +97,7 @@ class DualNetwork:
         self.units = units_of(options, names, list(self.nudged.values()), batch)
         if options.damping is not None and any(is_symbolic_dim(zeros.size) for zeros in self.clean.values()):
             raise NotImplementedError(
-                "damping tries the activations on numbers, and so needs shapes that are numbers: give the batch its "
+                "damping evaluates the activations, so the shapes must be numbers, not symbols: give the batch its "
                 "size, or leave damping out"
             )
         self.readers = readers(graph, activations, list(self.nudged.values())) if options.damping is not None else {}
@@ -102,12 +109,14 @@ class DualNetwork:
         if options.order == "forward" and options.iterations < self.depth:
             raise ValueError(
                 f'dual_propagation(order="forward", iterations={options.iterations}): the error falls by one layer in '
-                f"each iteration, and this network has {self.depth} layers, so the lowest ones would get none: give "
-                f"at least iterations={self.depth}"
+                f"each iteration, and this network has {self.depth} layers, so the lowest layers would get no error: "
+                f"give at least iterations={self.depth}"
             )
 
-    def arguments(self, net: Network, params, feedback: Feedback, inputs, rng):
-        """`(args, keys)`: all that the network runs on, as what can be differentiated, and a key per iteration."""
+    def arguments(
+        self, net: Network, params: Pytree, feedback: Feedback, inputs: Pytree, rng: Any
+    ) -> tuple[tuple[list[Any], dict[str, jax.Array], list[Any], list[Any], tuple[Handler, ...]], jax.Array | None]:
+        """`(args, keys)`: all that the network needs, as differentiable arguments, and a key per iteration."""
         self.plan.check(feedback)
         leaves = net.parameters(params)
         weights = {**feedback.fixed, **feedback.learned}
@@ -119,14 +128,14 @@ class DualNetwork:
             weights |= self.plan.init(rng, leaves, redrawn=True).fixed
         return (leaves, weights, jax.tree.leaves(inputs), self.graph.consts, net.handlers), keys
 
-    def damping(self, args) -> dict[str, Any]:
+    def damping(self, args: Any) -> dict[str, Any]:
         """L of every state that a layer reads; empty without damping."""
         if self.options.damping is None:
             return {}
         params, _, inputs, consts, _ = args
         return strengths(self.options, self.graph, self.units, self.readers, params, inputs, consts)
 
-    def run(self, mode: str, args, state: State):
+    def run(self, mode: str, args: Any, state: State) -> tuple[Any, Any, dict[str, Any]]:
         """`(outputs, aux, records)` of one run in a mode of `Dyads`."""
         params, weights, inputs, consts, handlers = args
         damped = self.options.damping is not None and mode in ("clean", "record")
@@ -139,10 +148,10 @@ class DualNetwork:
         outputs, aux = evaluate(self.plan, params, weights, inputs, consts, (own, *handlers), frame)
         return outputs, aux, frame.records
 
-    def vjp(self, mode: str, args, state: State, damping):
+    def vjp(self, mode: str, args: Any, state: State, damping: Any) -> tuple[Any, Any, Any]:
         """`(outputs, pull, aux)`; `pull` is the function from the error of the outputs to the new states."""
 
-        def run(state):
+        def run(state: Pytree) -> tuple[tuple[Any, dict[str, Any]], Any]:
             outputs, aux, zeros = self.run(mode, args, with_damping(state, damping))
             return (outputs, {site: zeros[site] for site in state}), aux
 
@@ -150,11 +159,11 @@ class DualNetwork:
         return outputs, jax.tree_util.Partial(_pull, pull, zeros), aux
 
 
-def _pull(pull: Callable, zeros, error) -> State:
+def _pull(pull: Callable[..., Any], zeros: Any, error: Pytree) -> State:
     return pull((error, zeros))[0]
 
 
-def _nudged_inputs(options: Options, net: Network, inputs) -> dict[int, str]:
+def _nudged_inputs(options: Options, net: Network, inputs: Pytree) -> dict[int, str]:
     """The names of the inputs that are states: batches of floating-point numbers."""
     if options.input_nudge is None:
         return {}

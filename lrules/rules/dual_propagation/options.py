@@ -1,4 +1,4 @@
-"""The options of dual propagation, and the checks that need no network."""
+"""The options of dual propagation, and the checks that do not need a network."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
+from lrules.options import ByName, is_number, is_whole, mesh_axes, require_flags
 from lrules.rule import Rule, require_description
 from lrules.typing import AxisName
 
-Number = float | Mapping[str, float]  # one for all states, or one by pattern
+Number = float | Mapping[str, float]  # one for all states, or by regular expression on their names
 Order = Literal["forward_backward", "forward", "parallel", "odd_even", "random"]
 Output = Literal["once", "refreshed", "squared_error"]
 Damping = Literal["spectral", "contracting"]
@@ -21,8 +21,8 @@ Damping = Literal["spectral", "contracting"]
 class Options:
     """What the user chose, see `dual_propagation`."""
 
-    alpha: Number
-    beta: Number
+    alpha: ByName[float]
+    beta: ByName[float]
     adjoint: bool
     iterations: int
     order: Order
@@ -35,34 +35,28 @@ class Options:
     passing: frozenset[str]
 
     def check(self) -> None:
-        """Refuses options that are out of range, or that do not go together.
+        """Refuses options that are out of range, or that do not work together; `alpha` and `beta` are checked before.
 
         Raises:
           ValueError: there is such an option.
-          TypeError: `axis_name` is neither None nor a name nor several names.
+          TypeError: `axis_name` is not a name, several names or None.
         """
         _check_choice("order", self.order, get_args(Order))
         _check_choice("output", self.output, get_args(Output))
         require_flags(adjoint=self.adjoint)
-        for name, a in _numbers("alpha", self.alpha):
-            if not (is_number(a) and 0 <= a <= 1):
-                raise ValueError(f"{name} must be a number in [0, 1], got {a!r}")
-        for name, b in _numbers("beta", self.beta):
-            if not (is_number(b) and 0 < b < math.inf):
-                raise ValueError(f"{name} must be a finite number > 0, got {b!r}")
         if not (is_whole(self.iterations) and self.iterations >= 1):
             raise ValueError(f"iterations must be an integer >= 1, got {self.iterations!r}")
         self._check_damping()
         if self.adjoint and self.output == "squared_error":
             raise ValueError(
-                'output="squared_error" goes with the original equations only: give adjoint=False, or '
+                'output="squared_error" works only with the original equations: give adjoint=False, or '
                 'output="refreshed"'
             )
         _check_feedback_rule(self.feedback_rule)
         nudge, tolerance = self.input_nudge, self.tolerance
         if nudge is not None and not (is_number(nudge) and 0 < nudge < math.inf):
             raise ValueError(
-                f"input_nudge must be a finite number > 0, got {nudge!r}: leave it out to keep the inputs as they are"
+                f"input_nudge must be a finite number > 0, got {nudge!r}: leave it out if the inputs must not change"
             )
         if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
             raise ValueError(f"tolerance must be a number >= 0 or None, got {tolerance!r}")
@@ -77,7 +71,7 @@ class Options:
             )
         if self.adjoint and damping is not None:
             raise ValueError(
-                "damping goes with the original equations only: give adjoint=False, or leave damping out"
+                "damping works only with the original equations: give adjoint=False, or leave damping out"
             )
 
 
@@ -86,17 +80,8 @@ def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def _numbers(name: str, given: Number) -> list[tuple[str, Any]]:
-    """All numbers that an option gives, each with its name in messages."""
-    if not isinstance(given, Mapping):
-        return [(name, given)]
-    for pattern in given:
-        require_pattern(pattern, f"{name}: ")
-    return [(f"{name}[{pattern!r}]", value) for pattern, value in given.items()]
-
-
 def _check_feedback_rule(rule: Any) -> None:
-    """Only a rule that says what each layer sends down can stand in for W^T."""
+    """Only a rule that says what each layer sends down can replace W^T."""
     if rule is None:
         return
     want = "feedback_rule must be a sequential rule, such as lrules.feedback_alignment()"
@@ -105,8 +90,8 @@ def _check_feedback_rule(rule: Any) -> None:
     description = require_description(rule, "dual_propagation", "its feedback_rule")
     if description.modified:
         raise ValueError(
-            "feedback_rule has a modifier around it, which dual propagation would not follow: put the modifier around "
-            "dual_propagation instead, as in lrules.sign_error(lrules.dual_propagation(feedback_rule=rule))"
+            "feedback_rule must be a rule without a modifier: put the modifier around dual_propagation instead, as in "
+            "lrules.sign_error(lrules.dual_propagation(feedback_rule=rule))"
         )
     if rule.value_and_grad is not None:
         raise ValueError(f"{want}, got a rule that needs the loss or the targets: leave feedback_rule out to use W^T")

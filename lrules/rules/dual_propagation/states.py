@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Handler
-from lrules.rules.dual_propagation.options import Number, Options
+from lrules.engine.handlers import Frame, Handler
+from lrules.engine.records import Activation
+from lrules.rules.dual_propagation.options import Options
 
-State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and what last arrived from above
+State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and the error that last arrived from above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Unit:
     Attributes:
       alpha: the weight of s+ in the mean.
       adjoint: which of the two equations renews it.
-      gain: what multiplies D; 1 but for inputs.
-      beta, n: D is what arrives times -n beta, and what goes down is s+ - s- over -n beta. The batch n may be symbolic.
+      gain: the factor of D; it is 1 except for inputs.
+      beta, n: D is the arriving error times -n beta, and s+ - s- over -n beta goes down. The batch n may be symbolic.
     """
 
     alpha: float
@@ -48,20 +48,22 @@ class Unit:
     def scale(self) -> float:
         return self.beta * self.n
 
-    def settle(self, fn, a, arriving, damping, plus, minus):
-        """The new s+ and s- from what comes from below and from above, and from the old ones."""
+    def settle(
+        self, fn: Callable[..., Any], a: jax.Array, arriving: jax.Array, damping: Any, plus: jax.Array, minus: jax.Array
+    ) -> tuple[Any, Any]:
+        """The new s+ and s-, from the pre-activation a, the error from above, and the old values."""
         d = (-self.scale * arriving.astype(at_least_float32(a.dtype))).astype(a.dtype)
         high, low = a + self.up * d, a - self.down * d
-        if damping is not None:  # where D has the factor 0 there is nothing to hold back
+        if damping is not None:  # a value for which D has the factor 0 needs no damping
             n = damping.astype(a.dtype)
             high = (high + n * plus.astype(a.dtype)) / (1 + n) if self.up else high
             low = (low + n * minus.astype(a.dtype)) / (1 + n) if self.down else low
         return fn(high), fn(low)
 
-    def mean(self, plus, minus):
+    def mean(self, plus: jax.Array, minus: jax.Array) -> jax.Array:
         return self.alpha * plus + (1 - self.alpha) * minus
 
-    def error(self, plus, minus):
+    def error(self, plus: jax.Array, minus: jax.Array) -> jax.Array:
         return ((minus - plus).astype(at_least_float32(plus.dtype)) / self.scale).astype(plus.dtype)
 
 
@@ -69,74 +71,58 @@ def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: i
     """The numbers of each state.
 
     Args:
-      options: those of the rule.
+      options: the options of the rule.
       names: the names of the states.
-      inputs: the names of those that are inputs.
+      inputs: the names of the states that are inputs.
       n: the batch, see `Unit`.
 
     Raises:
-      ValueError: alpha or beta has no number for a state, or a pattern that no state uses; or squared errors have no
-        minimiser.
+      ValueError: alpha or beta has no number for a state, or has a pattern that no state uses; or squared errors have
+        no minimiser.
     """
-    alphas, betas = _numbers("alpha", options.alpha, names), _numbers("beta", options.beta, names)
+    for option in (options.alpha, options.beta):
+        option.check(names, ' (inputs are states with input_nudge, outputs with output="squared_error")')
     units = {}
     for name in names:
-        alpha, beta = alphas[name], betas[name]
+        alpha, beta = float(options.alpha.of(name)), float(options.beta.of(name))
         gain = float(options.input_nudge or 0) if name in inputs else 1.0
         units[name] = Unit(alpha, bool(options.adjoint), gain, beta, n)
         if name == "outputs" and (1 - alpha) * beta >= 1:
             raise ValueError(
-                f'output="squared_error" has a minimiser only where (1 - alpha) beta < 1, got {(1 - alpha) * beta:g}: '
+                f'output="squared_error" has a minimiser only if (1 - alpha) beta < 1, got {(1 - alpha) * beta:g}: '
                 "give a smaller beta or a larger alpha"
             )
     return units
 
 
-def _numbers(what: str, value: Number, names: Sequence[str]) -> dict[str, float]:
-    """The number of each state: one for all, or that of the first pattern that its name matches."""
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(names, float(value))
-    matched = {name: next((p for p in value if re.search(p, name)), None) for name in names}
-    for name, pattern in matched.items():
-        if pattern is None:
-            raise ValueError(f"{what} has no number for {name!r}: add a pattern, such as '.*', at the end")
-    for pattern in value:
-        if pattern not in matched.values():
-            raise ValueError(
-                f"{what}: {pattern!r} matches no state first: leave it out, or give a pattern for one of "
-                f"{', '.join(map(repr, names))} (inputs are states with input_nudge, outputs with "
-                'output="squared_error")'
-            )
-    return {name: float(value[pattern]) for name, pattern in matched.items() if pattern is not None}
-
-
 class Dyads(Handler):
-    """Runs all activations as pairs s+, s-; the old ones are in `frame.inputs`.
+    """Runs all activations as pairs s+, s-; the old pairs are in `frame.inputs`.
 
     Modes:
-      clean: going up, s+ and s- are what comes from below. Going down, they are renewed.
-      sweep: going up, they are renewed with what last arrived from above. Going down, they are renewed again.
-      still: the old ones are sent up and down. Going down, the new ones are computed.
-      record: clean ones are recorded going up; nothing goes down.
-      up: they are renewed going up, and recorded; nothing goes down.
+      clean: on the way up, s+ and s- are both f(a). On the way down, they are renewed.
+      sweep: on the way up, they are renewed with the error that last arrived from above. On the way down, they are
+        renewed again.
+      still: the old pairs are sent up and down. On the way down, the new pairs are computed.
+      record: clean pairs are recorded on the way up; nothing goes down.
+      up: the pairs are renewed on the way up, and recorded; nothing goes down.
 
-    In the first three, the new ones are the cotangents of the old ones.
+    In the first three modes, the new pairs are the cotangents of the old pairs.
     """
 
     activations = True
 
-    def __init__(self, units: Mapping[str, Unit], mode: str, check: Callable[..., None] | None = None):
+    def __init__(self, units: Mapping[str, Unit], mode: str, check: Callable[..., None] | None = None) -> None:
         """`check(site, fn, x)` refuses activations that the options do not serve."""
         self.units, self.mode, self.check = units, mode, check
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
         if activation.site not in self.units:
             return fn(x)
         if self.check is not None:
             self.check(activation.site, fn, x)
         return self.state(activation.site, fn, x, frame)
 
-    def state(self, site, fn, x, frame, *, first: bool = False):
+    def state(self, site: str, fn: Callable[..., Any], x: jax.Array, frame: Frame, *, first: bool = False) -> Any:
         unit = self.units[site]
         if self.mode == "record":
             y = fn(x)
@@ -153,27 +139,28 @@ class Dyads(Handler):
         return y
 
 
-def _dyad(unit: Unit, mode: str, fn: Callable, first: bool) -> Callable:
-    """One activation whose backward pass renews its state and hands down the difference in place of a derivative.
+def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callable[..., Any]:
+    """One activation; its backward pass renews its state and sends down the difference instead of a derivative.
 
-    It also returns a zero. Its cotangent makes JAX run the backward pass even where no error arrives (`stop_gradient`).
+    It also returns a zero. The cotangent of this zero makes JAX run the backward pass even if no error arrives
+    (`stop_gradient`).
     """
 
     @jax.custom_vjp
-    def dyad(x, old, damping, captured):
+    def dyad(x: jax.Array, old: Any, damping: Any, captured: Any) -> tuple[Any, ...]:
         return forward(x, old, damping, captured)[0]
 
-    def forward(x, old, damping, captured):
+    def forward(x: jax.Array, old: Any, damping: Any, captured: Any) -> tuple[Any, Any]:
         zero = jnp.zeros(())
         if mode == "clean":
             y = fn(x, *captured)
             return (y, zero), (x, y, y, old, damping, captured)
         plus, minus = old["plus"], old["minus"]
-        if mode == "sweep" and not first:  # below the inputs nothing has changed since the way down
+        if mode == "sweep" and not first:  # nothing below the inputs has changed since the way down
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
         return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
 
-    def backward(residuals, cotangent):
+    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
         arriving, _ = cotangent
         x, plus, minus, old, damping, captured = residuals
         new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
@@ -187,14 +174,15 @@ def _dyad(unit: Unit, mode: str, fn: Callable, first: bool) -> Callable:
 
 
 def with_damping(state: State, damping: Mapping[str, Any]) -> State:
-    """The states together with the L of those that have one."""
+    """The states, with L for those that have one."""
     return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
 
 
-def residual(old: State, new: State):
+def residual(old: State, new: State) -> jax.Array:
     """The largest change of a pair s+, s-, divided by the norm of s+ - s-.
 
-    A pair without a difference, which no error reaches, is left out: it shows in the pairs above that it changes.
+    It leaves out a pair without a difference, because no error reaches it. If such a pair changes, the pairs above
+    show it.
     """
     found = jnp.zeros((), jnp.result_type(float))
     for site, pair in new.items():
@@ -205,5 +193,5 @@ def residual(old: State, new: State):
     return found
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))))
