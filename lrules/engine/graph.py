@@ -21,6 +21,7 @@ from lrules.engine.activations import linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
 from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
+from lrules.engine.operations import of
 from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
 from lrules.engine.regions import Region
 from lrules.typing import Pytree
@@ -142,7 +143,7 @@ class _Runner:
                 write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
             outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
-            inlined = index in block.children and eqn.primitive.name in INLINED
+            inlined = index in block.children and of(eqn).name in INLINED
             for var, pair in zip(eqn.outvars, outs, strict=True):
                 if inlined and block.values[var].place != (block, var):
                     env[var] = pair  # defined, and handled, inside
@@ -179,8 +180,8 @@ class _Runner:
             return [(out, bind(eqn, [v if s is None else s for v, s in pairs])[0])]
         if self.affines and index in block.affines:
             return [(self.affine(block.affines[index], eqn, values, frame), None)]
-        name = eqn.primitive.name
         if index in block.children and self.busy(block, index):
+            name = of(eqn).name
             if name in REMATS:
                 return self.remat(block, index, eqn, pairs, frame)
             if name in INLINED:
@@ -205,7 +206,7 @@ class _Runner:
     def layer(self, layer: Layer, eqn: Equation, pairs: list[Pair], frame: Frame) -> Any:
         k = layer.position
         (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
-        single = len(rest) == 1 and layer.operation not in ("gather", "dynamic_slice")
+        single = len(rest) == 1 and not layer.row.looks_up
         x = rest[0] if single else tuple(rest)
 
         def op(w: jax.Array, x: jax.Array) -> Any:

@@ -12,6 +12,7 @@ import jax
 from lrules.engine.by_hand import Product
 from lrules.engine.dtypes import is_inexact
 from lrules.engine.jaxprs import Atom, Aval, is_literal
+from lrules.engine.operations import Row, of
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,6 +51,11 @@ class Layer:
     place: Any = dataclasses.field(default=None, repr=False)  # the block and the equation's number
     uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # what becomes of rows that it looks up
     output: Value | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def row(self) -> Row:
+        """What is known of its operation."""
+        return of(self.eqn)
 
 
 @dataclasses.dataclass(eq=False)
@@ -97,8 +103,9 @@ class Hidden:
         signal = signal.astype(self.reader.aval.dtype)
         for eqn in reversed(self.views):
             before = eqn.invars[0].aval
-            if eqn.primitive.name == "transpose":
-                permutation = eqn.params["permutation"]
+            permutes = of(eqn).permutation
+            if permutes is not None:
+                permutation = permutes(eqn)
                 signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
             signal = signal.reshape(before.shape).astype(before.dtype)
         return signal
@@ -295,11 +302,11 @@ def reach(outs: Sequence[Value]) -> set[int]:
         value = stack.pop()
         if id(value) not in found and not ends(value):
             found.add(id(value))
-            name = value.producer.primitive.name if value.producer is not None else ""
-            if name == "convert_element_type" and not is_inexact(value.operands[0].aval):  # a unit that is on or off
+            row = None if value.producer is None else of(value.producer)
+            if row is not None and row.casts and not is_inexact(value.operands[0].aval):  # a unit that is on or off
                 stack += value.operands[0].operands
-            else:
-                stack += () if name == "stop_gradient" else value.operands
+            elif row is None or not row.stops:
+                stack += value.operands
     return found
 
 

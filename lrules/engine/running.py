@@ -18,7 +18,7 @@ from lrules.engine.batch import Unbatched
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import bind, placed_as, split_as, varying_axes
-from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.weights import DirectFeedback
@@ -270,7 +270,7 @@ def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, elemen
         signal = jax.vmap(signal, in_axes=(0, None))
 
     def define(s: Any) -> jax.Array:
-        if axis.merged or any(eqn.primitive.name not in SAME_SHAPE_VIEWS for eqn in hidden.views):
+        if axis.merged or not all(of(eqn).same_shape for eqn in hidden.views):
             s = split_as(s, landing.batch_split)  # reshapes take few axes that are split
         return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
 

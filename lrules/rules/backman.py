@@ -100,7 +100,7 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
         op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
     ) -> tuple[Any, Any, None]:
         raw, c = coefficients(op, w, x, d, layer)
-        order = _neurons(w, layer) if layer.operation.startswith("custom") else None
+        order = _neurons(w, layer) if layer.row.rounds else None
         if order is not None:  # the operation may round its weight, so this scales the error, not the weight
             scaled = (d.astype(c.dtype) * _at_outputs(c, d, order, layer)).astype(d.dtype)
             (dx,) = jax.vjp(lambda x: op(w, x), x)[1](scaled)

@@ -100,7 +100,8 @@ def test_refusals():
     refused(ValueError, "has 3", order="forward", iterations=2)
     refused(ValueError, "has a minimiser only if", alpha=0.0, beta=1.0, adjoint=False, output="squared_error")
     exact = {"adjoint": False, "output": "squared_error"}
-    refused(ValueError, "write the loss as a sum of jnp.square", loss=optax.softmax_cross_entropy, **exact)
+    message = "cannot see this: write the loss as a sum of jnp.square"
+    refused(ValueError, message, loss=optax.softmax_cross_entropy, **exact)
     refused(ValueError, "feedback_rule must be a sequential rule", feedback_rule=lrules.direct_feedback_alignment())
     refused(NotImplementedError, "derivatives", modify=lrules.without_derivatives)
     net, x = dense()
