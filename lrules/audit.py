@@ -19,7 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lrules.description import feedback_reach, table
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, Operation
-from lrules.engine.jaxprs import Atom, Aval, Equation, Jaxpr, is_literal, open_jaxpr, scan_counts
+from lrules.engine.jaxprs import COND, SCAN, WHILE, Atom, Aval, Equation, Jaxpr, is_literal, open_jaxpr, scan_counts
+from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.records import Hidden, Layer, reach
@@ -251,13 +252,13 @@ def _follow(jaxpr: Jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
 
 
 def _equation(eqn: Equation, ins: list[_Trace]) -> list[_Trace]:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "scan":
+    name, params = of(eqn).name, eqn.params
+    if name == SCAN:
         return _loop(params["jaxpr"], ins, *scan_counts(params))
-    if name == "while":
+    if name == WHILE:
         n, m = params["cond_nconsts"], params["body_nconsts"]
         return _loop(params["body_jaxpr"], ins[n:], m, len(ins) - n - m)
-    if name == "cond":
+    if name == COND:
         outs = [_follow(branch, ins[1:]) for branch in params["branches"]]
         return [_union(out) for out in zip(*outs, strict=True)]
     inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
@@ -271,11 +272,11 @@ def _result(eqn: Equation, ins: list[_Trace], aval: Aval) -> _Trace:
     if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans select, they do not multiply
         return _Trace(known=jnp.issubdtype(dtype, jnp.integer) and any(t.known for t in ins))
     real = [jnp.issubdtype(getattr(v.aval, "dtype", jnp.bool_), jnp.inexact) for v in eqn.invars]
-    met = _union(t for t, r in zip(ins, real, strict=True) if r or eqn.primitive.name == "convert_element_type")
+    met = _union(t for t, r in zip(ins, real, strict=True) if r or of(eqn).casts)
     if met.error:
         factors = [t.params for t in ins if not t.error and not t.known]
         return _Trace(error=True, via=met.via.union(*factors))
-    recorded = eqn.primitive.name == "name" and eqn.params["name"] == RECORDED
+    recorded = of(eqn).marks and eqn.params["name"] == RECORDED
     return dataclasses.replace(met, known=met.known or recorded)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lrules.engine.batch import batch_axis, doubled
 from lrules.engine.graph import Graph
+from lrules.engine.operations import of
 from lrules.engine.plan import Plan, Refused
 from lrules.engine.records import Hidden, Layer, Value
 from lrules.network import Network, NetworkLike, as_network
@@ -207,7 +208,7 @@ def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list
             seen.add(id(value))
             if value.layer is not None and source not in reach[value.layer.site]:
                 reach[value.layer.site].append(source)
-            stops = value.producer is not None and value.producer.primitive.name == "stop_gradient"
+            stops = value.producer is not None and of(value.producer).stops
             stack += [] if stops else [(v, False) for v in value.operands]
 
     for hidden in sorted((h for h, lands in stops.items() if lands), key=graph.hidden.index):

@@ -284,9 +284,14 @@ class _SpectralNorms(Handler):
         self.iterations = iterations
 
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
-        if layer.operation in ("dot_general", "conv_general_dilated"):
+        if _known(layer):
             frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.product, w, self.iterations)
         return op(w, x)
+
+
+def _known(layer: Layer) -> bool:
+    """Whether each row of what a layer reads is multiplied by the same matrix."""
+    return layer.row.kind == "product" and layer.row.by_example
 
 
 def spectral_norm(layer: Layer, op: Callable[..., Any], w: jax.Array, iterations: int) -> jax.Array:
@@ -306,18 +311,12 @@ def spectral_norm(layer: Layer, op: Callable[..., Any], w: jax.Array, iterations
     Raises:
       NotImplementedError: the layer is not dense and not a convolution.
     """
-    shape = list(layer.operand.aval.shape)
-    if layer.operation == "dot_general":
-        side = 1 - layer.position
-        contract, batch = layer.eqn.params["dimension_numbers"]
-        kept = {*contract[side], *batch[side]}
-    elif layer.operation == "conv_general_dilated":
-        kept = set(range(len(shape))) - {layer.eqn.params["dimension_numbers"].lhs_spec[0]}
-    else:
+    if not _known(layer):
         raise NotImplementedError(
             f"spectral_norm: the layer {layer.name!r} must be dense or a convolution, got a {layer.operation}"
         )
-    shape = [n if i in kept else 1 for i, n in enumerate(shape)]
+    free = layer.row.free(layer.eqn, 1 - layer.position)  # one of the rows that are multiplied alone will do
+    shape = [1 if i in free else n for i, n in enumerate(layer.operand.aval.shape)]
     w = jax.lax.stop_gradient(w)
     v = jax.random.normal(jax.random.key(name_number(layer.name)), shape, layer.operand.aval.dtype)
 

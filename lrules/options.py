@@ -143,11 +143,11 @@ class ByName(Generic[T]):
             f"{self.option}: no pattern matches the {self.kind} {name!r}: add one, such as '.*', at the end"
         )
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], hint: str = "") -> None:
         """Refuses a pattern that is not the first match of any name, except one that matches everything ('.*').
 
         Raises:
-          ValueError: there is such a pattern; the message lists the names.
+          ValueError: there is such a pattern; the message lists the names, and ends with the hint.
         """
         if not self.several:
             return
@@ -158,7 +158,7 @@ class ByName(Generic[T]):
                 matches = any(re.search(pattern, name) for name in names)
                 why = "comes after patterns that match the same names" if matches else f"matches no {self.kind}"
                 listed = ", ".join(map(repr, names))
-                raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}")
+                raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
 
 
 def numbers(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:

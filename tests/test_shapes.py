@@ -157,7 +157,7 @@ def test_symbolic_batch_in_the_zoo(model, name):
 def test_symbolic_batch_refused_by_damping():
     rule, (b,) = RULES["damped"], export.symbolic_shape("b")
     step = lambda p, x, y: gradients(mlp, rule, p, x, y, half_square)[1]  # noqa: E731
-    with pytest.raises(NotImplementedError, match="symbolic batch is no shape: give the batch its size"):
+    with pytest.raises(NotImplementedError, match="the shapes must be numbers, not symbols: give the batch its size"):
         exported(step, W, X, Y, sizes=(None, (b, 4), (b, 2)))
     exported(step, W, X, Y, sizes=(None, None, None))
 

@@ -28,20 +28,30 @@ import jax.numpy as jnp
 from lrules.engine import by_hand
 from lrules.engine.activations import MARK, UNMARK, Doubt, is_atom
 from lrules.engine.dtypes import counts, is_inexact
-from lrules.engine.jaxprs import INLINED, Aval, Equation, Jaxpr, call_name, open_jaxpr, scan_counts, varying_axes
-from lrules.engine.operations import (
-    CASTS,
-    ELEMENTWISE,
-    STRUCTURAL,
+from lrules.engine.jaxprs import (
+    COND,
+    INLINED,
+    OWN_DERIVATIVE,
+    SCAN,
+    SHARD_MAP,
+    WHILE,
+    Aval,
+    Equation,
+    Jaxpr,
+    call_name,
+    open_jaxpr,
+    scan_counts,
+    varying_axes,
+)
+from lrules.engine.operations import is_product, of, view_axes
+from lrules.engine.products import (
     Multiplication,
-    is_product,
     multiplication,
     multiplies,
     of_latents,
     one_layer,
     stage,
     transformed,
-    view_axes,
 )
 from lrules.engine.records import (
     Activation,
@@ -54,8 +64,8 @@ from lrules.engine.records import (
     ancestors,
     classes_of,
     merged_classes,
-    parts,
     unique,
+    want,
 )
 from lrules.engine.regions import find_regions
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
@@ -126,7 +136,7 @@ class Analysis:
         layer = Layer(
             name=names[0],
             parameters=names,
-            operation=eqn.primitive.name,
+            operation=of(eqn).name,
             site="",
             contracted=tuple(found.contracted),
             output_axes=found.output_axes,
@@ -185,8 +195,7 @@ class Analysis:
         for layer in self.layers:
             layer.site = unique(layer.name, sites)
             sites.add(layer.site)
-            for value in parts(layer.weight)[0]:
-                value.wanted = True
+            want(layer.weight)
         taken: dict[bool, set[str]] = {True: set(), False: set()}
         for hidden in self.hidden:
             hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
@@ -240,7 +249,7 @@ class Analysis:
         return block, [block.value(v) for v in jaxpr.outvars]
 
     def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
-        name = eqn.primitive.name
+        row, name = of(eqn), of(eqn).name
         params = frozenset().union(*(v.params for v in ins))
         key = (*path, index)
         begins = key in self.promoted and not any(v.data for v in ins)
@@ -257,12 +266,12 @@ class Analysis:
             return outs
         found = None
         if params and data:
-            walk = {"scan": self.scan, "cond": self.cond, "while": self.loop, "shard_map": self.shard_map}.get(name)
+            walk = {SCAN: self.scan, COND: self.cond, WHILE: self.loop, SHARD_MAP: self.shard_map}.get(name)
             if walk is not None:
                 return walk(block, index, eqn, ins, key)
             if any(v.differentiable for v in ins):
                 found = self.mixture(block, index, eqn, ins, key)
-        elif params and name == "scan":
+        elif params and name == SCAN:
             outs = self.generic(eqn, ins, carried=any(v.carried for v in ins))
             if multiplies(eqn.params["jaxpr"]):  # a network without a batch may lie inside
                 walked = self.scan(block, index, eqn, ins, key)
@@ -290,14 +299,14 @@ class Analysis:
             if not outs[0].chosen:
                 layer.uses.add("data")
                 outs[0].products, outs[0].axes = by_hand.of_layer(layer), output_parameter_axes(layer)
-        elif params and data and not self.silent and name in ELEMENTWISE:
+        elif params and data and not self.silent and row.elementwise:
             self.add_affine(block, index, ins, outs[0])
         if params and not data and outs and is_product(eqn):
             outs[0].key = key
         for out in outs:
             out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
         self.sums(block, eqn, ins)
-        marked = name == "name" and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
+        marked = row.marks and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)
         return outs
@@ -312,7 +321,7 @@ class Analysis:
         self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]
     ) -> Multiplication | None:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
-        name = eqn.primitive.name
+        row = of(eqn)
         found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
         if found is None and key in self.promoted and not any(v.data for v in ins):
             found = of_latents(eqn, ins)
@@ -323,13 +332,13 @@ class Analysis:
         inner = [v for k, v in eqn.params.items() if k in ("call_jaxpr", "fun_jaxpr")]
         if not weights or not any(v.data for v in ins if v not in weights):
             return None
-        if name.startswith(("custom_jvp_call", "custom_vjp_call")) and inner:
+        if row.name in OWN_DERIVATIVE and inner:
             return self.own_derivative(block, index, eqn, ins, inner[0])
-        if name not in ELEMENTWISE and name not in STRUCTURAL:
+        if not row.may_mix:
             self.refuse(
                 frozenset().union(*(v.params for v in weights)),
-                f"the parameter {{name}} meets data in the primitive {name!r}, which lrules does not know: write it "
-                "with dot_general or conv_general_dilated",
+                f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: write "
+                "it with dot_general or conv_general_dilated",
             )
         return None
 
@@ -337,7 +346,7 @@ class Analysis:
         self, block: Block, index: int, eqn: Equation, ins: list[Value], body: Any
     ) -> Multiplication | None:
         """A function with a derivative of its own: one layer if one weight multiplies data in it, else sealed."""
-        what = "custom_" + eqn.primitive.name[7:10] + " function"
+        what = f"{of(eqn).name[:10]} function"
         before = self.inner, self.sealed, self.refusals
         self.inner, self.sealed, self.refusals = [], self.sealed or what, []
         self.walk(body, [dataclasses.replace(v, place=None) for v in ins], (), (), (index, "custom"))
@@ -358,12 +367,12 @@ class Analysis:
 
     def generic(self, eqn: Equation, ins: list[Value], carried: bool = False) -> list[Value]:
         """What an equation without a structure of its own passes from its operands to its results."""
-        if eqn.primitive.name == "optimization_barrier":
+        if of(eqn).same:
             return [self.generic_one(eqn, [v], out.aval, carried) for v, out in zip(ins, eqn.outvars, strict=True)]
         return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
 
     def generic_one(self, eqn: Equation, ins: list[Value], aval: Aval, carried: bool) -> Value:
-        name = eqn.primitive.name
+        row = of(eqn)
         value = Value(
             aval,
             params=frozenset().union(*(v.params for v in ins)),
@@ -375,10 +384,10 @@ class Analysis:
             operands=tuple(ins),
         )
         own = self.inner is not None  # inside a function with a derivative of its own, which may pass integers
-        stops = name == "stop_gradient" and ins[0].smooth and not own  # of a weight, it only freezes it
+        stops = row.stops and ins[0].smooth and not own  # of a weight, it only freezes it
         if is_inexact(aval) or (own and counts(aval)):
             value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
-            value.smooth = any(v.smooth or (v.data and counts(v.aval) and name in CASTS) for v in ins)
+            value.smooth = any(v.smooth or (v.data and counts(v.aval) and row.casts) for v in ins)
         if value.chosen:
             value.params = value.differentiable
             value.lookups = frozenset().union(*(v.lookups for v in ins))
@@ -400,8 +409,8 @@ class Analysis:
     def sums(self, block: Block, eqn: Equation, ins: list[Value]) -> None:
         """Refuses products of weights and data that are summed by hand."""
         for product, sentence in by_hand.summed(eqn, ins, block):
-            if eqn.primitive.name == "fft":  # a product between two transforms is a convolution
-                self.found[product.key] = len(eqn.params["fft_lengths"])
+            if of(eqn).kind == "transform":  # a product between two transforms is a convolution
+                self.found[product.key] = len(of(eqn).contracted(eqn, 0))
             else:
                 self.refuse(product.params, sentence)
 

@@ -19,14 +19,11 @@ import jax.numpy as jnp
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import Equation
-from lrules.engine.operations import ELEMENTWISE, reshape_groups, view_axes
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
 from lrules.network import Network
 from lrules.typing import Pytree
-
-MOVES = {"rev", "sort", "concatenate", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice", "slice",
-         "pad", "stack"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +129,6 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
 
 def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
     """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
-    name = eqn.primitive.name
     if len(a.operands) != len(b.operands):
         return None
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
@@ -140,82 +136,42 @@ def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
     def to(u: Value, v: Value, i: int, front: Any = 1, behind: Any = 1) -> Any:
         return (u, v, i, (front, behind)) if _grown(u, v) == i else None
 
-    if name == "reshape" and len(pairs) == 1:
-        ((u, v),) = pairs
-        for left, right in reshape_groups(v.aval.shape, b.aval.shape):
-            if axis in right:
-                i = _grown(u, v)
-                if i not in left or math.prod(a.aval.shape[j] for j in right if j != axis) != 1:
-                    return None
-                front = math.prod(u.aval.shape[j] for j in left if j < i)
-                return to(u, v, i, front, math.prod(u.aval.shape[j] for j in left if j > i))
-        return None
-    axes = view_axes(eqn, a.operands[0].aval.shape) if len(a.operands) == 1 and pairs else None
-    if axes is not None:
-        return to(*pairs[0], axes[axis][0]) if len(axes[axis]) == 1 else None
-    if name == "broadcast_in_dim" and pairs:
-        held = list(eqn.params["broadcast_dimensions"])
-        return to(*pairs[0], held.index(axis)) if axis in held else None
-    if name in ELEMENTWISE or is_atom(eqn, a.operands) or name in ("custom_jvp_call", "custom_vjp_call"):
+    row = of(eqn)
+    if row.view is not None and len(a.operands) == 1 and pairs:
+        axes = view_axes(b.producer or eqn, pairs[0][1].aval.shape)
+        if axes is not None:
+            return _back_view(axes, a, axis, to, *pairs[0])
+    if row.elementwise or is_atom(eqn, a.operands) or row.name in OWN_DERIVATIVE:
         lies = arranged(a) or {}
         for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
             i = lies[k][axis] if lies.get(k) else axis
             if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _grown(u, v) == i:
                 return to(u, v, i)
         return None
-    if name == "dot_general" or name.startswith("ragged_dot"):
-        ragged = eqn.params.get("ragged_dot_dimension_numbers")
-        contracted, batched = ragged.dot_dimension_numbers if ragged else eqn.params["dimension_numbers"]
-        for k, (u, v) in enumerate(zip(a.operands[:2], b.operands[:2], strict=True)):
-            free = [d for d in range(len(u.aval.shape)) if d not in contracted[k] and d not in batched[k]]
-            start = len(batched[0]) if k == 0 else len(a.aval.shape) - len(free)
-            where = dict(enumerate(batched[k])) | dict(enumerate(free, start))
-            if axis in where and u.data and _grown(u, v) == where[axis]:
-                return to(u, v, where[axis])
-        return None
-    if name == "conv_general_dilated":
-        spec = eqn.params["dimension_numbers"]
-        return to(a.operands[0], b.operands[0], spec.lhs_spec[0]) if axis == spec.out_spec[0] else None
-    if name.startswith(("reduce_window", "cum")) and pairs:
-        return to(*pairs[0], axis)
-    if name.startswith(("reduce_", "argm")) and len(pairs) == 1 and "axes" in eqn.params:
-        kept = [d for d in range(len(pairs[0][0].aval.shape)) if d not in eqn.params["axes"]]
-        return to(*pairs[0], kept[axis])
-    if name == "scan" and len(pairs) == 1:  # a stacked output, or the last carry
+    if row.name == SCAN and len(pairs) == 1:  # a stacked output, or the last carry
         return to(*pairs[0], axis - len(a.aval.shape) + len(pairs[0][0].aval.shape))
-    if name == "gather":
-        return _back_gather(eqn, a, b, axis, to)
-    if name in MOVES and pairs:
-        if name == "stack":
-            new = eqn.params["axis"]
-            return None if axis == new else to(*pairs[0], axis - (axis > new))
-        along = {"concatenate": "dimension", "sort": "dimension", "rev": "dimensions"}.get(name)
-        moved = eqn.params[along] if along else None
-        if moved == axis or (isinstance(moved, tuple) and axis in moved) or name.startswith("scatter"):
-            raise Moved
-        same = [(u, v) for u, v in pairs if _grown(u, v) == axis]
-        if not same:
-            raise Moved
-        return to(*same[0], axis)
+    if row.reorders is not None and row.reorders(eqn, axis, [u.data for u in a.operands]):
+        raise Moved
+    if row.lies is None:
+        return None
+    for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+        if not u.data or (row.looks_up and k > 0 and a.operands[0].data):
+            continue
+        places = {out: i for i, out in row.lies(eqn, k).items() if i not in row.contracted(eqn, k)}
+        if axis in places and _grown(u, v) == places[axis]:
+            return to(u, v, places[axis])
+    if row.kind == "move" and row.reorders is not None:
+        raise Moved
     return None
 
 
-def _back_gather(eqn: Equation, a: Value, b: Value, axis: int, to: Any) -> Any:
-    """Through a gather: the axis is one of the operand's whole axes, or one of the indices'."""
-    numbers = eqn.params["dimension_numbers"]
-    (operand, indices), (operand_b, indices_b) = a.operands, b.operands
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    if axis in numbers.offset_dims:
-        dims = range(len(operand.aval.shape))
-        whole = [d for d in dims if d not in numbers.collapsed_slice_dims and d not in batching]
-        d = whole[numbers.offset_dims.index(axis)]
-        return to(operand, operand_b, d) if operand.data and d not in numbers.start_index_map else None
-    if not operand.data:  # an embedding
-        held = [d for d in range(len(a.aval.shape)) if d not in numbers.offset_dims]
-        return to(indices, indices_b, held.index(axis)) if indices.data else None
-    if indices.data and len(numbers.start_index_map) == 1 and not batching:
-        raise Moved  # examples looked up by data, as in h[order]
-    return None
+def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
+    """Through a view: the axis holds one of the operand's, or several, of which the one that grows is the batch."""
+    held, i = axes[axis], _grown(u, v)
+    if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
+        return None
+    front = math.prod(u.aval.shape[j] for j in held if j < i)
+    return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:

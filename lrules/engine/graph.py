@@ -21,8 +21,11 @@ from lrules.engine.activations import linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
 from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
+from lrules.engine.operations import of
+from lrules.engine.product import Product
 from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
 from lrules.engine.regions import Region
+from lrules.engine.shared import equation_key, run_together
 from lrules.typing import Pytree
 
 
@@ -110,6 +113,10 @@ class _Runner:
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.affines = any(h.affines for h in handlers)
+        self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
+        self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
+        # Without jit an equation is a program of its own, as it is where the network is called.
+        self.staged = isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
 
     def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts: Sequence[Any] | None = None) -> list[Pair]:
         env: dict[Any, Pair] = {}
@@ -120,7 +127,7 @@ class _Runner:
         def write(variable: Any, pair: Pair) -> None:
             value, shadow = pair
             here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
-            for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
+            for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
                 for hidden in here:
                     value = handler.hidden(hidden, value, frame)
             if (block, variable) in self.taps:
@@ -134,21 +141,51 @@ class _Runner:
                 write(var, pair)
             else:
                 env[var] = pair
+        pending: dict[int, Any] = {}  # equations that run together, and what they compute
+
+        def run_pending() -> None:
+            eqns = [block.jaxpr.eqns[i] for i in pending]
+            wanted = [v for e in eqns for v in e.outvars if not block.readers.get(v, set()) <= pending.keys()]
+            values = run_together(eqns, list(pending.values()), lambda v: read(v)[0], wanted)
+            env.update(zip(wanted, ((value, None) for value in values), strict=True))
+            pending.clear()
+
         for index, eqn in enumerate(block.jaxpr.eqns):
             if self.activations and index in block.skipped:
                 continue
+            key = equation_key(eqn) if self.staged and self.is_plain(block, index, eqn) else None
+            if key is not None:
+                pending[index] = key
+                continue
+            if pending:
+                run_pending()
             if self.activations and index in block.regions:
                 region = block.regions[index]
                 write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
             outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
-            inlined = index in block.children and eqn.primitive.name in INLINED
+            inlined = index in block.children and of(eqn).name in INLINED
             for var, pair in zip(eqn.outvars, outs, strict=True):
                 if inlined and block.values[var].place != (block, var):
                     env[var] = pair  # defined, and handled, inside
                 else:
                     write(var, pair)
+        if pending:
+            run_pending()
         return [read(v) for v in block.jaxpr.outvars]
+
+    def is_plain(self, block: Block, index: int, eqn: Equation) -> bool:
+        """Whether nothing has to be handled at an equation: neither at it nor at what it gives."""
+        if index in block.children or (index in block.layers and self.at_layers):
+            return False
+        if (self.affines and index in block.affines) or (self.activations and index in block.regions):
+            return False
+        return not any(
+            (self.at_hidden and v in block.hidden)
+            or (block, v) in self.taps
+            or (self.shadows and block.values[v].shadowed)
+            for v in eqn.outvars
+        )
 
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
@@ -179,8 +216,8 @@ class _Runner:
             return [(out, bind(eqn, [v if s is None else s for v, s in pairs])[0])]
         if self.affines and index in block.affines:
             return [(self.affine(block.affines[index], eqn, values, frame), None)]
-        name = eqn.primitive.name
         if index in block.children and self.busy(block, index):
+            name = of(eqn).name
             if name in REMATS:
                 return self.remat(block, index, eqn, pairs, frame)
             if name in INLINED:
@@ -205,19 +242,16 @@ class _Runner:
     def layer(self, layer: Layer, eqn: Equation, pairs: list[Pair], frame: Frame) -> Any:
         k = layer.position
         (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
-        single = len(rest) == 1 and layer.operation not in ("gather", "dynamic_slice")
+        single = len(rest) == 1 and not layer.row.looks_up
         x = rest[0] if single else tuple(rest)
 
-        def op(w: jax.Array, x: jax.Array) -> Any:
-            others = [x] if single else list(x)
-            return bind(eqn, [*others[:k], w, *others[k:]])[0]
-
+        op = Product(eqn, k, single)
         b = w if b is None else b
 
         def run(w: jax.Array, b: Any, x: Any) -> Any:
             return op(w, x)
 
-        for handler in self.handlers:  # the rule's own innermost
+        for handler in self.at_layers:  # the rule's own innermost
             run = nest_layer(handler, layer, run, op, frame)
         return run(w, b, x)
 

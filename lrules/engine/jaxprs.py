@@ -19,6 +19,8 @@ Aval: TypeAlias = Any  # the shape and dtype of a value
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
          "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
 
+JITS = {"jit", "pjit"}
+
 OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
@@ -45,6 +47,10 @@ INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_c
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 
 REMATS = {"remat", "remat2", "checkpoint"}
+
+SCAN, COND, WHILE, SHARD_MAP = "scan", "cond", "while", "shard_map"
+
+CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class PerExample(Handler):
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         x_axis, y_axis = self.axes[layer.site]
         # Where one example's rows alone would be multiplied otherwise, its error alone goes back through all of them.
-        whole = layer.weight.batched or layer.operation.startswith(("ragged_dot", "custom"))
+        whole = layer.weight.batched or not layer.row.by_example
         if y_axis is None or not (whole or (x_axis is not None and len(jax.tree.leaves(x)) == 1)):
             raise NotImplementedError(
                 f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from lrules.engine.by_hand import Product
 from lrules.engine.dtypes import is_inexact
 from lrules.engine.jaxprs import Atom, Aval, is_literal
+from lrules.engine.operations import Row, of
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,6 +52,11 @@ class Layer:
     place: Any = dataclasses.field(default=None, repr=False)  # the block and the equation's number
     uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # what becomes of rows that it looks up
     output: Value | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def row(self) -> Row:
+        """What is known of its operation."""
+        return of(self.eqn)
 
 
 @dataclasses.dataclass(eq=False)
@@ -97,8 +104,9 @@ class Hidden:
         signal = signal.astype(self.reader.aval.dtype)
         for eqn in reversed(self.views):
             before = eqn.invars[0].aval
-            if eqn.primitive.name == "transpose":
-                permutation = eqn.params["permutation"]
+            permutes = of(eqn).permutation
+            if permutes is not None:
+                permutation = permutes(eqn)
                 signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
             signal = signal.reshape(before.shape).astype(before.dtype)
         return signal
@@ -150,7 +158,7 @@ class Value:
     lookups: frozenset[Any] = frozenset()  # the layers whose rows a chosen value is made of
     stage: int = 0  # of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one
     key: Any = None  # where the product stands that made it
-    wanted: bool = False  # a weight is made of it, so that feedback has to ride along
+    wanted: bool = False  # a layer's weight is made of it, so that feedback has to ride along
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
@@ -182,7 +190,8 @@ class Value:
 
     @property
     def shadowed(self) -> bool:
-        return (self.pure or self.wanted) and not self.carried
+        """Whether it is computed from the feedback, too."""
+        return self.wanted and not self.carried
 
     @property
     def weight_dims(self) -> frozenset[int]:
@@ -214,6 +223,16 @@ class Block:
     hidden: dict[Any, list[Hidden]] = dataclasses.field(default_factory=dict)
     regions: dict[int, Any] = dataclasses.field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def readers(self) -> dict[Any, set[int]]:
+        """The equations that read each variable, by number; -1: it is a result of the block."""
+        found: dict[Any, set[int]] = {v: {-1} for v in self.jaxpr.outvars if not is_literal(v)}
+        for index, eqn in enumerate(self.jaxpr.eqns):
+            for v in eqn.invars:
+                if not is_literal(v):
+                    found.setdefault(v, set()).add(index)
+        return found
 
     def sites(self, *, affines: bool = False) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
@@ -295,11 +314,11 @@ def reach(outs: Sequence[Value]) -> set[int]:
         value = stack.pop()
         if id(value) not in found and not ends(value):
             found.add(id(value))
-            name = value.producer.primitive.name if value.producer is not None else ""
-            if name == "convert_element_type" and not is_inexact(value.operands[0].aval):  # a unit that is on or off
+            row = None if value.producer is None else of(value.producer)
+            if row is not None and row.casts and not is_inexact(value.operands[0].aval):  # a unit that is on or off
                 stack += value.operands[0].operands
-            else:
-                stack += () if name == "stop_gradient" else value.operands
+            elif row is None or not row.stops:
+                stack += value.operands
     return found
 
 
@@ -326,6 +345,18 @@ def parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
             else:
                 stack += [v for v in value.operands if v.params]
     return list(found.values()), sources
+
+
+def want(weight: Value) -> None:
+    """Marks all that a weight is made of."""
+    stack, _ = parts(weight)
+    stack += [operand for value in stack for operand in value.operands if operand.pure]
+    stack += [weight] if weight.pure else []
+    while stack:
+        value = stack.pop()
+        if value.params and not value.wanted:
+            value.wanted = True
+            stack += value.operands if value.pure else ()
 
 
 def unique(name: str, taken: set[str]) -> str:

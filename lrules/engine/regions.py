@@ -10,15 +10,8 @@ import jax.numpy as jnp
 
 from lrules.engine.activations import (
     ALIASES,
-    BENDING,
-    COMPARISONS,
-    LINEAR,
     MARK,
     NAMED,
-    NONLINEAR,
-    NOT_ALONE,
-    OF_STATISTICS,
-    STOP,
     UNMARK,
     Axes,
     Doubt,
@@ -28,7 +21,8 @@ from lrules.engine.activations import (
     _is_uniform,
     arranged,
 )
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, Equation, call_body, call_name
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
+from lrules.engine.operations import Row, of
 from lrules.engine.records import Block, Value
 
 
@@ -46,28 +40,36 @@ class Region:
     activation: Any = None
 
 
-def _nonlinear(eqn: Equation, value: Callable[..., Value]) -> list[str]:
+def _nonlinear(eqn: Equation, value: Callable[..., Value]) -> list[Row]:
     """The nonlinear primitives of an elementwise equation."""
-    name = eqn.primitive.name
-    if name == "mul":
-        return ["mul"] if sum(value(v).params != frozenset() for v in eqn.invars) > 1 else []
-    if name == "div":
-        return ["div"] if value(eqn.invars[1]).params else []
-    body = call_body(eqn)
-    if body is not None:
-        return [p for e in body.eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])
-                if p in NONLINEAR]  # fmt: skip
-    return [name] if name in NONLINEAR else []
+    row = of(eqn)
+    if row.combines == "product":
+        return [row] if sum(value(v).params != frozenset() for v in eqn.invars) > 1 else []
+    if row.combines == "quotient":
+        return [row] if value(eqn.invars[1]).params else []
+    return [inner for inner in (_inner(eqn) if row.kind == "call" else [row]) if inner.nonlinear]
 
 
-def _inner(eqn: Equation) -> list[str]:
+def _inner(eqn: Equation) -> list[Row]:
+    """The primitives in a call, and in the calls in it."""
     eqns = getattr(call_body(eqn), "eqns", ())
-    return [p for e in eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])]
+    return [row for e in eqns for row in (_inner(e) if of(e).kind == "call" else [of(e)])]
+
+
+def _of_formulas(row: Row) -> bool:
+    """Whether a primitive alone is no activation: exp, a root, a quotient or a product."""
+    return row.curve == "formula" or row.combines == "product"
+
+
+def _of_statistics(row: Row) -> bool:
+    """Whether normalisations do this to means and variances."""
+    return row.curve in ("formula", "comparison", "choice") or row.combines == "product"
 
 
 def _is_named(eqn: Equation) -> bool:
-    name = call_name(eqn) if eqn.primitive.name in CALLS else ""
-    return name in NAMED or name.startswith((MARK, UNMARK)) or eqn.primitive.name in OWN_DERIVATIVE
+    row = of(eqn)
+    name = call_name(eqn) if row.kind == "call" else ""
+    return name in NAMED or name.startswith((MARK, UNMARK)) or row.name in OWN_DERIVATIVE
 
 
 def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
@@ -80,14 +82,19 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
                 users.setdefault(v, set()).add(index)
 
     def compared(eqn: Equation) -> bool:
-        asks = [i >= 0 and eqns[i].primitive.name in COMPARISONS for i in users.get(eqn.outvars[0], {-1})]
-        return eqn.primitive.name == STOP and all(asks)
+        asks = [i >= 0 and of(eqns[i]).curve == "comparison" for i in users.get(eqn.outvars[0], {-1})]
+        return of(eqn).stops and all(asks)
 
     def selected(eqn: Equation) -> bool:
         """Whether an equation is no transpose, or one such as `vmap` makes of what a select of several values reads."""
-        readers = [eqns[i] for i in users.get(eqn.outvars[0], ()) if i >= 0]
-        asks = [e.primitive.name in ("select_n", *CALLS) and sum(value(v).both for v in e.invars) > 1 for e in readers]
-        return eqn.primitive.name != "transpose" or (all(asks) and -1 not in users.get(eqn.outvars[0], ()))
+        if of(eqn).permutation is None:
+            return True
+        readers = [(of(eqns[i]), eqns[i]) for i in users.get(eqn.outvars[0], ()) if i >= 0]
+        asks = [
+            (row.combines == "select" or row.kind == "call") and sum(value(v).both for v in e.invars) > 1
+            for row, e in readers
+        ]
+        return all(asks) and -1 not in users.get(eqn.outvars[0], ())
 
     candidates: dict[int, list[Any]] = {}  # the operands of elementwise equations that depend on parameters and data
     for index, eqn in enumerate(eqns):
@@ -188,11 +195,12 @@ def _trimmed(block: Block, start: Any, indices: list[int], candidates: Any) -> t
 
     def affine(index: int) -> Any:
         operands, eqn = candidates[index], eqns[index]
-        linear = eqn.primitive.name in LINEAR or (eqn.primitive.name == "div" and eqn.invars[0] is operands[0])
+        row = of(eqn)
+        linear = row.curve == "linear" or (row.combines == "quotient" and eqn.invars[0] is operands[0])
         return linear and len(operands) == 1
 
     def formula(index: int) -> bool:
-        return eqns[index].primitive.name in NOT_ALONE - {"mul"}
+        return of(eqns[index]).curve == "formula"
 
     front, value, readers = 0, start, indices  # how many lead to the first that bends
     while len(readers := [i for i in indices if value in candidates[i]]) == 1 and affine(readers[0]):
@@ -201,8 +209,8 @@ def _trimmed(block: Block, start: Any, indices: list[int], candidates: Any) -> t
             return start, indices
     if all(map(formula, readers)):  # but the number by which a mean divides is none of it
         producer = block.value(start).producer
-        mean = producer is not None and producer.primitive.name.startswith(("reduce_sum", "reduce_window_sum", "psum"))
-        front = int(mean and front > 0 and eqns[indices[0]].primitive.name in ("div", "mul"))
+        mean = producer is not None and of(producer).totals
+        front = int(mean and front > 0 and of(eqns[indices[0]]).combines in ("quotient", "product"))
     for i in indices[:front]:
         start = eqns[i].outvars[0]
     indices = back = indices[front:]
@@ -222,11 +230,11 @@ def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
         return None
     if not jnp.issubdtype(out.aval.dtype, jnp.inexact):
         return None
-    primitives = "_".join(dict.fromkeys(nonlinear))
+    primitives = "_".join(dict.fromkeys(row.name for row in nonlinear))
     if not any(n in NAMED or n.startswith(MARK) for n in calls):
-        if set(nonlinear) <= OF_STATISTICS and _is_statistic(value(start)):
+        if all(map(_of_statistics, nonlinear)) and _is_statistic(value(start)):
             return None
-        if len(nonlinear) == 1 and nonlinear[0] in NOT_ALONE:
+        if len(nonlinear) == 1 and _of_formulas(nonlinear[0]):
             return Doubt(primitives, out)
     produced = {e.outvars[0] for e in eqns}
     free = (v for e in eqns for v in e.invars if not _is_literal(v) and v is not start and v not in produced)
@@ -240,16 +248,16 @@ def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
 
 def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether a function with a derivative of its own, of more than one element, holds what may be an activation."""
-    of_several = eqn.primitive.name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
-    return of_several and not (NONLINEAR - OF_STATISTICS).isdisjoint(_inner(eqn))
+    of_several = of(eqn).name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
+    return of_several and any(row.curve == "bent" for row in _inner(eqn))
 
 
 def _doubted(eqn: Equation) -> str:
     """The name of an equation of several values that may be meant as an activation."""
-    if eqn.primitive.name in OWN_DERIVATIVE:
+    if of(eqn).name in OWN_DERIVATIVE:
         return call_name(eqn)
-    bent = [p for p in _inner(eqn) if p in BENDING]
-    return "_".join(dict.fromkeys(bent)) or eqn.primitive.name
+    bent = [row.name for row in _inner(eqn) if row.bends]
+    return "_".join(dict.fromkeys(bent)) or of(eqn).name
 
 
 def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
@@ -257,7 +265,7 @@ def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
     mixed = [v for v in eqn.invars if value(v).both]
     if all(_is_statistic(value(v)) for v in mixed):
         return False
-    name = eqn.primitive.name
-    if name in CALLS and value(eqn.outvars[0]).producer is eqn and arranged(value(eqn.outvars[0])) is not None:
-        return not BENDING.isdisjoint(_inner(eqn))
-    return value(eqn.invars[0]).both if name == "select_n" else name in BENDING
+    row, out = of(eqn), value(eqn.outvars[0])
+    if row.kind == "call" and out.producer is eqn and arranged(out) is not None:
+        return any(inner.bends for inner in _inner(eqn))
+    return value(eqn.invars[0]).both if row.combines == "select" else row.bends

@@ -18,7 +18,7 @@ from lrules.engine.batch import Unbatched
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import bind, placed_as, split_as, varying_axes
-from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.weights import DirectFeedback
@@ -27,8 +27,8 @@ from lrules.rule import Direct, Feedback, Sequential
 from lrules.typing import Pytree
 
 
-class _RuleHandler(Handler):
-    """The rule's own handler: the layers of sequential rules, and the landings of direct ones."""
+class _Layers(Handler):
+    """The rule's own handler at layers, where they have a sequential rule."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -38,6 +38,13 @@ class _RuleHandler(Handler):
         if not isinstance(spec, Sequential) or (layer.mixed and layer.weight.batched and spec.whole_batch):
             return op(w, x)
         return _sequential_layer(spec, layer, op.product)(w, b if spec.init is not None else None, x)
+
+
+class _Landings(Handler):
+    """The rule's own handler at hidden signals, where direct feedback lands."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
 
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         landing = self.plan.direct_feedback.get(hidden.name)
@@ -126,17 +133,19 @@ def evaluate(
     handlers: Sequence[Handler],
     frame: Frame,
 ) -> tuple[Any, Any]:
-    shadow = None
+    shadow: list[Any] | None = None
     if plan.shadows:
-        names = plan.graph.names
-        shadow = [
-            placed_as(feedback[name], jax.typeof(p)) if name in plan.sequential_feedback else jax.lax.stop_gradient(p)
-            for name, p in zip(names, params, strict=True)
-        ]
-    own = _RuleHandler(plan)
+        shadow = []
+        for name, p, value in zip(plan.graph.names, params, plan.graph.parameters, strict=True):
+            if name in plan.sequential_feedback:
+                shadow.append(placed_as(feedback[name], jax.typeof(p)))
+            else:
+                shadow.append(jax.lax.stop_gradient(p) if value.wanted else None)
+    own: list[Handler] = [_Layers(plan)] if any(isinstance(s, Sequential) for s in plan.specs.values()) else []
+    own += [_Landings(plan)] if plan.direct_feedback else []
     options: dict[str, Any] = {"consts": consts, "feedback": shadow, "frame": frame, "marks": plan.marks}
     taps = {name: head.value for name, head in plan.heads.items()}
-    outputs, aux = plan.graph.run(params, inputs, handlers=(own, *handlers), taps=taps, **options)
+    outputs, aux = plan.graph.run(params, inputs, handlers=(*own, *handlers), taps=taps, **options)
     leaves, tree = jax.tree.flatten(outputs)
     for name, head in plan.heads.items():
         leaves[head.output] = frame.records.pop(name)
@@ -270,7 +279,7 @@ def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, elemen
         signal = jax.vmap(signal, in_axes=(0, None))
 
     def define(s: Any) -> jax.Array:
-        if axis.merged or any(eqn.primitive.name not in SAME_SHAPE_VIEWS for eqn in hidden.views):
+        if axis.merged or not all(of(eqn).same_shape for eqn in hidden.views):
             s = split_as(s, landing.batch_split)  # reshapes take few axes that are split
         return hidden.to_definition(axis.restore(s, hidden.reader.aval.shape))
 

@@ -15,7 +15,7 @@ from lrules.engine.batch import BatchAxis, Unbatched
 from lrules.engine.dtypes import at_least_float32, feedback_dtype
 from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import split_as
-from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.operations import of
 from lrules.engine.records import Hidden, Layer
 from lrules.options import draw
 from lrules.rule import Direct, Sequential
@@ -55,7 +55,7 @@ class DirectFeedback:
     def lies(self) -> Sequence[Any]:
         """The explicit mesh axes over which the hidden signal is split, before the reader gathers it."""
         value = self.hidden.reader
-        while value.source is not None and value.view.primitive.name in SAME_SHAPE_VIEWS:
+        while value.source is not None and of(value.view).same_shape:
             value = value.source
         return value.aval.sharding.spec
 
@@ -179,21 +179,16 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> SequentialFe
     dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
     contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
     free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
-    batch: Sequence[int] = ()
-    if layer.operation == "dot_general":  # members of an ensemble, heads: each is a matrix of its own
-        batch = layer.eqn.params["dimension_numbers"][1][layer.position]
-    elif layer.operation.startswith("ragged_dot"):
-        batch = layer.eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
-    if batch:
-        members = {a for d in batch if d < len(dims) for a in dims[d]} - contracted
-        free, sliced = free - members, sliced | members
+    matrices = layer.row.members(layer.eqn, layer.position)  # an ensemble, heads, experts: each a matrix of its own
+    members = {a for d in matrices if d < len(dims) for a in dims[d]} - contracted
+    free, sliced = free - members, sliced | members
     lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
     if lost:  # an axis summed away on the way (a factorised weight): it faces the side that is not seen
         (contracted if free and not contracted else free).update(lost)
     spatial: tuple[int, ...] = ()
-    if layer.operation == "conv_general_dilated" and all(len(held) == 1 for held in dims):
-        rhs = layer.eqn.params["dimension_numbers"].rhs_spec
-        spatial = tuple(dims[d][0] for d in rhs[2:])
+    window = layer.row.window(layer.eqn, layer.position)
+    if window and all(len(held) == 1 for held in dims):
+        spatial = tuple(dims[d][0] for d in window)
         contracted -= set(spatial)
     return SequentialFeedback(
         i, tuple(aval.shape), feedback_dtype(aval.dtype), spec,

@@ -14,6 +14,7 @@ below 1e-15, and c is 0 if the mean norm is zero too.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 
 from lrules.constructors import sequential
 from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Operation
 from lrules.engine.jaxprs import varying_axes
+from lrules.engine.product import Product
 from lrules.engine.records import Layer
 from lrules.options import is_number, mesh_axes
 from lrules.rule import Rule
@@ -73,42 +74,65 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
         raise ValueError(f'alpha must be a finite number >= 0 or "gradient_norm", got {alpha!r}')
     outer = mesh_axes(axis_name)
 
-    def coefficients(op: Operation, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, jax.Array]:
-        (raw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
+    def coefficients(op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, jax.Array]:
+        raw = op.weight_gradient(w, x, d)
         axes = _device_axes(layer, raw, outer)
-
-        def whole(value: Any) -> Any:
-            return jax.lax.psum(value, axes) if axes else value
-
-        wide = at_least_float32(raw.dtype)
-        squares = jnp.abs(whole(raw.astype(wide))) ** 2
-        norm = jnp.sqrt(squares.sum(layer.contracted, keepdims=True))
-        norm = jnp.where(norm < DEAD, norm.mean(), norm)
-        alive = norm > 0
-        c = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
         if named:
-            size = whole(_squares(op, w, x, d.astype(wide), layer))
-            total, scaled = size.sum(), (size * c * c).sum()
-            c = c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
-            return raw, c.astype(wide)  # complex if the gradient is complex
-        return raw, c.astype(wide) * jnp.asarray(alpha, wide)
+            size = _squares(op, w, x, d.astype(at_least_float32(raw.dtype)), layer)
+            return raw, _coefficients(raw, None, size, layer.contracted, axes)
+        return raw, _coefficients(raw, alpha, None, layer.contracted, axes)
 
-    def gain(op: Operation, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> jax.Array:
+    def gain(op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> jax.Array:
         return coefficients(op, w, x, d, layer)[1]
 
     def backward(
-        op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
+        op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
     ) -> tuple[Any, Any, None]:
         raw, c = coefficients(op, w, x, d, layer)
-        order = _neurons(w, layer) if layer.operation.startswith("custom") else None
+        order = _neurons(w, layer) if layer.row.rounds else None
         if order is not None:  # the operation may round its weight, so this scales the error, not the weight
             scaled = (d.astype(c.dtype) * _at_outputs(c, d, order, layer)).astype(d.dtype)
-            (dx,) = jax.vjp(lambda x: op(w, x), x)[1](scaled)
+            dx = op.passed_down(w, x, scaled)
         else:
-            (dx,) = jax.vjp(lambda x: op((w.astype(c.dtype) * c).astype(w.dtype), x), x)[1](d)
-        return (raw.astype(c.dtype) * c).astype(w.dtype), dx, None
+            dx = op.passed_down(_times(w, c), x, d)
+        return _times(raw, c), dx, None
 
     return sequential(backward, whole_batch=True, gain=gain)
+
+
+@functools.partial(jax.jit, static_argnames=("contracted", "axes"), inline=True)
+def _coefficients(raw: jax.Array, alpha: Any, size: Any, contracted: tuple[int, ...], axes: tuple[str, ...]) -> Any:
+    """The coefficients of the neurons; traced once for all layers of one shape.
+
+    Args:
+      raw: the raw gradient, of this device alone.
+      alpha: their norm; None where ||g||_F = ||r||_F.
+      size: there, the sum of squares of the arriving error per neuron.
+      contracted: the axes of the weight that are summed over.
+      axes: the mesh axes over which the batch is spread.
+    """
+
+    def whole(value: Any) -> Any:
+        return jax.lax.psum(value, axes) if axes else value
+
+    wide = at_least_float32(raw.dtype)
+    squares = jnp.abs(whole(raw.astype(wide))) ** 2
+    norm = jnp.sqrt(squares.sum(contracted, keepdims=True))
+    norm = jnp.where(norm < DEAD, norm.mean(), norm)
+    alive = norm > 0
+    c = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
+    if alpha is not None:
+        return c.astype(wide) * jnp.asarray(alpha, wide)
+    size = whole(size)
+    total, scaled = size.sum(), (size * c * c).sum()
+    c = c * jnp.where(scaled > 0, jnp.sqrt(total / jnp.where(scaled > 0, scaled, 1)), 0)
+    return c.astype(wide)  # complex if the gradient is complex
+
+
+@functools.partial(jax.jit, inline=True)
+def _times(w: jax.Array, c: jax.Array) -> jax.Array:
+    """The weights of each neuron times its coefficient."""
+    return (w.astype(c.dtype) * c).astype(w.dtype)
 
 
 def _neurons(w: jax.Array, layer: Layer) -> list[int] | None:
@@ -117,7 +141,7 @@ def _neurons(w: jax.Array, layer: Layer) -> list[int] | None:
     return order if len(order) + len(layer.contracted) == w.ndim else None
 
 
-def _squares(op: Operation, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> Any:
+def _squares(op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> Any:
     """The sum of squares of the arriving error per output neuron, with the rank of the weight."""
     order = _neurons(w, layer)
     if order is None:  # each row belongs to one group of neurons

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lrules.constructors import sequential
-from lrules.engine.handlers import Operation
+from lrules.engine.product import Product
 from lrules.engine.records import Layer
 from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
@@ -53,9 +53,8 @@ def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = Fals
     """
     require_flags(adaptive=adaptive)
 
-    def backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, Any]:
-        (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
-        (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
-        return dw, dx, dw if adaptive else None
+    def backward(op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, Any]:
+        dw = op.weight_gradient(w, x, d)
+        return dw, op.passed_down(b, x, d), dw if adaptive else None
 
     return sequential(backward, init=as_initializer(init), learned=adaptive)

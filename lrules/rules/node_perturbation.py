@@ -37,9 +37,10 @@ from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, Operation, key_at, zeros_at
 from lrules.engine.jaxprs import placed_as, split_as
-from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
+from lrules.engine.product import Product
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.running import (
     direct_feedback_gradient,
@@ -182,10 +183,8 @@ def node_perturbation(
     return Rule(rule_init, transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
 
 
-def _backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
-    (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
-    (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
-    return dw, dx, None
+def _backward(op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
+    return op.weight_gradient(w, x, d), op.passed_down(b, x, d), None
 
 
 class _Experiment:
@@ -398,9 +397,9 @@ class _Rows:
         for layer in plan.graph.layers:
             if layer.reads is None:
                 continue
-            dense = layer.operation == "dot_general" and len(layer.weight.aval.shape) == 2
+            dense = layer.row.kind == "product" and layer.row.by_example and len(layer.weight.aval.shape) == 2
             weight = layer.weight
-            while weight.producer is not None and weight.producer.primitive.name in SAME_SHAPE_VIEWS:
+            while weight.producer is not None and of(weight.producer).same_shape:
                 (weight,) = weight.operands
             whole = layer.parameters == (layer.name,) and weight.producer is None and not layer.scope
             if not (dense and whole and layer.name not in self.layers and len(layer.reads.readers) == 1):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lrules.constructors import sequential
 from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Operation
+from lrules.engine.product import Product
 from lrules.engine.records import Layer
 from lrules.options import as_initializer
 from lrules.rule import Rule
@@ -78,9 +78,7 @@ def _deviation(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32,
     return jnp.full(shape, jnp.std(weight.astype(at_least_float32(dtype)))).astype(dtype)
 
 
-def _backward(op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
-    (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
+def _backward(op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
     signed = jnp.sign(w) if b is None else jnp.abs(b).astype(w.dtype) * jnp.sign(w)
     feedback = w if layer.reads is None else signed  # the error of the inputs goes through the true weight
-    (dx,) = jax.vjp(lambda x: op(feedback, x), x)[1](d)
-    return dw, dx, None
+    return op.weight_gradient(w, x, d), op.passed_down(feedback, x, d), None

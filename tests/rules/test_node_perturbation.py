@@ -15,12 +15,7 @@ from tests.reference import losses, nets
 from tests.reference import node_perturbation as reference
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def half_squared(outputs, targets):

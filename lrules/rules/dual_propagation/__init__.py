@@ -24,6 +24,7 @@ is one sweep down.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ from lrules.engine.activations import passing_names
 from lrules.engine.graph import Graph
 from lrules.engine.plan import Plan
 from lrules.network import Network, NetworkLike, as_network
+from lrules.options import is_number, numbers
 from lrules.rule import Feedback, Gradients, Rule, RuleDescription, check_params
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
@@ -152,7 +154,9 @@ def dual_propagation(
       to 22, 44 to 50.
     """
     options = Options(
-        alpha, beta, adjoint, iterations, order, output, damping, input_nudge, feedback_rule, tolerance, axis_name,
+        numbers("alpha", alpha, lambda a: is_number(a) and 0 <= a <= 1, "a number in [0, 1]", "state"),
+        numbers("beta", beta, lambda b: is_number(b) and 0 < b < math.inf, "a finite number > 0", "state"),
+        adjoint, iterations, order, output, damping, input_nudge, feedback_rule, tolerance, axis_name,
         passing_names(passing),
     )  # fmt: skip
     options.check()

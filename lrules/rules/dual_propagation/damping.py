@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.diagnostics import spectral_norm
-from lrules.engine.activations import LINEAR, VIEWS, sampled
+from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.jaxprs import Equation, is_literal
+from lrules.engine.operations import of
 from lrules.engine.records import Activation, Layer, Value
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Unit
@@ -151,30 +152,30 @@ def _growth(value: Value, states: set[int]) -> float:
         if known is None:
             raise NotImplementedError(
                 "damping by power iterations serves weights, biases, constant factors and pooling between two states, "
-                f"and this network has {eqn.primitive.name if eqn else 'a loop'} there: give a number, such as "
-                "damping=0.5"
+                f"and this network has {of(eqn).name if eqn else 'a loop'} there: give a number, such as damping=0.5"
             )
         grown, value = grown * known, moving[0]
     return grown
 
 
 def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
-    """The norm of one equation between states, or a bound on it; None if it is not known."""
-    name, params, size = eqn.primitive.name, eqn.params, int(np.prod(operand.aval.shape))
-    if name in ("mul", "div"):
+    """The norm of one equation between states, or a bound on it; None where it is not known."""
+    row, params, size = of(eqn), eqn.params, int(np.prod(operand.aval.shape))
+    if row.combines in ("product", "quotient"):
         constants = [float(v.val) for v in eqn.invars if is_literal(v) and np.ndim(v.val) == 0]
-        if not constants or (name == "div" and is_literal(eqn.invars[0])):
+        if not constants or (row.combines == "quotient" and is_literal(eqn.invars[0])):
             return None
-        return abs(constants[0]) if name == "mul" else 1 / abs(constants[0])
-    if name == "broadcast_in_dim":
+        return abs(constants[0]) if row.combines == "product" else 1 / abs(constants[0])
+    if row.kind == "view":  # which may repeat elements
         return float(np.sqrt(np.prod(out.aval.shape) / size))
-    if name == "reduce_sum":
+    if row.kind == "reduction" and row.totals:
         return float(np.sqrt(size / np.prod(out.aval.shape)))
-    if name in ("reduce_window_sum", "reduce_window_max"):
+    if row.kind == "window" and (row.totals or row.combines == "extreme"):
         window, stride, dilation = (np.asarray(params[f"window_{k}"]) for k in ("dimensions", "strides", "dilation"))
-        overlap = np.prod(np.where(dilation == 1, -(-window // stride), window))  # in how many windows one element is
-        return float(np.sqrt(overlap * (np.prod(window) if name == "reduce_window_sum" else 1)))
-    return 1.0 if name in LINEAR | VIEWS | {"stop_gradient", "name", "slice", "pad", "rev", "reduce_max"} else None
+        overlap = np.prod(np.where(dilation == 1, -(-window // stride), window))  # how many windows one element is in
+        return float(np.sqrt(overlap * (np.prod(window) if row.totals else 1)))
+    moves = row.curve == "linear" or row.same or (row.kind == "move" and row.carries)
+    return 1.0 if moves or (row.kind == "reduction" and row.curve == "rows") else None
 
 
 def check_projection(site: str, fn: Callable[..., Any], x: jax.Array) -> None:

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.activations import STOP, VIEWS
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal, placed_as
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal, placed_as
+from lrules.engine.operations import of
 from lrules.engine.records import Activation, Block, Value
 from lrules.engine.regions import Region
 
@@ -26,7 +26,6 @@ FAR = np.asarray([-1e4, 1e4])
 NEAR = np.asarray([-0.03, -0.01, -0.003, 0.003, 0.01, 0.03])
 POINTS = np.concatenate([np.linspace(-8, 8, 257), FAR, NEAR]) + 3e-4  # at none of the usual kinks
 TURNED = np.linspace(0.1, 4, 128) * np.exp(2.4j * np.arange(128))
-SHAPING = {*VIEWS, STOP, "copy", "copy_p", "reshard", "sharding_constraint", "pvary", "pcast"}
 CACHE: dict[Any, bool] = {}  # whether two derivatives, as jaxprs, are the same
 
 
@@ -65,10 +64,10 @@ def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
 
 
 def _declares(eqns: Any) -> bool:
-    """Whether these equations may declare a derivative that is not that of the function."""
-    names = {eqn.primitive.name for eqn in eqns}
-    bodies = [call_body(eqn) for eqn in eqns if eqn.primitive.name in CALLS]
-    return not names.isdisjoint((STOP, *OWN_DERIVATIVE)) or any(_declares(b.eqns) for b in bodies if b is not None)
+    """Whether the derivative may differ from that of the function."""
+    rows, bodies = [of(eqn) for eqn in eqns], [call_body(eqn) for eqn in eqns]
+    own = any(row.stops or row.name in OWN_DERIVATIVE for row in rows)
+    return own or any(_declares(body.eqns) for body in bodies if body is not None)
 
 
 def _straight(f: Callable[..., Any], x: jax.Array) -> Any:
@@ -126,10 +125,10 @@ def _sampled(traced: Any, points: np.ndarray, dtype: Any) -> np.ndarray:
             body = call_body(eqn)
             if body is not None:
                 got = at(body, ins)
-            elif eqn.primitive.name == "convert_element_type":
+            elif of(eqn).casts:
                 got = [jax.lax.convert_element_type(ins[0], eqn.params["new_dtype"])]
             else:
-                got = ins if eqn.primitive.name in SHAPING else bind(eqn, ins)
+                got = ins if of(eqn).same or of(eqn).kind == "view" else bind(eqn, ins)
             env.update(zip(eqn.outvars, got, strict=True))
         return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
 
@@ -146,7 +145,7 @@ def _evaluate(eqns: Any, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
     for eqn in eqns:
         values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
         body = call_body(eqn) if opened else None
-        if opened and eqn.primitive.name == STOP:
+        if opened and of(eqn).stops:
             got = values
         elif body is not None:
             inner = _evaluate(body.eqns, dict(zip(body.invars, values, strict=True)), opened)

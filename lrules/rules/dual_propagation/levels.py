@@ -9,7 +9,8 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import INLINED, Atom, is_literal, scan_counts
+from lrules.engine.jaxprs import INLINED, SCAN, Atom, is_literal, scan_counts
+from lrules.engine.operations import of
 from lrules.engine.records import Block
 
 
@@ -34,10 +35,10 @@ def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int
                 region = block.regions[index]
                 outs = [read(region.root) + 1]
                 found[region.activation.site] = np.asarray(outs[0])
-            elif index in block.children and eqn.primitive.name == "scan":
+            elif index in block.children and of(eqn).name == SCAN:
                 outs, inner = scan(block.children[index][0], eqn.params, levels)
                 found |= inner
-            elif index in block.children and eqn.primitive.name in INLINED:
+            elif index in block.children and of(eqn).name in INLINED:
                 outs, inner = walk(block.children[index][0], levels)
                 found |= inner
             env.update(zip(eqn.outvars, outs, strict=True))

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from lrules.options import is_number, is_whole, mesh_axes, require_flags, require_pattern
+from lrules.options import ByName, is_number, is_whole, mesh_axes, require_flags
 from lrules.rule import Rule, require_description
 from lrules.typing import AxisName
 
-Number = float | Mapping[str, float]  # one for all states, or one by pattern
+Number = float | Mapping[str, float]  # one for all states, or by regular expression on their names
 Order = Literal["forward_backward", "forward", "parallel", "odd_even", "random"]
 Output = Literal["once", "refreshed", "squared_error"]
 Damping = Literal["spectral", "contracting"]
@@ -21,8 +21,8 @@ Damping = Literal["spectral", "contracting"]
 class Options:
     """What the user chose, see `dual_propagation`."""
 
-    alpha: Number
-    beta: Number
+    alpha: ByName[float]
+    beta: ByName[float]
     adjoint: bool
     iterations: int
     order: Order
@@ -35,7 +35,7 @@ class Options:
     passing: frozenset[str]
 
     def check(self) -> None:
-        """Refuses options that are out of range, or that do not work together.
+        """Refuses options that are out of range, or that do not work together; `alpha` and `beta` are checked before.
 
         Raises:
           ValueError: there is such an option.
@@ -44,12 +44,6 @@ class Options:
         _check_choice("order", self.order, get_args(Order))
         _check_choice("output", self.output, get_args(Output))
         require_flags(adjoint=self.adjoint)
-        for name, a in _numbers("alpha", self.alpha):
-            if not (is_number(a) and 0 <= a <= 1):
-                raise ValueError(f"{name} must be a number in [0, 1], got {a!r}")
-        for name, b in _numbers("beta", self.beta):
-            if not (is_number(b) and 0 < b < math.inf):
-                raise ValueError(f"{name} must be a finite number > 0, got {b!r}")
         if not (is_whole(self.iterations) and self.iterations >= 1):
             raise ValueError(f"iterations must be an integer >= 1, got {self.iterations!r}")
         self._check_damping()
@@ -84,15 +78,6 @@ class Options:
 def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def _numbers(name: str, given: Number) -> list[tuple[str, Any]]:
-    """All numbers that an option gives, each with its name in messages."""
-    if not isinstance(given, Mapping):
-        return [(name, given)]
-    for pattern in given:
-        require_pattern(pattern, f"{name}: ")
-    return [(f"{name}[{pattern!r}]", value) for pattern, value in given.items()]
 
 
 def _check_feedback_rule(rule: Any) -> None:

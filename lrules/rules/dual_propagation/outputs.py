@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.engine.activations import LINEAR, VIEWS
 from lrules.engine.jaxprs import bind
+from lrules.engine.operations import of
 from lrules.network import Network
 from lrules.rules.dual_propagation.states import Unit
 from lrules.typing import Pytree
@@ -89,14 +89,15 @@ def _affine(slopes: Any) -> bool:
             if value.params != {i} or not _in_place(value, views):
                 return False
             continue
-        name = eqn.primitive.name
-        if name == "integer_pow" and eqn.params["y"] == 0:
+        row = of(eqn)
+        power = None if row.power is None else row.power(eqn)
+        if power == 0:
             continue
-        linear = name in LINEAR and (name != "mul" or len(operands) == 1)
-        linear |= name == "integer_pow" and eqn.params["y"] == 1  # older versions of JAX have it in squares
-        linear |= name == "div" and not value.operands[1].params
-        linear |= name == "select_n" and not value.operands[0].params
-        view = name in VIEWS and operands[0].aval.size == value.aval.size
+        linear = row.curve == "linear" and (row.combines != "product" or len(operands) == 1)
+        linear |= power == 1  # so do older versions of JAX differentiate squares
+        linear |= row.combines == "quotient" and not value.operands[1].params
+        linear |= row.combines == "select" and not value.operands[0].params
+        view = row.kind == "view" and operands[0].aval.size == value.aval.size
         if not (linear or view):
             return False
         stack += [(operand, i, (eqn, *views) if view else views) for operand in operands]
@@ -109,7 +110,7 @@ def _in_place(value: Any, views: Any) -> bool:
     Raises:
       NotImplementedError: they transpose a symbolic shape.
     """
-    if not any(eqn.primitive.name == "transpose" for eqn in views):
+    if all(of(eqn).permutation is None for eqn in views):
         return True
     if is_symbolic_dim(value.aval.size):
         raise NotImplementedError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.records import Activation
-from lrules.rules.dual_propagation.options import Number, Options
+from lrules.rules.dual_propagation.options import Options
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and the error that last arrived from above
 
@@ -81,10 +80,11 @@ def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: i
       ValueError: alpha or beta has no number for a state, or has a pattern that no state uses; or squared errors have
         no minimiser.
     """
-    alphas, betas = _numbers("alpha", options.alpha, names), _numbers("beta", options.beta, names)
+    for option in (options.alpha, options.beta):
+        option.check(names, ' (inputs are states with input_nudge, outputs with output="squared_error")')
     units = {}
     for name in names:
-        alpha, beta = alphas[name], betas[name]
+        alpha, beta = float(options.alpha.of(name)), float(options.beta.of(name))
         gain = float(options.input_nudge or 0) if name in inputs else 1.0
         units[name] = Unit(alpha, bool(options.adjoint), gain, beta, n)
         if name == "outputs" and (1 - alpha) * beta >= 1:
@@ -93,24 +93,6 @@ def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: i
                 "give a smaller beta or a larger alpha"
             )
     return units
-
-
-def _numbers(what: str, value: Number, names: Sequence[str]) -> dict[str, float]:
-    """The number of each state: one for all, or the number of the first pattern that matches its name."""
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(names, float(value))
-    matched = {name: next((p for p in value if re.search(p, name)), None) for name in names}
-    for name, pattern in matched.items():
-        if pattern is None:
-            raise ValueError(f"{what} has no number for {name!r}: add a pattern, such as '.*', at the end")
-    for pattern in value:
-        if pattern not in matched.values():
-            raise ValueError(
-                f"{what}: {pattern!r} matches no state first: leave it out, or give a pattern for one of "
-                f"{', '.join(map(repr, names))} (inputs are states with input_nudge, outputs with "
-                'output="squared_error")'
-            )
-    return {name: float(value[pattern]) for name, pattern in matched.items() if pattern is not None}
 
 
 class Dyads(Handler):
