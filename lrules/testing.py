@@ -46,8 +46,8 @@ def check_rule(
     error may pass through any function, as in `lrules.sign_error`, if this acts on the scale of the per-example sum, as
     `lrules.modify_error` does; the cotangent as it arrives is smaller by the size of the batch. A rule that needs the
     batch as a whole says so: `sequential(whole_batch=True)` or `Rule(additive=False)`. Of a stochastic rule, means over
-    keys are compared, of gradients and of their norms. Left out where the network itself mixes its examples, as BatchNorm does, or does not take half of
-    the batch.
+    keys are compared, of gradients and of their norms. Left out where the network itself mixes its examples, as
+    BatchNorm does, or does not take half of the batch.
 
     **The learning.** These have names, for `skip`; feedback weights are other than drawn here, so that an initializer
     may draw zeros.
@@ -64,7 +64,7 @@ def check_rule(
     Args:
       rule: the rule.
       net, params, inputs: a network to try it on, with outputs `[batch, outputs]`; by default a small multilayer
-        perceptron with a skip connection, and one unit that is always dead. Its layers are `a` to `d`.
+        perceptron with a skip connection, a scale, and one unit that is always dead. Its layers are `a` to `d`.
       skip: the names of promises that the rule does not make.
 
     Raises:

@@ -26,6 +26,7 @@ def example(dtype=jnp.float32) -> tuple[Network, Pytree, jax.Array]:
         for name, k, shape in zip("abcd", keys, [(6, 8), (8, 8), (8, 8), (8, 3)], strict=True)
     }
     params["a"]["bias"] = params["a"]["bias"].at[2].set(-100.0)  # never active
+    params["b"]["scale"] = jnp.full(8, 0.9, jnp.float32)  # learns from nothing but what the layer b sends down
     x = jax.random.normal(jax.random.key(4), (6, 6))
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))
     return Network(lambda params, x: forward(params, x)[0]), params, x
@@ -40,7 +41,7 @@ def forward(params: Pytree, x) -> tuple[jax.Array, dict[str, jax.Array]]:
         return h @ params[name]["kernel"] + params[name]["bias"][None]
 
     h = jax.nn.relu(layer("a", x))
-    h = h + jnp.tanh(layer("b", h))
+    h = h + jnp.tanh(layer("b", h * params["b"]["scale"][None]))
     return layer("d", jax.nn.relu(layer("c", h))), read
 
 
