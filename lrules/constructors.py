@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from lrules.network import Graph, as_network
-from lrules.plan import Direct, LayerRule, Plan, Sequential, make_plan
-from lrules.rule import (
-    Feedback,
-    Initializer,
-    Rule,
-    check_params,
-    grad_of_transform,
-    is_whole,
-    require_flags,
-    require_pattern,
-)
-from lrules.running import run_plan
+from lrules.apply import grad_of_transform
+from lrules.engine.graph import Graph
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.running import run_plan
+from lrules.network import Network, NetworkLike, as_network
+from lrules.options import is_whole, require_flags, require_pattern
+from lrules.rule import Direct, Feedback, LayerRule, Rule, RuleDescription, Sequential, check_params
+from lrules.typing import Initializer, Loss, Pytree
 
 
-def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags) -> Rule:
+def layerwise(
+    choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, layer: LayerRule | None, **flags: Any
+) -> Rule:
     """A rule that is said layer by layer.
 
     Args:
@@ -33,40 +32,52 @@ def layerwise(choose_for: Callable[[Graph], Callable[[str], LayerRule]], *, laye
     """
     needs_targets = flags.pop("targets", False)
 
-    def plan(net, graph, params, inputs) -> Plan:
+    def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return make_plan(net, graph, params, inputs, choose_for(graph))
 
-    def init(key, net, params, inputs) -> Feedback:
+    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
         check_params(params)
         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
 
-    def run(net, params, feedback, inputs, targets, rng, loss=None):
+    def run(
+        net: Network,
+        params: Pytree,
+        feedback: Feedback,
+        inputs: Pytree,
+        targets: Pytree,
+        rng: jax.Array | None,
+        loss: Loss | None = None,
+    ) -> Any:
         graph = net.graph(params, inputs)
         made = plan(net, graph, params, inputs)
         if loss is not None:
             outputs = jax.tree.unflatten(graph.out_tree, [value.aval for value in graph.outs[: graph.n_outputs]])
-            made.elements = jax.eval_shape(loss, outputs, targets).size
+            elements = jax.eval_shape(loss, outputs, targets).size
+            made = dataclasses.replace(made, elements=elements)
         return run_plan(made, net, params, feedback, inputs, targets=targets, rng=rng)
 
-    def transform(net, *, reduction="mean"):
+    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         if needs_targets:
             raise ValueError(
                 "this rule needs the targets: use lrules.value_and_grad(net, loss, rule) in place of transform"
             )
 
-        def f(params, feedback, inputs, *, rng=None):
+        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             return run(net, params, feedback, inputs, None, rng)
 
         return f
 
-    def value_and_grad(net, loss):
-        def f(params, feedback, inputs, *, rng=None, targets=None):
+    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
+        def f(
+            params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None, targets: Pytree = None
+        ) -> Any:
             return run(net, params, feedback, inputs, targets, rng, loss)
 
         return grad_of_transform(f, net, loss, pass_targets=True)
 
-    return Rule(init, transform, value_and_grad if needs_targets else None, plan=plan, layer=layer, **flags)
+    description = RuleDescription(plan, layer)
+    return Rule(init, transform, value_and_grad if needs_targets else None, description=description, **flags)
 
 
 def sequential(
@@ -117,10 +128,10 @@ def direct(
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
-    channel: Callable[..., Callable[..., Any]] | None = None,
+    pullback: Callable[..., Callable[..., Any]] | None = None,
     targets: bool = False,
-    error_at: str = "layer",
-    max_feedback_bytes: int = 2**30,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
     offers: Sequence[str] = ("at", "shared_axes", "rank"),
 ) -> Rule:
     """A rule that brings the output error straight to every hidden signal.
@@ -140,7 +151,7 @@ def direct(
         `direct_feedback_alignment`. `e`, `b` and the hidden signals then come without these axes.
       rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent, as in
         `direct_feedback_alignment`; `e` is then `[batch, rank]`.
-      channel: in place of `signal`, see `Direct`.
+      pullback: in place of `signal`, see `Direct`.
       targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None). If it has
         an argument `elements`, it also gets how many losses the objective is the mean of: the batch, or more where the
         loss is `[batch, ...]`.
@@ -171,12 +182,12 @@ def direct(
         raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
     pairs = _pairs(shared_axes)
     spec = Direct(
-        signal, init, learn, redrawn, where, pairs, rank, channel, targets, error_at, max_feedback_bytes, tuple(offers)
+        signal, init, learn, redrawn, where, pairs, rank, pullback, targets, error_at, max_feedback_bytes, tuple(offers)
     )
     return layerwise(lambda graph: lambda name: spec, layer=spec, targets=targets, stochastic=redrawn)
 
 
-def _pairs(shared_axes) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
+def _pairs(shared_axes: Any) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
     """`shared_axes=` as axes of the outputs, each with the places of the hidden signals that are given for it."""
     several = isinstance(shared_axes, Iterable) and not isinstance(shared_axes, str)
     pairs = [(a, None) if is_whole(a) else a for a in (tuple(shared_axes) if several else (shared_axes,))]

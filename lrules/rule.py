@@ -7,21 +7,96 @@ down; *direct* rules bring the output error straight to each hidden signal.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lrules.network import Network, as_network
+from lrules.network import NetworkLike
+from lrules.options import as_initializer, is_number
+from lrules.typing import Initializer, Pytree
 
-if TYPE_CHECKING:
-    from lrules.plan import LayerRule, Plan
 
-Pytree = Any
-Initializer = Callable[..., jax.Array]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backprop:
+    """Backpropagation at this layer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequential:
+    """Error passes through this layer, and `backward` says how.
+
+    Attributes:
+      backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`.
+      init: the initializer of the feedback weights; None where there are none (then `b` is None).
+      learned: whether `db` trains the feedback weights.
+      redrawn: whether the feedback weights are drawn anew at every step.
+      whole_batch: whether the gradient depends on the batch as a whole, so that it must be summed over devices.
+      gain: `(op, w, x, d, layer) -> c`, where the weight gradient is c times that of backprop; None for 1.
+    """
+
+    backward: Callable[..., tuple[Any, Any, Any]]
+    init: Initializer | None = None
+    learned: bool = False
+    redrawn: bool = False
+    whole_batch: bool = False
+    gain: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        as_initializer(self.init)  # which refuses what cannot be called
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Direct:
+    """The output error comes straight to the hidden signal that this layer reads.
+
+    Attributes:
+      signal: `(e, b, targets, name) -> cotangent`; None where nothing arrives.
+      init: the initializer of the feedback weights; None where there are none (then `b` is None).
+      learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed ones.
+      redrawn: whether the feedback weights are drawn anew at every step.
+      at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
+      shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
+        hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
+      rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
+      pullback: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+        cotangent of each hidden signal at its definition, by name.
+      targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
+        how many losses the objective is the mean of.
+      error_at: where the output error is taken. `"layer"`: at the last layer's outputs, below a softmax or the like
+        that has no parameters (see `head.py`); or `"outputs"`.
+      max_feedback_bytes: what the feedback weights of one rule may take.
+      offers: which of `at`, `shared_axes` and `rank` the rule's user can give, for refusals to advise.
+    """
+
+    signal: Callable[..., Any] | None
+    init: Initializer | None = None
+    learn: Callable[..., Any] | None = None
+    redrawn: bool = False
+    at: tuple[str, ...] | None = None
+    shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
+    rank: int | None = None
+    pullback: Callable[..., Callable[..., Any]] | None = None
+    targets: bool = False
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
+    offers: tuple[str, ...] = ("at", "shared_axes", "rank")
+
+    def __post_init__(self) -> None:
+        as_initializer(self.init)
+        if self.error_at not in ("layer", "outputs"):
+            raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
+        if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
+            raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
+
+    @property
+    def lands(self) -> bool:
+        """Whether anything arrives at all."""
+        return self.signal is not None or self.pullback is not None
+
+LayerRule = Backprop | Sequential | Direct
 
 
 class Feedback(NamedTuple):
@@ -38,23 +113,68 @@ class Feedback(NamedTuple):
     state: Pytree = ()
 
 
-class Gradients(NamedTuple):
+class _Gradients(NamedTuple):
+    params: Pytree
+    feedback: dict[str, jax.Array]
+    state: Pytree
+    report: dict[str, Any]
+
+
+class Gradients(_Gradients):
     """What a rule gives in place of gradients: optimizers subtract it.
 
     Attributes:
       params: of the structure of the parameters.
       feedback: of the structure of `feedback.learned`.
-      state: the next `feedback.state`.
-      report: what the rule has to tell of this step, by name.
+      state: the next `feedback.state`; `()` for rules without one.
+      report: what the rule has to tell of this step, by name; `{}` for most rules.
     """
 
-    params: Pytree
-    feedback: dict[str, jax.Array]
-    state: Pytree = ()
-    report: dict[str, Any] = {}
+    __slots__ = ()
+
+    def __new__(
+        cls, params: Pytree, feedback: dict[str, jax.Array], state: Pytree = (), report: dict[str, Any] | None = None
+    ) -> Gradients:
+        return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
-class Rule(NamedTuple):
+class DrawFeedback(Protocol):
+    """What `rule.init` is."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights of a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params, inputs: as the network takes them; `ShapeDtypeStruct`s will do for the inputs.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RuleDescription:
+    """What a rule does where. The rule's functions are made from it.
+
+    Attributes:
+      plan: `(net, graph, params, inputs) -> Plan`.
+      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
+      modified: a modifier acts around the rule, and `plan` knows nothing of it.
+    """
+
+    plan: Callable[..., Any]
+    layer: LayerRule | None = None
+    modified: bool = False
+    _functions: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
+
+    def describes(self, functions: tuple[Any, ...]) -> bool:
+        """Whether these functions are the ones that were made from it: those of the first rule that holds it."""
+        if not self._functions:
+            self._functions.extend(functions)
+        return all(a is b for a, b in zip(self._functions, functions, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
     """A learning rule, as pure functions.
 
     Attributes:
@@ -63,146 +183,56 @@ class Rule(NamedTuple):
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None where that of `transform` serves.
       stochastic: needs `rng=`.
       additive: the gradient of a batch is the sum of those of its parts, up to their weights in the objective.
-      plan: `(net, graph, params, inputs) -> Plan`, what the rule does where; None for a rule of another kind.
-      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
-      modified: whether a modifier acts around it, of which `plan` knows nothing.
+      description: what the rule does where, from which its functions are made. None for a rule that is made of
+        functions by hand, and for a copy with another function: a description would no longer be true of it.
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
+    _: dataclasses.KW_ONLY
     stochastic: bool = False
     additive: bool = True
-    plan: Callable[..., Plan] | None = None
-    layer: LayerRule | None = None
-    modified: bool = False
+    description: RuleDescription | None = None
+
+    def __post_init__(self) -> None:
+        functions = (self.init, self.transform, self.value_and_grad)
+        if self.description is not None and not self.description.describes(functions):
+            object.__setattr__(self, "description", None)
+
+    def _replace(self, **changes: Any) -> Rule:
+        """A copy with other attributes, as `dataclasses.replace` makes it."""
+        return dataclasses.replace(self, **changes)
+
+    def modified(self, **changes: Any) -> Rule:
+        """The rule with a modifier around it: other functions, and a description that says so."""
+        known = self.description
+        about = None if known is None else RuleDescription(known.plan, modified=True)
+        return dataclasses.replace(self, **changes, description=about)
 
 
-# ------------------------------------------------------------------------------------------------- applying a rule
-
-
-def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -> Callable[..., Any]:
-    """The network with its backward pass replaced: the same outputs, the rule's update as gradient.
-
-    Args:
-      net: a `Network`, or a bare function `apply(params, inputs) -> outputs`.
-      rule: the learning rule.
-      reduction: how the objective reduces the per-example losses, `"mean"` or `"sum"`. Rules whose arithmetic depends
-        on the scale of the error take the arriving cotangent as that of such an objective.
-
-    Returns:
-      `f(params, feedback, inputs, *, rng=None)`, equal to `net(params, inputs)` bit for bit. Its gradient with respect
-      to `params` is the rule's update, to `feedback` that of learned feedback weights, to `inputs` what the rule brings
-      down to them. No forward mode, no second derivatives.
-
-    Raises:
-      ValueError: the rule needs the loss or the targets (use `value_and_grad`), or `rng` is missing or superfluous.
-      NotImplementedError: the network holds a construct that the rule cannot serve.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from lrules import backprop, transform
-      >>> f = transform(lambda w, x: jnp.tanh(x @ w), backprop())
-      >>> f(jnp.eye(2), Feedback({}, {}), jnp.zeros((1, 2))).shape
-      (1, 2)
-    """
-    _check_call(net, rule)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction={reduction!r} is neither "mean" nor "sum"')
-    inner = rule.transform(as_network(net), reduction=reduction)
-
-    def f(params, feedback, inputs, *, rng=None):
-        check_rng(rule, rng)
-        check_params(params)
-        require_feedback(feedback)
-        return inner(params, feedback, inputs, rng=rng)
-
-    return f
-
-
-def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Callable[..., Any]:
-    """The objective and the rule's gradients, for a loss per example.
-
-    The objective is the mean over all elements of `loss(outputs, targets)`.
-
-    Args:
-      net: a `Network`, or a bare function `apply(params, inputs) -> outputs`.
-      loss: `(outputs, targets) -> [batch]` or `[batch, ...]`.
-      rule: the learning rule.
-
-    Returns:
-      `fn(params, feedback, inputs, targets, *, rng=None) -> ((value, outputs[, aux]), Gradients)`.
+def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleDescription:
+    """The description of a rule.
 
     Raises:
-      ValueError: the loss has another batch than the inputs, or `rng` is missing or superfluous.
-      NotImplementedError: the network holds a construct that the rule cannot serve.
+      ValueError: it has none; the message names `who` needs it and `which` rule it is.
     """
-    _check_call(net, rule)
-    net = as_network(net)
-    if rule.value_and_grad is None:
-        inner = grad_of_transform(rule.transform(net, reduction="mean"), net, loss)
-    else:
-        inner = rule.value_and_grad(net, loss)
-
-    def fn(params, feedback, inputs, targets, *, rng=None):
-        check_rng(rule, rng)
-        check_params(params)
-        require_feedback(feedback)
-        return inner(params, feedback, inputs, targets, rng=rng)
-
-    return fn
-
-
-def grad_of_transform(f: Callable, net: Network, loss: Callable, *, pass_targets: bool = False) -> Callable[..., Any]:
-    """`value_and_grad` of a rule that `transform` serves."""
-
-    def fn(params, feedback, inputs, targets, *, rng=None):
-        def objective(params, learned):
-            extra = {"targets": targets} if pass_targets else {}
-            out = f(params, feedback._replace(learned=learned), inputs, rng=rng, **extra)
-            outputs = out[0] if net.has_aux else out
-            return mean_loss(net, loss, outputs, inputs, targets), out
-
-        graded = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-        (value, out), (params_grad, feedback_grad) = graded(params, feedback.learned)
-        head = (value, *out) if net.has_aux else (value, out)
-        return head, Gradients(params_grad, feedback_grad, feedback.state, {})
-
-    return fn
-
-
-def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
-    """The mean over all elements of `loss(outputs, targets)`, its batch checked.
-
-    Raises:
-      ValueError: the loss does not begin with the batch of the inputs.
-    """
-    batch = net.batch_size(inputs)
-    losses = loss(outputs, targets)
-    if jnp.ndim(losses) == 0 or jnp.shape(losses)[0] != batch:
-        shapes = [jnp.shape(x) for x in jax.tree.leaves(outputs)]
+    if rule.description is None:
         raise ValueError(
-            f"loss(outputs, targets) has shape {jnp.shape(losses)}, but the inputs hold {batch} examples and the "
-            f"outputs have shape {', '.join(map(str, shapes))}: return one loss per example, [batch] or [batch, ...]"
+            f"{who} needs to know what a rule does at each layer, and {which} does not say it: it was made of "
+            "functions by hand, or one of its functions was replaced; make it with lrules.sequential or lrules.direct"
         )
-    return jnp.mean(losses)
+    return rule.description
 
 
-def _check_call(net, rule) -> None:
-    """The network and the rule stand where they should."""
-    require_rule(rule)
-    if isinstance(net, Rule) or not callable(net):
-        raise TypeError(f"the network is a {type(net).__name__}: give a Network, or a function apply(params, inputs)")
-
-
-def require_rule(rule) -> None:
+def require_rule(rule: Any) -> None:
     """A rule is a `Rule`, not the factory that makes it."""
     if not isinstance(rule, Rule):
         hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
         raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
 
 
-def require_feedback(feedback) -> None:
+def require_feedback(feedback: Any) -> None:
     """Feedback is a `Feedback`, empty for rules that need none."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
@@ -211,89 +241,7 @@ def require_feedback(feedback) -> None:
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 
-def is_number(value) -> TypeGuard[float]:
-    """Whether it is one real number, NaN and infinity among them; True and False are none."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None:
-        real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-        return bool(real and value.ndim == 0)
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_whole(value) -> TypeGuard[int]:
-    """Whether it is a whole number; True and False are none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def as_initializer(init) -> Initializer:
-    """The initializer, or `jax.nn.initializers.glorot_normal()` if it is None.
-
-    Raises:
-      TypeError: it is no function.
-    """
-    if init is None:
-        return jax.nn.initializers.glorot_normal()
-    if not callable(init):
-        raise TypeError(
-            f"init= is a {type(init).__name__}, not an initializer: give a function (key, shape, dtype) -> array, such "
-            "as jax.nn.initializers.glorot_normal()"
-        )
-    return init
-
-
-def draw(init: Initializer, key, shape: tuple[int, ...], dtype, **weight) -> jax.Array:
-    """What an initializer draws, checked.
-
-    Raises:
-      TypeError: it draws no array.
-      ValueError: it draws one of another shape, or of whole numbers.
-    """
-    drawn = init(key, shape, dtype, **weight)
-    if not hasattr(drawn, "shape"):
-        hint = "call its factory first" if callable(drawn) else "give a function (key, shape, dtype) -> array"
-        raise TypeError(f"init= made a {type(drawn).__name__} in place of an array of shape {shape}: {hint}")
-    if drawn.shape != tuple(shape) or not jnp.issubdtype(drawn.dtype, jnp.inexact):
-        raise ValueError(
-            f"init= made an array of shape {drawn.shape} and dtype {drawn.dtype} in place of one of shape {shape} and "
-            f"dtype {jnp.dtype(dtype)}: give a function (key, shape, dtype) -> array that keeps to both"
-        )
-    return drawn
-
-
-def require_flags(**flags) -> None:
-    """Options that are True or False are that."""
-    for name, value in flags.items():
-        if not isinstance(value, bool | np.bool_):
-            raise ValueError(f"{name}={value!r} is neither True nor False: give one of them")
-
-
-def require_pattern(pattern, what: str = "") -> None:
-    """A regular expression is one; `what` stands before it in the message."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{what}{pattern!r} is no regular expression: {error}") from None
-
-
-def mesh_axes(axis_name) -> tuple[str, ...]:
-    """The names of mesh axes that `axis_name=` gives.
-
-    Raises:
-      TypeError: it is neither None nor a name nor several.
-    """
-    several = isinstance(axis_name, Iterable) and not isinstance(axis_name, str)
-    names = () if axis_name is None else tuple(axis_name) if several else (axis_name,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f'axis_name={axis_name!r} names no mesh axes: give "data", or several as ("data", "model")')
-    return names
-
-
-def at_least_float32(dtype) -> Any:
-    """The dtype in which sums over a batch are taken."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
-
-
-def check_rng(rule: Rule, rng) -> None:
+def check_rng(rule: Rule, rng: jax.Array | None) -> None:
     """`rng=` belongs to stochastic rules and to no others."""
     if rule.stochastic and rng is None:
         raise ValueError("this rule is stochastic: give it a fresh key at every step, rng=jax.random.key(...)")

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.channel import modify_error
+from lrules.apply import transform, value_and_grad
+from lrules.modifiers import modify_error
 from lrules.network import Network, as_network
-from lrules.rule import Feedback, Gradients, Rule, require_rule, transform, value_and_grad
-from lrules.trial import Trial, example, forward, learned, loss, named, off, serves_transform, shapes, wide, zip_leaves
+from lrules.rule import Feedback, Gradients, Rule, require_rule
+from lrules.trial import (
+    Trial,
+    changed,
+    example,
+    forward,
+    gap_of,
+    learned,
+    loss,
+    named,
+    norms,
+    off,
+    same,
+    shapes,
+    stirred,
+    wide,
+    zip_leaves,
+)
+from lrules.typing import Pytree
 
-Pytree = Any
+__all__ = ["check_rule", "half_squared_error", "serves_transform"]
+
 SKIPPABLE = ("descends", "local", "arrives", "used", "modified")
 
 
@@ -93,7 +112,7 @@ def check_rule(
         _check_tracing(trial)
     _check_no_error(trial, outputs)
 
-    trial.feedback = _stirred(trial.feedback)
+    trial.feedback = stirred(trial.feedback)
     samples = trial.samples(trial.inputs, trial.targets)
     _check_batch(trial)
     if "descends" not in skipped:
@@ -110,21 +129,21 @@ def check_rule(
         _check_transform(trial)
 
 
+def serves_transform(rule: Rule, net: Network) -> bool:
+    """Whether `transform` serves the rule (else only `value_and_grad` does)."""
+    try:
+        transform(net, rule)
+    except ValueError:
+        return False
+    return True
+
+
 def half_squared_error(outputs: Pytree, targets: Pytree) -> jax.Array:
     """0.5 ||y - t||^2 per example, `[batch]`."""
     return loss(outputs, jax.tree.map(jnp.negative, targets))
 
 
 # ------------------------------------------------------------------------------------------------------- the program
-
-
-def _same(got, wanted, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(wanted), f"{complaint}: another structure"
-    for g, w in zip_leaves(got, wanted):
-        g, w = wide(g), wide(w)
-        scale = max(float(np.max(np.abs(w), initial=0)), 1.0)
-        fine = np.array_equal(g, w) if exact else np.allclose(g, w, rtol=tolerance, atol=tolerance * scale)
-        assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
 
 
 def _check_init(trial: Trial) -> None:
@@ -136,7 +155,7 @@ def _check_init(trial: Trial) -> None:
     buffers = {id(x) for x in jax.tree.leaves(params)}
     assert not buffers & {id(x) for x in jax.tree.leaves(feedback)}, "init returns buffers of the parameters"
     again = rule.init(key, net, params, inputs)
-    _same(again, feedback, "init with one key gives two results", exact=True)
+    same(again, feedback, "init with one key gives two results", exact=True)
     for part, _ in trial.parts:
         assert shapes(shaped(part)) == shapes(feedback), (
             "init gives feedback of other shapes for a smaller batch: make it of shapes that the batch is not part of"
@@ -160,21 +179,21 @@ def _check_step(trial: Trial) -> Pytree:
         f = transform(net, trial.rule)
         got = jax.jit(lambda p, x: f(p, feedback, x, **trial.rng))(params, inputs)
         got = got[0] if net.has_aux else got
-        _same(got, trial.outputs, "transform changes the outputs", exact=True)
+        same(got, trial.outputs, "transform changes the outputs", exact=True)
     (value, seen, *_), grads = trial.jitted(params, feedback, inputs, targets, **trial.rng)
-    _same(seen, trial.outputs, "value_and_grad returns other outputs than the network's", tolerance=1e-6)
-    _same(value, loss(trial.outputs, targets).mean(), "the value is not the mean loss", tolerance=1e-5)
+    same(seen, trial.outputs, "value_and_grad returns other outputs than the network's", tolerance=1e-6)
+    same(value, loss(trial.outputs, targets).mean(), "the value is not the mean loss", tolerance=1e-5)
     _check_gradients(params, feedback, grads)
     (plain_value, plain_outputs, *_), plain = trial.step(params, feedback, inputs, targets, **trial.rng)
-    _same(plain_value, value, "jit changes the value", tolerance=1e-5)
-    _same(plain.params, grads.params, "jit changes the gradients", tolerance=1e-4)
+    same(plain_value, value, "jit changes the value", tolerance=1e-5)
+    same(plain.params, grads.params, "jit changes the gradients", tolerance=1e-4)
     smaller = jax.tree.map(lambda p: p * jnp.asarray(0.9, p.dtype), params)
     trial.jitted(smaller, feedback, inputs, targets, **trial.rng)
     assert trial.jitted._cache_size() == 1, "the second step compiles again"
     return plain_outputs
 
 
-def _check_gradients(params, feedback, grads) -> None:
+def _check_gradients(params: Pytree, feedback: Feedback, grads: Gradients) -> None:
     assert jax.tree.structure(grads.params) == jax.tree.structure(params), "gradients have another structure"
     for g, p in zip_leaves(grads.params, params):
         kinds = f"{g.dtype}{g.shape}", f"{p.dtype}{p.shape}"
@@ -203,18 +222,18 @@ def _check_vmap(trial: Trial) -> None:
     many = jax.tree.map(lambda p: jnp.stack([p, p * jnp.asarray(0.5, p.dtype)]), params)
     rngs = {"rng": jax.random.split(jax.random.key(6), 2)} if rule.stochastic else {}
 
-    def one(step, p, fb, rng):
+    def one(step: Callable[..., Any], p: Pytree, fb: Feedback, rng: dict[str, Any]) -> Pytree:
         return step(p, fb, inputs, trial.targets, **rng)[1].params
 
     together = jax.jit(jax.vmap(functools.partial(one, trial.step)))(many, feedbacks, rngs)
     for i in range(2):
         alone = one(trial.jitted, *jax.tree.map(lambda x: x[i], (many, feedbacks, rngs)))  # noqa: B023
         picked = jax.tree.map(lambda x: x[i], together)  # noqa: B023
-        _same(picked, alone, "vmap over seeds changes the gradients", tolerance=1e-4)
+        same(picked, alone, "vmap over seeds changes the gradients", tolerance=1e-4)
 
 
 def _check_scan(trial: Trial) -> None:
-    def update(step, p, fb):
+    def update(step: Callable[..., Any], p: Pytree, fb: Feedback) -> tuple[Pytree, Feedback]:
         grads = step(p, fb, trial.inputs, trial.targets, **trial.rng)[1]
         p = jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, p, grads.params)
         learned = jax.tree.map(lambda b, g: b - jnp.asarray(1e-3, b.dtype) * g, fb.learned, grads.feedback)
@@ -224,14 +243,14 @@ def _check_scan(trial: Trial) -> None:
     body = lambda carry, _: (update(trial.step, *carry), None)  # noqa: E731
     scanned, _ = jax.jit(lambda carry: jax.lax.scan(body, carry, None, length=2))(start)
     stepped = update(trial.jitted, *update(trial.jitted, *start))
-    _same(scanned[0], stepped[0], "scan changes the steps", tolerance=1e-4)
+    same(scanned[0], stepped[0], "scan changes the steps", tolerance=1e-4)
 
 
 def _check_tracing(trial: Trial) -> None:
     """What tracing alone tells, on variants of the default network: half precision, and what `has_aux` returns."""
 
-    def traced(net, params, inputs, targets, complaint: str):
-        def step():
+    def traced(net: Network, params: Pytree, inputs: Pytree, targets: Pytree, complaint: str) -> Any:
+        def step() -> tuple[Any, Feedback]:
             feedback = trial.rule.init(jax.random.key(7), net, params, inputs)
             return value_and_grad(net, loss, trial.rule)(params, feedback, inputs, targets, **trial.rng), feedback
 
@@ -269,21 +288,6 @@ def _check_no_error(trial: Trial, outputs: Pytree) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the learning
-
-
-def _stirred(feedback: Feedback) -> Feedback:
-    """Feedback of the same signs and zeros with other magnitudes; where all are zero, random numbers."""
-    return feedback._replace(fixed=_changed(feedback.fixed, 1), learned=_changed(feedback.learned, 1))
-
-
-def _changed(weights: Pytree, sign: int) -> Pytree:
-    def change(b):
-        if not jnp.issubdtype(b.dtype, jnp.inexact):
-            return b
-        drawn = jax.random.normal(jax.random.key(17), b.shape, b.dtype)
-        return sign * b * jnp.exp(drawn) if jnp.any(b) else 0.5 * drawn
-
-    return jax.tree.map(change, weights)
 
 
 def _mean(samples: Pytree) -> dict[str, np.ndarray]:
@@ -345,7 +349,7 @@ def _check_used(trial: Trial, samples: Gradients) -> None:
     for kind in ("fixed", "learned"):
         weights = getattr(trial.feedback, kind)
         for name, b in weights.items():
-            other = trial.feedback._replace(**{kind: weights | {name: _changed(b, -1)}})
+            other = trial.feedback._replace(**{kind: weights | {name: changed(b, -1)}})
             assert _differ(base, named(trial.samples(trial.inputs, trial.targets, other))), (
                 f"the feedback weight {name!r} is drawn and never used: use it (b of backward or signal), or draw none"
             )
@@ -360,16 +364,15 @@ def _differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def _check_modified(trial: Trial) -> None:
-    met = []
+    met: list[str] = []
 
-    def spy(signal, name, rng):
+    def spy(signal: jax.Array, name: str, rng: Any) -> jax.Array:
         met.append(name)
         return signal
 
     step = value_and_grad(trial.net, loss, modify_error(trial.rule, spy))
-    call = functools.partial(step, **trial.rng)
     try:
-        jax.eval_shape(call, trial.params, trial.feedback, trial.inputs, trial.targets)
+        jax.eval_shape(lambda p: step(p, trial.feedback, trial.inputs, trial.targets, **trial.rng), trial.params)
     except (NotImplementedError, ValueError):
         return  # it refuses modifiers
     assert met or trial.nearest.keys() == trial.true.keys() or trial.stops_error, (
@@ -386,19 +389,19 @@ def _check_batch(trial: Trial) -> None:
         return
     n = trial.net.batch_size(trial.inputs)
 
-    def added(gradient: Callable) -> dict[str, np.ndarray]:
+    def added(gradient: Callable[..., dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         found = [(where, gradient(x, jax.tree.map(lambda t: t[where], trial.targets))) for x, where in trial.parts]  # noqa: B023
         return {name: sum((where.stop - where.start) / n * g[name] for where, g in found) for name in found[0][1]}
 
-    def of_rule(x, t):
+    def of_rule(x: Pytree, t: Pytree) -> dict[str, np.ndarray]:
         return learned(trial.samples(x, t))
 
-    def of_backprop(x, t):
+    def of_backprop(x: Pytree, t: Pytree) -> dict[str, np.ndarray]:
         return named(trial.true_gradient(x, t))
 
     parts = added(of_rule)
     for name, whole in of_rule(trial.inputs, trial.targets).items():
-        gap = _gap(whole, parts[name]) or _gap(_norms(whole), _norms(parts[name]))
+        gap = gap_of(whole, parts[name]) or gap_of(norms(whole), norms(parts[name]))
         if not gap:
             continue
         plain = added(of_backprop)
@@ -411,27 +414,15 @@ def _check_batch(trial: Trial) -> None:
         )
 
 
-def _norms(samples: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(samples.reshape(len(samples), -1), axis=1)
-
-
-def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """How far two means over samples lie apart, relative to their size; 0 if not farther than chance would have it."""
-    difference, n = a - b, len(a)
-    noise = np.sqrt(difference.var(0, ddof=1).sum() / n) if n > 1 else 0.0
-    size, distance = np.linalg.norm(a) / n**0.5, np.linalg.norm(difference.mean(0))
-    return float(distance / max(size, 1e-30)) if distance > 4 * noise + 2e-3 * size else 0.0
-
-
 def _check_transform(trial: Trial) -> None:
     """Both ways to a gradient agree, and the scale of a sum is told from that of a mean."""
     rule, net, n = trial.rule, trial.net, trial.net.batch_size(trial.inputs)
     wanted = learned(trial.jitted(trial.params, trial.feedback, trial.inputs, trial.targets, **trial.rng)[1])
 
-    def compare(reduction: str, factor: int, complaint: str) -> None:
+    def compare(reduction: Literal["mean", "sum"], factor: int, complaint: str) -> None:
         f = transform(net, rule, reduction=reduction)
 
-        def objective(params, weights):
+        def objective(params: Pytree, weights: Any) -> jax.Array:
             out = f(params, trial.feedback._replace(learned=weights), trial.inputs, **trial.rng)
             return factor * loss(out[0] if net.has_aux else out, trial.targets).mean()
 
@@ -444,3 +435,7 @@ def _check_transform(trial: Trial) -> None:
     if rule.additive:
         complaint = 'transform(reduction="sum") does not give the gradient of {name!r} of the mean, times the batch: '
         compare("sum", n, complaint + "take the scale of the arriving error from reduction=")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

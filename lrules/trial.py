@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrules.apply import value_and_grad
 from lrules.network import Network
-from lrules.plan import Direct
-from lrules.rule import Feedback, Gradients, Rule, transform, value_and_grad
+from lrules.rule import Direct, Feedback, Gradients, Rule
 from lrules.rules.backprop import backprop, last_layer_only
+from lrules.typing import Pytree
 
-Pytree = Any
 KEYS = 64  # for which a stochastic rule gives samples
 
 
-def example(dtype=jnp.float32) -> tuple[Network, Pytree, jax.Array]:
+def example(dtype: Any = jnp.float32) -> tuple[Network, Any, jax.Array]:
     """The default network, its parameters and inputs."""
     keys = jax.random.split(jax.random.key(3), 4)
     params = {
@@ -32,11 +33,11 @@ def example(dtype=jnp.float32) -> tuple[Network, Pytree, jax.Array]:
     return Network(lambda params, x: forward(params, x)[0]), params, x
 
 
-def forward(params: Pytree, x) -> tuple[jax.Array, dict[str, jax.Array]]:
+def forward(params: Pytree, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The outputs of the default network, and what its layers read."""
     read = {}
 
-    def layer(name, h):
+    def layer(name: str, h: jax.Array) -> jax.Array:
         read[name] = h
         return h @ params[name]["kernel"] + params[name]["bias"][None]
 
@@ -54,15 +55,6 @@ def loss(outputs: Pytree, targets: Pytree) -> jax.Array:
 def targets_for(outputs: Pytree) -> Pytree:
     """Targets such that y - t, the error of the usual loss, points away from y + t."""
     return jax.tree.map(lambda y: 2 * y + jnp.asarray(0.3, y.dtype) * jnp.roll(y, 1, 0), outputs)
-
-
-def serves_transform(rule: Rule, net: Network) -> bool:
-    """Whether `transform` serves the rule (else only `value_and_grad` does)."""
-    try:
-        transform(net, rule)
-    except ValueError:
-        return False
-    return True
 
 
 class Trial:
@@ -109,9 +101,10 @@ class Trial:
     @functools.cached_property
     def stops_error(self) -> bool:
         """Whether the rule says that it stops the error somewhere."""
-        if self.rule.plan is None:
+        if self.rule.description is None:
             return False
-        plan = self.rule.plan(self.net, self.net.graph(self.params, self.inputs), self.params, self.inputs)
+        graph = self.net.graph(self.params, self.inputs)
+        plan = self.rule.description.plan(self.net, graph, self.params, self.inputs)
         return any(isinstance(spec, Direct) and not spec.lands for spec in plan.specs.values())
 
     @functools.cached_property
@@ -120,7 +113,7 @@ class Trial:
         axes, n = self.net.input_batch_axes(self.inputs), self.net.batch_size(self.inputs)
         leaves, tree = jax.tree.flatten(self.inputs)
 
-        def part(where: slice):
+        def part(where: slice) -> Pytree:
             cut = lambda x, a: x if a is None else x[(slice(None),) * (a % x.ndim) + (where,)]  # noqa: E731
             return jax.tree.unflatten(tree, [cut(x, a) for x, a in zip(leaves, axes, strict=True)])
 
@@ -136,7 +129,22 @@ class Trial:
 # ----------------------------------------------------------------------------------------------------- trees of arrays
 
 
-def zip_leaves(a: Pytree, b: Pytree):
+def stirred(feedback: Feedback) -> Feedback:
+    """Feedback of the same signs and zeros with other magnitudes; where all are zero, random numbers."""
+    return feedback._replace(fixed=changed(feedback.fixed, 1), learned=changed(feedback.learned, 1))
+
+
+def changed(weights: Any, sign: int) -> Any:
+    def change(b: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(b.dtype, jnp.inexact):
+            return b
+        drawn = jax.random.normal(jax.random.key(17), b.shape, b.dtype)
+        return sign * b * jnp.exp(drawn) if jnp.any(b) else 0.5 * drawn
+
+    return jax.tree.map(change, weights)
+
+
+def zip_leaves(a: Pytree, b: Pytree) -> Iterator[tuple[Any, Any]]:
     return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
 
@@ -155,11 +163,32 @@ def learned(grads: Gradients) -> dict[str, np.ndarray]:
     return named(grads.params) | {f"feedback {name}": g for name, g in named(grads.feedback).items()}
 
 
-def wide(x) -> np.ndarray:
+def wide(x: Any) -> np.ndarray:
     return np.asarray(x, np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
 
 
-def off(got, wanted) -> float:
+def off(got: np.ndarray, wanted: np.ndarray) -> float:
     """The distance of two arrays, relative to the size of the second."""
     distance = float(np.linalg.norm(got - wanted))
     return distance / max(float(np.linalg.norm(wanted)), 1e-30) if distance else 0.0
+
+
+def same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(wanted), f"{complaint}: another structure"
+    for g, w in zip_leaves(got, wanted):
+        g, w = wide(g), wide(w)
+        scale = max(float(np.max(np.abs(w), initial=0)), 1.0)
+        fine = np.array_equal(g, w) if exact else np.allclose(g, w, rtol=tolerance, atol=tolerance * scale)
+        assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
+
+
+def norms(samples: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(samples.reshape(len(samples), -1), axis=1)
+
+
+def gap_of(a: np.ndarray, b: np.ndarray) -> float:
+    """How far two means over samples lie apart, relative to their size; 0 if not farther than chance would have it."""
+    difference, n = a - b, len(a)
+    noise = np.sqrt(difference.var(0, ddof=1).sum() / n) if n > 1 else 0.0
+    size, distance = np.linalg.norm(a) / n**0.5, np.linalg.norm(difference.mean(0))
+    return float(distance / max(size, 1e-30)) if distance > 4 * noise + 2e-3 * size else 0.0

@@ -6,65 +6,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import lrules
 from lrules import monotone
 from tests import bridge
-from tests.reference import backprop
-from tests.reference import monotone as reference
-from tests.rules.common import NETS, agrees, draw, make, pull
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_reference(name):
-    with jax.enable_x64(True):
-        net, x, e = make(name)
-        net = reference.lift(net)
-        rule = lrules.monotone_dfa()
-        feedback, listed = draw(rule, net, x)
-        assert all((b >= 0).all() for b in listed[1:])
-        agrees(pull(net, rule, feedback, x, e), reference.gradients(net, listed, x, e))
-
+from tests.rules.common import make
 
 INCREASING = ["tanh", "sigmoid", "relu", "softplus", "elu", "leaky_relu", "hard_tanh", "relu6"]
-
-
-@settings(max_examples=25)
-@given(
-    st.integers(0, 2**32 - 1),
-    st.lists(st.tuples(st.integers(1, 6), st.sampled_from(INCREASING)), min_size=1, max_size=4),
-)
-def test_theorem_2(seed, hidden):
-    """One output, one example: every update agrees with its gradient in sign."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(seed)
-        sizes = (3, *(width for width, _ in hidden), 1)
-        net = bridge.random_dense(rng, sizes, [activation for _, activation in hidden])
-        net = [net[0], *(layer._replace(kernel=np.abs(layer.kernel)) for layer in net[1:])]
-        x, e = rng.normal(size=(1, 3)), rng.normal(size=(1, 1))
-        apply, params = bridge.apply_of(net), bridge.parameters(net)
-        rule = lrules.monotone_dfa()
-        feedback = rule.init(jax.random.key(seed % 1000), apply, params, jnp.asarray(x))
-        f = lrules.transform(apply, rule)
-        got = jax.vjp(lambda p: f(p, feedback, jnp.asarray(x)), params)[1](jnp.asarray(e))[0]
-        true = bridge.kernels_and_biases(backprop.gradients(net, x, e))
-        for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
-            assert np.all(np.asarray(g) * t >= 0)
-            assert np.all((np.asarray(g) != 0) | (t == 0) | (np.abs(t) < 1e-300))
-
-
-def test_two_outputs_may_disagree():
-    """The counterexample of A.3: minus the gradient."""
-    apply = lambda p, x: jax.nn.relu(x @ p["first"]) @ p["second"]  # noqa: E731
-    params = {"first": jnp.eye(2), "second": jnp.asarray([[0.0, 1.0], [1.0, 0.0]])}
-    x, e = jnp.ones((1, 2)), jnp.asarray([[1.0, -1.0]])
-    feedback = lrules.Feedback({"second": jnp.eye(2)}, {})
-    got = jax.vjp(lambda p: lrules.transform(apply, lrules.monotone_dfa())(p, feedback, x), params)[1](e)[0]["first"]
-    gradient = jax.vjp(lambda p: apply(p, x), params)[1](e)[0]["first"]
-    np.testing.assert_array_equal(got, -gradient)
-    assert np.all(np.asarray(got)[0] == [1, -1])
 
 
 def test_from_sigmoid():
@@ -83,7 +31,7 @@ def test_from_sigmoid():
     "shapes", [((4, 7), 6, (7, 2), 2), ((4, 7), 7, (6, 2), 2), ((4, 7), 7, (7, 2), 3), (7, 7, (7, 2), 2)]
 )
 def test_from_sigmoid_of_shapes_that_do_not_go_together(shapes):
-    with pytest.raises(ValueError, match="make no net with one hidden layer: give"):
+    with pytest.raises(ValueError, match=r"must be \[inputs, N\], \[N\], \[N, outputs\] and \[outputs\], got"):
         monotone.from_sigmoid(*map(np.zeros, shapes))
 
 
@@ -129,7 +77,7 @@ def test_constraint(kind, optimizer, rule):
     flat = jax.tree_util.tree_leaves_with_path(mask)
     found = [jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on]
     assert [name.removesuffix("/value") for name in found] == names
-    params = monotone.initialize(jax.random.key(0), net, params, x, monotone.uniform())
+    params = monotone.initialize(jax.random.key(0), net, params, x, init=monotone.uniform())
     monotone.check(net, params, x)
     chained = optax.chain(optimizer, monotone.constrain(net, params, x, bound=1e-6))
     feedback, state = rule.init(jax.random.key(1), net, params, x), chained.init(params)
@@ -183,7 +131,7 @@ def test_constraint_inside_masks():
     moved = optax.apply_updates(params, updates)
     np.testing.assert_allclose(moved["b"], 1e-6, rtol=0.05)
     np.testing.assert_array_equal(moved["a"], params["a"])
-    with pytest.raises(ValueError, match="was made for 2 parameters and is given 1 updates of 1"):
+    with pytest.raises(ValueError, match="was made for 2 parameters, got 1 updates of 1"):
         positive.update({"b": params["b"]}, positive.init(params), {"b": params["b"]})
 
 
@@ -219,7 +167,7 @@ def test_check_of_activations(name):
     if name in INCREASING:
         monotone.check(apply, params, x)
     else:
-        with pytest.raises(ValueError, match="decreases, at|turns the sign round"):
+        with pytest.raises(ValueError, match="decreases, at|changes the sign"):
             monotone.check(apply, params, x)
 
 
@@ -227,7 +175,7 @@ def test_check_of_activations(name):
 def test_initialisers(init):
     net, x, _ = make("conv_max")
     apply, params = bridge.apply_of(net), bridge.parameters(net)
-    new = monotone.initialize(jax.random.key(0), apply, params, jnp.asarray(x), init)
+    new = monotone.initialize(jax.random.key(0), apply, params, jnp.asarray(x), init=init)
     for name, p in new.items():
         assert (p["kernel"] is params[name]["kernel"]) == (name == "0") and p["bias"] is params[name]["bias"]
         if name != "0":
@@ -255,13 +203,13 @@ def test_refusals():
         monotone.check(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], good, x)
     with pytest.raises(ValueError, match="low < high"):
         monotone.uniform(0.0)
-    with pytest.raises(ValueError, match=r"uniform\(low=0.5\): a layer of fan-in 4 .* = 0.5, so give a lower bound"):
+    with pytest.raises(ValueError, match="low must be < .* = 0.5 for a layer of fan-in 4, got 0.5; give a smaller low"):
         monotone.uniform(0.5)(jax.random.key(0), (4, 3))
     for bound in (-1, np.nan, np.inf, True, "1"):
-        with pytest.raises(ValueError, match=f"bound={bound!r}"):
+        with pytest.raises(ValueError, match=f"bound must be a finite number >= 0, got {bound!r}"):
             monotone.constrain(apply, params, x, bound=bound)
     constraint = monotone.constrain(apply, params, x)
     with pytest.raises(ValueError, match="needs the parameters"):
         constraint.update(params, constraint.init(params))
-    with pytest.raises(ValueError, match="weights of their own"):
+    with pytest.raises(ValueError, match="give each of these layers its own weight"):
         monotone.constrained(lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"], params, x)

@@ -55,9 +55,9 @@ RULES = {
     "backman": lrules.backman(0.1),
     "backman gradient_norm": lrules.backman("gradient_norm"),
     "node_perturbation": NP(0.1),
-    "node_perturbation direct": NP(0.1, direct=True),
+    "node_perturbation direct": NP(0.1, channel="direct"),
     "node_perturbation rls": NP(0.1, solver="rls"),
-    "node_perturbation direct rls": NP(0.1, direct=True, solver="rls"),
+    "node_perturbation direct rls": NP(0.1, channel="direct", solver="rls"),
     "dual_propagation": DP(),
     "dual_propagation of one state": DP(0.0, beta={"tanh": 0.05, ".*": 0.1}),
     "dual_propagation original": DP(0.3, adjoint=False, iterations=2),
@@ -68,8 +68,8 @@ RULES = {
     "dual_propagation refreshed": DP(output="refreshed", iterations=2),
     "dual_propagation squared_error": DP(adjoint=False, output="squared_error", iterations=2),
     "dual_propagation input_nudge": DP(input_nudge=1.0, iterations=2),
-    "dual_propagation kolen_pollack": DP(feedback=lrules.kolen_pollack()),
-    "dual_propagation redrawn": DP(feedback=recipes.redrawn()),
+    "dual_propagation kolen_pollack": DP(feedback_rule=lrules.kolen_pollack()),
+    "dual_propagation redrawn": DP(feedback_rule=recipes.redrawn()),
     "partition": lrules.partition({"d": lrules.backprop(), "c": FA(), ".*": lrules.backman()}),
     "partition direct": lrules.partition({"[cd]": lrules.random_target_projection(), ".*": lrules.kolen_pollack()}),
     "partition stopped": lrules.partition({"c": lrules.last_layer_only(), ".*": lrules.backprop()}),
@@ -195,7 +195,7 @@ def test_a_stop_by_hand():
 
 
 def test_a_rule_by_hand():
-    """What has no `plan` and no `layer` is checked, too."""
+    """A rule without a description is checked, too."""
     rule = FA()
     check_rule(lrules.Rule(rule.init, rule.transform))
 
@@ -417,11 +417,6 @@ def learned_by_the_mean(e, h, b):
     return jnp.tensordot(e.mean(0), h.mean(0), axes=0)
 
 
-def replaced(rule, **changes):
-    """The rule with other functions, and without a description that says otherwise."""
-    return rule._replace(plan=None, layer=None, **changes)
-
-
 def by_hand(gradient, **more):
     """A rule by hand for `value_and_grad`, from the network, its loss and all arguments to the gradients."""
 
@@ -476,7 +471,7 @@ def of_two_rules():
 def scaled_for_the_mean():
     """Quantises on the scale of the sum, and takes every objective for a mean."""
     rule = lrules.quantize_error(FA(), 5)
-    return replaced(rule, transform=lambda net, reduction="mean": rule.transform(net, reduction="mean"))
+    return rule._replace(transform=lambda net, reduction="mean": rule.transform(net, reduction="mean"))
 
 
 def without_aux():
@@ -502,7 +497,7 @@ def other_outputs():
         f = inner.transform(net, reduction=reduction)
         return lambda *args, **rng: jax.tree.map(lambda y: y * 1.001, f(*args, **rng))
 
-    return replaced(inner, transform=transform)
+    return inner._replace(transform=transform)
 
 
 def by_batch():
@@ -532,7 +527,7 @@ def transported():
     def init(key, net, params, inputs):
         return rule.init(key, net, params, inputs)._replace(fixed={f"{n}/kernel": params[n]["kernel"] for n in "bcd"})
 
-    return replaced(rule, init=init)
+    return rule._replace(init=init)
 
 
 def seeded_by_numpy():
@@ -541,7 +536,7 @@ def seeded_by_numpy():
     def init(key, net, params, inputs):
         return rule.init(jax.random.key(np.random.default_rng().integers(1 << 30)), net, params, inputs)
 
-    return replaced(rule, init=init)
+    return rule._replace(init=init)
 
 
 BROKEN = {

@@ -8,7 +8,7 @@ import pytest
 import lrules
 from experiments import recipes
 from tests import bridge
-from tests.reference import backprop, channel, direct, feedback_alignment, nets
+from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, modifiers, nets
 from tests.rules.common import BATCH, agrees, draw, make, pull
 
 NONE = lrules.Feedback({}, {})
@@ -34,7 +34,7 @@ def test_nonlinear_channel():
         feedback, listed = draw(rule, net, x)
         agrees(
             pull(net, rule, feedback, x, e),
-            direct.gradients(net, listed, x, e, modify=channel.per_example(np.tanh, BATCH)),
+            direct_feedback_alignment.gradients(net, listed, x, e, modify=modifiers.per_example(np.tanh, BATCH)),
         )
 
 
@@ -45,7 +45,7 @@ def test_averaged_matrices():
         rule = recipes.averaged_matrices(4, jax.nn.initializers.normal(1.0))
         feedback, listed = draw(rule, net, x)
         agrees(pull(net, rule, feedback, x, e), feedback_alignment.gradients(net, listed, x, e))
-        one, four = (lrules.feedback.averaged(n, jax.nn.initializers.normal(1.0)) for n in (1, 4))
+        one, four = (lrules.feedback.averaged(n, init=jax.nn.initializers.normal(1.0)) for n in (1, 4))
         spread = [float(init(jax.random.key(0), (100, 100)).std()) for init in (one, four)]
         np.testing.assert_allclose(spread, [1, 0.5], rtol=0.05)
 
@@ -78,7 +78,7 @@ def test_redrawn_direct():
         net, x, e = make("deep")
         _, listed = draw(lrules.direct_feedback_alignment(), net, x, 3)
         got = pull(net, recipes.redrawn_direct(), NONE, x, e, rng=jax.random.key(3))
-        agrees(got, direct.gradients(net, listed, x, e))
+        agrees(got, direct_feedback_alignment.gradients(net, listed, x, e))
 
 
 def test_cascaded():
@@ -107,7 +107,7 @@ def test_cascaded_in_a_net():
         plain, _ = draw(lrules.direct_feedback_alignment(), net, x)
         bridge.close(feedback.fixed["3/kernel"], plain.fixed["3/kernel"])
         assert not np.allclose(feedback.fixed["1/kernel"], plain.fixed["1/kernel"])
-        agrees(pull(net, rule, feedback, x, e), direct.gradients(net, listed, x, e))
+        agrees(pull(net, rule, feedback, x, e), direct_feedback_alignment.gradients(net, listed, x, e))
 
 
 def test_weight_by_weight():

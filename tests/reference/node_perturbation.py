@@ -26,7 +26,7 @@ batches before it (the first one by any B), and enters B afterwards.
 
 import numpy as np
 
-from . import direct, feedback_alignment, nets
+from . import direct_feedback_alignment, feedback_alignment, nets
 
 
 def noisy_outputs(net, x, noise, std):
@@ -86,7 +86,7 @@ def direct_gradients(net, feedback, x, e, lambdas, reduction="mean"):
     for b, estimate in zip(feedback[1:], lambdas[1:], strict=True):
         residual = np.tensordot(flat, np.asarray(b), axes=1) - estimate
         learned.append(np.tensordot(flat.T, residual, axes=1) / n)
-    return direct.gradients(net, feedback, x, e)._replace(feedback=learned)
+    return direct_feedback_alignment.gradients(net, feedback, x, e)._replace(feedback=learned)
 
 
 def least_squares(pairs, ridge=0.1):

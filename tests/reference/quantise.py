@@ -19,7 +19,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from . import channel, nets
+from . import modifiers, nets
 
 
 def _root_half():
@@ -43,7 +43,7 @@ def quantise(x, bits, scale):
 
 def error(bits, batch, scale=2**-3, reduction="mean"):
     """A `modify` that quantises what arrives at the hidden signals."""
-    return channel.per_example(lambda signal: quantise(signal, bits, scale), batch, reduction)
+    return modifiers.per_example(lambda signal: quantise(signal, bits, scale), batch, reduction)
 
 
 def output_error(e, bits, scale=2**-3, reduction="mean"):

@@ -15,14 +15,15 @@ which multiplies all losses alike, and so their gradients in the last layer and 
 
 import numpy as np
 
-from . import direct, nets
+from . import direct_feedback_alignment, nets
 
 
 def gradients(net, feedback, x, e, targets, *, sign=1.0, scale=None, modify=nets.unmodified, derivative=nets.slope):
     """Direct random target projection.
 
     Args:
-      net, feedback, x, e, modify, derivative: as in `direct.gradients`; e serves the last layer only.
+      net, feedback, x, e, modify, derivative: as in `direct_feedback_alignment.gradients`; e serves the last layer
+        only.
       targets: [batch, outputs].
       sign: +1 or -1.
       scale: what every loss is multiplied by; 1 / batch if None.
@@ -31,4 +32,4 @@ def gradients(net, feedback, x, e, targets, *, sign=1.0, scale=None, modify=nets
     targets = np.asarray(targets, dtype=np.float64)
     factor = sign * (1 / targets.shape[0] if scale is None else scale)
     signals = [factor * np.tensordot(targets, np.asarray(b), axes=1) for b in feedback[1:]]
-    return direct.from_signals(net, trace, x, e, signals, modify=modify, derivative=derivative)
+    return direct_feedback_alignment.from_signals(net, trace, x, e, signals, modify=modify, derivative=derivative)

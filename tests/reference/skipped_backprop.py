@@ -15,7 +15,7 @@ travels past it. Only linear outputs are meant: the derivative of an activation 
 
 import numpy as np
 
-from . import direct, nets
+from . import direct_feedback_alignment, nets
 
 
 def gradients(net, x, e, *, modify=nets.unmodified, derivative=nets.slope):
@@ -27,7 +27,7 @@ def gradients(net, x, e, *, modify=nets.unmodified, derivative=nets.slope):
         signals[k] = nets.transpose(net[k], net[k].kernel, travelling, trace.reads[k].shape)
         below = signals[k].reshape(trace.pooled[k - 1].shape)
         travelling = nets.unpool(net[k - 1], trace.activations[k - 1], below)
-    return direct.from_signals(net, trace, x, e, signals[1:], modify=modify, derivative=derivative)
+    return direct_feedback_alignment.from_signals(net, trace, x, e, signals[1:], modify=modify, derivative=derivative)
 
 
 def feedback(net):

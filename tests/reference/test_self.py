@@ -6,13 +6,13 @@ import pytest
 from . import (
     backman,
     backprop,
-    channel,
-    direct,
+    direct_feedback_alignment,
     dual_propagation,
     feedback_alignment,
     kolen_pollack,
     losses,
-    monotone,
+    modifiers,
+    monotone_dfa,
     nets,
     node_perturbation,
     partition,
@@ -179,7 +179,7 @@ def test_feedback_alignment_by_hand():
 
 def test_direct_by_hand():
     feedback = [None, np.array([[1.0, 2, 3], [0, 1, -1]])]
-    got = direct.gradients(hand_net(), feedback, X, E, adaptive=True)
+    got = direct_feedback_alignment.gradients(hand_net(), feedback, X, E, adaptive=True)
     # s = e B = (2, 4 - 1, 6 + 1), d0 = (2, 3, 0).
     np.testing.assert_array_equal(got.kernels[0], [[2, 3, 0], [4, 6, 0]])
     np.testing.assert_array_equal(got.kernels[1], TOP)
@@ -222,7 +222,7 @@ def test_convolution_by_hand():
 
     aligned = feedback_alignment.gradients(net, [None, np.array([[3.0]])], x, e)
     np.testing.assert_array_equal(aligned.kernels[0][..., 0, 0], 3 * patch)
-    skipped = direct.gradients(net, [None, np.array([[-1.0]])], x, e)
+    skipped = direct_feedback_alignment.gradients(net, [None, np.array([[-1.0]])], x, e)
     np.testing.assert_array_equal(skipped.kernels[0][..., 0, 0], -patch)
 
     # Raw 5, c = 1/5 on top; what goes down, 2/5, does not matter to the filter's unit norm: patch / sqrt(14).
@@ -249,7 +249,7 @@ def test_rules_on_convolutions(padding, stride, pool):
     assert_same(feedback_alignment.gradients(net, weights, x, e), true)
 
     feedback = direct_shapes(net, x)
-    got = direct.gradients(net, feedback, x, e)
+    got = direct_feedback_alignment.gradients(net, feedback, x, e)
     np.testing.assert_array_equal(got.kernels[-1], true.kernels[-1])
     # A layer's own part is a network of its own: an objective linear in what is read above it, with e . B as slope.
     part = backprop.gradients(net[:2], x, np.tensordot(e, feedback[2], axes=1))
@@ -290,7 +290,8 @@ def conv_case():
 
 def test_skipped_backprop():
     net, x, e = dense_case()
-    assert_same(skipped_backprop.gradients(net, x, e), direct.gradients(net, skipped_backprop.feedback(net), x, e))
+    wanted = direct_feedback_alignment.gradients(net, skipped_backprop.feedback(net), x, e)
+    assert_same(skipped_backprop.gradients(net, x, e), wanted)
     net, x, e = dense_case("identity")
     assert_same(skipped_backprop.gradients(net, x, e), backprop.gradients(net, x, e))
     net, x, e = conv_case()
@@ -380,36 +381,36 @@ def test_signs_magnitudes_drops_by_hand():
     def bottom(modify, **options):
         return backprop.gradients(hand_net(), X, E, modify=modify, **options).biases[0]
 
-    np.testing.assert_array_equal(bottom(channel.sign(1)), [1, -1, 0])
-    np.testing.assert_array_equal(bottom(channel.magnitude(1)), [2, 1, 0])
-    np.testing.assert_array_equal(bottom(channel.drop([None, np.array([[0, 1, 1]])], 0.5)), [0, -2, 0])
+    np.testing.assert_array_equal(bottom(modifiers.sign(1)), [1, -1, 0])
+    np.testing.assert_array_equal(bottom(modifiers.magnitude(1)), [2, 1, 0])
+    np.testing.assert_array_equal(bottom(modifiers.drop([None, np.array([[0, 1, 1]])], 0.5)), [0, -2, 0])
     np.testing.assert_array_equal(bottom(nets.unmodified, derivative=nets.no_slope), [2, -1, 1])
-    np.testing.assert_array_equal(bottom(channel.in_turn(channel.magnitude(1), channel.sign(1))), [1, 1, 0])
+    np.testing.assert_array_equal(bottom(modifiers.in_turn(modifiers.magnitude(1), modifiers.sign(1))), [1, 1, 0])
     # A mean over two: the sign is of the per-example gradient, then halved.
-    half = backprop.gradients(hand_net(), np.repeat(X, 2, 0), np.repeat(E, 2, 0) / 2, modify=channel.sign(2))
+    half = backprop.gradients(hand_net(), np.repeat(X, 2, 0), np.repeat(E, 2, 0) / 2, modify=modifiers.sign(2))
     np.testing.assert_array_equal(half.biases[0], [1, -1, 0])
 
 
 def test_sparse():
     uniform = RNG(0).uniform(size=(50, 400))
-    matrix = channel.sparse(uniform, n=10, receiving=400)
+    matrix = modifiers.sparse(uniform, n=10, receiving=400)
     assert set(np.unique(matrix)) == {0, 1} and abs(matrix.sum(axis=1).mean() - 10) < 1
-    np.testing.assert_array_equal(channel.sparse(uniform, 400, 400), np.ones((50, 400)))
-    np.testing.assert_allclose(channel.sparse(uniform, 10, 400, rescaled=True).max(), 1 / np.sqrt(10))
+    np.testing.assert_array_equal(modifiers.sparse(uniform, 400, 400), np.ones((50, 400)))
+    np.testing.assert_allclose(modifiers.sparse(uniform, 10, 400, rescaled=True).max(), 1 / np.sqrt(10))
 
 
 def test_monotone_signs_agree():
     """Lechner 2020, theorem 2: example by example, with one output."""
     net, x, _ = dense_case("tanh", (4, 5, 3, 1), batch=1)
-    net = monotone.lift([layer._replace(kernel=layer.kernel * 0.5) for layer in net])
-    assert monotone.is_mono_net(net) and (net[0].kernel < 0).any()
+    net = monotone_dfa.lift([layer._replace(kernel=layer.kernel * 0.5) for layer in net])
+    assert monotone_dfa.is_mono_net(net) and (net[0].kernel < 0).any()
     feedback = [None, *(np.abs(b) for b in direct_shapes(net, x)[1:])]
     e = np.array([[-1.3]])
-    got, true = monotone.gradients(net, feedback, x, e), backprop.gradients(net, x, e)
+    got, true = monotone_dfa.gradients(net, feedback, x, e), backprop.gradients(net, x, e)
     for a, b in zip([*got.kernels, *got.biases], [*true.kernels, *true.biases], strict=True):
         assert (a * b >= 0).all()
     with pytest.raises(ValueError, match="negative"):
-        monotone.gradients(net, [None, *(-b for b in feedback[1:])], x, e)
+        monotone_dfa.gradients(net, [None, *(-b for b in feedback[1:])], x, e)
 
 
 def test_partition():
@@ -418,7 +419,7 @@ def test_partition():
     assert_same(partition.gradients(net, [("backman", 0.5)] * 4, x, e), backman.gradients(net, x, e, alpha=0.5))
     feedback = direct_shapes(net, x)
     rules = [("backprop",), *(("direct", b) for b in feedback[1:])]
-    assert_same(partition.gradients(net, rules, x, e), direct.gradients(net, feedback, x, e))
+    assert_same(partition.gradients(net, rules, x, e), direct_feedback_alignment.gradients(net, feedback, x, e))
     weights = [RNG(3).normal(size=layer.kernel.shape) for layer in net]
     rules = [("feedback_alignment", b) for b in weights]
     assert_same(partition.gradients(net, rules, x, e), feedback_alignment.gradients(net, weights, x, e))

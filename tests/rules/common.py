@@ -6,7 +6,16 @@ import numpy as np
 
 import lrules
 from tests import bridge
-from tests.reference import losses
+from tests.reference import (
+    backman,
+    backprop,
+    direct_feedback_alignment,
+    feedback_alignment,
+    kolen_pollack,
+    losses,
+    nets,
+    skipped_backprop,
+)
 
 NETS = {
     "shallow": lambda rng: bridge.random_dense(rng, (5, 6, 3), ["tanh"]),
@@ -14,13 +23,16 @@ NETS = {
     "conv_max": lambda rng: bridge.random_conv(rng, "relu", "max"),
     "conv_average": lambda rng: bridge.random_conv(rng, "silu", "average"),
 }
+# Where a rule is compared with its reference first; the rest of its tests need no net of one output.
+ALL_NETS = NETS | {"one_output": lambda rng: bridge.random_dense(rng, (4, 6, 5, 1), ["sigmoid", "elu"])}
+NOTHING = lrules.Feedback({}, {})
 BATCH = 5
 
 
 def make(name, seed=0):
     """A net, inputs, and the output error of a mean over the batch."""
     rng = np.random.default_rng(seed)
-    net = NETS[name](rng)
+    net = ALL_NETS[name](rng)
     shape = (BATCH, 6, 6, 2) if net[0].kernel.ndim == 4 else (BATCH, net[0].kernel.shape[0])
     return net, rng.normal(size=shape), rng.normal(size=(BATCH, net[-1].kernel.shape[1])) / BATCH
 
@@ -58,7 +70,22 @@ def by_name(feedback):
 
 def one_hot_mean(net, x, labels):
     """The output error of the mean softmax cross-entropy."""
-    from tests.reference import nets
-
     targets = losses.one_hot(labels, net[-1].kernel.shape[1])
     return losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, targets))[1]
+
+
+def references(net, x):
+    """For each rule: the rule, its feedback, and its reference as `(x, e, **options)`."""
+    fa, dfa, kp = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.kolen_pollack()
+    (fa_feedback, b), (dfa_feedback, c), (kp_feedback, k) = draw(fa, net, x), draw(dfa, net, x), draw(kp, net, x)
+    return {
+        "backprop": (lrules.backprop(), NOTHING, lambda x, e, **o: backprop.gradients(net, x, e, **o)),
+        "alignment": (fa, fa_feedback, lambda x, e, **o: feedback_alignment.gradients(net, b, x, e, **o)),
+        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct_feedback_alignment.gradients(net, c, x, e, **o)),
+        "kolen_pollack": (kp, kp_feedback, lambda x, e, **o: kolen_pollack.gradients(net, k, x, e, **o)),
+        "skipped": (lrules.skipped_backprop(), NOTHING, lambda x, e, **o: skipped_backprop.gradients(net, x, e, **o)),
+        "backman": (lrules.backman(), NOTHING, lambda x, e, **o: backman.gradients(net, x, e, **o)),
+    }
+
+
+FAMILIES = ["backprop", "alignment", "direct", "kolen_pollack", "skipped", "backman"]

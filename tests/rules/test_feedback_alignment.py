@@ -1,4 +1,4 @@
-"""Adaptive feedback alignment (ARBP): the reference, and training the feedback with one optimizer or two."""
+"""Feedback alignment, fixed and adaptive (ARBP): the reference, and training the feedback with one optimizer or two."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,18 @@ import pytest
 
 import lrules
 from tests import bridge
-from tests.reference import backprop, channel, direct, feedback_alignment
-from tests.rules.common import NETS, agrees, by_name, draw, make, pull
+from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, modifiers
+from tests.rules.common import ALL_NETS, NETS, agrees, by_name, draw, make, pull
+
+
+@pytest.mark.parametrize("name", ALL_NETS)
+def test_fixed(name):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        rule = lrules.feedback_alignment()
+        feedback, listed = draw(rule, net, x)
+        assert [b.shape for b in listed[1:]] == [layer.kernel.shape for layer in net[1:]]
+        agrees(pull(net, rule, feedback, x, e), feedback_alignment.gradients(net, listed, x, e))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -102,7 +112,7 @@ def test_sparse_and_rescaled_feedback():
             assert set(np.round(np.unique(b * np.sqrt(2)), 12)) <= {0.0, 1.0}
         agrees(pull(net, rule, feedback, x, e), feedback_alignment.gradients(net, listed, x, e))
         uniform = np.random.default_rng(0).uniform(size=(6, 8))
-        assert set(np.unique(channel.sparse(uniform, 2, 6))) == {0.0, 1.0}
+        assert set(np.unique(modifiers.sparse(uniform, 2, 6))) == {0.0, 1.0}
 
 
 def test_redrawn():
@@ -138,4 +148,4 @@ def test_redrawn_direct():
             key, bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x)
         )
         got = pull(net, rule, lrules.Feedback({}, {}), x, e, rng=key)
-        agrees(got, direct.gradients(net, [None, np.asarray(kept.fixed["1/kernel"])], x, e))
+        agrees(got, direct_feedback_alignment.gradients(net, [None, np.asarray(kept.fixed["1/kernel"])], x, e))

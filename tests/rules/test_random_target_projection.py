@@ -8,7 +8,7 @@ import pytest
 
 import lrules
 from tests import bridge
-from tests.reference import direct, losses, nets, random_target_projection
+from tests.reference import direct_feedback_alignment, losses, nets, random_target_projection
 from tests.rules.common import BATCH, NETS, draw, make, one_hot_mean
 
 LABELS = np.array([0, 2, 1, 1, 0])
@@ -66,7 +66,8 @@ def test_within_a_partition():
         got, listed = gradients(net, x, rule, jnp.asarray(LABELS), CLASSES)
         e = one_hot_mean(net, x, LABELS)
         signals = [e @ listed[1], e @ listed[2], -losses.one_hot(LABELS, 3) @ listed[3] / BATCH]
-        bridge.close(got, bridge.kernels_and_biases(direct.from_signals(net, nets.forward(net, x), x, e, signals)))
+        wanted = direct_feedback_alignment.from_signals(net, nets.forward(net, x), x, e, signals)
+        bridge.close(got, bridge.kernels_and_biases(wanted))
 
 
 def test_refusals():
@@ -74,7 +75,7 @@ def test_refusals():
     rule = lrules.random_target_projection()
     with pytest.raises(ValueError, match="value_and_grad"):
         lrules.transform(bridge.apply_of(net), rule)
-    with pytest.raises(ValueError, match="do not make 3 numbers per example"):
+    with pytest.raises(ValueError, match="must give 3 numbers per example"):
         gradients(net, x, rule, jnp.ones((BATCH, 2)), lambda o, t: (o**2).sum(1))
-    with pytest.raises(ValueError, match="do not begin with the batch"):
+    with pytest.raises(ValueError, match="first axis of the targets must be the batch of"):
         gradients(net, x, rule, jnp.ones((2, 3)), lambda o, t: (o**2).sum(1))

@@ -7,7 +7,7 @@ import pytest
 
 import lrules
 from tests import bridge
-from tests.reference import direct, skipped_backprop
+from tests.reference import direct_feedback_alignment, skipped_backprop
 from tests.rules.common import NETS, agrees, draw, make, pull
 
 
@@ -36,7 +36,7 @@ def test_beside_direct_feedback():
         feedback = rule.init(jax.random.key(1), bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x))
         listed = skipped_backprop.feedback(net)
         listed[2] = np.asarray(feedback.fixed["2/kernel"])
-        agrees(pull(net, rule, feedback, x, e), direct.gradients(net, listed, x, e))
+        agrees(pull(net, rule, feedback, x, e), direct_feedback_alignment.gradients(net, listed, x, e))
 
 
 @pytest.mark.parametrize("remat", [False, True])

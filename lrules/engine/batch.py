@@ -1,0 +1,194 @@
+"""Where the batch lies in a tensor: found by tracing a network at twice the batch, and back through what made it.
+
+An axis that doubles with the batch holds it. Direct feedback brings each example its own error, so the order counts
+too: the axis is followed back, through what keeps order, to the inputs. Where it was merged with others, as in
+`[batch * time]`, the reshape that did so tells how; where examples were reversed, sorted, gathered or concatenated
+along it, nothing can be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.engine.activations import arranged, is_atom
+from lrules.engine.graph import Graph
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.operations import of, view_axes
+from lrules.engine.records import Value
+from lrules.network import Network
+from lrules.typing import Pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchAxis:
+    """Where the batch lies in a tensor: axis `axis`, of size `before * batch * after` if merged with others."""
+
+    axis: int
+    before: int = 1
+    after: int = 1
+
+    @property
+    def merged(self) -> list[int]:
+        """The sizes of what is merged with the batch."""
+        return [n for n in (self.before, self.after) if n != 1]
+
+    def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape without the batch, a merged axis taken apart."""
+        return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
+
+    def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
+        x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
+        return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
+
+    def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
+        """A tensor of that shape as `[batch, *rest]`."""
+        x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
+        return jnp.moveaxis(x, self.axis + 1, 0).reshape(-1, *self.rest(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbatched(BatchAxis):
+    """In place of a batch axis, of a tensor that is the same for all examples: their signals add up there."""
+
+    axis: int = -1
+
+    def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
+    def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+        return x.sum(0).reshape(shape)
+
+    def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
+        return jnp.broadcast_to(x.reshape(1, *shape), (batch, *shape))
+
+
+class Moved(Exception):
+    """Examples were put into another order."""
+
+
+def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
+    """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
+    shape = a.aval.shape
+    if b is None:  # the model takes no other batch: the only axis that can hold it
+        candidates = [i for i, n in enumerate(shape) if n != 0 and n % batch == 0]
+        return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
+    axis = _grown(a, b)
+    if axis is None:
+        return None
+    try:
+        order = _order(a, b, axis, batch)
+    except Moved:
+        return None
+    if order is not None and order[0] * batch * order[1] == shape[axis]:
+        return BatchAxis(axis, *order)
+    return BatchAxis(axis) if shape[axis] == batch else None
+
+
+def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
+    """The same for an output or a hidden signal, where the network may say it itself (`Network.signal_axes`)."""
+    stated = net.stated_axis(name, a.aval.shape, batch)
+    return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
+
+
+def _grown(a: Value, b: Value) -> int | None:
+    """The one axis that doubles with the batch."""
+    if len(a.aval.shape) != len(b.aval.shape):
+        return None
+    grown = [i for i, (m, n) in enumerate(zip(a.aval.shape, b.aval.shape, strict=True)) if n != m]
+    return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
+
+
+def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
+    """`(before, after)`, the sizes merged with the batch in front of it and behind; None where it cannot be told.
+
+    Raises:
+      Moved: the examples do not lie in the order of the inputs.
+    """
+    before, after = 1, 1
+    while a.producer is not None or a.operands:
+        if a.producer is None:  # a slice of what is scanned, the start of a carry, a shard_map's operand
+            u, v = a.operands[0], b.operands[0]
+            outer = axis + len(u.aval.shape) - len(a.aval.shape)
+            step = (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
+        else:
+            step = _back(a.producer, a, b, axis)
+        if step is None:
+            break
+        a, b, axis, (front, behind) = step
+        before, after = before * front, after * behind
+    return (before, after) if a.aval.shape[axis] == batch else None
+
+
+def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
+    """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
+    if len(a.operands) != len(b.operands):
+        return None
+    pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
+
+    def to(u: Value, v: Value, i: int, front: Any = 1, behind: Any = 1) -> Any:
+        return (u, v, i, (front, behind)) if _grown(u, v) == i else None
+
+    row = of(eqn)
+    if row.view is not None and len(a.operands) == 1 and pairs:
+        axes = view_axes(b.producer or eqn, pairs[0][1].aval.shape)
+        if axes is not None:
+            return _back_view(axes, a, axis, to, *pairs[0])
+    if row.elementwise or is_atom(eqn, a.operands) or row.name in OWN_DERIVATIVE:
+        lies = arranged(a) or {}
+        for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+            i = lies[k][axis] if lies.get(k) else axis
+            if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _grown(u, v) == i:
+                return to(u, v, i)
+        return None
+    if row.name == SCAN and len(pairs) == 1:  # a stacked output, or the last carry
+        return to(*pairs[0], axis - len(a.aval.shape) + len(pairs[0][0].aval.shape))
+    if row.reorders is not None and row.reorders(eqn, axis, [u.data for u in a.operands]):
+        raise Moved
+    if row.lies is None:
+        return None
+    for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+        if not u.data or (row.looks_up and k > 0 and a.operands[0].data):
+            continue
+        places = {out: i for i, out in row.lies(eqn, k).items() if i not in row.contracted(eqn, k)}
+        if axis in places and _grown(u, v) == places[axis]:
+            return to(u, v, places[axis])
+    if row.kind == "move" and row.reorders is not None:
+        raise Moved
+    return None
+
+
+def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
+    """Through a view: the axis holds one of the operand's, or several, of which the one that grows is the batch."""
+    held, i = axes[axis], _grown(u, v)
+    if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
+        return None
+    front = math.prod(u.aval.shape[j] for j in held if j < i)
+    return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))
+
+
+def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
+    """The network traced at twice the batch; None where the model does not trace so.
+
+    Raises:
+      ValueError: it traces, and comes out as another network.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twice = net.graph(params, inputs, double=True)
+    except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
+        return None
+    if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
+        raise ValueError(
+            "the network has other layers at another batch size, so direct feedback cannot tell the examples apart: "
+            "write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
+        )
+    return twice

@@ -1,0 +1,345 @@
+"""Graph: a traced network with what was found in it, and the running of it with handlers.
+
+`Graph.run` evaluates the jaxpr,
+calling handlers at every layer, hidden signal and activation. The jaxpr itself is never edited, and equations that
+touch none of these run as they stand.
+
+Sequential feedback rides along as a *shadow*: every value computed from parameters alone is computed twice, once from
+the parameters and once from the feedback, so that feedback meets its layer after the same casts, reshapes and slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrules.engine.activations import linear_origins
+from lrules.engine.analysis import Analysis
+from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
+from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
+from lrules.engine.operations import of
+from lrules.engine.product import Product
+from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
+from lrules.engine.regions import Region
+from lrules.engine.shared import equation_key, run_together
+from lrules.typing import Pytree
+
+
+class Graph:
+    """A traced network: its layers, hidden signals and activations, and the running of it.
+
+    `parameters` and `arguments` are the values that go in. `live` are the hidden signals from which a way leads to the
+    outputs: none through `stop_gradient`, or to aux alone.
+    """
+
+    def __init__(
+        self, closed: Any, names: Sequence[str], batched: Sequence[bool], out_tree: Any, aux_tree: Any
+    ) -> None:
+        self.closed, self.names = closed, list(names)
+        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, out_tree.num_leaves
+        n_outputs = self.n_outputs
+        invars = closed.jaxpr.invars
+        self.param_avals = [v.aval for v in invars[: len(names)]]
+        promoted: dict[Any, int] = {}
+        while True:
+            analysis = Analysis(names, [len(a.shape) for a in self.param_avals], promoted)
+            self.parameters = [parameter(i, aval) for i, aval in enumerate(self.param_avals)]
+            self.arguments = [argument(v.aval, b) for v, b in zip(invars[len(names) :], batched, strict=True)]
+            ins = [*self.parameters, *self.arguments]
+            self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
+            if analysis.found.keys() <= promoted.keys():
+                break
+            promoted |= analysis.found
+        analysis.finish(self.outs[:n_outputs])
+        self.layers, self.hidden = analysis.layers, analysis.hidden
+        self.activations, self.affines, self.refusals = analysis.activations, analysis.affines, analysis.refusals
+        reached = reach(self.outs[:n_outputs])
+        self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
+        read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
+        self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
+        self.nonlinearities = [d.name for d, _ in analysis.doubts]
+
+    @property
+    def consts(self) -> list[Any]:
+        """Arrays that the function closed over; they are arguments of `run`, so that gradients reach them."""
+        return list(self.closed.consts)
+
+    def run(
+        self,
+        params: Sequence[Any],
+        inputs: Sequence[Any],
+        *,
+        consts: Sequence[Any] | None = None,
+        feedback: Sequence[Any] | None = None,
+        handlers: Sequence[Handler] = (),
+        frame: Frame | None = None,
+        marks: Sequence[Hidden] = (),
+        taps: Mapping[str, Value] | None = None,
+    ) -> tuple[Any, Any]:
+        """Evaluates the network.
+
+        Args:
+          params, inputs: flat lists of arrays.
+          consts: the arrays that the function closed over (default: those it was traced with).
+          feedback: what stands in for each parameter in the shadow (None: no shadow is computed).
+          handlers: called at each site; the first acts last in the forward direction, nearest to the readers.
+          frame: what handlers read and write.
+          marks: which marks are hidden signals to the handlers (of the others they hear nothing).
+          taps: values outside of all loops to record, by name.
+
+        Returns:
+          `(outputs, aux)`; records are in `frame.records`.
+        """
+        shadows = list(feedback) if feedback is not None else [None] * len(params)
+        runner = _Runner(handlers, feedback is not None, frozenset(marks), taps or {})
+        pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
+        outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)
+        flat = [value for value, _ in outs]
+        outputs = jax.tree.unflatten(self.out_tree, flat[: self.n_outputs])
+        return outputs, jax.tree.unflatten(self.aux_tree, flat[self.n_outputs :])
+
+
+class _Runner:
+    """Evaluates blocks; pairs are (value, shadow)."""
+
+    def __init__(
+        self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]
+    ) -> None:
+        self.handlers, self.shadows, self.marks = tuple(handlers), shadows, marks
+        self.taps = {value.place: name for name, value in taps.items()}
+        self.activations = any(h.activations for h in handlers)
+        self.affines = any(h.affines for h in handlers)
+        self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
+        self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
+        # Without jit an equation is a program of its own, as it is where the network is called.
+        self.staged = isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
+
+    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts: Sequence[Any] | None = None) -> list[Pair]:
+        env: dict[Any, Pair] = {}
+
+        def read(atom: Atom) -> Pair:
+            return (atom.val, None) if is_literal(atom) else env[atom]
+
+        def write(variable: Any, pair: Pair) -> None:
+            value, shadow = pair
+            here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
+            for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
+                for hidden in here:
+                    value = handler.hidden(hidden, value, frame)
+            if (block, variable) in self.taps:
+                frame.records[self.taps[block, variable]] = value
+            env[variable] = (value, shadow)
+
+        for var, const in zip(block.jaxpr.constvars, block.consts if consts is None else consts, strict=True):
+            env[var] = (const, None)
+        for var, pair in zip(block.jaxpr.invars, ins, strict=True):
+            if block.values[var].place == (block, var):
+                write(var, pair)
+            else:
+                env[var] = pair
+        pending: dict[int, Any] = {}  # equations that run together, and what they compute
+
+        def run_pending() -> None:
+            eqns = [block.jaxpr.eqns[i] for i in pending]
+            wanted = [v for e in eqns for v in e.outvars if not block.readers.get(v, set()) <= pending.keys()]
+            values = run_together(eqns, list(pending.values()), lambda v: read(v)[0], wanted)
+            env.update(zip(wanted, ((value, None) for value in values), strict=True))
+            pending.clear()
+
+        for index, eqn in enumerate(block.jaxpr.eqns):
+            if self.activations and index in block.skipped:
+                continue
+            key = equation_key(eqn) if self.staged and self.is_plain(block, index, eqn) else None
+            if key is not None:
+                pending[index] = key
+                continue
+            if pending:
+                run_pending()
+            if self.activations and index in block.regions:
+                region = block.regions[index]
+                write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
+                continue
+            outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
+            inlined = index in block.children and of(eqn).name in INLINED
+            for var, pair in zip(eqn.outvars, outs, strict=True):
+                if inlined and block.values[var].place != (block, var):
+                    env[var] = pair  # defined, and handled, inside
+                else:
+                    write(var, pair)
+        if pending:
+            run_pending()
+        return [read(v) for v in block.jaxpr.outvars]
+
+    def is_plain(self, block: Block, index: int, eqn: Equation) -> bool:
+        """Whether nothing has to be handled at an equation: neither at it nor at what it gives."""
+        if index in block.children or (index in block.layers and self.at_layers):
+            return False
+        if (self.affines and index in block.affines) or (self.activations and index in block.regions):
+            return False
+        return not any(
+            (self.at_hidden and v in block.hidden)
+            or (block, v) in self.taps
+            or (self.shadows and block.values[v].shadowed)
+            for v in eqn.outvars
+        )
+
+    def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
+        root, others = read(region.root), [read(v) for v in region.others]
+        captured = [value for value, _ in others]
+
+        def fn(x: jax.Array, *others: Any) -> Any:
+            env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
+            for eqn in region.eqns:
+                got = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
+                env.update(zip(eqn.outvars, got, strict=True))
+            return env[region.output]
+
+        x = root[0].transpose(region.axes)
+        run = (lambda x: fn(x, *captured)) if captured else fn
+        for handler in self.handlers:  # the rule's own innermost
+            run = nest_activation(handler, region.activation, run, frame)
+        if not (self.shadows and shadowed):
+            return run(x), None
+        x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
+        return run(x), fn(x_shadow.transpose(region.axes), *rest)
+
+    def equation(self, block: Block, index: int, eqn: Equation, pairs: list[Pair], frame: Frame) -> list[Pair]:
+        values = [value for value, _ in pairs]
+        if index in block.layers:
+            out = self.layer(block.layers[index], eqn, pairs, frame)
+            if not (self.shadows and block.values[eqn.outvars[0]].shadowed):
+                return [(out, None)]
+            return [(out, bind(eqn, [v if s is None else s for v, s in pairs])[0])]
+        if self.affines and index in block.affines:
+            return [(self.affine(block.affines[index], eqn, values, frame), None)]
+        if index in block.children and self.busy(block, index):
+            name = of(eqn).name
+            if name in REMATS:
+                return self.remat(block, index, eqn, pairs, frame)
+            if name in INLINED:
+                return self.block(block.children[index][0], pairs, frame)
+            return getattr(self, name)(block, index, eqn, pairs, frame)
+        outs = bind(eqn, values)
+        if self.shadows and any(block.values[v].shadowed for v in eqn.outvars):
+            return list(zip(outs, bind(eqn, [v if s is None else s for v, s in pairs]), strict=True))
+        return [(out, None) for out in outs]
+
+    def busy(self, block: Block, index: int) -> bool:
+        """Whether something in the equation's inner jaxprs has to be handled (else it runs as it stands)."""
+        eqn = block.jaxpr.eqns[index]
+        ins = [block.value(v) for v in eqn.invars]
+        if all(not v.data for v in ins) and not any(child.sites() for child in block.children[index]):
+            return False
+        if all(not v.params for v in ins):
+            return False
+        mixed_out = self.shadows and any(block.values[v].shadowed for v in eqn.outvars)
+        return mixed_out or any(child.sites(affines=self.affines) for child in block.children[index])
+
+    def layer(self, layer: Layer, eqn: Equation, pairs: list[Pair], frame: Frame) -> Any:
+        k = layer.position
+        (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
+        single = len(rest) == 1 and not layer.row.looks_up
+        x = rest[0] if single else tuple(rest)
+
+        op = Product(eqn, k, single)
+        b = w if b is None else b
+
+        def run(w: jax.Array, b: Any, x: Any) -> Any:
+            return op(w, x)
+
+        for handler in self.at_layers:  # the rule's own innermost
+            run = nest_layer(handler, layer, run, op, frame)
+        return run(w, b, x)
+
+    def affine(self, affine: Affine, eqn: Equation, values: list[Any], frame: Frame) -> Any:
+        k = affine.position
+
+        def run(p: Any, others: Any) -> Any:
+            return bind(eqn, [*others[:k], p, *others[k:]])[0]
+
+        for handler in self.handlers:
+            run = nest_affine(handler, affine, run, frame)
+        return run(values[k], [*values[:k], *values[k + 1 :]])
+
+    # -- constructs
+
+    def remat(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
+        (child,) = block.children[index]
+
+        def body(pairs: Sequence[Pair], inputs: Pytree, position: Any) -> tuple[list[Pair], dict[str, Any]]:
+            inner = Frame(inputs, {}, position)
+            return self.block(child, pairs, inner), inner.taken()
+
+        checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+        outs, records = checkpointed(pairs, below(frame.inputs, child), frame.index)
+        frame.records.update(records)
+        return outs
+
+    def scan(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Any]:
+        (child,), params = block.children[index], eqn.params
+        n_consts, n_carry = scan_counts(params)
+        consts, carry, xs = pairs[:n_consts], pairs[n_consts : n_consts + n_carry], pairs[n_consts + n_carry :]
+
+        classes = [child.value(v) for v in child.jaxpr.invars[n_consts : n_consts + n_carry]]
+
+        def body(carry: Any, sliced: Any) -> tuple[Any, Any]:
+            xs, inputs, i = sliced
+            inner = Frame(inputs, {}, (*frame.index, i))
+            outs = self.block(child, [*consts, *carry, *xs], inner)
+            ys = [self.paired(child.value(v), p) for v, p in zip(child.jaxpr.outvars, outs, strict=True)][n_carry:]
+            carry = [self.paired(c, p) for c, p in zip(classes, outs[:n_carry], strict=True)]
+            return carry, (ys, inner.taken())
+
+        options = {"_split_transpose": params["_split_transpose"]} if "_split_transpose" in params else {}
+        carry, (ys, records) = jax.lax.scan(
+            body,
+            [self.paired(c, p) for c, p in zip(classes, carry, strict=True)],
+            (list(xs), below(frame.inputs, child), jnp.arange(params["length"])),  # which may be symbolic
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+            **options,
+        )
+        frame.records.update(records)
+        return [*carry, *ys]
+
+    def cond(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
+        classes = [block.values[v] for v in eqn.outvars]
+
+        def branch(child: Block) -> Callable[..., list[Pair]]:
+            def run(pairs: Sequence[Pair]) -> list[Pair]:
+                outs = self.block(child, pairs, Frame({}, {}, frame.index))
+                return [self.paired(c, p) for c, p in zip(classes, outs, strict=True)]
+
+            return run
+
+        # Frames inside a branch keep nothing: what one branch records the other would have to record too.
+        return jax.lax.switch(pairs[0][0], [branch(child) for child in block.children[index]], list(pairs[1:]))
+
+    def shard_map(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Pair]:
+        (child,), params = block.children[index], eqn.params
+        classes = [child.value(v) for v in child.jaxpr.outvars]
+
+        def body(*pairs: Pair) -> tuple[Pair, ...]:
+            outs = self.block(child, pairs, Frame({}, {}, frame.index))
+            return tuple(self.paired(c, p) for c, p in zip(classes, outs, strict=True))
+
+        axes = params.get("newly_manual_axes", params.get("manual_axes"))
+        mapped = jax.shard_map(
+            body,
+            mesh=params["mesh"],
+            in_specs=tuple(params["in_specs"]),
+            out_specs=tuple(params["out_specs"]),
+            check_vma=params["check_vma"],
+            **({"axis_names": set(axes)} if axes is not None else {}),
+        )
+        return list(mapped(*pairs))
+
+    def paired(self, value: Value, pair: Pair) -> Pair:
+        """A pair whose shadow is there exactly if the value's class has one."""
+        if not (self.shadows and value.shadowed):
+            return (pair[0], None)
+        return (pair[0], pair[0] if pair[1] is None else pair[1])

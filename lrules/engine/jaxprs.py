@@ -1,0 +1,116 @@
+"""Jaxprs: reading and evaluating them, and all that changes between versions of JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import NamedSharding, PartitionSpec
+
+# JAX's own types of these say too little (an `AbstractValue` has no shape) and differ between versions.
+Jaxpr: TypeAlias = Any
+Equation: TypeAlias = Any
+Atom: TypeAlias = Any  # a variable or a literal
+Aval: TypeAlias = Any  # the shape and dtype of a value
+
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+         "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
+
+JITS = {"jit", "pjit"}
+
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def call_body(eqn: Equation) -> Any:
+    """The jaxpr that a call equation calls, else None."""
+    key = CALLS.get(eqn.primitive.name)
+    if key is None:
+        return None
+    body = eqn.params[key]
+    return None if getattr(body, "consts", ()) else getattr(body, "jaxpr", body)
+
+
+def call_name(eqn: Equation) -> str:
+    """The name of the function that a call equation calls."""
+    if eqn.primitive.name in OWN_DERIVATIVE:
+        inner = call_body(eqn)
+        if inner is not None and len(inner.eqns) == 1 and "name" in inner.eqns[0].params:
+            return str(inner.eqns[0].params["name"])
+        info = getattr(inner, "debug_info", None)
+        return str(getattr(info, "func_name", None) or eqn.primitive.name)
+    return str(eqn.params.get("name", ""))
+
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+           "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
+
+REMATS = {"remat", "remat2", "checkpoint"}
+
+SCAN, COND, WHILE, SHARD_MAP = "scan", "cond", "while", "shard_map"
+
+CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants and carries a scan equation has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and its constants, whichever of the two forms it comes in."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def varying_axes(aval: Aval) -> frozenset[Any]:
+    """The mesh axes along which a value differs between devices, inside a shard_map that checks it."""
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+
+
+def as_varying(x: jax.Array, axes: Any) -> Any:
+    """The same value, seen as differing between devices along these mesh axes, too (inside a shard_map)."""
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(x))))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def placed_as(x: jax.Array, aval: Aval, lead: int = 0) -> Any:
+    """The same value on the devices where one of `aval` lies, its `lead` first axes apart.
+
+    On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
+    """
+    return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
+
+
+def split_as(x: jax.Array, *spec: Any) -> Any:
+    """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
+    sharding = jax.typeof(x).sharding
+    if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
+        return x
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def is_literal(atom: Atom) -> bool:
+    """Whether an operand is written into the equation."""
+    return isinstance(atom, Literal)
+
+
+def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
+    params = eqn.params
+    if params.get("out_sharding") is not None and any(
+        jnp.shape(value) != atom.aval.shape for value, atom in zip(values, eqn.invars, strict=True)
+    ):
+        params, values = params | {"out_sharding": None}, [split_as(value) for value in values]
+    prepared = eqn.primitive.get_bind_params(params)
+    with eqn.ctx.manager:
+        if isinstance(prepared, tuple):  # before JAX 0.9
+            out = eqn.primitive.bind(*prepared[0], *values, **prepared[1])
+        else:
+            out = eqn.primitive.bind(*values, **prepared)
+    return list(out) if eqn.primitive.multiple_results else [out]

@@ -1,0 +1,436 @@
+"""One row for each primitive of JAX: all that the library knows of it.
+
+To serve one more primitive, add its row here, and a test. All other files ask the row (`of`); none compares names.
+A primitive without a row is refused by name where a parameter meets data in it. Elsewhere error passes through it by
+its own derivative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.reshapes import reshape_groups
+
+Axes = Sequence[int]
+
+Places = list[tuple[int, ...]]  # for each axis of the output, the axes of the operand that it holds
+
+Kind = Literal[
+    "elementwise", "view", "placement", "move", "lookup", "scatter", "product", "reduction", "cumulative", "window",
+    "collective", "transform", "call", "loop", "source", "unknown",
+]  # fmt: skip
+
+Curve = Literal["", "linear", "bent", "formula", "choice", "comparison", "rows"]
+
+Combines = Literal["", "sum", "product", "quotient", "select", "extreme", "distance"]
+
+
+def _none(eqn: Equation, k: int) -> Axes:
+    return ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """What one primitive does. Functions take an equation of it, and `k`: which of its operands is meant.
+
+    Attributes:
+      name: as JAX calls it.
+      kind: what it does with the elements: `"elementwise"` functions; a `"view"` in another shape; a `"placement"` on
+        devices; a `"move"`, which cuts, joins or sorts; a `"lookup"` by indices; a `"scatter"`; a `"product"`, which
+        multiplies and sums up; a `"reduction"`; a `"cumulative"` one; a `"window"`, as in pooling; a `"collective"`
+        over a mesh; a `"transform"` between all elements; a `"call"`, a `"loop"`; a `"source"`: no error flows into it.
+      curve: how it bends: `"linear"`; `"bent"`, as tanh; `"formula"`, which alone is no activation, as exp; `"choice"`,
+        as abs; `"comparison"`; `"rows"`, which bends whole rows; empty where no activation holds it.
+      combines: what it makes of two values, elementwise or in a window: a `"sum"`, a `"product"` and so on.
+      power: `eqn -> n`, of what raises to a whole power.
+      view: `(eqn, shape of the operand) -> axes`: for each axis of the output, the axes of its operand that it holds,
+        or None for an equation that is no view.
+      permutation: `eqn -> axes`, where the view puts the elements into another order.
+      lies: `(eqn, k) -> {axis: axis of the output}` for the axes of an operand that the output holds.
+      reorders: `(eqn, axis of the output, which operands are data) -> whether` it may put examples into another order.
+      weights: which operands may be the weight of a layer.
+      contracted: `(eqn, k) -> axes` that a product sums over, a lookup chooses along, or a transform is over.
+      members: `(eqn, k) -> axes` along which lie matrices of their own: members of an ensemble, experts.
+      window: `(eqn, k) -> axes` of a convolution's window.
+      reduced: `(eqn, k) -> axes` along which elements are summed, multiplied or compared with each other.
+      by_example: whether the rows of one example alone give what they give among all others.
+      rounds: whether a layer's weight may be rounded in it, so that it cannot be scaled in the error's place.
+      carries: whether a product of weights and data goes through it (see `by_hand.py`).
+      bare: whether such a product has then still only been moved, cut and multiplied by numbers.
+      leads: whether what a layer reads through it is still the nonlinearity below it.
+      statistic: whether it takes a mean, a maximum or the like, as normalisations do.
+      totals: whether that is a sum, which divided by a number is a mean.
+      brings: whether it brings a layer's outputs along, by constants, as along the edges of a graph.
+      cuts: whether it takes a part of its operand.
+      same: whether each result is the operand at its place, as it is.
+      casts, stops, marks: whether it casts, stops the error, or gives a name.
+    """
+
+    name: str
+    kind: Kind = "unknown"
+    curve: Curve = ""
+    combines: Combines = ""
+    power: Callable[[Equation], int] | None = None
+    view: Callable[[Equation, Axes], Places | None] | None = None
+    permutation: Callable[[Equation], tuple[int, ...]] | None = None
+    lies: Callable[[Equation, int], Mapping[int, int]] | None = None
+    reorders: Callable[[Equation, int, Sequence[bool]], bool] | None = None
+    weights: tuple[int, ...] = ()
+    contracted: Callable[[Equation, int], Axes] = _none
+    members: Callable[[Equation, int], Axes] = _none
+    window: Callable[[Equation, int], Axes] = _none
+    reduced: Callable[[Equation, int], Axes] = _none
+    by_example: bool = True
+    rounds: bool = False
+    carries: bool = False
+    bare: bool = False
+    leads: bool = False
+    statistic: bool = False
+    totals: bool = False
+    brings: bool = False
+    cuts: bool = False
+    same: bool = False
+    casts: bool = False
+    stops: bool = False
+    marks: bool = False
+
+    @functools.cached_property
+    def elementwise(self) -> bool:
+        return self.kind == "elementwise"
+
+    @functools.cached_property
+    def nonlinear(self) -> bool:
+        """Whether it is nonlinear in each element."""
+        return self.curve in ("bent", "formula", "choice", "comparison")
+
+    @functools.cached_property
+    def bends(self) -> bool:
+        """Whether it may be an activation by itself."""
+        return self.curve in ("bent", "choice")
+
+    @functools.cached_property
+    def either(self) -> bool:
+        """Whether either of two operands may be the weight."""
+        return self.kind == "product" and self.weights == (0, 1)
+
+    @functools.cached_property
+    def looks_up(self) -> bool:
+        """Whether it takes rows of its first operand, as an embedding does."""
+        return self.kind != "product" and bool(self.weights)
+
+    @functools.cached_property
+    def may_mix(self) -> bool:
+        """Whether parameters may meet data in it where it is no layer."""
+        return self.kind in ("elementwise", "placement", "move", "lookup", "scatter", "source") or self.either
+
+    @functools.cached_property
+    def same_shape(self) -> bool:
+        """Whether it is a view that leaves each element where it is."""
+        return self.view is _as_it_is
+
+    def free(self, eqn: Equation, k: int) -> frozenset[int]:
+        """The axes of a product's operand along which lie the rows that are multiplied one by one."""
+        return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()
+
+
+# ---------------------------------------------------------------------------------------------------------- the axes
+
+
+def _ndim(eqn: Equation, k: int) -> int:
+    return len(eqn.invars[k].aval.shape)
+
+
+def _in_place(eqn: Equation, k: int) -> Mapping[int, int]:
+    return {i: i for i in range(_ndim(eqn, k))}
+
+
+def _all(eqn: Equation, k: int) -> Axes:
+    return range(_ndim(eqn, k))
+
+
+def _axes(eqn: Equation, k: int) -> Axes:
+    return eqn.params["axes"]
+
+
+def _axis(eqn: Equation, k: int) -> Axes:
+    return [eqn.params["axis"]]
+
+
+def _not_reduced(eqn: Equation, k: int) -> Mapping[int, int]:
+    kept = [i for i in range(_ndim(eqn, k)) if i not in eqn.params["axes"]]
+    return {i: o for o, i in enumerate(kept)}
+
+
+def _as_it_is(eqn: Equation, shape: Axes) -> Places | None:
+    return [(i,) for i in range(len(shape))] if len(eqn.invars) == 1 else None
+
+
+def _permutation(eqn: Equation) -> tuple[int, ...]:
+    return tuple(eqn.params["permutation"])
+
+
+def _transposed(eqn: Equation, shape: Axes) -> Places | None:
+    return [(i,) for i in eqn.params["permutation"]]
+
+
+def _squeezed(eqn: Equation, shape: Axes) -> Places | None:
+    return [(i,) for i in range(len(shape)) if i not in eqn.params["dimensions"]]
+
+
+def _broadcast(eqn: Equation, k: int) -> Mapping[int, int]:
+    return dict(enumerate(eqn.params["broadcast_dimensions"] if k == 0 else ()))
+
+
+def _expanded(eqn: Equation, shape: Axes) -> Places | None:
+    out = eqn.outvars[0].aval.shape
+    if math.prod(out) != math.prod(shape):
+        return None
+    axes: list[tuple[int, ...]] = [()] * len(out)
+    for i, o in enumerate(eqn.params["broadcast_dimensions"]):
+        axes[o] = (i,)
+    return axes
+
+
+def _reshaped(eqn: Equation, shape: Axes) -> Places | None:
+    if eqn.params.get("dimensions") is not None:
+        return None
+    out = eqn.outvars[0].aval.shape
+    axes: list[tuple[int, ...]] = [()] * len(out)
+    for left, right in reshape_groups(shape, out):
+        for o in right:
+            axes[o] = tuple(left)
+    return axes
+
+
+def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
+    """Reorders along the axis, or the axes, that a parameter of the equation names."""
+
+    def reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+        along = eqn.params[param]
+        return axis in along if isinstance(along, tuple) else axis == along
+
+    return reorders
+
+
+def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    return False
+
+
+def _anywhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    return True
+
+
+def _stacked(eqn: Equation, k: int) -> Mapping[int, int]:
+    return {i: i + (i >= eqn.params["axis"]) for i in range(_ndim(eqn, k))}
+
+
+def _dot_contracted(eqn: Equation, k: int) -> Axes:
+    return eqn.params["dimension_numbers"][0][k]
+
+
+def _dot_members(eqn: Equation, k: int) -> Axes:
+    return eqn.params["dimension_numbers"][1][k]
+
+
+def _dot_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    contracted, members = eqn.params["dimension_numbers"]
+    return _free_last(eqn, k, members[k], [*contracted[k], *members[k]])
+
+
+def _free_last(eqn: Equation, k: int, members: Axes, others: Axes) -> Mapping[int, int]:
+    """The output of a product holds the members, the free axes of the left operand, those of the right one."""
+    free = [i for i in range(_ndim(eqn, k)) if i not in others]
+    start = len(members) if k == 0 else len(eqn.outvars[0].aval.shape) - len(free)
+    return dict(zip(members, range(len(members)), strict=True)) | {i: start + o for o, i in enumerate(free)}
+
+
+def _ragged_numbers(eqn: Equation) -> tuple[Any, Any, Axes]:
+    """The contracted axes, those of members, and those of groups; none of the first where rows are no groups'."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, members = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    return ((), ()) if not groups or members[1] else contracted, members, groups
+
+
+def _ragged_contracted(eqn: Equation, k: int) -> Axes:
+    return _ragged_numbers(eqn)[0][k] if k < 2 else ()
+
+
+def _ragged_groups(eqn: Equation, k: int) -> Axes:
+    return _ragged_numbers(eqn)[2] if k == 1 else ()
+
+
+def _ragged_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    contracted, members, groups = _ragged_numbers(eqn)
+    if k > 1 or not contracted[k]:
+        return {}
+    return _free_last(eqn, k, members[k], [*contracted[k], *members[k], *(groups if k == 1 else ())])
+
+
+def _conv_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    spec = eqn.params["dimension_numbers"]
+    return {spec.lhs_spec[0]: spec.out_spec[0]} if k == 0 else {spec.rhs_spec[0]: spec.out_spec[1]}
+
+
+def _conv_contracted(eqn: Equation, k: int) -> Axes:
+    return [i for i in range(_ndim(eqn, k)) if i not in _conv_lies(eqn, k)]
+
+
+def _conv_window(eqn: Equation, k: int) -> Axes:
+    return eqn.params["dimension_numbers"].rhs_spec[2:] if k == 1 else ()
+
+
+def _gathered(eqn: Equation, k: int) -> Mapping[int, int]:
+    numbers = eqn.params["dimension_numbers"]
+    if k == 1:  # the last axis of the indices is that of their parts
+        rest = [o for o in range(len(eqn.outvars[0].aval.shape)) if o not in numbers.offset_dims]
+        return dict(enumerate(rest))
+    gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+    whole = [i for i in range(_ndim(eqn, 0)) if i not in gone]
+    return dict(zip(whole, numbers.offset_dims, strict=True))
+
+
+def _gather_chooses(eqn: Equation, k: int) -> Axes:
+    return sorted(set(eqn.params["dimension_numbers"].start_index_map)) if k == 0 else ()
+
+
+def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    """Whether examples are looked up by data, as in h[order]."""
+    numbers = eqn.params["dimension_numbers"]
+    one = len(numbers.start_index_map) == 1 and not getattr(numbers, "operand_batching_dims", ())
+    return axis not in numbers.offset_dims and all(data) and one
+
+
+def _slice_chooses(eqn: Equation, k: int) -> Axes:
+    sizes = zip(eqn.invars[0].aval.shape, eqn.params["slice_sizes"], strict=True)
+    return [i for i, (n, size) in enumerate(sizes) if n != size] if k == 0 else ()
+
+
+def _scattered(eqn: Equation, k: int) -> Axes:
+    """Updates may be summed along all axes but those of their windows."""
+    windows = eqn.params["dimension_numbers"].update_window_dims
+    return [i for i in range(_ndim(eqn, k)) if i not in windows] if k == 2 else ()
+
+
+def _fft_axes(eqn: Equation, k: int) -> Axes:
+    return range(_ndim(eqn, k))[-len(eqn.params["fft_lengths"]) :]
+
+
+def _windows(eqn: Equation, k: int) -> Axes:
+    return [i for i, n in enumerate(eqn.params["window_dimensions"]) if n != 1]
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+def _rows(names: str, kind: Kind, **facts: Any) -> list[Row]:
+    return [Row(name, kind, **facts) for name in names.split()]
+
+
+TABLE = [
+    # Elementwise, linear.
+    *_rows("add add_any sub", "elementwise", curve="linear", combines="sum", carries=True),
+    Row("mul", "elementwise", "linear", "product", carries=True, bare=True),
+    Row("neg", "elementwise", "linear", carries=True, bare=True),
+    *_rows("real imag", "elementwise", curve="linear", carries=True),
+    Row("convert_element_type", "elementwise", "linear", view=_as_it_is, carries=True, casts=True),
+    Row("reduce_precision", "elementwise", "linear", view=_as_it_is, carries=True),
+    *_rows("copy pvary", "elementwise", curve="linear", view=_as_it_is, carries=True, same=True),
+    Row("name", "elementwise", view=_as_it_is, carries=True, leads=True, same=True, marks=True),
+    Row("stop_gradient", "elementwise", same=True, stops=True),
+    # Elementwise, nonlinear.
+    Row("div", "elementwise", "formula", "quotient", carries=True, bare=True),
+    Row("select_n", "elementwise", "choice", "select", carries=True),
+    *_rows("max min", "elementwise", curve="choice", combines="extreme"),
+    *_rows("clamp abs sign", "elementwise", curve="choice"),
+    *_rows("eq ne lt gt le ge and or xor not is_finite", "elementwise", curve="comparison"),
+    Row("pow", "elementwise", "formula", "distance"),
+    *_rows("exp exp2 log log1p sqrt rsqrt cbrt square", "elementwise", curve="formula"),
+    Row("integer_pow", "elementwise", "formula", power=lambda eqn: eqn.params["y"]),
+    Row("atan2", "elementwise", "bent", "distance"),
+    *_rows("expm1 tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh", "elementwise", curve="bent"),
+    *_rows("logistic erf erfc erf_inv lgamma digamma rem floor ceil round", "elementwise", curve="bent"),
+    *_rows("nextafter complex igamma igammac regularized_incomplete_beta population_count", "elementwise"),
+    # The same elements in another shape, order or place.
+    Row("transpose", "view", view=_transposed, permutation=_permutation, carries=True),
+    Row("reshape", "view", view=_reshaped, carries=True),
+    Row("squeeze", "view", view=_squeezed, carries=True),
+    Row("broadcast_in_dim", "view", view=_expanded, lies=_broadcast, carries=True),
+    *_rows("sharding_constraint reshard layout_constraint", "placement", view=_as_it_is, carries=True, same=True),
+    Row("optimization_barrier", "placement", view=_as_it_is, carries=True, same=True),
+    # Cut, joined, put into another order, looked up.
+    Row("concatenate", "move", lies=_in_place, reorders=_along("dimension"), carries=True, leads=True),
+    Row("stack", "move", lies=_stacked, carries=True),
+    Row("pad", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True),
+    Row("slice", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True, cuts=True),
+    Row("split", "move", carries=True, cuts=True),
+    Row("rev", "move", lies=_in_place, reorders=_along("dimensions"), carries=True),
+    Row("sort", "move", lies=_in_place, reorders=_along("dimension")),
+    Row("dynamic_update_slice", "move", lies=_in_place, reorders=_nowhere, carries=True),
+    Row("dynamic_slice", "move", weights=(0,), contracted=_slice_chooses, lies=_in_place, reorders=_nowhere,
+        carries=True, cuts=True),
+    Row("gather", "lookup", weights=(0,), contracted=_gather_chooses, lies=_gathered, reorders=_gather_reorders,
+        carries=True, brings=True, cuts=True),
+    Row("scatter", "scatter", reorders=_anywhere),
+    Row("scatter-add", "scatter", reorders=_anywhere, reduced=_scattered, brings=True),
+    *_rows("scatter-mul scatter-max scatter-min", "scatter"),
+    # Reduced.
+    Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
+    Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),
+    *_rows("reduce_min reduce_prod", "reduction", lies=_not_reduced, reduced=_axes, statistic=True),
+    *_rows("reduce_and reduce_or reduce_xor", "reduction", lies=_not_reduced, statistic=True),
+    *_rows("argmax argmin", "move", lies=_not_reduced),
+    Row("cumsum", "cumulative", lies=_in_place, reduced=_axis, statistic=True),
+    Row("cumlogsumexp", "cumulative", "rows", lies=_in_place, reduced=_axis, statistic=True),
+    Row("cumprod", "cumulative", lies=_in_place, statistic=True),
+    Row("cummax", "cumulative", "rows", lies=_in_place),
+    Row("cummin", "cumulative", lies=_in_place),
+    Row("reduce_window_sum", "window", lies=_in_place, reduced=_windows, leads=True, totals=True),
+    *_rows("reduce_window_max reduce_window_min", "window", combines="extreme", lies=_in_place),
+    Row("reduce_window", "window", lies=_in_place),
+    *_rows("psum psum_invariant", "collective", statistic=True, totals=True),
+    *_rows("pmax pmin reduce_scatter", "collective", statistic=True),
+    # Multiplied and summed up.
+    Row("dot_general", "product", weights=(0, 1), contracted=_dot_contracted, members=_dot_members, lies=_dot_lies,
+        reduced=_dot_contracted, brings=True),
+    Row("conv_general_dilated", "product", weights=(1,), contracted=_conv_contracted, window=_conv_window,
+        lies=_conv_lies, reduced=_all),
+    Row("ragged_dot_general", "product", weights=(1,), contracted=_ragged_contracted, members=_ragged_groups,
+        lies=_ragged_lies, reduced=_ragged_contracted, by_example=False),
+    Row("bcoo_dot_general", brings=True),
+    Row("fft", "transform", contracted=_fft_axes, reduced=_all),
+    # Functions, loops, and what nothing flows into.
+    *(Row(name, "call", by_example=name not in OWN_DERIVATIVE, rounds=name in OWN_DERIVATIVE) for name in CALLS),
+    Row(SCAN, "loop", leads=True),
+    *_rows("iota threefry2x32 random_bits debug_callback debug_print", "source"),
+]  # fmt: skip
+
+ROWS = {row.name: row for row in TABLE}
+
+
+def of(eqn: Equation) -> Row:
+    """The row of an equation's primitive."""
+    name = eqn.primitive.name
+    return ROWS.get(name) or _unknown(name)
+
+
+@functools.cache
+def _unknown(name: str) -> Row:
+    return Row(name)
+
+
+def view_axes(eqn: Equation, shape: Axes) -> Places | None:
+    """For each axis of the equation's output, the axes of its operand that it holds; None if it is no view."""
+    view = of(eqn).view
+    return None if view is None else view(eqn, shape)
+
+
+def is_product(eqn: Equation) -> bool:
+    """Whether an equation multiplies and sums up."""
+    row = of(eqn)
+    return row.kind == "product" and len(row.contracted(eqn, 1)) > 0

@@ -1,0 +1,135 @@
+"""Plans: what a rule does at each layer and each hidden signal of one traced network, settled before it runs.
+
+What a rule does at a layer is a `LayerRule` (see `rule.py`): `Backprop`, `Sequential` or `Direct`. Feedback weights
+follow from it: a `SequentialFeedback` for each parameter that sequential feedback stands in for, a `DirectFeedback` for
+each place where direct feedback arrives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.engine.batch import BatchAxis
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import name_number
+from lrules.engine.head import Head
+from lrules.engine.jaxprs import split_as
+from lrules.engine.records import Hidden
+from lrules.engine.weights import (
+    DirectFeedback,
+    SequentialFeedback,
+    draw_direct,
+    draw_reduction,
+)
+from lrules.rule import Direct, Feedback, LayerRule, Sequential
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """What a rule does at each layer and each hidden signal of one traced network."""
+
+    graph: Graph
+    specs: dict[str, LayerRule]  # by site
+    sequential_feedback: dict[str, SequentialFeedback]  # sequential feedback, by parameter
+    direct_feedback: dict[str, DirectFeedback]  # direct feedback, by hidden signal
+    batch: int | None = None
+    output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
+    heads: dict[str, Head] = dataclasses.field(default_factory=dict)  # where the output error is taken, see head.py
+    reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
+    elements: int | None = None  # how many losses the objective is the mean of, where rules need the targets
+
+    @property
+    def marks(self) -> list[Hidden]:
+        """The marks where feedback lands."""
+        return [landing.hidden for landing in self.direct_feedback.values() if landing.hidden.mark]
+
+    @property
+    def shadows(self) -> bool:
+        return any(isinstance(s, Sequential) and s.init is not None for s in self.specs.values())
+
+    def feedback_shapes(self, *, redrawn: bool = False) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
+        """Shape, dtype and whether it is learned, of each feedback weight; or of those redrawn at every step."""
+        shapes = {}
+        for name, e in self.sequential_feedback.items():
+            if e.spec.redrawn == redrawn:
+                shapes[name] = (e.shape, e.dtype, e.spec.learned)
+        for name, landing in self.direct_feedback.items():
+            if landing.spec.init is not None and landing.spec.redrawn == redrawn:
+                shapes[name] = (landing.shape, landing.dtype, landing.spec.learn is not None)
+        for name, (spec, shape, dtype) in self.reduced.items():
+            if spec.redrawn == redrawn:
+                shapes[name] = (shape, dtype, False)
+        return shapes
+
+    def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
+        """Draws the feedback weights, each from a key of its own name."""
+        fixed: dict[str, jax.Array] = {}
+        learned: dict[str, jax.Array] = {}
+        for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
+            k = jax.random.fold_in(key, name_number(name))
+            if name in self.sequential_feedback:
+                entry = self.sequential_feedback[name]
+                drawn = split_as(entry.draw(k, params[entry.index]), *self.graph.param_avals[entry.index].sharding.spec)
+            elif name in self.direct_feedback:
+                drawn = split_as(draw_direct(self.direct_feedback[name], k), *self.direct_feedback[name].split)
+            else:
+                drawn = draw_reduction(k, shape, dtype)
+            (learned if is_learned else fixed)[name] = drawn
+        return Feedback(fixed, learned)
+
+    def check(self, feedback: Feedback) -> None:
+        """Feedback must have been made for this rule, network and shapes."""
+        given = {**feedback.fixed, **feedback.learned}
+        wanted = self.feedback_shapes()
+        remedy = "make it anew with rule.init(key, net, params, inputs)"
+        if missing := sorted(set(wanted) - set(given)):
+            raise ValueError(
+                f"the feedback has no entry {missing[0]!r}, so it is not of this rule and network: {remedy}"
+            )
+        if extra := sorted(set(given) - set(wanted)):
+            raise ValueError(
+                f"the feedback has an entry {extra[0]!r} for which this rule and network have no use: {remedy}"
+            )
+        for name, (shape, _, learned) in wanted.items():
+            if name in (feedback.fixed if learned else feedback.learned):
+                raise ValueError(
+                    f"the feedback {name!r} is {'fixed' if learned else 'learned'}, and this rule "
+                    f"{'learns it' if learned else 'keeps it as it is'}, so it is another rule's: {remedy}"
+                )
+            if jnp.shape(given[name]) != tuple(shape):
+                raise ValueError(
+                    f"the feedback {name!r} has shape {jnp.shape(given[name])}, but this network needs "
+                    f"{tuple(shape)}: {remedy}"
+                )
+
+
+class Refused(NotImplementedError):
+    """A network holds what the rule cannot serve.
+
+    Args:
+      found: parameters, and what stands in the way.
+      offered: the parameters to which a partition can give backprop().
+
+    Attributes:
+      refusals: what stands in the way, by parameter.
+    """
+
+    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]) -> None:
+        self.refusals: dict[str, str] = {}
+        for names, sentence in found:
+            for name in names:
+                known = self.refusals.get(name)
+                self.refusals[name] = sentence if known in (None, sentence) else f"{known}; {sentence}"
+        sentences = list(dict.fromkeys(sentence for _, sentence in found))
+        message = sentences[0]
+        if len(sentences) > 1:
+            message = f"{len(sentences)} things cannot be served: "
+            message += "; ".join(f"({i}) {sentence}" for i, sentence in enumerate(sentences, 1))
+        if offered:
+            message += f", or give {', '.join(map(repr, dict.fromkeys(offered)))} backprop() in a partition"
+        super().__init__(message)

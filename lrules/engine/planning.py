@@ -1,0 +1,95 @@
+"""Making a plan: settling what a rule does where in a traced network, and refusing what it cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lrules.engine.direct_feedback import add_direct_feedback, bare
+from lrules.engine.graph import Graph
+from lrules.engine.plan import Plan, Refused
+from lrules.engine.records import Layer
+from lrules.engine.weights import (
+    SequentialFeedback,
+    sequential_feedback_of,
+)
+from lrules.network import Network
+from lrules.rule import Backprop, Direct, LayerRule, Sequential
+from lrules.typing import Pytree
+
+
+def make_plan(
+    net: Network,
+    graph: Graph,
+    params: Pytree,
+    inputs: Pytree,
+    choose: Callable[[str], LayerRule],
+    *,
+    partition: bool = True,
+) -> Plan:
+    """Settles what a rule does where, and refuses what it cannot serve.
+
+    Args:
+      net, graph, params, inputs: the network, traced on these.
+      choose: the rule of a layer, by name.
+      partition: whether a partition can give single layers another rule.
+
+    Raises:
+      ValueError: no layer was found, or the rules of one hidden signal disagree.
+      Refused: constructs cannot be served; a NotImplementedError that names them all.
+    """
+    specs = {layer.site: choose(layer.name) for layer in graph.layers}
+    refused = [r for r in graph.refusals if any(not isinstance(choose(graph.names[i]), Backprop) for i in r.parameters)]
+    found = [([graph.names[i] for i in sorted(refusal.parameters)], refusal.sentence) for refusal in refused]
+    stuck = {graph.names[i] for refusal in refused if not refusal.differentiable for i in refusal.parameters}
+    for layer in graph.layers:
+        found += [([layer.name], sentence) for sentence in _not_served(layer, specs[layer.site], partition)]
+    if found:
+        raise Refused(found, [name for names, _ in found for name in names if partition and name not in stuck])
+    if not graph.layers and not graph.refusals:
+        raise ValueError(
+            "no layer found: the network never multiplies something that depends on its inputs by a parameter "
+            "(dot_general or conv_general_dilated); check that the parameters and inputs are the function's arguments "
+            "and not closed over"
+        )
+    entries: dict[str, SequentialFeedback] = {}
+    for layer in graph.layers:
+        spec = specs[layer.site]
+        if isinstance(spec, Sequential):
+            if spec.init is not None and layer.reads is not None:
+                for entry in sequential_feedback_of(graph, layer, spec):
+                    name = graph.names[entry.index]
+                    if entries.setdefault(name, entry).spec is not spec:
+                        raise ValueError(
+                            f"the parameter {name!r} is used by layers under two rules with feedback, of which each "
+                            f"would draw its own: give the layer {layer.name!r} the rule of the other"
+                        )
+    plan = Plan(graph, specs, entries, {})
+    add_direct_feedback(plan, net, params, inputs)
+    return plan
+
+
+def _not_served(layer: Layer, spec: LayerRule, partition: bool) -> Iterator[str]:
+    """What stands in the way of one layer's rule."""
+    if isinstance(spec, Direct) and spec.lands and {"cond", "shard_map"} & set(bare(layer.scope)):
+        construct = next(c for c in bare(layer.scope) if c in ("cond", "shard_map"))
+        yield (
+            f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a sequential "
+            f"rule{' for it' if partition else ''}, or take the layer out of the {construct}"
+        )
+    if not (isinstance(spec, Sequential) and spec.whole_batch):
+        return
+    if "shard_map unchecked" in layer.scope:
+        yield (
+            f"the layer {layer.name!r} lies inside a shard_map with check_vma=False, where it cannot be seen over "
+            "which devices the batch is spread: set check_vma=True, or use another rule for it"
+        )
+    if layer.owned:
+        yield (
+            f"the parameter {layer.name!r} is itself split over the mesh axes {sorted(layer.owned)} inside a "
+            "shard_map, so its neurons' norms would need a sum that depends on how: use another rule for it"
+        )
+    if layer.weight.chosen and layer.weight.batched:
+        yield (
+            f"the weight of the layer {layer.name!r} is chosen for each example, so that its neurons have no gradient "
+            "of the whole batch: multiply by every choice and select among the products, or use another rule for it"
+        )

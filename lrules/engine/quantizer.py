@@ -1,0 +1,72 @@
+"""Numbers rounded to signed powers of two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrules.options import is_number, is_whole
+
+LEVELS = 2**12  # powers of two below one, of which no float holds as many
+
+
+def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
+    """The power of two nearest to |x / alpha| on a logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
+
+    Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
+
+    So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them.
+    No logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1),
+    exactly (there is no tie, as no float squares to one half). The quotient is rounded to the precision of x, at least
+    float32; if alpha is a power of two, it is exact. NaN stays NaN. Of complex numbers, real and imaginary part are
+    quantised.
+
+    Args:
+      x: an array.
+      bits: the number of magnitudes, at least 1.
+      scale: alpha, the largest of them.
+
+    Returns:
+      An array of the shape and dtype of x.
+
+    References:
+      Baldi, Sadowski, Lu (2018), Eq. 19.
+
+    Example:
+      >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
+      [1.0, 0.25, -0.25, 0.0]
+    """
+    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        return by_parts(lambda part: quantize(part, bits, scale), jnp.asarray(x))
+    wide = jnp.asarray(x)
+    wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
+    mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
+    exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
+    level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
+    return (jnp.sign(wide) * level).astype(jnp.result_type(x))
+
+
+def by_parts(fn: Callable[..., Any], x: jax.Array) -> Any:
+    """The function of a real array; of a complex one, of its real and imaginary part."""
+    return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
+
+
+def _root_half(dtype: Any) -> Any:
+    """The smallest number of the dtype whose square is at least one half."""
+    root = np.asarray(math.sqrt(0.5), dtype)
+    while Fraction(float(root)) ** 2 >= Fraction(1, 2):
+        root = np.nextafter(root, np.asarray(0, dtype))
+    return np.nextafter(root, np.asarray(1, dtype))
+
+
+def check_quantizer(bits: int, scale: float) -> None:
+    if not (is_whole(bits) and bits >= 1):
+        raise ValueError(f"bits must be an integer >= 1, got {bits!r}")
+    if not is_number(scale) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")

@@ -1,0 +1,196 @@
+"""Feedback weights: their shapes, and how they are drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.engine.batch import BatchAxis, Unbatched
+from lrules.engine.dtypes import at_least_float32, feedback_dtype
+from lrules.engine.graph import Graph
+from lrules.engine.jaxprs import split_as
+from lrules.engine.operations import of
+from lrules.engine.records import Hidden, Layer
+from lrules.options import draw
+from lrules.rule import Direct, Sequential
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectFeedback:
+    """One place where direct feedback arrives.
+
+    Attributes:
+      hidden: the hidden signal.
+      spec: what the rule brings there.
+      axis: the batch axis, as the reader sees it.
+      shape: of the feedback weights, `[*lengths, outputs, *hidden]`.
+      outputs: how many numbers the error has before it is brought to `Direct.rank`.
+      lengths: of the scans whose iterations have feedback weights of their own.
+      shared: where the shared axes of the outputs lie in the hidden signal: its axis without the batch, or the loop.
+      dtype: of the feedback weights.
+    """
+
+    hidden: Hidden
+    spec: Direct
+    axis: BatchAxis | None = None
+    shape: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    shared: tuple[tuple[str, int], ...] = ()
+    dtype: Any = jnp.float32
+    outputs: int = 0
+
+    def axes_named(self) -> str:
+        """The shape of the feedback weights, as `3 iterations x 10 outputs x (128,)`."""
+        n = len(self.lengths)
+        scans = "".join(f"{length} iterations x " for length in self.lengths)
+        return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
+
+    @property
+    def lies(self) -> Sequence[Any]:
+        """The explicit mesh axes over which the hidden signal is split, before the reader gathers it."""
+        value = self.hidden.reader
+        while value.source is not None and of(value.view).same_shape:
+            value = value.source
+        return value.aval.sharding.spec
+
+    @property
+    def batch_split(self) -> Any:
+        """Those over which its batch is split; None where it is merged with other axes."""
+        assert self.axis is not None
+        unsplit = self.axis.merged or isinstance(self.axis, Unbatched)
+        return None if unsplit else self.lies[self.axis.axis]
+
+    @property
+    def split(self) -> tuple[Any, ...]:
+        """Those over which the feedback weights are split, as the hidden signal's features are."""
+        assert self.axis is not None
+        positions = {place for kind, place in self.shared if kind == "axis"}
+        axis = self.axis.axis
+        rest = (*self.lies[:axis], *[None] * len(self.axis.merged), *self.lies[axis + 1 :])
+        rest = tuple(self.lies) if isinstance(self.axis, Unbatched) else rest
+        return (*[None] * (len(self.lengths) + 1), *(s for i, s in enumerate(rest) if i not in positions))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize if self.spec.init is not None else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SequentialFeedback:
+    """One sequential feedback weight: it stands in for a parameter.
+
+    Attributes:
+      index: of the parameter among the leaves.
+      shape, dtype: those of the parameter.
+      spec: the rule of the layer.
+      fan_in, fan_out, sliced: the parameter's axes that are summed over, that are not, and that a loop runs over.
+      spatial: the axes of a convolution's window.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: Sequential
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    sliced: tuple[int, ...]
+    spatial: tuple[int, ...] = ()
+
+    def draw(self, key: jax.Array, weight: Any) -> jax.Array:
+        """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart.
+
+        Initializers with an argument `weight` get the parameter, in the same layout.
+        """
+        sizes = [[self.shape[i] for i in axes] for axes in (self.sliced, self.spatial, self.fan_in, self.fan_out)]
+        shape = (*sizes[1], math.prod(sizes[2]), math.prod(sizes[3]))
+        init = self.spec.init
+        assert init is not None
+        count = math.prod(sizes[0])
+        order = (*self.sliced, *self.spatial, *self.fan_in, *self.fan_out)
+        weights = None
+        if "weight" in inspect.signature(init).parameters:
+            weights = split_as(jax.lax.stop_gradient(jnp.transpose(weight, order))).reshape(count, *shape)
+
+        def one(k: Any, w: Any) -> jax.Array:
+            return draw(init, k, shape, self.dtype, **({} if w is None else {"weight": w}))
+
+        if self.sliced:
+            drawn = jax.vmap(one)(jax.random.split(key, count), weights)
+        else:
+            drawn = one(key, None if weights is None else weights[0])
+        inverse = [order.index(i) for i in range(len(order))]
+        return drawn.reshape([self.shape[i] for i in order]).transpose(inverse)
+
+
+def draw_direct(landing: DirectFeedback, key: jax.Array) -> jax.Array:
+    """Draws `[hidden size, outputs]`, of which feedback of a rank keeps so many outputs, as good as any others.
+
+    Where such a matrix would be larger than all feedback may be, of as many outputs as fit.
+    """
+    n = len(landing.lengths)
+    sent, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
+    fitting = landing.spec.max_feedback_bytes / max(size * jnp.dtype(landing.dtype).itemsize, 1)
+    outputs = landing.outputs if landing.spec.rank is None else max(sent, int(min(landing.outputs, fitting)))
+
+    def one(k: Any) -> jax.Array:
+        drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
+        return drawn[:, :sent].T.reshape(landing.shape[n:])
+
+    if not n:
+        return one(key)
+    return jax.vmap(one)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
+
+
+def draw_reduction(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The matrix `[outputs, rank]` that brings errors to a rank: random rows of length one that sum to one.
+
+    Independent numbers have the same mean and variance after it as before. Fewer than three numbers of length one
+    cannot sum to one at random: there the rows are normal, of squares that sum to one on average.
+    """
+    wide, rank = at_least_float32(dtype), shape[1]
+    rows = jax.random.normal(key, shape, wide)
+    if rank <= 2:
+        return (rows / rank**0.5).astype(dtype)
+    rows = rows - rows.mean(1, keepdims=True)
+    rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True).astype(wide)
+    return (rows * (1 - 1 / rank) ** 0.5 + 1 / rank).astype(dtype)
+
+
+def _feedback_parameters(graph: Graph, layer: Layer) -> list[int]:
+    """The parameters of a layer's weight that get feedback: matrices, or vectors where there are only those."""
+    indices = sorted(layer.sources)
+    ranks = {i: len(graph.param_avals[i].shape) - len(layer.weight.axes.get(i, ((), ()))[1]) for i in indices}
+    return [i for i in indices if ranks[i] >= 2] or indices
+
+
+def sequential_feedback_of(graph: Graph, layer: Layer, spec: Sequential) -> list[SequentialFeedback]:
+    """What sequential feedback there is to a layer: one entry per parameter matrix of its weight."""
+    return [_entry(graph, layer, i, spec) for i in _feedback_parameters(graph, layer)]
+
+
+def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> SequentialFeedback:
+    aval = graph.param_avals[i]
+    dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
+    contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
+    free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
+    matrices = layer.row.members(layer.eqn, layer.position)  # an ensemble, heads, experts: each a matrix of its own
+    members = {a for d in matrices if d < len(dims) for a in dims[d]} - contracted
+    free, sliced = free - members, sliced | members
+    lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
+    if lost:  # an axis summed away on the way (a factorised weight): it faces the side that is not seen
+        (contracted if free and not contracted else free).update(lost)
+    spatial: tuple[int, ...] = ()
+    window = layer.row.window(layer.eqn, layer.position)
+    if window and all(len(held) == 1 for held in dims):
+        spatial = tuple(dims[d][0] for d in window)
+        contracted -= set(spatial)
+    return SequentialFeedback(
+        i, tuple(aval.shape), feedback_dtype(aval.dtype), spec,
+        tuple(sorted(contracted)), tuple(sorted(free)), tuple(sorted(sliced)), spatial,
+    )  # fmt: skip

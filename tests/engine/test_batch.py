@@ -1,0 +1,81 @@
+"""Where the batch lies: found past reshapes and transposes, and refused where its order is lost."""
+
+import jax
+import jax.numpy as jnp
+
+import lrules
+from tests.small import DFA, FA, KEY, W, X, first, mlp, refused
+
+
+def test_batch_axes():
+    refused(lambda p, x: mlp(p, x).sum(0), "no batch axis", "has_aux", rule=DFA, error=ValueError)
+    refused(lrules.Network(mlp, batch_axes=None), "batch_axes", rule=DFA, error=ValueError)
+    refused(lrules.Network(mlp, batch_axes=7), "no batch axis 7", "batch_axes", rule=DFA, error=ValueError)
+    refused(lrules.Network(mlp, batch_axes={"x": 0}), "no prefix", rule=DFA, error=ValueError)
+    uneven = lrules.Network(lambda p, x: mlp(p, x[0]) + x[1].sum())
+    refused(uneven, "differ in size", "batch_axes", rule=DFA, error=ValueError, inputs=(X, jnp.ones(3)))
+
+    def mixed(p, x):  # a hidden signal that holds the batch along two axes
+        h = jnp.tanh(x @ p["a"])
+        return jnp.tanh((h @ h.T) @ (h @ p["b"])) @ p["c"]
+
+    DFA.init(KEY, mixed, W, X)
+
+
+T = 3
+SEQUENCES = jax.random.normal(KEY, (4, T, 5))
+
+
+def reached(apply, params, x):
+    """The examples that get a signal when only example 0 is wrong."""
+    feedback = DFA.init(KEY, apply, params, x)
+    y, pull = jax.vjp(lambda x: lrules.transform(apply, DFA)(params, feedback, x), x)
+    (d,) = pull(jnp.zeros_like(y).at[0].set(1.0))
+    return [i for i in range(len(x)) if jnp.any(d[i])]
+
+
+def test_merged_axes_keep_the_order_of_the_examples():
+    def batch_first(p, x):
+        return jnp.tanh(first(p, x.reshape(-1, 5)) @ p["b"]).reshape(-1, T, 6).mean(1) @ p["c"]
+
+    def time_first(p, x):
+        h = jnp.tanh(first(p, x.transpose(1, 0, 2).reshape(-1, 5)) @ p["b"])
+        return h.reshape(T, -1, 6).mean(0) @ p["c"]
+
+    for apply in (batch_first, time_first):
+        for x in (SEQUENCES, SEQUENCES[:1]):
+            assert reached(apply, {k: v * 0.1 for k, v in W.items()}, x) == [0]
+
+
+def test_examples_in_another_order():
+    """Where examples were concatenated, reversed or sorted, direct feedback would reach the wrong ones: refused."""
+
+    def steps_in_turn(p, x):
+        e = first(p, x.reshape(-1, 5)).reshape(-1, T, 6)
+        e = jnp.concatenate([e[:, t] for t in range(T)], 0)
+        return jnp.tanh(e @ p["b"]).reshape(T, -1, 6).mean(0) @ p["c"]
+
+    def reversed_inside(p, x):
+        return (jnp.tanh(first(p, x[:, 0])[::-1] @ p["b"]) @ p["c"])[::-1]
+
+    def sorted_inside(p, x):
+        order = jnp.argsort(x[:, 0, 0])
+        return (jnp.tanh(first(p, x[:, 0])[order] @ p["b"]) @ p["c"])[jnp.argsort(order)]
+
+    for apply in (steps_in_turn, reversed_inside, sorted_inside):
+        refused(apply, "batch", rule=DFA, error=ValueError, inputs=SEQUENCES)
+        FA.init(KEY, apply, W, SEQUENCES)
+
+
+def test_a_model_of_one_batch_size():
+    def fixed(p, x):  # traces at no other batch; the features are as many as the examples
+        e = jnp.tanh(x.reshape(4 * T, 5) @ p["e"])
+        return (e @ p["f"]).reshape(4, T, -1).mean(1)
+
+    params = {"e": jnp.ones((5, 4)), "f": jnp.ones((4, 2))}
+    refused(fixed, "cannot be told", rule=DFA, error=ValueError, params=params, inputs=SEQUENCES)
+
+    def microbatches(p, x):
+        return jnp.concatenate([first(p, x[i : i + 2]) @ p["c"] for i in range(0, len(x), 2)])
+
+    refused(microbatches, "another batch size", rule=DFA, error=ValueError)

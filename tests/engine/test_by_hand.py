@@ -1,0 +1,80 @@
+"""Products of weights and data that a model sums by hand: refused, and told from scales."""
+
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from tests.small import BACKMAN, DFA, FA, KEY, W, X, first, refused, zero_below
+
+
+def test_product_summed_by_hand():
+    def apply(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return (h[:, :, None] * p["b"][None]).sum(1) @ p["c"]
+
+    refused(apply, "'b'", "summed", "einsum")
+
+    def one_neuron(p, x):
+        return (jnp.tanh(x @ p["a"]) * p["v"][None]).sum(1, keepdims=True)
+
+    refused(one_neuron, "'v'", "summed", params={"a": W["a"], "v": jnp.ones(6)})
+
+
+def test_normalisation_is_no_product_summed_by_hand():
+    """A scale followed by a mean over other axes, or by the next normalisation after its bias, is served."""
+
+    def norm(scale, bias, x):
+        x = x - x.mean(-1, keepdims=True)
+        return x * scale[None] + bias[None]
+
+    def apply(p, x):
+        h = norm(p["s"], p["t"], x @ p["a"])
+        h = norm(p["s"], p["t"], h)
+        return jnp.tanh(h * p["s"][None]) @ p["c"]
+
+    FA.init(KEY, apply, {**W, "s": jnp.ones(6), "t": jnp.ones(6)}, X)
+
+    def pooled(p, x):
+        h = jnp.stack([x @ p["a"]] * 2, 1) * p["s"][None, None]
+        return h.mean(1) @ p["c"]
+
+    FA.init(KEY, pooled, {**W, "s": jnp.ones(6)}, X)
+
+
+BY_HAND = {
+    "scaled": lambda h, w: (0.5 * (h[:, :, None] * w[None])).sum(1),
+    "mean": lambda h, w: (h[:, :, None] * w[None]).mean(1),
+    "masked": lambda h, w: jnp.sum(h[:, :, None] * w[None], 1, where=(jnp.arange(6) < 5)[None, :, None]),
+    "dot_without_contraction": lambda h, w: jnp.einsum("bi,ij->bij", h, w).sum(1),
+    "summed_by_a_dot": lambda h, w: jnp.einsum("bij,i->bj", h[:, :, None] * w[None], jnp.ones(6)),
+    "cumsum": lambda h, w: jnp.cumsum(h[:, :, None] * w[None], 1)[:, -1],
+    "row_by_row": lambda h, w: sum(h[:, i : i + 1] * w[i][None] for i in range(6)),
+    "in_a_loop": lambda h, w: lax.fori_loop(
+        0, 6, lambda i, s: s + lax.dynamic_slice_in_dim(h, i, 1, 1) * w[i][None], jnp.zeros((4, 3))
+    ),
+    "shifts": lambda h, w: sum(jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * w[i, 0] for i in range(3)),
+    "quotient": lambda h, w: (h[:, :, None] / w[None]).sum(1),
+    "outer": lambda h, w: jnp.trace(jnp.tensordot(h, w, 0), axis1=1, axis2=2),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_products_summed_by_hand(name):
+    for rule in (FA, DFA, BACKMAN):
+        refused(lambda p, x: BY_HAND[name](first(p, x), p["c"]), "'c'", "summed", "einsum", rule=rule)
+
+
+def test_scales_are_no_products_summed_by_hand():
+    """Normalisations without bias, mixing with a previous token, gated pooling, scaled residuals: all served."""
+
+    def norm(x, scale):
+        x = x - x.mean(-1, keepdims=True)
+        return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale[None]
+
+    params = {**W, "g": jnp.ones(6)}
+    zero_below(lambda p, x: norm(norm(x @ p["a"], p["g"]), p["g"]) @ p["c"], params)
+    zero_below(
+        lambda p, x: (first(p, x) * p["g"][None] + jnp.roll(first(p, x), 1, 1) * (1 - p["g"][None])) @ p["c"], params
+    )
+    zero_below(lambda p, x: ((first(p, x) * p["g"][None]).mean(-1, keepdims=True) * first(p, x)) @ p["c"], params)
+    zero_below(lambda p, x: (x @ p["a"] + first(p, x) * p["g"][None]) @ p["c"], params)

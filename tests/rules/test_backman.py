@@ -1,0 +1,55 @@
+"""BackMAN against the explicit reference, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lrules
+from tests.reference import backman
+from tests.rules.common import ALL_NETS, NOTHING, agrees, make, pull
+from tests.small import BACKMAN, FA, KEY, W, X, first, refused
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3, "gradient_norm"])
+@pytest.mark.parametrize("name", ALL_NETS)
+def test_backman(name, alpha):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        agrees(pull(net, lrules.backman(alpha), NOTHING, x, e), backman.gradients(net, x, e, alpha=alpha))
+
+
+@pytest.mark.parametrize("alpha", [1.0, "gradient_norm"])
+@pytest.mark.parametrize("name", ALL_NETS)
+def test_dead_neurons(name, alpha):
+    """A neuron without gradient gets the layer's mean norm; a wholly dead layer gets zeros, nothing gets NaN."""
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        dead = net[0]._replace(bias=net[0].bias - 1e4) if net[0].activation == "relu" else net[0]
+        partly = net[0]._replace(bias=net[0].bias - 1e4 * (np.arange(len(net[0].bias)) == 1))
+        for first in (dead, partly):
+            changed = [first, *net[1:]]
+            got = pull(changed, lrules.backman(alpha), NOTHING, x, e)
+            agrees(got, backman.gradients(changed, x, e, alpha=alpha))
+        zero = pull(net, lrules.backman(alpha), NOTHING, x, np.zeros_like(e))
+        assert all(not np.any(g) for g in jax.tree.leaves(zero[0]))
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+@pytest.mark.parametrize(("check_vma", "weight", "words"), [(False, P(), "check_vma=True"), (True, P("d"), "split")])
+def test_backman_inside_a_shard_map_of_the_network(check_vma, weight, words, factor):
+    """It needs the gradient of the whole batch: refused where the mesh hides it, or where the weight is split."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = P(None, "d") if weight == P("d") else P("d")
+
+    def apply(p, x):
+        def inner(w, h):
+            return jax.lax.psum(h @ w, "d") if weight == P("d") else h @ w
+
+        out = P() if weight == P("d") else P("d")
+        mapped = jax.shard_map(inner, mesh=mesh, in_specs=(weight, data), out_specs=out, check_vma=check_vma)
+        return jnp.tanh(mapped(factor * p["b"] if factor else p["b"], first(p, x))) @ p["c"]
+
+    refused(apply, "'b'", words, "partition", rule=BACKMAN)
+    FA.init(KEY, apply, W, X)
