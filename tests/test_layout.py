@@ -74,7 +74,7 @@ RULES_OF_RULES = {
     ("node_perturbation", "direct_feedback_alignment"),
     ("random_target_projection", "direct_feedback_alignment"),
 }
-BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing")
+BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing", "trial")
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -176,7 +176,7 @@ TESTED_ELSEWHERE = {
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
     "constructors": ("experiments/test_recipes.py", "rules made with them"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
-    "testing": ("test_composition.py", "check_rule, run on rules"),
+    "trial": ("test_testing.py", "what check_rule tries rules on"),
 }
 
 
