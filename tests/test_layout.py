@@ -216,10 +216,15 @@ def declared():
             yield extra, re.match(r"[\w.-]+", need)[0]
 
 
+@functools.cache
+def used_by(folder):
+    return set().union(*map(tops, parsed(folder).values()))
+
+
 @pytest.mark.parametrize("extra, package", list(declared()))
 def test_each_dependency_is_used(extra, package):
     """What is declared is imported by those for whom it is declared."""
-    used = {top for folder in EXTRAS[extra] for tree in parsed(folder).values() for top in tops(tree)}
+    used = set().union(*map(used_by, EXTRAS[extra]))
     assert IMPORTED_AS.get(package, package) in used or package in NOT_IMPORTED
 
 
