@@ -55,7 +55,7 @@ def section(docstring, title):
 
 def names_of(lines):
     """The names that the entries of a section explain: `a, b: ...` explains two."""
-    entries = [re.match(r"([\w*, `]+):(?= |$)", line) for line in lines]
+    entries = [re.match(r"([\w*`][\w*, `]*):(?= |$)", line) for line in lines]
     return [name.strip(" *`") for entry in entries if entry is not None for name in entry[1].split(",")]
 
 
