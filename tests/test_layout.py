@@ -74,7 +74,7 @@ RULES_OF_RULES = {
     ("node_perturbation", "direct_feedback_alignment"),
     ("random_target_projection", "direct_feedback_alignment"),
 }
-BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing")
+BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing", "trial")
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -176,7 +176,7 @@ TESTED_ELSEWHERE = {
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
     "constructors": ("experiments/test_recipes.py", "rules made with them"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
-    "testing": ("test_composition.py", "check_rule, run on rules"),
+    "trial": ("test_testing.py", "what check_rule tries rules on"),
 }
 
 
@@ -216,10 +216,15 @@ def declared():
             yield extra, re.match(r"[\w.-]+", need)[0]
 
 
+@functools.cache
+def used_by(folder):
+    return set().union(*map(tops, parsed(folder).values()))
+
+
 @pytest.mark.parametrize("extra, package", list(declared()))
 def test_each_dependency_is_used(extra, package):
     """What is declared is imported by those for whom it is declared."""
-    used = {top for folder in EXTRAS[extra] for tree in parsed(folder).values() for top in tops(tree)}
+    used = set().union(*map(used_by, EXTRAS[extra]))
     assert IMPORTED_AS.get(package, package) in used or package in NOT_IMPORTED
 
 
