@@ -53,7 +53,7 @@ def activation(fn: F) -> F:
       >>> import jax.numpy as jnp, lrules
       >>> bent = lrules.activation(lambda x: x + jnp.sin(x) ** 2)
       >>> lrules.describe(lambda w, x: bent(x @ w), lrules.backprop(), jnp.eye(2), jnp.ones((3, 2))).activations
-      ['function']
+      ['lambda']
     """
     return _named(fn, MARK)
 
