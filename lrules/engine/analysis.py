@@ -44,20 +44,18 @@ from lrules.engine.operations import (
     view_axes,
 )
 from lrules.engine.records import (
-    Activation,
     Affine,
     Block,
     Hidden,
     Layer,
+    Names,
     Refusal,
     Value,
     ancestors,
     classes_of,
     merged_classes,
-    unique,
     want,
 )
-from lrules.engine.regions import find_regions
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
 
 REMEDIES = {
@@ -79,10 +77,9 @@ class Analysis:
         self.names, self.ndims, self.promoted = names, ndims, promoted
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
-        self.activations: list[Activation] = []
         self.affines: list[Affine] = []
         self.refusals: list[Refusal] = []
-        self.doubts: list[tuple[Doubt, Value | None]] = []
+        self.noted: list[Block | Doubt] = []  # where activations may be, and marks that are on none
         self.found: dict[Any, int] = {}  # further ones
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
@@ -181,15 +178,13 @@ class Analysis:
             self.hidden.remove(hidden)
             block, variable = hidden.root.place  # type: ignore[misc]
             block.hidden[variable].remove(hidden)
-        sites: set[str] = set()
+        sites = Names()
         for layer in self.layers:
-            layer.site = unique(layer.name, sites)
-            sites.add(layer.site)
+            layer.site = sites.unique(layer.name)
             want(layer.weight)
-        taken: dict[bool, set[str]] = {True: set(), False: set()}
+        taken = {True: Names(), False: Names()}
         for hidden in self.hidden:
-            hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
-            taken[hidden.mark].add(hidden.name)
+            hidden.name = taken[hidden.mark].unique(hidden.name if hidden.mark else hidden.readers[0].name)
 
     def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
         """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
@@ -198,19 +193,6 @@ class Analysis:
             affine = Affine(f"affine {len(self.affines)}", pure[0], ins[pure[0]], out)
             self.affines.append(affine)
             block.affines[index] = affine
-
-    def add_activations(self, block: Block) -> None:
-        if self.silent or self.sealed or self.unmarked:
-            return
-        regions, doubts = find_regions(block)
-        self.doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in doubts]
-        for region in regions:
-            site = unique(region.name, {a.site for a in self.activations})
-            source, output = block.value(region.root), block.value(region.output)
-            region.activation = Activation(region.name, site, block.scope, source, output)
-            self.activations.append(region.activation)
-            block.regions[region.indices[-1]] = region
-            block.skipped |= frozenset(region.indices[:-1])
 
     def rank_at_use(self, w: Value, i: int) -> int:
         axes, sliced = w.axes.get(i, ((), frozenset()))
@@ -235,7 +217,8 @@ class Analysis:
                 block.values[var] = value
                 if value.place is None:
                     value.place = (block, var)
-        self.add_activations(block)
+        if not (self.silent or self.sealed or self.unmarked):
+            self.noted.append(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
     def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
@@ -249,7 +232,7 @@ class Analysis:
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
             if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
                 what = "acts on more than one element or holds parameters"
-                self.doubts.append((Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"), None))
+                self.noted.append(Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked
             block.children[index] = [child]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from lrules.engine.activations import (
     arranged,
 )
 from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, Equation, call_body, call_name
-from lrules.engine.records import Block, Value
+from lrules.engine.records import Activation, Block, Names, Value
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,6 +44,26 @@ class Region:
     indices: list[int]
     axes: Axes
     activation: Any = None
+
+
+def find_activations(noted: Sequence[Block | Doubt]) -> tuple[list[Activation], list[tuple[Doubt, Value | None]]]:
+    """The activations in all blocks, which learn of theirs, and the doubts, each with the value that it is about."""
+    activations: list[Activation] = []
+    doubts: list[tuple[Doubt, Value | None]] = []
+    sites = Names()
+    for block in noted:
+        if isinstance(block, Doubt):
+            doubts.append((block, None))
+            continue
+        regions, own = find_regions(block)
+        doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in own]
+        for region in regions:
+            source, output = block.value(region.root), block.value(region.output)
+            region.activation = Activation(region.name, sites.unique(region.name), block.scope, source, output)
+            activations.append(region.activation)
+            block.regions[region.indices[-1]] = region
+        block.skipped = frozenset(i for region in regions for i in region.indices[:-1])
+    return activations, doubts
 
 
 def _nonlinear(eqn: Equation, value: Callable[..., Value]) -> list[str]:
