@@ -24,8 +24,8 @@ from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation,
 from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
 from lrules.engine.product import Product
 from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value, argument, parameter, reach
-from lrules.engine.regions import Region, find_activations
-from lrules.engine.shared import equation_key, run_together
+from lrules.engine.regions import Region, RegionFunction, RegionProgram, find_activations, moved
+from lrules.engine.shared import EVERYWHERE, Pieces, Together, equation_key
 from lrules.typing import Pytree
 
 
@@ -59,6 +59,7 @@ class Graph:
         self.affines, self.refusals, self._noted = analysis.affines, analysis.refusals, analysis.noted
         reached = reach(self.outs[:n_outputs])
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
+        self.pieces = Pieces()  # those that hold programs of the user's die with the graph
         self._made: dict[Hashable, Any] = {}
         self._lock = threading.RLock()
 
@@ -120,7 +121,7 @@ class Graph:
         shadows = list(feedback) if feedback is not None else [None] * len(params)
         if any(handler.activations for handler in handlers):
             self.activations  # noqa: B018  they are looked for
-        runner = _Runner(handlers, feedback is not None, frozenset(marks), taps or {})
+        runner = _Runner(self.pieces, handlers, feedback is not None, frozenset(marks), taps or {})
         pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
         outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)
         flat = [value for value, _ in outs]
@@ -132,12 +133,19 @@ class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
     def __init__(
-        self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]
+        self,
+        pieces: Pieces,
+        handlers: Sequence[Handler],
+        shadows: bool,
+        marks: frozenset[Hidden],
+        taps: Mapping[str, Value],
     ) -> None:
+        self.pieces = pieces
         self.handlers, self.shadows, self.marks = tuple(handlers), shadows, marks
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.affines = any(h.affines for h in handlers)
+        self.at_activations = [h for h in self.handlers if type(h).activation is not Handler.activation]
         self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
         self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
         # Without jit an equation is a program of its own, as it is where the network is called.
@@ -172,9 +180,10 @@ class _Runner:
             eqns = [block.jaxpr.eqns[i] for i in pending]
             made = [v for e in eqns for v in e.outvars]
             wanted = [v for v in made if self.is_noted(block, v) or not block.readers.get(v, set()) <= pending.keys()]
-            values = run_together(eqns, list(pending.values()), lambda v: read(v)[0], wanted)
+            run = Together(eqns, list(pending.values()), wanted)
             pending.clear()
-            for v, value in zip(wanted, values, strict=True):
+            shared = (self.pieces if run.programs else EVERYWHERE).shared(run.key, run)
+            for v, value in zip(wanted, shared(*(read(v)[0] for v in run.given)), strict=True):
                 write(v, (value, None))
 
         for index, eqn in enumerate(block.jaxpr.eqns):
@@ -217,23 +226,16 @@ class _Runner:
 
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
-        captured = [value for value, _ in others]
-
-        def fn(x: jax.Array, *others: Any) -> Any:
-            env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
-            for eqn in region.eqns:
-                got = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
-                env.update(zip(eqn.outvars, got, strict=True))
-            return env[region.output]
-
-        x = root[0].transpose(region.axes)
-        run = (lambda x: fn(x, *captured)) if captured else fn
-        for handler in self.handlers:  # the rule's own innermost
+        program = RegionProgram(region)
+        x = moved(root[0], region.axes)
+        fn = RegionFunction(program, [value for value, _ in others], self.pieces if self.staged else None)
+        run: Callable[[jax.Array], Any] = fn
+        for handler in self.at_activations:  # the rule's own innermost
             run = nest_activation(handler, region.activation, run, frame)
         if not (self.shadows and shadowed):
             return run(x), None
         x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
-        return run(x), fn(x_shadow.transpose(region.axes), *rest)
+        return run(x), program(moved(x_shadow, region.axes), *rest)
 
     def equation(self, block: Block, index: int, eqn: Equation, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]

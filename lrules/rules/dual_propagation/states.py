@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.records import Activation
+from lrules.engine.regions import RegionFunction
 from lrules.rules.dual_propagation.options import Number, Options
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and what last arrived from above
@@ -151,8 +152,14 @@ class Dyads(Handler):
             plus, minus = unit.settle(fn, x, old["arriving"], damping, old["plus"], old["minus"])
             frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
             return unit.mean(plus, minus)
-        converted, captured = jax.closure_convert(fn, x)
-        y, frame.records[site] = _dyad(unit, self.mode, converted, first)(x, old, damping, captured)
+        if isinstance(fn, RegionFunction):  # one for all activations that compute the same
+            captured, run = fn.captured, _dyad(unit, self.mode, fn.program, first)
+            if fn.pieces is not None and fn.program.key is not None:
+                run = fn.pieces.shared(("dyad", unit, self.mode, first, fn.program.key), run)
+        else:
+            converted, captured = jax.closure_convert(fn, x)
+            run = _dyad(unit, self.mode, converted, first)
+        y, frame.records[site] = run(x, old, damping, captured)
         return y
 
 
