@@ -153,9 +153,12 @@ class Dyads(Handler):
             frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
             return unit.mean(plus, minus)
         if isinstance(fn, RegionFunction):  # one for all activations that compute the same
-            captured, run = fn.captured, _dyad(unit, self.mode, fn.program, first)
-            if fn.pieces is not None and fn.program.key is not None:
-                run = fn.pieces.shared(("dyad", unit, self.mode, first, fn.program.key), run)
+            captured, key, pieces = fn.captured, fn.program.key, fn.pieces
+            if pieces is None or key is None:
+                run = _dyad(unit, self.mode, fn.program, first)
+            else:
+                run = _dyad(unit, self.mode, fn.program, first, shared=True)
+                run = pieces.shared(("dyad", unit, self.mode, first, key), run)
         else:
             converted, captured = jax.closure_convert(fn, x)
             run = _dyad(unit, self.mode, converted, first)
@@ -163,9 +166,10 @@ class Dyads(Handler):
         return y
 
 
-def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callable[..., Any]:
+def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool, *, shared: bool = False) -> Callable[..., Any]:
     """One activation whose backward pass renews its state and hands down the difference in place of a derivative.
 
+    If it is shared by many activations, its backward pass is traced once.
     It also returns a zero. Its cotangent makes JAX run the backward pass even where no error arrives (`stop_gradient`).
     """
 
@@ -183,14 +187,17 @@ def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callabl
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
         return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
 
-    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
-        arriving, _ = cotangent
-        x, plus, minus, old, damping, captured = residuals
+    def renew(arriving: jax.Array, x: jax.Array, plus: Any, minus: Any, damping: Any, captured: Any) -> tuple[Any, Any]:
         new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
         down = unit.error(plus, minus) if mode == "still" else unit.error(new_plus, new_minus)
         new = {"plus": new_plus, "minus": new_minus, "arriving": arriving}
-        nothing = jax.tree.map(jnp.zeros_like, (damping, captured))
-        return (arriving if first and mode == "still" else down.astype(x.dtype)), new, *nothing
+        return (arriving if first and mode == "still" else down.astype(x.dtype)), new
+
+    renewed = jax.jit(renew, inline=True) if shared else renew
+
+    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+        x, plus, minus, _, damping, captured = residuals
+        return *renewed(cotangent[0], x, plus, minus, damping, captured), None, None
 
     dyad.defvjp(forward, backward)
     return dyad
