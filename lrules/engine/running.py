@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lrules.engine.batch import Unbatched
+from lrules.engine.batch import Unbatched, moved
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import bind, placed_as, split_as, varying_axes
@@ -194,6 +194,7 @@ def _direct_run(plan: Plan) -> Callable[..., Any]:
         pull, pulls, feedback, targets, records = residuals
         errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
+        more = {spec: _more(plan, spec) for spec in {landing.spec for landing in plan.direct_feedback.values()}}
         signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
         for pull_signals in pulls:
@@ -204,7 +205,7 @@ def _direct_run(plan: Plan) -> Callable[..., Any]:
                 continue
             if spec not in sent:
                 sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
-            signals[name] = _land(landing, sent[spec], b, targets, plan.elements)
+            signals[name] = _land(landing, sent[spec], b, targets, more[spec])
             if spec.learn is not None:
                 feedback_grads[name] = direct_feedback_gradient(landing, sent[spec], records[name], b)
         grads = list(pull((errors, signals)))
@@ -213,6 +214,12 @@ def _direct_run(plan: Plan) -> Callable[..., Any]:
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _more(plan: Plan, spec: Direct) -> dict[str, Any]:
+    """What a signal gets besides: how many losses the objective is the mean of, if it has an argument for it."""
+    named = spec.signal is not None and "elements" in inspect.signature(spec.signal).parameters
+    return {"elements": plan.elements} if named else {}
 
 
 def _is_zero(x: Any) -> bool:
@@ -261,7 +268,7 @@ def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, An
     return e
 
 
-def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, elements: int | None = None) -> Any:
+def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, more: Mapping[str, Any]) -> Any:
     """The cotangent of one hidden signal at its definition, with the axes of the scans around it in front."""
     hidden, shared, axis = landing.hidden, landing.shared, landing.axis
     assert axis is not None and landing.spec.signal is not None
@@ -269,8 +276,6 @@ def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, elemen
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
     e = split_as(e, *[None] * len(shared), landing.batch_split)
     b = None if b is None else split_as(b, *landing.split)
-
-    more = {"elements": elements} if "elements" in inspect.signature(landing.spec.signal).parameters else {}
 
     def signal(e: jax.Array, b: Any) -> Any:  # [*shared, batch, *hidden without shared axes]
         return landing.spec.signal(e, b, targets, hidden.name, **more)  # type: ignore[misc]
@@ -287,15 +292,17 @@ def _land(landing: DirectFeedback, e: jax.Array, b: Any, targets: Pytree, elemen
         define = jax.vmap(define)
 
     def arrive(b: Any) -> jax.Array:
-        s = jnp.moveaxis(signal(e, b), turns, range(len(turns)))
+        s = moved(signal(e, b), turns, range(len(turns)))
         front = [len(turns) + k for k in range(len(places))]
-        return define(jnp.moveaxis(s, front, [len(turns) + 1 + place for place in places.values()]))
+        return define(moved(s, front, [len(turns) + 1 + place for place in places.values()]))
 
     for _ in landing.lengths:
         arrive = jax.vmap(arrive)
     out = arrive(b)
+    if not hidden.loops:
+        return placed_as(out, hidden.root.aval)
     order = [i for i, (_, own) in enumerate(hidden.loops) if own] + [shared[i][1] for i in turns]
-    out = jnp.moveaxis(out, range(len(order)), [sorted(order).index(i) for i in order])
+    out = moved(out, range(len(order)), [sorted(order).index(i) for i in order])
     lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
     out = out.reshape(*lead, *out.shape[len(order) :])
     out = jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))

@@ -35,7 +35,7 @@ from lrules.apply import mean_loss
 from lrules.engine.batch import BatchAxis, batch_axis, doubled
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation, key_at, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, all_zeros_at, key_at
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.operations import of
 from lrules.engine.plan import Plan
@@ -245,8 +245,8 @@ class _Experiment:
             for layer in graph.layers
             if layer.reads is not None and any(name in plan.sequential_feedback for name in layer.parameters)
         }
-        probes = {h.name: zeros_at(h.root) for h in self.hidden}
-        probes |= {f"{site} output": zeros_at(layer.output) for site, layer in taught.items()}
+        values = {h.name: h.root for h in self.hidden} | {f"{s} output": layer.output for s, layer in taught.items()}
+        probes = all_zeros_at(values)
 
         def clean(params: Pytree, probes: Mapping[str, Any]) -> tuple[jax.Array, Any]:
             handlers = (_ArrivingAtHidden(), *self.net.handlers, _ArrivingAtLayers())

@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import treated
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, zeros_at
+from lrules.engine.handlers import Frame, Handler, all_zeros_at
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import evaluate
@@ -85,7 +85,7 @@ class DualNetwork:
             batch *= int(jax.lax.psum(1, options.axis_name))
         self.nudged = _nudged_inputs(options, net, inputs)
         activations = treated(graph, options.passing)
-        self.clean = {a.site: zeros_at(a.output) for a in activations}
+        self.clean = all_zeros_at({a.site: a.output for a in activations})
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         names = [*self.clean, *(["outputs"] if options.output == "squared_error" else [])]
         self.units = units_of(options, names, list(self.nudged.values()), batch)
