@@ -342,14 +342,16 @@ class _Runner:
         classes = [block.values[v] for v in eqn.outvars]
 
         def branch(child: Block) -> Callable[..., list[Pair]]:
-            def run(pairs: Sequence[Pair]) -> list[Pair]:
-                outs = self.block(child, pairs, Frame({}, {}, frame.index))
+            def run(pairs: Sequence[Pair], inputs: Pytree) -> list[Pair]:
+                outs = self.block(child, pairs, Frame(below(inputs, child), {}, frame.index))
                 return [self.paired(c, p) for c, p in zip(classes, outs, strict=True)]
 
             return run
 
         # Frames inside a branch keep nothing: what one branch records the other would have to record too.
-        return jax.lax.switch(pairs[0][0], [branch(child) for child in block.children[index]], list(pairs[1:]))
+        children = block.children[index]
+        inputs = {site: value for child in children for site, value in below(frame.inputs, child).items()}
+        return jax.lax.switch(pairs[0][0], [branch(child) for child in children], list(pairs[1:]), inputs)
 
     def shard_map(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Pair]:
         (child,), params = block.children[index], eqn.params

@@ -12,7 +12,7 @@ import jax
 
 from lrules.engine.by_hand import Product
 from lrules.engine.dtypes import is_inexact
-from lrules.engine.jaxprs import Atom, Aval, is_literal
+from lrules.engine.jaxprs import Atom, Aval, Equation, is_literal
 from lrules.engine.operations import Row, of
 
 
@@ -100,16 +100,18 @@ class Hidden:
 
     def to_definition(self, signal: jax.Array) -> jax.Array:
         """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
+        return undo_views(self.views, signal.astype(self.reader.aval.dtype))
 
-        signal = signal.astype(self.reader.aval.dtype)
-        for eqn in reversed(self.views):
-            before = eqn.invars[0].aval
-            permutes = of(eqn).permutation
-            if permutes is not None:
-                permutation = permutes(eqn)
-                signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
-            signal = signal.reshape(before.shape).astype(before.dtype)
-        return signal
+
+def undo_views(views: Sequence[Equation], x: jax.Array) -> jax.Array:
+    """What was before these casts, reshapes and transposes, of what comes after them."""
+    for eqn in reversed(views):
+        before, permutes = eqn.invars[0].aval, of(eqn).permutation
+        if permutes is not None:
+            permutation = permutes(eqn)
+            x = x.transpose([permutation.index(i) for i in range(x.ndim)])
+        x = x.reshape(before.shape).astype(before.dtype)
+    return x
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,11 +121,13 @@ class Activation:
     Attributes:
       name: the function's name where it has one (`relu`), else its primitives (`tanh`, `mul_add_tanh`).
       site: unique within the network.
+      axes: for each axis of the output, the axis of the source that it is.
     """
 
     name: str
     site: str
     scope: tuple[str, ...] = ()
+    axes: tuple[int, ...] = ()
     source: Value | None = dataclasses.field(default=None, repr=False)
     output: Value | None = dataclasses.field(default=None, repr=False)
 

@@ -19,9 +19,9 @@ from lrules.engine.activations import (
     Doubt,
     _composed,
     _is_literal,
-    _is_statistic,
     _is_uniform,
     arranged,
+    is_statistic,
 )
 from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
@@ -99,7 +99,9 @@ def find_activations(noted: Sequence[Block | Doubt]) -> tuple[list[Activation], 
         doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in own]
         for region in regions:
             source, output = block.value(region.root), block.value(region.output)
-            region.activation = Activation(region.name, sites.unique(region.name), block.scope, source, output)
+            region.activation = Activation(
+                region.name, sites.unique(region.name), block.scope, region.axes, source, output
+            )
             activations.append(region.activation)
             block.regions[region.indices[-1]] = region
         block.skipped = frozenset(i for region in regions for i in region.indices[:-1])
@@ -298,7 +300,7 @@ def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
         return None
     primitives = "_".join(dict.fromkeys(row.name for row in nonlinear))
     if not any(n in NAMED or n.startswith(MARK) for n in calls):
-        if all(map(_of_statistics, nonlinear)) and _is_statistic(value(start)):
+        if all(map(_of_statistics, nonlinear)) and is_statistic(value(start)):
             return None
         if len(nonlinear) == 1 and _of_formulas(nonlinear[0]):
             return Doubt(primitives, out)
@@ -329,7 +331,7 @@ def _doubted(eqn: Equation) -> str:
 def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether an elementwise equation of several values bends one of them, as max and select do."""
     mixed = [v for v in eqn.invars if value(v).both]
-    if all(_is_statistic(value(v)) for v in mixed):
+    if all(is_statistic(value(v)) for v in mixed):
         return False
     row, out = of(eqn), value(eqn.outvars[0])
     if row.kind == "call" and out.producer is eqn and arranged(out) is not None:

@@ -57,6 +57,12 @@ def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, input
             "feedback_rule must be a sequential rule, got a direct rule, which sends the output error past the states: "
             "give lrules.feedback_alignment() or the like"
         )
+    for spec in plan.asking:
+        what = f"asks for {min(spec.asks_for)!r} by name" if spec.asks_for else "has a traced number"
+        raise ValueError(
+            f"feedback_rule must be a rule that takes (op, w, b, x, d, layer) and known numbers, got one that {what}: "
+            "give lrules.feedback_alignment() or the like"
+        )
     return plan
 
 
