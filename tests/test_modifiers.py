@@ -46,7 +46,7 @@ NONE = lrules.Feedback({}, {})
         (lambda r: lrules.drop_error(r, False), "rate must be a number >= 0 and < 1, got False"),
         (lambda r: lrules.drop_error(r, 1.0), "rate must be a number >= 0 and < 1, got 1.0"),
         (lambda r: lrules.drop_error(r, "half"), "rate must be a number >= 0 and < 1, got 'half'"),
-        (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
+        (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put modifiers around the partition"),
     ],
 )
 def test_refusals(make_rule, match):
