@@ -7,7 +7,7 @@ there. A *plan* is what a rule does at each site of one network; `make_plan` als
 | to | use |
 | --- | --- |
 | see what is in a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`, `activations`, `affines` |
-| run it with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for noise, `zeros_at` for probes |
+| run it with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for noise, `all_zeros_at` for probes |
 | say what a rule does where | `Sequential`, `Direct`, `Backprop`; `make_plan`, `Plan`; `layerwise` makes a rule of it |
 | run a network as a plan says | `evaluate`; with direct feedback `run_to_heads` and `from_heads` |
 | send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and `correlate` |
@@ -78,7 +78,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lrules.apply import mean_loss
 from lrules.constructors import layerwise
@@ -86,7 +85,7 @@ from lrules.engine.activations import passing_names, treated
 from lrules.engine.batch import BatchAxis, batch_axis, doubled
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation, key_at, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, all_zeros_at, key_at, zeros_at
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.landing import direct_feedback_gradient, output_error, sent_error
 from lrules.engine.plan import Plan
@@ -118,6 +117,7 @@ __all__ = [
     "RuleDescription",
     "Sequential",
     "SequentialFeedback",
+    "all_zeros_at",
     "as_network",
     "at_least_float32",
     "batch_axis",
@@ -200,7 +200,8 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
       >>> project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
-    return jnp.tensordot(e.astype(b.dtype), b, axes=1)
+    e = e if e.dtype == b.dtype else e.astype(b.dtype)
+    return jax.lax.dot_general(e, b, (((e.ndim - 1,), (0,)), ((), ())))
 
 
 def correlate(e: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Marks inside a model: a name for a tensor, and what is an activation and what is none."""
+"""Marks inside a model: a name for a tensor, and whether a function is an activation."""
 
 from __future__ import annotations
 
@@ -15,53 +15,65 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def hidden(x: T, name: str) -> T:
-    """Names a tensor inside a model, so that direct feedback can land there (`at=`).
+    """Gives a tensor inside a model a name, so that direct feedback can land there (`at=`).
+
+    hidden(x, name) = x
 
     Args:
-      x: an array, or a pytree of them.
+      x: an array, or a pytree of arrays.
       name: the name.
 
     Returns:
       The same values.
 
     Example:
-      >>> import jax.numpy as jnp, lrules
+      >>> import jax, jax.numpy as jnp, lrules
       >>> net = lambda w, x: jnp.tanh(lrules.hidden(jnp.sin(x @ w["a"]), "sines") @ w["b"]) @ w["c"]
       >>> w = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 5)), "c": jnp.ones((5, 2))}
       >>> rule = lrules.direct_feedback_alignment(at="sines")
       >>> list(rule.init(jax.random.key(0), net, w, jnp.ones((6, 3))).fixed)
       ['sines']
     """
-    named: T = checkpoint_name(x, name)  # JAX names tensors for the sake of rematerialisation; names are all we need
+    named: T = checkpoint_name(x, name)  # JAX uses these names for rematerialisation; we only need the names
     return named
 
 
 def activation(fn: F) -> F:
-    """Marks an elementwise function as one activation, for rules that need to know.
+    """Marks an elementwise function as one activation, for rules that treat activations.
+
+    activation(fn)(x) = fn(x)
 
     Args:
-      fn: `x -> y` of the same shape, without parameters.
+      fn: an elementwise function `x -> y` without parameters.
 
     Returns:
-      The same function under a name that the library recognises.
+      The same function, under a name that the library recognises.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> bent = activation(lambda x: x + jnp.sin(x))
-      >>> float(bent(0.0))
-      0.0
+      >>> import jax.numpy as jnp, lrules
+      >>> bent = lrules.activation(lambda x: x + jnp.sin(x) ** 2)
+      >>> lrules.describe(lambda w, x: bent(x @ w), lrules.backprop(), jnp.eye(2), jnp.ones((3, 2))).activations
+      ['lambda']
     """
     return _named(fn, MARK)
 
 
 def not_activation(fn: F) -> F:
-    """Marks a function as holding no activation, for rules that would otherwise take one in it for such.
+    """Marks a function as one without activations, for rules that treat activations.
+
+    not_activation(fn)(x) = fn(x)
 
     Args:
-      fn: any function.
+      fn: any function. Rules do not take any operation inside it for an activation.
 
     Returns:
-      The same function under a name that the library recognises.
+      The same function, under a name that the library recognises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> gate = lrules.not_activation(jax.nn.sigmoid)
+      >>> lrules.describe(lambda w, x: gate(x @ w), lrules.backprop(), jnp.eye(2), jnp.ones((3, 2))).activations
+      []
     """
     return _named(fn, UNMARK)
 
@@ -71,5 +83,5 @@ def _named(fn: F, prefix: str) -> F:
         return fn(*args, **kwargs)
 
     renamed.__name__ = renamed.__qualname__ = prefix + getattr(fn, "__name__", "function").strip("<>")
-    named: F = jax.jit(renamed)  # type: ignore[assignment]  # of the same arguments
+    named: F = jax.jit(renamed)  # type: ignore[assignment]  # it takes the same arguments
     return named

@@ -30,9 +30,9 @@ from lrules.extend import (
     Operation,
     Sequential,
     SequentialFeedback,
+    all_zeros_at,
     as_network,
     sequential_feedback_of,
-    zeros_at,
 )
 from lrules.feedback import absolute
 from lrules.network import NetworkLike
@@ -337,7 +337,7 @@ def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
         return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
 
     for k in jax.random.split(jax.random.key(0), PROBES):
-        zeros = {layer.at_output: zeros_at(layer.output) for layer in layers}
+        zeros = all_zeros_at({layer.at_output: layer.output for layer in layers})
         keys = dict(zip(zeros, jax.random.split(k, len(zeros)), strict=True))
         probes = {name: z + 3 * jax.random.normal(keys[name], z.shape, z.dtype) for name, z in zeros.items()}
         slopes = jax.grad(total)(probes)

@@ -1,4 +1,4 @@
-"""What an option may be, and the sentence that is said where it is something else."""
+"""The allowed values of options, and the message for other values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one real number, NaN and infinity among them; True and False are none."""
+    """Whether the value is one real number. NaN and infinity are numbers, True and False are not."""
     dtype = getattr(value, "dtype", None)
     if dtype is not None:
         real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -26,7 +26,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether it is a whole number; True and False are none."""
+    """Whether the value is an integer. True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -34,77 +34,79 @@ def as_initializer(init: Any) -> Initializer:
     """The initializer, or `jax.nn.initializers.glorot_normal()` if it is None.
 
     Raises:
-      TypeError: it is no function.
+      TypeError: it is not a function.
     """
     if init is None:
         return jax.nn.initializers.glorot_normal()
     if not callable(init):
         raise TypeError(
-            f"init= is a {type(init).__name__}, not an initializer: give a function (key, shape, dtype) -> array, such "
-            "as jax.nn.initializers.glorot_normal()"
+            "init must be a function (key, shape, dtype) -> array, such as jax.nn.initializers.glorot_normal(), got a "
+            f"{type(init).__name__}"
         )
     return init
 
 
 def draw(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any, **weight: Any) -> jax.Array:
-    """What an initializer draws, checked.
+    """Draws with an initializer, and checks the result.
 
     Raises:
-      TypeError: it draws no array.
-      ValueError: it draws one of another shape, or of whole numbers.
+      TypeError: the result is not an array.
+      ValueError: the array has another shape, or holds integers.
     """
     drawn = init(key, shape, dtype, **weight)
     if not hasattr(drawn, "shape"):
         hint = "call its factory first" if callable(drawn) else "give a function (key, shape, dtype) -> array"
-        raise TypeError(f"init= made a {type(drawn).__name__} in place of an array of shape {shape}: {hint}")
+        raise TypeError(f"init must return an array of shape {shape}, got a {type(drawn).__name__}: {hint}")
     if drawn.shape != tuple(shape) or not jnp.issubdtype(drawn.dtype, jnp.inexact):
         raise ValueError(
-            f"init= made an array of shape {drawn.shape} and dtype {drawn.dtype} in place of one of shape {shape} and "
-            f"dtype {jnp.dtype(dtype)}: give a function (key, shape, dtype) -> array that keeps to both"
+            f"init must return an array of shape {shape} and dtype {jnp.dtype(dtype)}, got one of shape {drawn.shape} "
+            f"and dtype {drawn.dtype}: give a function (key, shape, dtype) -> array that uses both"
         )
     return drawn
 
 
 def require_flags(**flags: object) -> None:
-    """Options that are True or False are that."""
+    """Refuses options that are not True or False."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
-            raise ValueError(f"{name}={value!r} is neither True nor False: give one of them")
+            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def require_pattern(pattern: Any, what: str = "") -> None:
-    """A regular expression is one; `what` stands before it in the message."""
+    """Refuses a pattern that is not a regular expression; the message begins with `what`."""
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{what}{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{what}{pattern!r} is not a regular expression: {error}") from None
 
 
 def mesh_axes(axis_name: Any) -> tuple[str, ...]:
-    """The names of mesh axes that `axis_name=` gives.
+    """The names of mesh axes in `axis_name=`.
 
     Raises:
-      TypeError: it is neither None nor a name nor several.
+      TypeError: it is not a name, several names or None.
     """
     several = isinstance(axis_name, Iterable) and not isinstance(axis_name, str)
     names = () if axis_name is None else tuple(axis_name) if several else (axis_name,)
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(f'axis_name={axis_name!r} names no mesh axes: give "data", or several as ("data", "model")')
+        raise TypeError(
+            f'axis_name must be a name such as "data", several names as ("data", "model"), or None, got {axis_name!r}'
+        )
     return names
 
 
 def first_match(patterns: Mapping[str, T], name: str) -> T | None:
-    """The value of the first regular expression (`re.search`) that the name matches; None if it matches none."""
+    """The value of the first regular expression (`re.search`) that matches the name; None if none matches."""
     return next((value for pattern, value in patterns.items() if re.search(pattern, name)), None)
 
 
 class ByName(Generic[T]):
-    """An option: one value for every name, or values by regular expression, of which the first match holds.
+    """An option: one value for every name, or values by regular expression (the first match holds).
 
     Args:
       option: the name of the option, for messages.
       given: the value, or a dict `{pattern: value}`.
-      kind: what the names are names of, for messages.
+      kind: the kind of thing that the names belong to, for messages.
 
     Raises:
       ValueError: a pattern is not a regular expression, or the dict is empty.
@@ -126,7 +128,7 @@ class ByName(Generic[T]):
             require_pattern(pattern, f"{option}: ")
 
     def values(self) -> list[T]:
-        """All values that are given, in their order."""
+        """All values, in the order in which they were given."""
         return list(self.patterns.values())
 
     def of(self, name: str) -> T:
@@ -147,10 +149,10 @@ class ByName(Generic[T]):
         return any(re.search(pattern, name) for pattern in self.patterns)
 
     def check(self, names: Iterable[str], hint: str = "") -> None:
-        """Every pattern has to be the first match of a name, but for one that matches everything ('.*').
+        """Refuses a pattern that is not the first match of any name, except one that matches everything ('.*').
 
         Raises:
-          ValueError: a pattern is not; the message lists the names, and ends with the hint.
+          ValueError: there is such a pattern; the message lists the names, and ends with the hint.
         """
         if not self.several:
             return
@@ -159,7 +161,7 @@ class ByName(Generic[T]):
         for pattern in self.patterns:
             if pattern not in used and names and not re.search(pattern, ""):
                 matches = any(re.search(pattern, name) for name in names)
-                why = "is shadowed by those before it" if matches else f"matches no {self.kind}"
+                why = "comes after patterns that match the same names" if matches else f"matches no {self.kind}"
                 listed = ", ".join(map(repr, names))
                 raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
 
@@ -168,7 +170,7 @@ def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str
     """An option that is a number, or numbers by regular expression.
 
     Raises:
-      ValueError: one of them is not allowed; the message ends with the remedy, "give a number from 0 on".
+      ValueError: a number is not allowed; the message says `remedy`, such as "a number >= 0".
     """
     found = ByName(option, given, kind)
     for value in found.values():

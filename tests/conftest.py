@@ -16,8 +16,9 @@ FLAGS = {
     "xla_force_host_platform_device_count": 4,  # for the sharding tests
     "xla_backend_optimization_level": 0,  # the suite compiles far more than it computes: a third of the time
 }
-if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones know no such flag, and abort
+if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones know no such flags, and abort
     FLAGS["xla_cpu_use_fusion_emitters"] = 0  # the older emitters compile in two thirds of the time
+    FLAGS["xla_cpu_parallel_codegen_split_count"] = 1  # one module a program, in two thirds of the time again
 given = os.environ.get("XLA_FLAGS", "")
 added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()

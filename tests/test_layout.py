@@ -72,7 +72,7 @@ RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
     ("monotone_dfa", "direct_feedback_alignment"),
 }
-BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing")
+BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing", "trial")
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -187,7 +187,7 @@ TESTED_ELSEWHERE = {
     "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
     "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
-    "testing": ("test_composition.py", "check_rule, run on rules"),
+    "trial": ("test_testing.py", "what check_rule tries rules on"),
 }
 
 
@@ -227,10 +227,15 @@ def declared():
             yield extra, re.match(r"[\w.-]+", need)[0]
 
 
+@functools.cache
+def used_by(folder):
+    return set().union(*map(tops, parsed(folder).values()))
+
+
 @pytest.mark.parametrize("extra, package", list(declared()))
 def test_each_dependency_is_used(extra, package):
     """What is declared is imported by those for whom it is declared."""
-    used = {top for folder in EXTRAS[extra] for tree in parsed(folder).values() for top in tops(tree)}
+    used = set().union(*map(used_by, EXTRAS[extra]))
     assert IMPORTED_AS.get(package, package) in used or package in NOT_IMPORTED
 
 

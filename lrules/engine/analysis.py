@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from lrules.engine import by_hand
 from lrules.engine.activations import MARK, UNMARK, Doubt, is_atom
 from lrules.engine.dtypes import counts, is_inexact
+from lrules.engine.findings import REMEDIES, Findings
 from lrules.engine.jaxprs import (
     COND,
     INLINED,
@@ -44,39 +45,12 @@ from lrules.engine.jaxprs import (
     varying_axes,
 )
 from lrules.engine.operations import is_product, of, view_axes
-from lrules.engine.products import (
-    Multiplication,
-    multiplication,
-    multiplies,
-    of_latents,
-    one_layer,
-    stage,
-    transformed,
-)
-from lrules.engine.records import (
-    Activation,
-    Affine,
-    Block,
-    Hidden,
-    Layer,
-    Refusal,
-    Value,
-    ancestors,
-    classes_of,
-    merged_classes,
-    unique,
-    want,
-)
-from lrules.engine.regions import find_regions
+from lrules.engine.products import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
+from lrules.engine.records import Block, Value, ancestors, classes_of, merged_classes
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
 
-REMEDIES = {
-    "while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)",
-    "loop inside a custom_vjp function": " (for diffrax.diffeqsolve, sequential rules serve adjoint=DirectAdjoint())",
-}
 
-
-class Analysis:
+class Analysis(Findings):
     """One walk over a jaxpr and all jaxprs inside it.
 
     Args:
@@ -86,147 +60,9 @@ class Analysis:
     """
 
     def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]) -> None:
-        self.names, self.ndims, self.promoted = names, ndims, promoted
-        self.layers: list[Layer] = []
-        self.hidden: list[Hidden] = []
-        self.activations: list[Activation] = []
-        self.affines: list[Affine] = []
-        self.refusals: list[Refusal] = []
-        self.doubts: list[tuple[Doubt, Value | None]] = []
+        super().__init__(names, ndims)
+        self.promoted = promoted
         self.found: dict[Any, int] = {}  # further ones
-        self.silent = 0  # walking a scan's body only to find the classes of its carry
-        self.unmarked = False  # inside lrules.not_activation
-        self.sealed: str | None = None  # inside a construct where no layer can be served
-        self.inner: list[tuple[Multiplication, str]] | None = None  # the products in a function with its own derivative
-
-    # -- registering what is found
-
-    def refuse(self, params: frozenset[int], what: str) -> None:
-        if not self.silent:
-            names = ", ".join(repr(self.names[i]) for i in sorted(params))
-            refusal = Refusal(params, what.format(name=names), self.sealed != "while loop")
-            if refusal not in self.refusals:
-                self.refusals.append(refusal)
-
-    def add_layer(self, block: Block, index: int, eqn: Equation, found: Multiplication) -> None:
-        w, x, sources = found.weight, found.operand, found.sources
-        if self.inner is not None:
-            self.inner.append((found, "loop inside a " if {"scan", "while"} & set(block.scope) else ""))
-            return
-        if self.sealed:
-            self.refuse(
-                sources,
-                f"the parameter {{name}} is multiplied by data inside a {self.sealed}, where no rule can reach it: "
-                f"take the multiplication out of the {self.sealed}{REMEDIES.get(self.sealed, '')}",
-            )
-            return
-        if w.carried:
-            self.refuse(
-                sources,
-                "the parameter {name} passes through a scan's carry before it multiplies data: scan over it (xs) or "
-                "use it from outside the loop",
-            )
-            return
-        if self.silent:
-            return
-        for lookup in w.lookups:
-            lookup.uses.add("weight")
-        order = sorted(sources, key=lambda i: (self.rank_at_use(w, i) < 2, i))
-        names = tuple(self.names[i] for i in order)
-        layer = Layer(
-            name=names[0],
-            parameters=names,
-            operation=of(eqn).name,
-            site="",
-            contracted=tuple(found.contracted),
-            output_axes=found.output_axes,
-            weight=w,
-            operand=x,
-            scope=block.scope,
-            owned=_owned_axes(w),
-            eqn=eqn,
-            sources=sources,
-            position=found.position,
-            mixed=found.mixed,
-            place=(block, index),
-        )
-        self.layers.append(layer)
-        block.layers[index] = layer
-        if x.params and jnp.issubdtype(x.aval.dtype, jnp.inexact):
-            layer.reads = self.add_hidden(x, "", w.loops, mark=False)
-            layer.reads.readers.append(layer)
-
-    def add_hidden(self, x: Value, name: str, loops: frozenset[Any], mark: bool) -> Hidden:
-        root, views = x.root()
-        if mark or root.hidden is None:
-            block, variable = root.place  # type: ignore[misc]
-            hidden = Hidden(
-                name=name,
-                root=root,
-                views=views,
-                reader=x,
-                loops=tuple((length, key in loops) for key, length in block.loops),
-                mark=mark,
-            )
-            block.hidden.setdefault(variable, []).append(hidden)
-            self.hidden.append(hidden)
-            if mark:
-                return hidden
-            root.hidden = hidden
-        return root.hidden
-
-    def finish(self, outs: Sequence[Value]) -> None:
-        """Settles which lookups are layers, names all that was found, and says where feedback has to ride along."""
-        for out in outs:
-            for lookup in out.lookups:
-                lookup.uses.add("data")
-        for layer in [layer for layer in self.layers if layer.uses == {"weight"}]:
-            block, index = layer.place
-            self.layers.remove(layer)
-            del block.layers[index]
-            layer.output.layer = None  # type: ignore[union-attr]
-            if layer.reads is not None:
-                layer.reads.readers.remove(layer)
-        for hidden in [h for h in self.hidden if not h.mark and not h.readers]:
-            self.hidden.remove(hidden)
-            block, variable = hidden.root.place  # type: ignore[misc]
-            block.hidden[variable].remove(hidden)
-        sites: set[str] = set()
-        for layer in self.layers:
-            layer.site = unique(layer.name, sites)
-            sites.add(layer.site)
-            want(layer.weight)
-        taken: dict[bool, set[str]] = {True: set(), False: set()}
-        for hidden in self.hidden:
-            hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
-            taken[hidden.mark].add(hidden.name)
-
-    def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
-        """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
-        pure = [k for k, v in enumerate(ins) if v.pure]
-        if len(pure) == 1 and not self.sealed and jnp.issubdtype(out.aval.dtype, jnp.inexact):
-            affine = Affine(f"affine {len(self.affines)}", pure[0], ins[pure[0]], out)
-            self.affines.append(affine)
-            block.affines[index] = affine
-
-    def add_activations(self, block: Block) -> None:
-        if self.silent or self.sealed or self.unmarked:
-            return
-        regions, doubts = find_regions(block)
-        self.doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in doubts]
-        for region in regions:
-            site = unique(region.name, {a.site for a in self.activations})
-            source, output = block.value(region.root), block.value(region.output)
-            region.activation = Activation(region.name, site, block.scope, region.axes, source, output)
-            self.activations.append(region.activation)
-            block.regions[region.indices[-1]] = region
-            block.skipped |= frozenset(region.indices[:-1])
-
-    def rank_at_use(self, w: Value, i: int) -> int:
-        axes, sliced = w.axes.get(i, ((), frozenset()))
-        return self.ndims[i] - len(sliced)
-
-    # -- walking
 
     def walk(
         self, jaxpr: Jaxpr, ins: Sequence[Value], scope: Any, loops: Any, path: tuple[Any, ...]
@@ -245,7 +81,8 @@ class Analysis:
                 block.values[var] = value
                 if value.place is None:
                     value.place = (block, var)
-        self.add_activations(block)
+        if not (self.silent or self.sealed or self.unmarked):
+            self.noted.append(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
     def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
@@ -259,7 +96,7 @@ class Analysis:
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
             if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
                 what = "acts on more than one element or holds parameters"
-                self.doubts.append((Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"), None))
+                self.noted.append(Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked
             block.children[index] = [child]
@@ -514,17 +351,3 @@ class Analysis:
             )
             for v, out in zip(outs, eqn.outvars, strict=True)
         ]  # fmt: skip
-
-
-def _owned_axes(w: Value) -> frozenset[Any]:
-    """Mesh axes along which a `shard_map` of the network splits what the weight is made of."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    stack = [w]
-    while stack:
-        value = stack.pop()
-        if id(value) not in seen:
-            seen.add(id(value))
-            found |= value.split
-            stack += value.operands
-    return frozenset(found) & varying_axes(w.aval)

@@ -136,6 +136,19 @@ def zeros_at(value: Value | None) -> jax.Array:
     return placed_as(zeros, value.aval, len(lengths))
 
 
+def all_zeros_at(values: Mapping[str, Value | None]) -> dict[str, jax.Array]:
+    """The same for many values; those that are equal are one array."""
+    made: dict[Any, jax.Array] = {}
+    found = {}
+    for name, value in values.items():
+        assert value is not None and value.place is not None
+        key = value.aval, tuple(length for _, length in value.place[0].loops)
+        if key not in made:
+            made[key] = zeros_at(value)
+        found[name] = made[key]
+    return found
+
+
 def below(inputs: Mapping[str, Any], child: Block) -> dict[str, Any]:
     if not inputs:
         return {}

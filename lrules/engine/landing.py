@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrules.engine.batch import moved
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.plan import Plan
 from lrules.engine.returned import arriving, learned_by
@@ -30,7 +31,7 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
     for error, axis in zip(leaves, plan.output_axes, strict=True):
         if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
             error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # whole but for the batch
-            flat.append(jnp.moveaxis(error, axis.axis, 0).reshape(plan.batch, -1))
+            flat.append(moved(error, [axis.axis], [0]).reshape(plan.batch, -1))
     dtype = jnp.result_type(*[x.dtype for x in flat]) if len({x.dtype for x in flat}) == 1 else jnp.float32
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
 
@@ -41,7 +42,7 @@ def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, An
         (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
         e = e.reshape(plan.batch, *(n for i, n in enumerate(aval.shape) if i != batch_axis))
         axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
-        e = jnp.moveaxis(e, axes, range(len(axes)))
+        e = moved(e, axes, range(len(axes)))
         e = e.reshape(*e.shape[: len(axes) + 1], -1)
     for name, (owner, _, _) in plan.reduced.items():
         if owner is spec:
@@ -74,15 +75,17 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
         define = jax.vmap(define)
 
     def arrive(b: Any) -> jax.Array:
-        s = jnp.moveaxis(one(e, b), turns, range(len(turns)))
+        s = moved(one(e, b), turns, range(len(turns)))
         front = [len(turns) + k for k in range(len(places))]
-        return define(jnp.moveaxis(s, front, [len(turns) + 1 + place for place in places.values()]))
+        return define(moved(s, front, [len(turns) + 1 + place for place in places.values()]))
 
     for _ in landing.lengths:
         arrive = jax.vmap(arrive)
     out = arrive(b)
+    if not hidden.loops:
+        return placed_as(out, hidden.root.aval)
     order = [i for i, (_, own) in enumerate(hidden.loops) if own] + [shared[i][1] for i in turns]
-    out = jnp.moveaxis(out, range(len(order)), [sorted(order).index(i) for i in order])
+    out = moved(out, range(len(order)), [sorted(order).index(i) for i in order])
     lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
     out = out.reshape(*lead, *out.shape[len(order) :])
     out = jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
@@ -115,7 +118,7 @@ def land_each(
     define = landing.defined
     for _ in landing.hidden.loops:
         define = jax.vmap(define)
-    made = define(jnp.moveaxis(made, range(len(landing.calls)), landing.where))
+    made = define(moved(made, range(len(landing.calls)), landing.where))
     return placed_as(made, landing.hidden.root.aval, len(landing.hidden.loops)), state
 
 
@@ -163,7 +166,7 @@ def at_calls(landing: DirectFeedback, record: jax.Array, batch: int) -> jax.Arra
     seen: Callable[..., jax.Array] = functools.partial(landing.read, batch=batch)
     for _ in landing.hidden.loops:
         seen = jax.vmap(seen)
-    return jnp.moveaxis(seen(record), landing.where, range(len(landing.where)))
+    return moved(seen(record), landing.where, range(len(landing.where)))
 
 
 def _nested(landing: DirectFeedback, shared: Any, others: Any, own: Any) -> list[tuple[Any, int]]:

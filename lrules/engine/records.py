@@ -171,6 +171,7 @@ class Value:
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    order_of_batch: dict[int, Any] | None = None  # what the batch is merged with in an axis (see batch.py)
     arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
@@ -243,18 +244,18 @@ class Block:
                     found.setdefault(v, set()).add(index)
         return found
 
-    def sites(self, *, affines: bool = False) -> set[str]:
+    def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
 
-        Biases and scales too if asked.
+        Biases and scales too if asked; activations, where they have been looked for, unless asked not to.
         """
         own = {layer.at_output for layer in self.layers.values()}
         own |= {h.name for hs in self.hidden.values() for h in hs}
-        own |= {region.activation.site for region in self.regions.values()}
+        own |= {region.activation.site for region in self.regions.values()} if activations else set()
         own |= {affine.site for affine in self.affines.values()} if affines else set()
         for children in self.children.values():
             for child in children:
-                own |= child.sites(affines=affines)
+                own |= child.sites(affines=affines, activations=activations)
         return own
 
     def value(self, atom: Atom) -> Value:
@@ -368,8 +369,18 @@ def want(weight: Value) -> None:
             stack += value.operands if value.pure else ()
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """The name, with `#2`, `#3`, ... where it is taken."""
-    if name not in taken:
-        return name
-    return next(new for n in range(2, len(taken) + 3) if (new := f"{name}#{n}") not in taken)
+class Names:
+    """Gives out names, each once."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.next: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        """The name, with `#2`, `#3`, ... where it is taken."""
+        new, n = name, self.next.get(name, 2)
+        while new in self.taken:
+            new, n = f"{name}#{n}", n + 1
+        self.next[name] = n
+        self.taken.add(new)
+        return new

@@ -19,7 +19,7 @@ import numpy as np
 from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal
 from lrules.engine.operations import of
 from lrules.engine.records import Block, Value
-from lrules.engine.regions import Region
+from lrules.engine.regions import Region, RegionProgram
 from lrules.extend import Activation, Graph, placed_as
 
 FAR = np.asarray([-1e4, 1e4])
@@ -37,9 +37,13 @@ def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
         holomorphic.
     """
     sites = {a.site for a in activations}
+    served = graph.once("served by differences", set)  # regions, or what they compute
     for block, region in _regions(graph.block):
         site = region.activation.site
         if site not in sites:
+            continue
+        what = region if region.others else RegionProgram(region).key or region
+        if what in served:
             continue
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]
         if any(kinds) and not (all(kinds) and _same(graph, block, region, _turned, _straight)):
@@ -54,6 +58,7 @@ def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
                 f"states cannot show it: give passing={{{site!r}}}, so that the error passes through it by the "
                 "declared derivative, or use another rule"
             )
+        served.add(what)
 
 
 def _regions(block: Block) -> Iterator[tuple[Block, Region]]:

@@ -16,11 +16,11 @@ from lrules.extend import (
     Graph,
     Handler,
     Plan,
+    all_zeros_at,
     evaluate,
     make_plan,
     require_description,
     treated,
-    zeros_at,
 )
 from lrules.network import Network
 from lrules.rule import Feedback
@@ -97,7 +97,7 @@ class DualNetwork:
             batch *= int(jax.lax.psum(1, options.axis_name))
         self.nudged = _nudged_inputs(options, net, inputs)
         activations = treated(graph, options.passing)
-        self.clean = {a.site: zeros_at(a.output) for a in activations}
+        self.clean = all_zeros_at({a.site: a.output for a in activations})
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         names = [*self.clean, *(["outputs"] if options.output == "squared_error" else [])]
         self.units = units_of(options, names, list(self.nudged.values()), batch)

@@ -14,6 +14,7 @@ from lrules.extend import (
     Graph,
     Hidden,
     Plan,
+    all_zeros_at,
     batch_axis,
     correlate,
     direct_feedback_gradient,
@@ -26,7 +27,6 @@ from lrules.extend import (
     run,
     run_to_heads,
     sent_error,
-    zeros_at,
 )
 from lrules.network import Network
 from lrules.options import ByName
@@ -100,8 +100,8 @@ class Experiment:
             for layer in graph.layers
             if layer.reads is not None and any(name in plan.sequential_feedback for name in layer.parameters)
         }
-        probes = {h.name: zeros_at(h.root) for h in self.hidden}
-        probes |= {layer.at_output: zeros_at(layer.output) for layer in taught.values()}
+        outputs_of = {layer.at_output: layer.output for layer in taught.values()}
+        probes = all_zeros_at({h.name: h.root for h in self.hidden} | outputs_of)
 
         def clean(params: Pytree, probes: Mapping[str, Any]) -> tuple[jax.Array, Any]:
             handlers = (ArrivingAtHidden(), *self.net.handlers, ArrivingAtLayers())

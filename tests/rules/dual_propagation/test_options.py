@@ -26,10 +26,10 @@ def test_arguments_out_of_range():
         ({"input_nudge": 0.0}, "input_nudge must be a finite number > 0, got 0.0: leave it out"),
         ({"tolerance": -1.0}, "tolerance must be a number >= 0 or None, got -1.0"),
         ({"alpha": "half"}, "in \\[0, 1\\], got 'half'"),
-        ({"alpha": {"(": 0.5}}, "no regular expression"),
+        ({"alpha": {"(": 0.5}}, "is not a regular expression"),
         ({"beta": None}, "beta must be a finite number > 0, got None"),
         ({"beta": float("inf")}, "got inf"),
-        ({"adjoint": "no"}, "neither True nor False"),
+        ({"adjoint": "no"}, "must be True or False"),
         ({"input_nudge": "a"}, "leave it out"),
         ({"tolerance": "a"}, "tolerance must be a number"),
     ]:
