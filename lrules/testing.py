@@ -389,19 +389,25 @@ def _check_batch(trial: Trial) -> None:
         return
     n = trial.net.batch_size(trial.inputs)
 
-    def added(gradient: Callable[..., dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        found = [(where, gradient(x, jax.tree.map(lambda t: t[where], trial.targets))) for x, where in trial.parts]  # noqa: B023
-        return {name: sum((where.stop - where.start) / n * g[name] for where, g in found) for name in found[0][1]}
+    def added(gradient: Callable[..., dict[str, np.ndarray]], *seeds: int) -> dict[str, np.ndarray]:
+        given = zip(trial.parts, seeds or [13] * len(trial.parts), strict=True)
+        found = [(at, gradient(x, jax.tree.map(lambda t: t[at], trial.targets), seed)) for (x, at), seed in given]  # noqa: B023
+        return {name: sum((at.stop - at.start) / n * g[name] for at, g in found) for name in found[0][1]}
 
-    def of_rule(x: Pytree, t: Pytree) -> dict[str, np.ndarray]:
-        return learned(trial.samples(x, t))
+    def of_rule(x: Pytree, t: Pytree, seed: int = 13) -> dict[str, np.ndarray]:
+        return learned(trial.samples(x, t, seed=seed))
 
-    def of_backprop(x: Pytree, t: Pytree) -> dict[str, np.ndarray]:
+    def of_backprop(x: Pytree, t: Pytree, seed: int) -> dict[str, np.ndarray]:
         return named(trial.true_gradient(x, t))
 
-    parts = added(of_rule)
+    # Of a stochastic rule the parts may share what they draw, as feedback weights, or each example may have its own.
+    shared = added(of_rule)
+    apart = added(of_rule, *range(14, 14 + len(trial.parts))) if trial.rule.stochastic else shared
     for name, whole in of_rule(trial.inputs, trial.targets).items():
-        gap = gap_of(whole, parts[name]) or gap_of(norms(whole), norms(parts[name]))
+        gaps = [
+            gap_of(whole, parts[name]) or gap_of(norms(whole), norms(parts[name])) for parts in (shared, apart)
+        ]
+        gap = min(gaps)
         if not gap:
             continue
         plain = added(of_backprop)

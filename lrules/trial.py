@@ -71,11 +71,13 @@ class Trial:
         self.jitted: Any = jax.jit(self.step)
         self.over_keys = jax.jit(jax.vmap(lambda k, *args: self.step(*args, rng=k)[1], (0, None, None, None, None)))
 
-    def samples(self, inputs: Pytree, targets: Pytree, feedback: Feedback | None = None) -> Gradients:
+    def samples(
+        self, inputs: Pytree, targets: Pytree, feedback: Feedback | None = None, *, seed: int = 13
+    ) -> Gradients:
         """What a step gives for each of several keys, in front; for one only if the rule is not stochastic."""
         args = self.params, self.feedback if feedback is None else feedback, inputs, targets
         if self.rule.stochastic:
-            return self.over_keys(jax.random.split(jax.random.key(13), KEYS), *args)
+            return self.over_keys(jax.random.split(jax.random.key(seed), KEYS), *args)
         return jax.tree.map(lambda g: jnp.asarray(g)[None], self.jitted(*args)[1])
 
     def true_gradient(self, inputs: Pytree, targets: Pytree) -> Pytree:
