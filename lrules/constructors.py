@@ -49,7 +49,17 @@ def layerwise(
     Args:
       choose_for: from a traced network to the rule of each layer, by name.
       layers: the rules that a layer may have.
-      layer: the rule where it is the same for all.
+      layer: the rule where it is the same for all, so that `partition` takes it; else None.
+
+    Returns:
+      The rule.
+
+    Example:
+      >>> import lrules
+      >>> halved = lrules.extend.Sequential(lambda op, w, b, x, d, layer: (op.weight_gradient(w, x, d) / 2, None, None))
+      >>> def choose_for(graph):  # the first layer that is found is halved, and sends nothing down
+      ...     return lambda name: halved if name == graph.layers[0].name else lrules.extend.Backprop()
+      >>> rule = layerwise(choose_for, [halved], layer=None)
     """
     specs = [spec for spec in layers if isinstance(spec, Sequential | Direct)]
     needs_loss = next((spec.needs_loss for spec in specs if spec.needs_loss is not None), None)

@@ -183,7 +183,18 @@ NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # a function
 
 
 def as_network(net: NetworkLike) -> Network:
-    """The network; a bare function becomes one."""
+    """The network; a bare function becomes one.
+
+    Args:
+      net: a network, or a function `apply(params, inputs)`.
+
+    Returns:
+      A network.
+
+    Example:
+      >>> as_network(lambda w, x: x @ w).has_aux
+      False
+    """
     return net if isinstance(net, Network) else Network(net)
 
 

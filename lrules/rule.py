@@ -347,8 +347,21 @@ class Rule:
 def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleDescription:
     """The description of a rule.
 
+    Args:
+      rule: the rule.
+      who: who needs it, for the message.
+      which: which rule it is, for the message.
+
+    Returns:
+      What the rule does where.
+
     Raises:
       ValueError: the rule has none; the message says `who` needs it and `which` rule it is.
+
+    Example:
+      >>> import lrules
+      >>> require_description(lrules.backman(), "my rule").modified
+      False
     """
     if rule.description is None:
         raise ValueError(
@@ -383,7 +396,18 @@ def check_rng(rule: Rule, rng: jax.Array | None) -> None:
 
 
 def check_params(params: Pytree) -> None:
-    """Refuses parameters that are not arrays of real or complex numbers."""
+    """Refuses parameters that are not arrays of real or complex numbers.
+
+    Args:
+      params: the parameters.
+
+    Raises:
+      TypeError: one is not; the message names it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_params({"w": jnp.ones(3)})
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):

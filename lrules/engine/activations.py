@@ -78,8 +78,18 @@ class Doubt:
 def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
     """The names that an option `passing=` gives.
 
+    Args:
+      passing: a name or several, of functions that error shall pass by their derivative.
+
+    Returns:
+      The names.
+
     Raises:
       ValueError: it is neither a name nor several.
+
+    Example:
+      >>> sorted(passing_names({"tanh", "exp"}))
+      ['exp', 'tanh']
     """
     names = [passing] if isinstance(passing, str) else list(passing) if isinstance(passing, Iterable) else [None]
     if not all(isinstance(name, str) for name in names):
@@ -90,9 +100,23 @@ def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
 def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
     """The activations of a network for rules that treat them specially: all but those that `passing` names.
 
+    Args:
+      graph: the network.
+      passing: what `passing_names` gives.
+
+    Returns:
+      The activations.
+
     Raises:
       NotImplementedError: a nonlinearity is neither recognised as an activation nor said to be none.
       ValueError: a name in `passing` is that of nothing in the network.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> [activation.site for activation in treated(net.graph(params, x))]
+      ['tanh']
     """
     names = {name for a in graph.activations for name in (a.name, a.site)} | set(graph.nonlinearities)
     for name in sorted(passing - names):

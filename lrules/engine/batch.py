@@ -109,7 +109,26 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
 
 
 def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """The same for an output or a hidden signal, where the network may say it itself (`Network.signal_axes`)."""
+    """Where the batch lies in an output or a hidden signal; the network may say it itself (`Network.signal_axes`).
+
+    Args:
+      net: the network.
+      name: of the hidden signal, or `"outputs"`.
+      a, b: the value in the network's graph, and in that of twice the batch (see `doubled`), if there is one.
+      batch: how many examples there are.
+
+    Returns:
+      Where it lies; None if that cannot be found.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph = net.graph(params, x)
+      >>> twice = doubled(net, params, x, graph)
+      >>> batch_axis(net, "outputs", graph.outs[0], twice.outs[0], 5).axis
+      0
+    """
     stated = net.stated_axis(name, a.aval.shape, batch)
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
@@ -209,10 +228,24 @@ def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u:
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
-    """The network traced at twice the batch; None where the model does not trace so.
+    """The network traced at twice the batch: the axes that hold the batch are twice as long there.
+
+    Args:
+      net, params, inputs: the network and what it takes.
+      graph: the network traced on these.
+
+    Returns:
+      The graph; None where the model does not trace so.
 
     Raises:
       ValueError: it traces, and comes out as another network.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> doubled(net, params, x, net.graph(params, x)).outs[0].aval.shape
+      (10, 2)
     """
 
     def trace() -> Graph | None:

@@ -24,5 +24,17 @@ def feedback_dtype(dtype: Any) -> Any:
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The dtype in which sums over a batch are taken."""
+    """The dtype in which sums over a batch are taken.
+
+    Args:
+      dtype: of what is summed.
+
+    Returns:
+      It, or float32 if it is of half precision.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> at_least_float32(jnp.dtype("bfloat16")).name
+      'float32'
+    """
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

@@ -33,8 +33,15 @@ from lrules.typing import Pytree
 class Graph:
     """A traced network: its layers, hidden signals and activations, and the running of it.
 
-    `parameters` and `arguments` are the values that go in. `live` are the hidden signals from which a way leads to the
-    outputs: none through `stop_gradient`, or to aux alone.
+    Attributes:
+      layers, hidden, activations, affines: what was found in it, as `Layer`, `Hidden`, `Activation`, `Affine`; `hidden`
+        has the marks of `lrules.hidden`, too.
+      live: the hidden signals from which a way leads to the outputs: none through `stop_gradient`, or to aux alone.
+      names: of the parameters, in the order of `net.parameters(params)`.
+      parameters, arguments: the values that go in.
+      outs, n_outputs: the values that come out, and how many of them are outputs (the others are aux).
+      consts: what the network closes over.
+      refusals: uses of parameters that no rule but backprop can serve.
     """
 
     def __init__(

@@ -113,6 +113,14 @@ def key_at(key: jax.Array, site: str, value: Any, frame: Frame) -> jax.Array:
       site: the name of a hidden signal, a layer or an activation.
       value: what is there, an array or several: they tell over which devices it is spread.
       frame: where in the run.
+
+    Returns:
+      A key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> key_at(jax.random.key(0), "a", jnp.ones(3), Frame()).shape
+      ()
     """
     key = jax.random.fold_in(key, name_number(site))
     for i in frame.index:
@@ -129,7 +137,22 @@ def on_device(key: jax.Array, value: Any) -> jax.Array:
 
 
 def zeros_at(value: Value | None) -> jax.Array:
-    """Zeros in the shape of a value, with the axes of the scans around it in front, as `Frame.inputs` wants them."""
+    """Zeros in the shape of a value of the network, for `Frame.inputs`.
+
+    Args:
+      value: what a layer or activation gives (`output`), or where a hidden signal is made (`root`).
+
+    Returns:
+      Zeros; the lengths of the loops around the value come first.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> layer = net.graph(params, x).layers[0]
+      >>> zeros_at(layer.output).shape
+      (5, 4)
+    """
     assert value is not None and value.place is not None
     lengths = [length for _, length in value.place[0].loops]
     zeros = jnp.zeros((*lengths, *value.aval.shape), value.aval.dtype)
@@ -137,7 +160,22 @@ def zeros_at(value: Value | None) -> jax.Array:
 
 
 def all_zeros_at(values: Mapping[str, Value | None]) -> dict[str, jax.Array]:
-    """The same for many values; those that are equal are one array."""
+    """Zeros in the shapes of many values of the network, as `zeros_at` makes them; those that are alike are one array.
+
+    Args:
+      values: by name.
+
+    Returns:
+      Zeros, by name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> layers = net.graph(params, x).layers
+      >>> {site: z.shape for site, z in all_zeros_at({layer.at_output: layer.output for layer in layers}).items()}
+      {'a output': (5, 4), 'b output': (5, 2)}
+    """
     made: dict[Any, jax.Array] = {}
     found = {}
     for name, value in values.items():

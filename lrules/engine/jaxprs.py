@@ -79,15 +79,41 @@ def as_varying(x: jax.Array, axes: Any) -> Any:
 
 
 def placed_as(x: jax.Array, aval: Aval, lead: int = 0) -> Any:
-    """The same value on the devices where one of `aval` lies, its `lead` first axes apart.
+    """The same value on the devices where another one lies, so that the two can meet.
 
-    On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
+    On a mesh with explicit axes it is split as the other one is; inside a shard_map it varies as that one does.
+
+    Args:
+      x: the value.
+      aval: of the other, as `jax.typeof(other)` gives it.
+      lead: how many axes of the value come before those that correspond to the other's.
+
+    Returns:
+      The value.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> placed_as(jnp.ones((2, 3)), jax.typeof(jnp.zeros(3)), lead=1).shape
+      (2, 3)
     """
     return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
 
 
 def split_as(x: jax.Array, *spec: Any) -> Any:
-    """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
+    """The same value, split over other explicit axes of the mesh.
+
+    Args:
+      x: the value.
+      *spec: the mesh axis, or None, for each of its axes; None for those that are left out.
+
+    Returns:
+      The value; without a mesh as it is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> split_as(jnp.ones((2, 3))).shape
+      (2, 3)
+    """
     sharding = jax.typeof(x).sharding
     if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
         return x

@@ -24,7 +24,25 @@ def _spec(x: jax.Array) -> Any:
 
 
 def output_error(plan: Plan, errors: Pytree) -> jax.Array:
-    """The cotangent of the outputs, flattened per example: `[batch, outputs]`."""
+    """The output error, flattened per example.
+
+    Args:
+      plan: of a direct rule.
+      errors: the error of what `run_to_heads` gives, of its structure.
+
+    Returns:
+      `[batch, outputs]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
+      >>> plan = rule.description.plan(net, graph, params, x)
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> output_error(plan, jnp.ones((5, 2))).shape
+      (5, 2)
+    """
     flat, leaves = [], jax.tree.leaves(errors)
     for head in plan.heads.values():
         leaves[head.output] = head.arranged(leaves[head.output])
@@ -37,7 +55,28 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
 
 
 def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, Any]) -> jax.Array:
-    """The output error as it is sent: shared axes in front, `[*shared, batch, outputs]`, its rank reduced."""
+    """The output error as a direct rule sends it: shared axes come first, and its rank is reduced.
+
+    Args:
+      plan: of a direct rule.
+      spec: the rule of the layers to which it is sent.
+      e: what `output_error` gives.
+      feedback: the feedback weights by name.
+
+    Returns:
+      `[*shared axes, batch, outputs]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
+      >>> plan = rule.description.plan(net, graph, params, x)
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> (landing,) = plan.direct_feedback.values()
+      >>> sent_error(plan, landing.spec, jnp.ones((5, 2)), feedback.fixed).shape
+      (5, 2)
+    """
     if spec.shared_axes:
         (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
         e = e.reshape(plan.batch, *(n for i, n in enumerate(aval.shape) if i != batch_axis))
@@ -133,10 +172,28 @@ def direct_feedback_gradient(
     """The gradient of one direct feedback weight, summed over the scans and positions that share it.
 
     Args:
-      landing, e, b: as in `land`.
+      landing: where it arrives, one of `plan.direct_feedback`.
+      e: the error that is sent.
       record: the hidden signal, at its definition.
+      b: the feedback weight.
       learn: `(e, h, b, given) -> db`; None for the rule's own.
       given: what it is given, the axes of `landing.calls` in front.
+
+    Returns:
+      The gradient, of the shape of b.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
+      >>> plan = rule.description.plan(net, graph, params, x)
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> ((name, landing),) = plan.direct_feedback.items()
+      >>> e, h = jnp.ones((5, 2)), jnp.ones((5, 4))
+      >>> learn = lambda e, h, b, given: lrules.extend.correlate(e, h, b)
+      >>> direct_feedback_gradient(landing, e, h, feedback.fixed[name], learn).shape
+      (2, 4)
     """
     if learn is None:
         own = landing.spec.bound("learn", landing.hidden.name)

@@ -33,9 +33,21 @@ def make_plan(
       choose: the rule of a layer, by name.
       partition: whether a partition can give single layers another rule.
 
+    Returns:
+      The plan.
+
     Raises:
       ValueError: no layer was found, or the rules of one hidden signal disagree.
       Refused: constructs cannot be served; a NotImplementedError that names them all.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> rule = lrules.extend.Sequential(lambda op, w, b, x, d, layer: (*jax.vjp(op, w, x)[1](d), None))
+      >>> plan = make_plan(net, net.graph(params, x), params, x, lambda name: rule)
+      >>> sorted(plan.specs)
+      ['a', 'b']
     """
     specs = {layer.site: choose(layer.name) for layer in graph.layers}
     refused = [r for r in graph.refusals if any(not isinstance(choose(graph.names[i]), Backprop) for i in r.parameters)]

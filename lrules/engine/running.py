@@ -112,12 +112,27 @@ def run_to_heads(
     calls: Calls | None = None,
     states: Any = None,
 ) -> Any:
-    """The same up to where the output error is taken: `(outputs, aux)`, see `head.py`.
+    """Runs a network as a plan says, up to where the output error is taken: a softmax at the end is left out.
 
     Args:
-      plan, net, params, feedback, inputs, rng: what is run on what.
+      plan, net, params, feedback, inputs: what is run on what.
+      rng: a key, for stochastic rules.
       calls: what `prepare` made; None: it is made here.
       states: those of `calls`, as arguments of a function that is differentiated.
+
+    Returns:
+      `(outputs, aux)`; `from_heads` gives the network's own outputs from them. They differentiate as the rule says.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
+      >>> plan = rule.description.plan(net, graph, params, x)
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> ends, aux = run_to_heads(plan, net, params, feedback, x)
+      >>> from_heads(plan, net, ends, params, x).shape
+      (5, 2)
     """
     calls = prepare(plan, feedback, rng) if calls is None else calls
     weights, leaves = {**feedback.fixed, **feedback.learned}, net.parameters(params)
@@ -131,7 +146,27 @@ def run_to_heads(
 
 
 def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs: Pytree) -> Pytree:
-    """The network's outputs, from what `run_to_heads` gives in their place."""
+    """The network's outputs, from what `run_to_heads` gives in their place.
+
+    Args:
+      plan, net: what has run.
+      outputs: what came out.
+      params, inputs: on what it has run.
+
+    Returns:
+      The outputs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
+      >>> plan = rule.description.plan(net, graph, params, x)
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> ends, aux = run_to_heads(plan, net, params, feedback, x)
+      >>> bool((from_heads(plan, net, ends, params, x) == net(params, x)).all())
+      True
+    """
     if not plan.heads:
         return outputs
     leaves, tree = jax.tree.flatten(outputs)
@@ -152,7 +187,31 @@ def evaluate(
     calls: Calls | None = None,
     operands: Any = None,
 ) -> tuple[Any, Any]:
-    """Runs the network with the rule's own handlers innermost; the arguments are flat, as `run_to_heads` makes them."""
+    """Runs a network as a plan says, with more handlers, and with no direct feedback.
+
+    Args:
+      plan: what the rule does.
+      params: the leaves of the parameters, and after them the frozen weights: `net.parameters(params)`.
+      feedback: the feedback weights by name.
+      inputs: the leaves of the inputs.
+      consts: what the network closes over, `plan.graph.consts`.
+      handlers: further ones, outside of the rule's own; those of modifiers are `net.handlers`.
+      frame: what they read and write.
+      calls, operands: for functions that ask for more than they always get; `run_to_heads` makes them.
+
+    Returns:
+      `(outputs, aux)`, the outputs up to where the output error is taken. Records are in the frame.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph, rule = net.graph(params, x), lrules.backman()
+      >>> plan, frame = rule.description.plan(net, graph, params, x), lrules.extend.Frame()
+      >>> outputs, aux = evaluate(plan, net.parameters(params), {}, [x], graph.consts, net.handlers, frame)
+      >>> outputs.shape
+      (5, 2)
+    """
     shadow: list[Any] | None = None
     if plan.shadows:
         shadow = []

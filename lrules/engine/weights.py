@@ -216,7 +216,26 @@ def _feedback_parameters(graph: Graph, layer: Layer) -> list[int]:
 
 
 def sequential_feedback_of(graph: Graph, layer: Layer, spec: Sequential) -> list[SequentialFeedback]:
-    """What sequential feedback there is to a layer: one entry per parameter matrix of its weight."""
+    """What sequential feedback there is to a layer: one entry per parameter matrix of its weight.
+
+    Args:
+      graph: the network.
+      layer: one of its layers.
+      spec: the layer's rule, which has the initializer.
+
+    Returns:
+      The entries; each draws its feedback weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph = net.graph(params, x)
+      >>> rule = lrules.extend.Sequential(lambda *_: None, jax.nn.initializers.glorot_normal())
+      >>> (entry,) = sequential_feedback_of(graph, graph.layers[1], rule)
+      >>> entry.draw(jax.random.key(0), params["b"]).shape
+      (4, 2)
+    """
     return [_entry(graph, layer, i, spec) for i in _feedback_parameters(graph, layer)]
 
 
