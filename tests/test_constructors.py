@@ -138,7 +138,7 @@ TOGETHER = {
     "empty": (lambda: lrules.sequential(lambda op, w, b, x, d, layer, a: 0, numbers={"a": {}}), "a is an empty dict"),
     "pattern": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, a: 0, numbers={"a": {"(": 1}}),
-        "'(' is no regular expression",
+        "'(' is not a regular expression",
     ),
 }
 
