@@ -50,45 +50,45 @@ def check_rule(
 
     g(batch) = sum over parts of (n_part / n) g(part),  <g, true gradient> > 0 at the weights nearest the output
 
-    **The program.** The forward pass stays as it is, bit for bit; gradients have the parameters' structure, shapes and
-    dtypes (in bfloat16, too), and are finite, with dead units and with an error of zero; what `has_aux` returns comes
-    through; `jit`, `vmap` over seeds and `scan` over steps agree with plain calls; the second step does not compile
-    again; `init` works under `eval_shape`, returns buffers of its own, and its shapes do not depend on the batch;
-    `feedback.state`, where there is one, is renewed; `transform`, where it serves the rule, agrees with
-    `value_and_grad`.
+    **Program.** The rule keeps the outputs of the network, bit for bit, and what `has_aux` adds to them. Its gradients
+    have the structure, shapes and dtypes of the parameters, also in bfloat16. They are finite, also for dead units and
+    for an error of zero. `jit`, `vmap` over seeds and `scan` over steps give what plain calls give, and the second step
+    does not compile again. `init` works under `eval_shape`, returns new arrays, and gives the same shapes for every
+    batch. A step returns a new `feedback.state`, if there is one. `transform` and `value_and_grad` agree.
 
-    **The error.** An error of zero at the outputs moves no parameter: not checked where the rule is stochastic (it may
-    add noise) or `transform` does not serve it (it may learn from the targets).
+    **Error.** If the error at the outputs is zero, no parameter moves. This is not checked for a stochastic rule, which
+    may add noise, or for a rule that `transform` does not serve, which may learn from the targets.
 
-    **The batch.** The gradient of a batch is the sum of those of its parts, weighted as they are in the objective; and
-    with `transform(..., reduction="sum")` it is n times that of the mean. So each example is treated by itself. Its own
-    error may pass through any function, as in `lrules.sign_error`, if this acts on the scale of the per-example sum, as
-    `lrules.modify_error` does; the cotangent as it arrives is smaller by the size of the batch. A rule that needs the
-    batch as a whole says so: `sequential(whole_batch=True)` or `Rule(additive=False)`. Of a stochastic rule, means over
-    keys are compared, of gradients and of their norms. Left out where the network itself mixes its examples, as
-    BatchNorm does, or does not take half of the batch.
+    **Batch.** The gradient of a batch is the weighted sum of the gradients of its parts, and `reduction="sum"` gives n
+    times the gradient of the mean. So a rule may use any function of one example's own error, as `lrules.sign_error`
+    does. But the function must act on the scale of the per-example sum, as in `lrules.modify_error`: the error that
+    arrives is divided by the size of the batch. A rule that needs the whole batch must say so, with
+    `sequential(whole_batch=True)` or `Rule(additive=False)`. For a stochastic rule, the check compares means over many
+    keys. It is left out if the network itself mixes its examples (BatchNorm), or cannot take half of the batch.
 
-    **The learning.** These have names, for `skip`; feedback weights are other than drawn here, so that an initializer
-    may draw zeros.
+    **Learning.** These promises have names, for `skip`. The check replaces the feedback weights by others, so an
+    initializer may draw zeros.
 
-    - `"descends"`: the weights nearest the output, whose error crosses no hidden signal, go down the objective.
-    - `"local"`: on the default network, the weights of a neuron learn from the error that its bias gets, times what
-      they read, up to positive factors: neither the other way round nor not at all.
-    - `"arrives"`: no parameter that backprop trains stands still. A rule that stops the error says so by
+    - `"descends"`: for the weights nearest the output (their error crosses no hidden signal), the gradient has a
+      positive inner product with the true one.
+    - `"local"`: on the default network, the gradient of a neuron's weights is the error that its bias gets, times what
+      the layer reads, up to positive factors.
+    - `"arrives"`: each parameter that backprop trains gets a gradient. A rule that stops the error must say so, with
       `direct(None)`, as `lrules.last_layer_only` does.
-    - `"used"`: with another value of any one feedback weight something is learned otherwise, and with another key, if
-      the rule is stochastic; each learned feedback weight has a gradient.
+    - `"used"`: each feedback weight changes the step, and so does the key of a stochastic rule. Each learned feedback
+      weight gets a gradient.
     - `"modified"`: modifiers of the error act on the rule, or the rule refuses them.
 
     Args:
       rule: the rule.
       net, params, inputs: a network to try it on, with outputs `[batch, outputs]`; by default a small multilayer
         perceptron with a skip connection, a scale, and one unit that is always dead. Its layers are `a` to `d`.
-      skip: the names of promises that the rule does not make.
+      skip: the names of the promises that the rule does not make.
 
     Raises:
-      AssertionError: a promise is broken; the message says which.
-      ValueError: `skip` names something else.
+      AssertionError: the rule breaks a promise; the message says which.
+      TypeError: the rule is not a `Rule`.
+      ValueError: `skip` has another name.
 
     Example:
       >>> import lrules
@@ -97,7 +97,8 @@ def check_rule(
     require_rule(rule)
     skipped = {skip} if isinstance(skip, str) else set(skip)
     if unknown := sorted(skipped - set(SKIPPABLE)):
-        raise ValueError(f"skip={unknown[0]!r} names no promise: choose from {', '.join(map(repr, SKIPPABLE))}")
+        names = ", ".join(map(repr, SKIPPABLE))
+        raise ValueError(f"skip={unknown[0]!r} is not the name of a promise: choose from {names}")
     default = net is None
     if net is None:
         net, params, inputs = example()
@@ -269,7 +270,7 @@ def _check_tracing(trial: Trial) -> None:
         assert shapes((grads.params, grads.feedback)) == shapes((params, feedback.learned)), complaint
     net, params, inputs = example()
     more = Network(lambda p, x: (net(p, x), {"seen": x}), has_aux=True)
-    complaint = "the rule loses what a network with has_aux=True returns besides: return it after the outputs"
+    complaint = "the rule loses the aux of a network with has_aux=True: return it after the outputs"
     found = traced(more, params, inputs, trial.targets, complaint)
     assert found is None or shapes(found[0][0][2:]) == ({"seen": shapes(inputs)},), complaint
 
