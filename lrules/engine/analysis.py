@@ -43,8 +43,7 @@ from lrules.engine.jaxprs import (
     scan_counts,
     varying_axes,
 )
-from lrules.engine.operations import is_product, of, view_axes
-from lrules.engine.products import (
+from lrules.engine.layers import (
     Multiplication,
     multiplication,
     multiplies,
@@ -53,6 +52,7 @@ from lrules.engine.products import (
     stage,
     transformed,
 )
+from lrules.engine.operations import is_product, of, view_axes
 from lrules.engine.records import (
     Activation,
     Affine,
