@@ -159,17 +159,14 @@ def value_and_grad(net: NetworkLike, loss: Loss, rule: Rule) -> ValueAndGrad:
     return fn
 
 
-def grad_of_transform(
-    f: Callable[..., Any], net: Network, loss: Callable[..., Any], *, pass_targets: bool = False
-) -> Callable[..., Any]:
+def grad_of_transform(f: Callable[..., Any], net: Network, loss: Callable[..., Any]) -> Callable[..., Any]:
     """`value_and_grad` of a rule that `transform` serves."""
 
     def fn(
         params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
     ) -> tuple[tuple[Any, ...], Gradients]:
         def objective(params: Pytree, learned: Any) -> tuple[jax.Array, Any]:
-            extra = {"targets": targets} if pass_targets else {}
-            out = f(params, feedback._replace(learned=learned), inputs, rng=rng, **extra)
+            out = f(params, feedback._replace(learned=learned), inputs, rng=rng)
             outputs = out[0] if net.has_aux else out
             return mean_loss(net, loss, outputs, inputs, targets), out
 

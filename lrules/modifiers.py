@@ -14,7 +14,8 @@ deep learning channel (2018).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -22,18 +23,26 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import passing_names, treated
+from lrules.engine.closures import held
 from lrules.engine.handlers import Frame, Handler, key_at
 from lrules.engine.jaxprs import placed_as
 from lrules.engine.per_example import PerExample, scaled
-from lrules.engine.quantizer import by_parts, check_quantizer, quantize
+from lrules.engine.quantizer import by_parts, quantize, quantizer_numbers
 from lrules.engine.records import Activation, Hidden
 from lrules.network import Network
-from lrules.options import is_number, mesh_axes
+from lrules.options import ByName, asked_for, by_name, is_number, mesh_axes
 from lrules.rule import Feedback, Rule, require_rule
-from lrules.typing import AxisName, Loss, Pytree
+from lrules.typing import AxisName, Loss, Numbers, Pytree
 
 
-def modify_error(rule: Rule, fn: Callable[..., Any], *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
+def modify_error(
+    rule: Rule,
+    fn: Callable[..., Any],
+    *,
+    stochastic: bool = False,
+    numbers: Mapping[str, Any] | None = None,
+    axis_name: AxisName = None,
+) -> Rule:
     """Passes the error that arrives at each hidden signal through a function: the constructor of one's own modifier.
 
     s_l <- fn(s_l)
@@ -50,34 +59,50 @@ def modify_error(rule: Rule, fn: Callable[..., Any], *, stochastic: bool = False
         (around BackMAN, whose `additive` is False: the cotangent as it stands); `name` is the hidden signal's, or the
         mark's; `rng` a key of its own (None unless `stochastic`).
       stochastic: whether `fn` needs `rng`; the rule then asks for `rng=` at every step.
+      numbers: hyperparameters that `fn` asks for by name: for each a number, or a dict of numbers by regular expression
+        (`re.search` on the name of the hidden signal or mark, the first match holds). They may be traced by `jax.jit`
+        or `jax.vmap`.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it does.
 
     Returns:
       The modified rule.
 
     Raises:
-      TypeError: `fn` is no function, or `axis_name` no names.
-      ValueError: at use: `fn` returns no array of the signal's shape.
+      TypeError: `fn` is not a function, or cannot be called as described; `axis_name` is not a name or names.
+      ValueError: at use: `fn` returns something else than an array of the signal's shape, or a pattern in `numbers`
+        matches no hidden signal.
 
     Example:
       >>> import lrules
       >>> clipped = modify_error(lrules.feedback_alignment(), lambda signal, name, rng: signal.clip(-1, 1))
     """
-
     if not callable(fn):
         raise TypeError(f"modify_error: fn={fn!r} is no function: give one, (signal, name, rng) -> signal")
+    given = {name: ByName(name, value, "hidden signal") for name, value in (numbers or {}).items()}
+    wanted = asked_for("modify_error: fn", fn, ("signal", "name", "rng"), tuple(given))
+    if unasked := sorted(set(given) - wanted):
+        raise ValueError(f"numbers= names {unasked[0]!r}, for which fn does not ask: add it to its arguments")
+
+    def bound(name: str) -> Callable[..., Any]:
+        return functools.partial(fn, **{number: value.of(name) for number, value in given.items()}) if given else fn
 
     def push(net: Network, params: Pytree, inputs: Pytree, scale: Any, key: Any) -> Network:
-        return net.pushing(_AtHidden(fn, scale, key))
+        fns = {"": bound("")} if not any(value.several for value in given.values()) else {}
+        if not fns:
+            hidden = [h for h in net.graph(params, inputs).hidden if jnp.issubdtype(h.root.aval.dtype, jnp.inexact)]
+            for value in given.values():
+                value.check(h.name for h in hidden)
+            fns = {h.name: bound(h.name) for h in hidden if not h.mark or all(v.has(h.name) for v in given.values())}
+        return net.pushing(_AtHidden(fns, scale, key))
 
     return _modified(rule, push, stochastic=stochastic, axis_name=axis_name)
 
 
 def quantize_error(
     rule: Rule,
-    bits: int,
+    bits: Numbers,
     *,
-    scale: float = 2**-3,
+    scale: Numbers = 2**-3,
     at: Literal["hidden", "output"] = "hidden",
     axis_name: AxisName = None,
 ) -> Rule:
@@ -91,8 +116,9 @@ def quantize_error(
 
     Args:
       rule: the rule to modify.
-      bits: the number of magnitudes, the paper's bit width.
-      scale: alpha, the largest magnitude.
+      bits: the number of magnitudes, the paper's bit width; or a dict of such numbers by regular expression
+        (`re.search` on the name of the hidden signal, the first match holds).
+      scale: alpha, the largest magnitude; or a dict of such numbers.
       at: `"hidden"` or `"output"`.
       axis_name: as in `modify_error`.
 
@@ -100,16 +126,23 @@ def quantize_error(
       The modified rule.
 
     Raises:
-      ValueError: `bits`, `scale` or `at` is out of range.
+      ValueError: `bits`, `scale` or `at` is out of range; at use: a pattern matches no hidden signal.
 
     References:
       Baldi, Sadowski, Lu (2018), section 5.1, Eq. 17 to 19.
     """
-    check_quantizer(bits, scale)
+    chosen = quantizer_numbers(bits, scale, "hidden signal")
     if at == "hidden":
-        return modify_error(rule, lambda signal, name, rng: quantize(signal, bits, scale), axis_name=axis_name)
+
+        def fn(signal: jax.Array, name: str, rng: Any, bits: int, scale: float) -> jax.Array:
+            return quantize(signal, bits, scale)
+
+        return modify_error(rule, fn, numbers={"bits": bits, "scale": scale}, axis_name=axis_name)
     if at == "output":
-        return _at_output(rule, lambda error: quantize(error, bits, scale), axis_name)
+        if any(number.several for number in chosen):
+            raise ValueError('numbers by pattern are for hidden signals: with at="output" give one for bits and scale')
+        bits_there, scale_there = (number.of("") for number in chosen)
+        return _at_output(rule, lambda error: quantize(error, bits_there, scale_there), axis_name)
     raise ValueError(f'at must be "hidden" or "output", got {at!r}')
 
 
@@ -148,7 +181,7 @@ def magnitude_error(rule: Rule) -> Rule:
     return modify_error(rule, lambda signal, name, rng: jnp.abs(signal))
 
 
-def drop_error(rule: Rule, rate: float) -> Rule:
+def drop_error(rule: Rule, rate: Numbers) -> Rule:
     """Dropout in the learning channel: at each hidden signal, errors are dropped at random and the others scaled up.
 
     s_l <- s_l m_l / (1 - rate),  with m_l = 0 with probability rate, else 1; a complex error is one number
@@ -158,25 +191,25 @@ def drop_error(rule: Rule, rate: float) -> Rule:
       rate: the probability with which an error is dropped. Errors keep their mean and get 1 / (1 - rate) times the
         mean square: a thousand times at 0.999. The rate is met to a precision of 2^-17, so that near one the mean is
         off by up to 2^-17 / (1 - rate), 0.8% at 0.999, and from 1 - 2^-17 on everything is dropped. (Multiples of
-        2^-16 are met exactly.)
+        2^-16 are met exactly.) Or a dict of such numbers by regular expression (`re.search` on the name of the hidden
+        signal, the first match holds).
 
     Returns:
       The modified rule; it needs `rng=`.
 
     Raises:
-      ValueError: the rate is no number from 0 to below 1.
+      ValueError: the rate is not a number from 0 to below 1; at use: a pattern matches no hidden signal.
 
     References:
       Baldi, Sadowski, Lu (2018), section 6.1.
     """
-    if not is_number(rate) or not 0 <= rate < 1:
-        raise ValueError(f"rate must be a number >= 0 and < 1, got {rate!r}")
+    by_name("rate", rate, lambda value: is_number(value) and 0 <= value < 1, "a number >= 0 and < 1", "hidden signal")
 
-    def drop(signal: jax.Array, name: str, rng: Any) -> jax.Array:
+    def drop(signal: jax.Array, name: str, rng: Any, rate: float) -> jax.Array:
         kept = placed_as(_kept(rng, signal.shape, rate), jax.typeof(signal))
         return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
 
-    return modify_error(rule, drop, stochastic=True)
+    return modify_error(rule, drop, stochastic=True, numbers={"rate": rate})
 
 
 def _kept(key: Any, shape: tuple[int, ...], rate: float) -> Any:
@@ -194,25 +227,32 @@ def _kept(key: Any, shape: tuple[int, ...], rate: float) -> Any:
 
 
 class _AtHidden(Handler):
-    """A function of the error at hidden signals."""
+    """A function of the error at hidden signals: one for all, by the name "", or one for each."""
 
-    arrays = ("key",)
+    arrays = ("key", "values")
 
-    def __init__(self, fn: Callable[..., Any], scale: float, key: Any) -> None:
-        self.fn, self.scale, self.key = fn, scale, key
+    def __init__(self, fns: Mapping[str, Callable[..., Any]], scale: float, key: Any) -> None:
+        self.scale, self.key = scale, key
+        self.names, (self.values, self.remade) = set(fns), held(dict(fns))
 
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         twice = hidden.mark and hidden.root.hidden is not None  # a layer reads this tensor, so it has that name too
         if twice or not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
-        fn, scale, name = self.fn, self.scale, hidden.name
+        remade, scale, name = self.remade, self.scale, hidden.name
+        if not self.names & {name, ""}:
+            raise ValueError(
+                f"no pattern matches the mark {name!r}, where feedback lands: add one, such as '.*', at the end"
+            )
 
         @jax.custom_vjp
-        def identity(value: Any, key: Any) -> Any:
+        def identity(value: Any, key: Any, values: Any) -> Any:
             return value
 
-        def backward(key: Any, error: jax.Array) -> tuple[Any, None]:
-            rng = None if key is None else jax.random.wrap_key_data(key)
+        def backward(kept: Any, error: jax.Array) -> tuple[Any, None, None]:
+            key, values = kept
+            rng, fns = None if key is None else jax.random.wrap_key_data(key), remade(values)
+            fn = fns[name if name in fns else ""]
             new = fn(scaled(error, scale), name, rng)
             shape = getattr(new, "shape", None)
             if shape != error.shape:
@@ -221,11 +261,11 @@ class _AtHidden(Handler):
                     f"modify_error: the function made {made} of a signal of shape {error.shape} at the hidden signal "
                     f"{name!r}: it has to return an array and to keep the shape"
                 )
-            return (new / scale).astype(error.dtype), None
+            return (new / scale).astype(error.dtype), None, None
 
-        identity.defvjp(lambda value, key: (value, key), backward)
-        key = None if self.key is None else jax.random.key_data(key_at(self.key, hidden, value, frame))
-        return identity(value, key)
+        identity.defvjp(lambda value, key, values: (value, (key, values)), backward)
+        key = None if self.key is None else jax.random.key_data(key_at(self.key, hidden.name, value, frame))
+        return identity(value, key, self.values)
 
 
 def _at_output(rule: Rule, fn: Callable[..., Any], axis_name: AxisName) -> Rule:
@@ -382,7 +422,7 @@ class _Derivative(Handler):
         return replaced(jax.lax.stop_gradient(fn(x)), x)
 
 
-def quantize_update(rule: Rule, bits: int, *, scale: float = 2**-6, axis_name: AxisName = None) -> Rule:
+def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_name: AxisName = None) -> Rule:
     """Quantises each example's weight update to signed powers of two, before the sum over the batch.
 
     dW_l = sum over examples of Q(delta_l h_{l-1}^T),  Q as in `quantize`
@@ -400,28 +440,33 @@ def quantize_update(rule: Rule, bits: int, *, scale: float = 2**-6, axis_name: A
 
     Args:
       rule: the rule to modify.
-      bits: the number of magnitudes, the paper's bit width.
-      scale: alpha, the largest magnitude.
+      bits: the number of magnitudes, the paper's bit width; or a dict of such numbers by regular expression
+        (`re.search` on the name of the layer, or of the bias or scale; the first match holds).
+      scale: alpha, the largest magnitude; or a dict of such numbers.
       axis_name: as in `modify_error`.
 
     Returns:
       The modified rule.
 
     Raises:
-      ValueError: `bits` or `scale` is out of range.
-      NotImplementedError: at use: the batch axis of a layer cannot be told.
+      ValueError: `bits` or `scale` is out of range; at use: a pattern matches no layer, bias or scale.
+      NotImplementedError: at use: the batch axis of a layer cannot be told, or the rule asks for what belongs to the
+        whole batch (`rng`, `state`, `targets`, `h` or `slope`).
 
     References:
       Baldi, Sadowski, Lu (2018), section 5.2.
     """
-    check_quantizer(bits, scale)
+    chosen = quantizer_numbers(bits, scale, "layer")
 
     def push(net: Network, params: Pytree, inputs: Pytree, scale_: Any, key: Any) -> Network:
-        fn = lambda g: quantize(scaled(g, scale_), bits, scale) / scale_  # noqa: E731
+        def fn(gradient: jax.Array, name: str) -> jax.Array:
+            bits, scale = (number.of(name) for number in chosen)
+            return quantize(scaled(gradient, scale_), bits, scale) / scale_
+
         if any(isinstance(handler, PerExample) for handler in net.handlers):
-            both = (h.then(fn) if isinstance(h, PerExample) else h for h in net.handlers)
+            both = (h.then(fn, chosen) if isinstance(h, PerExample) else h for h in net.handlers)
             return net.handled(tuple(both))
-        return net.pushing(PerExample((fn,), rule, net, params, inputs))
+        return net.pushing(PerExample((fn,), chosen, rule, net, params, inputs))
 
     return _modified(rule, push, axis_name=axis_name)
 

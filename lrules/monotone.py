@@ -21,7 +21,7 @@ import numpy as np
 
 from lrules.engine.activations import sampled
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation, name_number, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, all_zeros_at, name_number
 from lrules.engine.records import Activation, Layer
 from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
 from lrules.feedback import absolute
@@ -328,7 +328,7 @@ def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
         return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
 
     for k in jax.random.split(jax.random.key(0), PROBES):
-        zeros = {f"{layer.site} output": zeros_at(layer.output) for layer in layers}
+        zeros = all_zeros_at({f"{layer.site} output": layer.output for layer in layers})
         keys = dict(zip(zeros, jax.random.split(k, len(zeros)), strict=True))
         probes = {name: z + 3 * jax.random.normal(keys[name], z.shape, z.dtype) for name, z in zeros.items()}
         slopes = jax.grad(total)(probes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeGuard, TypeVar
 
 import jax
@@ -143,6 +144,10 @@ class ByName(Generic[T]):
             f"{self.option}: no pattern matches the {self.kind} {name!r}: add one, such as '.*', at the end"
         )
 
+    def has(self, name: str) -> bool:
+        """Whether a pattern matches this name."""
+        return any(re.search(pattern, name) for pattern in self.patterns)
+
     def check(self, names: Iterable[str], hint: str = "") -> None:
         """Refuses a pattern that is not the first match of any name, except one that matches everything ('.*').
 
@@ -161,7 +166,7 @@ class ByName(Generic[T]):
                 raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
 
 
-def numbers(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
+def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
     """An option that is a number, or numbers by regular expression.
 
     Raises:
@@ -172,3 +177,46 @@ def numbers(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str
         if not allowed(value):
             raise ValueError(f"{option} must be {remedy}, got {value!r}")
     return found
+
+
+def asked_for(what: str, fn: Callable[..., Any], takes: Sequence[str], offers: Collection[str]) -> frozenset[str]:
+    """Which arguments a function asks for by name, after those that it takes by position.
+
+    It asks for an argument that has no default value, or None as one.
+
+    Args:
+      what: what the function is, for messages.
+      fn: the function.
+      takes: the arguments that it gets by position, whatever it calls them.
+      offers: the names that it may ask for.
+
+    Raises:
+      TypeError: it is not a function, or cannot be called with these.
+
+    Example:
+      >>> sorted(asked_for("learn", lambda e, h, b, *, rng: e, ["e", "h", "b"], ["rng", "state"]))
+      ['rng']
+    """
+    call = f"({', '.join(takes)})"
+    if not callable(fn):
+        raise TypeError(f"{what} is a {type(fn).__name__}: give a function {call}")
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # functions that do not tell
+        return frozenset()
+    ordered = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(ordered) < len(takes) and all(p.kind != p.VAR_POSITIONAL for p in parameters):
+        got = f"({', '.join(p.name for p in ordered)})"
+        raise TypeError(f"{what} takes the arguments {got}, and is called with {call}: give it these arguments")
+    names = set()
+    for p in (p for p in parameters if p not in ordered[: len(takes)]):
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.name in offers and (p.default is p.empty or p.default is None) and p.kind != p.POSITIONAL_ONLY:
+            names.add(p.name)
+        elif p.default is p.empty:
+            listed = ", ".join(map(repr, offers)) or "nothing"
+            raise TypeError(
+                f"{what} asks for {p.name!r}, which it is not given: after {call} it can ask for {listed} by name"
+            )
+    return frozenset(names)

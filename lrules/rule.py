@@ -8,14 +8,16 @@ bring the output error straight to each hidden signal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from lrules.engine.closures import held
 from lrules.network import NetworkLike
-from lrules.options import as_initializer, is_number
+from lrules.options import ByName, as_initializer, asked_for, is_number
 from lrules.typing import Initializer, Pytree
 
 
@@ -24,8 +26,89 @@ class Backprop:
     """Backpropagation at this layer."""
 
 
+# What the functions of a rule may ask for by name, besides the rule's own numbers; `sequential` and `direct` define it.
+OFFERED = ("rng", "state", "targets", "elements", "h", "y", "slope")
+
+
+class _LayerRule:
+    """What sequential and direct rules have in common: functions that may ask for more by name."""
+
+    of = ""  # what a state is made for
+    redrawn: bool
+    numbers: Mapping[str, ByName[Any]]
+    state: Callable[..., Any] | None
+
+    def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+        """The functions by their option, with the arguments that they take, and those that they may ask for."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def asks(self) -> dict[str, frozenset[str]]:
+        """What each function asks for by name."""
+        return {
+            option: asked_for(option, fn, takes, (*offers, *self.numbers))
+            for option, (fn, takes, offers) in self.functions().items()
+            if fn is not None
+        }
+
+    @functools.cached_property
+    def asks_for(self) -> frozenset[str]:
+        """What they ask for beyond the rule's own numbers, all together."""
+        return frozenset().union(*self.asks.values()) - frozenset(self.numbers)
+
+    @functools.cached_property
+    def holds(self) -> bool:
+        """Whether a function closes over what JAX traces, or a number is traced."""
+        fns = [fn for fn, _, _ in self.functions().values()]
+        return bool(held([*fns, *(value for by_name in self.numbers.values() for value in by_name.values())])[0])
+
+    @functools.cached_property
+    def begins_with(self) -> frozenset[str]:
+        """What `state` asks for by name."""
+        assert self.state is not None
+        return asked_for("state=", self.state, (self.of,), ("key", "name"))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the rule needs a key at every step."""
+        return self.redrawn or "rng" in self.asks_for
+
+    @property
+    def needs_loss(self) -> str | None:
+        """What the rule needs that `transform` does not have; None for nothing."""
+        if "targets" in self.asks_for or getattr(self, "targets", False):
+            return "the targets"
+        if "elements" in self.asks_for:
+            return "the loss"
+        return None if self.state is None else "to return its state"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the functions need nothing beyond what they always get, and static numbers."""
+        return not (self.asks_for or self.holds or getattr(self, "targets", False))
+
+    def bound(self, option: str, name: str) -> Callable[..., Any]:
+        """A function with the numbers that it asks for, those of one layer or hidden signal."""
+        fn, wanted = self.functions()[option][0], self.asks[option].intersection(self.numbers)
+        return functools.partial(fn, **{number: self.numbers[number].of(name) for number in wanted}) if wanted else fn
+
+    def _check_asked(self) -> None:
+        for name in self.numbers:
+            if name in OFFERED:
+                raise ValueError(f"numbers= names {name!r}, which rules are given anyway: choose another name")
+            if all(name not in asks for asks in self.asks.values()):
+                listed = " or ".join(self.asks)
+                raise ValueError(f"numbers= names {name!r}, for which {listed} does not ask: add it to its arguments")
+        if self.state is not None:
+            assert self.begins_with is not None  # which refuses what cannot be called
+            if "state" not in self.asks_for:
+                raise ValueError(f"state= is given, and {' or '.join(self.asks)} does not ask for state: leave one out")
+        if self.state is None and "state" in self.asks_for:
+            raise ValueError("a function asks for state, which begins with what state= makes: give state=")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sequential:
+class Sequential(_LayerRule):
     """The error passes through this layer as `backward` says.
 
     Attributes:
@@ -35,21 +118,34 @@ class Sequential:
       redrawn: whether the rule draws new feedback weights at every step.
       whole_batch: whether the gradient depends on the batch as a whole, so that it must be summed over devices.
       gain: `(op, w, x, d, layer) -> c`, if the weight gradient is c times that of backprop; None for 1.
+      state: `(layer) -> pytree`, the first state of a layer; None where there is none.
+      numbers: hyperparameters by the name under which the functions ask for them.
     """
 
-    backward: Callable[..., tuple[Any, Any, Any]]
+    backward: Callable[..., tuple[Any, ...]]
     init: Initializer | None = None
     learned: bool = False
     redrawn: bool = False
     whole_batch: bool = False
     gain: Callable[..., Any] | None = None
+    state: Callable[..., Any] | None = None
+    numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
+
+    of = "layer"
 
     def __post_init__(self) -> None:
         as_initializer(self.init)  # this refuses an init that is not a function
+        self._check_asked()
+
+    def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+        return {
+            "backward": (self.backward, ("op", "w", "b", "x", "d", "layer"), OFFERED),
+            "gain": (self.gain, ("op", "w", "x", "d", "layer"), ()),
+        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Direct:
+class Direct(_LayerRule):
     """The output error comes straight to the hidden signal that this layer reads.
 
     Attributes:
@@ -64,12 +160,13 @@ class Direct:
         None: the error is not reduced.
       pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
-      targets: whether `signal` needs the targets. If it has an argument `elements`, it then also gets the number of
-        losses in the mean of the objective.
+      targets: whether `signal` needs the targets.
       error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
         the like without parameters (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
       offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
+      state: `(shape) -> pytree`, the first state of a hidden signal; None where there is none.
+      numbers: hyperparameters by the name under which the functions ask for them.
     """
 
     signal: Callable[..., Any] | None
@@ -84,6 +181,10 @@ class Direct:
     error_at: Literal["layer", "outputs"] = "layer"
     max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
+    state: Callable[..., Any] | None = None
+    numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
+
+    of = "shape"
 
     def __post_init__(self) -> None:
         as_initializer(self.init)
@@ -91,6 +192,15 @@ class Direct:
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
             raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
+        self._check_asked()
+        if self.state is not None and "state" not in self.asks.get("signal", ()):
+            raise ValueError("learn reads the state, and signal returns the next one: signal must ask for state, too")
+
+    def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+        return {
+            "signal": (self.signal, ("e", "b", "targets", "name"), tuple(n for n in OFFERED if n != "targets")),
+            "learn": (self.learn, ("e", "h", "b"), ("name", *(n for n in OFFERED if n != "h"))),
+        }
 
     @property
     def lands(self) -> bool:

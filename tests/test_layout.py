@@ -170,11 +170,12 @@ TESTED_ELSEWHERE = {
     "engine/products": ("test_zoo.py", "the layers that are found in every model"),
     "engine/plan": ("rules/test_partition.py", "who does what at which layer"),
     "engine/planning": ("rules/test_partition.py", "the same"),
+    "engine/landing": ("rules/test_direct_feedback_alignment.py", "how the output error gets to hidden signals"),
+    "engine/returned": ("test_constructors.py", "mistakes in a rule of one's own"),
     "engine/records": ("test_zoo.py", "what the analysis writes down of every model"),
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
     "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
-    "constructors": ("experiments/test_recipes.py", "rules made with them"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
     "trial": ("test_testing.py", "what check_rule tries rules on"),
 }

@@ -3,6 +3,7 @@
 import math
 import zlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from tests.reference import (
     random_target_projection,
 )
 from tests.rules.common import BATCH, FAMILIES, NETS, agrees, by_name, draw, make, one_hot_mean, pull, references
+from tests.sampling import mostly_slow, pairs
 
 NONE = lrules.Feedback({}, {})
 
@@ -113,12 +115,15 @@ MODIFIERS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["deep", "conv_max"])
+# Every family on dense layers, and one of those whose error goes layer by layer and straight on convolutions, too.
+QUICK = [*pairs(["deep"], FAMILIES), ("conv_max", "alignment"), ("conv_max", "direct")]
+
+
+@pytest.mark.parametrize(("name", "family"), mostly_slow(pairs(["deep", "conv_max"], FAMILIES), QUICK))
 def test_each_modifier_on_each_rule(name, family):
     with jax.enable_x64(True):
         net, x, e = make(name)
-        rule, feedback, reference = references(net, x)[family]
+        rule, feedback, reference = references(net, x, family)
         n = BATCH if rule.additive else 1
         for modify, modified in MODIFIERS.values():
             new = modify(rule)
@@ -130,12 +135,11 @@ def test_each_modifier_on_each_rule(name, family):
                 bridge.close(got[1].learned, by_name(wanted.feedback))
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "family"), mostly_slow(pairs(NETS, FAMILIES), QUICK))
 def test_derivatives(name, family):
     with jax.enable_x64(True):
         net, x, e = make(name)
-        rule, feedback, reference = references(net, x)[family]
+        rule, feedback, reference = references(net, x, family)
         agrees(pull(net, lrules.without_derivatives(rule), feedback, x, e), reference(x, e, derivative=nets.no_slope))
         other = lambda name, z: np.ones_like(z) if name == "identity" else np.cos(z)  # noqa: E731
         agrees(pull(net, lrules.replace_derivative(rule, jnp.cos), feedback, x, e), reference(x, e, derivative=other))
@@ -144,25 +148,28 @@ def test_derivatives(name, family):
 PAIRS = [("quantize", "drop"), ("drop", "quantize"), ("own", "quantize"), ("sign", "own"), ("magnitude", "drop")]
 
 
-@pytest.mark.parametrize("family", ["alignment", "direct", "skipped"])
-def test_pairs_of_modifiers(family):
+@pytest.mark.parametrize(
+    ("family", "outer", "inner"),
+    mostly_slow(
+        [(family, *pair) for family in ["alignment", "direct", "skipped"] for pair in PAIRS],
+        [("alignment", *pair) for pair in PAIRS[:3]] + [("direct", *pair) for pair in PAIRS[3:]],
+    ),
+)
+def test_pairs_of_modifiers(family, outer, inner):
     """The outermost acts first."""
     with jax.enable_x64(True):
         net, x, e = make("conv_average")
-        rule, feedback, reference = references(net, x)[family]
-        for outer, inner in PAIRS:
-            new = MODIFIERS[outer][0](MODIFIERS[inner][0](rule))
-            rng = {"rng": KEY} if new.stochastic else {}
-            turns = modifiers.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
-            agrees(pull(net, new, feedback, x, e, **rng), reference(x, e, modify=turns))
-            without = lrules.without_derivatives(new)
-            agrees(pull(net, without, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope))
+        rule, feedback, reference = references(net, x, family)
+        new = lrules.without_derivatives(MODIFIERS[outer][0](MODIFIERS[inner][0](rule)))
+        rng = {"rng": KEY} if new.stochastic else {}
+        turns = modifiers.in_turn(MODIFIERS[outer][1](net, x, BATCH), MODIFIERS[inner][1](net, x, BATCH))
+        agrees(pull(net, new, feedback, x, e, **rng), reference(x, e, modify=turns, derivative=nets.no_slope))
 
 
 def test_two_drops_are_independent_and_split_the_key():
     with jax.enable_x64(True):
         net, x, e = make("shallow")
-        rule, feedback, reference = references(net, x)["direct"]
+        rule, feedback, reference = references(net, x, "direct")
         new = lrules.drop_error(lrules.drop_error(rule, 0.4), 0.75)
         inner = jax.random.split(KEY)[1]
         turns = modifiers.in_turn(
@@ -178,9 +185,10 @@ def test_rate_of_drops(rate):
     params = {"a": jnp.zeros((1, 301)), "b": jnp.ones((301, 1))}
     f = lrules.transform(apply, lrules.drop_error(lrules.backprop(), rate), reduction="sum")
     x = jnp.ones((101, 1))
-    per_example = jax.vmap(lambda x: jax.grad(lambda p: f(p, NONE, x, rng=KEY).sum())(params)["a"][0])(x[:1, None])
+    gradient = jax.jit(lambda x: jax.grad(lambda p: f(p, NONE, x, rng=KEY).sum())(params)["a"][0])
+    per_example = jax.vmap(gradient)(x[:1, None])
     assert set(np.unique(np.round(per_example, 5))) <= {0.0, np.float32(round(1 / (1 - rate), 5))}
-    signal = jax.grad(lambda p: f(p, NONE, x, rng=KEY).sum())(params)["a"][0] * (1 - rate) / 101  # kept, of 101 each
+    signal = gradient(x) * (1 - rate) / 101  # kept, of 101 each
     assert abs(float(signal.mean()) - (1 - rate)) < 0.01
     assert abs(float(signal.std()) - (rate * (1 - rate) / 101) ** 0.5) < 0.01
     if rate:
@@ -193,7 +201,7 @@ def test_rates_near_the_ends(rate, kept):
     """Met to 2^-17: the mean of errors of one is 1, or 0 where all are dropped."""
     f = lrules.transform(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], lrules.drop_error(lrules.backprop(), rate))
     params = {"a": jnp.zeros((1, 1000)), "b": jnp.ones((1000, 1))}
-    got = jax.grad(lambda p: f(p, NONE, jnp.ones((200, 1)), rng=KEY).sum())(params)["a"]
+    got = jax.jit(jax.grad(lambda p: f(p, NONE, jnp.ones((200, 1)), rng=KEY).sum()))(params)["a"]
     np.testing.assert_allclose(float(got.mean()) / 200, kept / (1 - rate), rtol=0.2)
 
 
@@ -216,7 +224,7 @@ def test_what_functions_of_the_error_see():
     names = ["merged", "moved", "first", "left", "looped", "last"]
     params = {k: jnp.eye(4) for k in names}
     f = lrules.transform(apply, lrules.modify_error(lrules.backprop(), fn))
-    jax.grad(lambda p: f(p, NONE, jnp.ones((5, 3, 4))).sum())(params)
+    jax.eval_shape(jax.grad(lambda p: f(p, NONE, jnp.ones((5, 3, 4))).sum()), params)
     shapes = {"moved": (15, 4), "first": (3, 4, 5), "left": (5, 3, 4), "looped": (5, 3, 4), "last": (5, 3, 4)}
     assert seen == {name: [shape] for name, shape in shapes.items()}
 
@@ -245,7 +253,7 @@ def test_outermost_derivative_holds():
 def test_sum_in_place_of_mean(name):
     with jax.enable_x64(True):
         net, x, e = make("deep")
-        rule, feedback, reference = references(net, x)["alignment"]
+        rule, feedback, reference = references(net, x, "alignment")
         new = MODIFIERS[name][0](rule)
         agrees(
             pull(net, new, feedback, x, e * BATCH, reduction="sum"),
@@ -258,7 +266,7 @@ def test_turning_the_error_round(name):
     """Turns every update round, unless the sign is dropped."""
     with jax.enable_x64(True):
         net, x, e = make("shallow")
-        rule, feedback, _ = references(net, x)["direct"]
+        rule, feedback, _ = references(net, x, "direct")
         new = MODIFIERS[name][0](rule)
         rng = {"rng": KEY} if new.stochastic else {}
         got, turned = (pull(net, new, feedback, x, s * e, **rng)[0] for s in (1, -1))
@@ -425,7 +433,7 @@ def test_modifiers_on_marks_in_loops_and_partitions():
 def test_quantised_output_error(family):
     with jax.enable_x64(True):
         net, x, e = make("deep")
-        rule, feedback, reference = references(net, x)[family]
+        rule, feedback, reference = references(net, x, family)
         reduction = "mean" if rule.additive else "sum"
         got = pull(net, lrules.quantize_error(rule, 2, scale=0.5, at="output"), feedback, x, e)
         agrees(got, reference(x, quantise.output_error(e, 2, 0.5, reduction)))
@@ -440,7 +448,7 @@ def test_quantised_output_error_of_rules_that_take_the_loss():
         new = lrules.quantize_error(rule, 2, scale=0.5, at="output")
         loss = optax.softmax_cross_entropy_with_integer_labels
         step = lrules.value_and_grad(bridge.apply_of(net), loss, new)
-        (value, _), grads = step(bridge.parameters(net), feedback, jnp.asarray(x), jnp.asarray(labels))
+        (value, _), grads = jax.jit(step)(bridge.parameters(net), feedback, jnp.asarray(x), jnp.asarray(labels))
         e = quantise.output_error(one_hot_mean(net, x, labels), 2, 0.5)
         targets = losses.one_hot(labels, 3)
         wanted = random_target_projection.gradients(net, listed, x, e, targets, sign=-1.0)
@@ -464,7 +472,7 @@ def test_a_batch_larger_than_half_precision(rule):
 
     def gradient(batch):
         x = jnp.ones((batch, 1), jnp.float16)
-        return jax.grad(lambda p: f(p, NONE, x).astype(jnp.float32).mean())(params)["a"]
+        return jax.jit(jax.grad(lambda p: f(p, NONE, x).astype(jnp.float32).mean()))(params)["a"]
 
     small, large = gradient(1024), gradient(2**16 + 1024)
     np.testing.assert_allclose(large, small, rtol=0.1)  # subnormal numbers
@@ -512,7 +520,9 @@ def test_modifiers_in_loops(rule):
         flat = lrules.Feedback(slices | {k: v for k, v in feedback.fixed.items() if k != "w"}, {})
 
         def gradients(apply, feedback):
-            return jax.vjp(lambda p: lrules.transform(apply, new)(p, feedback, x), params)[1](e)[0]
+            return jax.jit(lambda p: jax.vjp(lambda p: lrules.transform(apply, new)(p, feedback, x), p)[1](e)[0])(
+                params
+            )
 
         bridge.close(gradients(scanned, feedback), gradients(unrolled, flat))
 
@@ -545,7 +555,7 @@ def test_shard_map(modify):
                 lambda p, x, y, gradients=gradients: gradients(p, x, y, "data"),
                 mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(),
             )  # fmt: skip
-            bridge.close(jax.jit(sharded)(params, x, y), gradients(params, x, y))
+            bridge.close(jax.jit(sharded)(params, x, y), jax.jit(gradients)(params, x, y))
 
 
 @pytest.mark.parametrize("modify", [lrules.drop_error, lrules.quantize_update])
@@ -588,9 +598,10 @@ def test_an_infinite_update_is_the_largest_number_on_every_device():
         return jax.lax.pmean(grads(jax.lax.pcast(p, ("data",), to="varying"), x, t), "data")
 
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    found = jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())(params, x, t)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-    bridge.close(found, grads(params, x, t), 1e-6)
+    sharded = jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
+    found = jax.jit(sharded)(params, x, t)
+    chex.assert_tree_all_finite(found)
+    bridge.close(found, jax.jit(grads)(params, x, t), 1e-6)
 
 
 def test_drops_differ_between_devices():
@@ -598,13 +609,15 @@ def test_drops_differ_between_devices():
     apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
     params = {"a": jnp.eye(16), "b": jnp.eye(16)}
     f = lrules.transform(apply, lrules.drop_error(lrules.backprop(), 0.5))
-    inputs = jax.shard_map(
+    sharded = jax.shard_map(
         lambda p, x, k: jax.grad(lambda x: f(p, NONE, x, rng=k).sum())(x),
         mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P("data"),
-    )(params, jnp.ones((4, 16)), KEY)  # fmt: skip
+    )  # fmt: skip
+    inputs = jax.jit(sharded)(params, jnp.ones((4, 16)), KEY)
     assert len({tuple(np.asarray(row) > 0) for row in inputs}) == 4
 
 
+@pytest.mark.slow
 def test_conformance():
     """Modifiers as rules: one stack that has all of them, on the slowest and on the direct channel."""
     for rule in (lrules.kolen_pollack(), lrules.direct_feedback_alignment(adaptive=True)):
@@ -658,7 +671,7 @@ def passed(rule, net=gated):
     x = jax.random.normal(jax.random.key(1), (4, 3))
     feedback = rule.init(key, net, params, x)
     f = lrules.transform(net, rule)
-    return jax.grad(lambda p: (f(p, feedback, x) ** 2).mean())(params)
+    return jax.jit(jax.grad(lambda p: (f(p, feedback, x) ** 2).mean()))(params)
 
 
 @pytest.mark.parametrize("name", PASSED)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import lrules
-from lrules.options import ByName, first_match, is_number, numbers
+from lrules.options import ByName, by_name, first_match, is_number
 from tests.small import FA, GLOROT, KEY, NONE, W, X, mlp
 
 
@@ -144,4 +144,4 @@ def test_refused_values_by_name():
     with pytest.raises(ValueError, match=r"alpha: '\(' is not a regular expression"):
         ByName("alpha", {"(": 1})
     with pytest.raises(ValueError, match="alpha must be a number, got 'x'"):
-        numbers("alpha", {"a": 1.0, "b": "x"}, is_number, "a number")
+        by_name("alpha", {"a": 1.0, "b": "x"}, is_number, "a number")

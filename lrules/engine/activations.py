@@ -216,7 +216,7 @@ def _reduces(eqn: Equation) -> bool:
     return of(eqn).statistic and eqn.params.get("axes") != ()
 
 
-def _is_statistic(value: Any) -> bool:
+def is_statistic(value: Any) -> bool:
     """Whether a value comes elementwise from results of reductions, as means and variances do."""
     eqn = value.producer
     if eqn is None or _reduces(eqn):
@@ -225,7 +225,7 @@ def _is_statistic(value: Any) -> bool:
         row = of(eqn)
         mixed = [v for v in value.operands if v.both]
         passing = row.kind in ("view", "window") or row.stops or row.statistic or arranged(value) is not None
-        value.statistic = bool(mixed) and passing and all(map(_is_statistic, mixed))
+        value.statistic = bool(mixed) and passing and all(map(is_statistic, mixed))
     return value.statistic
 
 
@@ -245,7 +245,7 @@ def linear_origins(values: Sequence[Any]) -> set[int]:
             continue
         row, mixed = of(value.producer), [v for v in value.operands if v.both]
         if row.combines in ("product", "quotient"):
-            kept = [v for v in mixed if row.combines == "quotient" or not _is_statistic(v)]
+            kept = [v for v in mixed if row.combines == "quotient" or not is_statistic(v)]
             if kept == [value.operands[0]] or (row.combines == "product" and len(kept) == 1):
                 stack += [] if any(v.data and not v.params for v in value.operands) else kept
         elif row.curve == "linear" or row.kind == "view" or row.leads:

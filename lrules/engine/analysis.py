@@ -81,7 +81,8 @@ class Analysis(Findings):
                 block.values[var] = value
                 if value.place is None:
                     value.place = (block, var)
-        self.add_activations(block)
+        if not (self.silent or self.sealed or self.unmarked):
+            self.noted.append(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
     def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
@@ -95,7 +96,7 @@ class Analysis(Findings):
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
             if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
                 what = "acts on more than one element or holds parameters"
-                self.doubts.append((Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"), None))
+                self.noted.append(Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked
             block.children[index] = [child]

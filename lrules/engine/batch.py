@@ -45,13 +45,26 @@ class BatchAxis:
 
     def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
+        if not self.merged:
+            x = moved(x, [0], [self.axis])
+            return x if x.shape == tuple(shape) else x.reshape(shape)
         x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
-        return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
+        return moved(x, [0], [self.axis + 1]).reshape(shape)
 
     def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
         """A tensor of that shape as `[batch, *rest]`."""
+        if not self.merged:
+            return moved(x, [self.axis], [0])
         x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
-        return jnp.moveaxis(x, self.axis + 1, 0).reshape(-1, *self.rest(shape))
+        return moved(x, [self.axis + 1], [0]).reshape(-1, *self.rest(shape))
+
+
+def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> jax.Array:
+    """`jnp.moveaxis`, which costs nothing where nothing moves."""
+    order = [i for i in range(x.ndim) if i not in source]
+    for at, i in sorted(zip(destination, source, strict=True)):
+        order.insert(at, i)
+    return x if order == sorted(order) else jax.lax.transpose(x, order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +85,9 @@ class Unbatched(BatchAxis):
 
 class Moved(Exception):
     """Examples were put into another order."""
+
+
+Step = tuple[Value, Value, int, tuple[int, int]]
 
 
 def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
@@ -112,23 +128,41 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
     Raises:
       Moved: the examples do not lie in the order of the inputs.
     """
-    before, after = 1, 1
-    while a.producer is not None or a.operands:
-        if a.producer is None:  # a slice of what is scanned, the start of a carry, a shard_map's operand
-            u, v = a.operands[0], b.operands[0]
-            outer = axis + len(u.aval.shape) - len(a.aval.shape)
-            step = (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
-        else:
-            step = _back(a.producer, a, b, axis)
-        if step is None:
+    way: list[tuple[Value, int, tuple[int, int]]] = []  # from the value to where it is known
+    while (known := (a.order_of_batch or {}).get(axis)) is None:
+        try:
+            step = _step(a, b, axis)
+        except Moved:
+            known = "moved"
             break
-        a, b, axis, (front, behind) = step
-        before, after = before * front, after * behind
-    return (before, after) if a.aval.shape[axis] == batch else None
+        if step is None:
+            known = (1, 1) if a.aval.shape[axis] == batch else "unknown"
+            break
+        way.append((a, axis, step[3]))
+        a, b, axis, _ = step
+    way.append((a, axis, (1, 1)))
+    for value, at, (front, behind) in reversed(way):
+        if isinstance(known, tuple):
+            known = known[0] * front, known[1] * behind
+        value.order_of_batch = {**(value.order_of_batch or {}), at: known}
+    if known == "moved":
+        raise Moved
+    return known if isinstance(known, tuple) else None
+
+
+def _step(a: Value, b: Value, axis: int) -> Step | None:
+    """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
+    if a.producer is not None:
+        return _back(a.producer, a, b, axis)
+    if not a.operands:
+        return None
+    u, v = a.operands[0], b.operands[0]  # a slice of what is scanned, the start of a carry, a shard_map's operand
+    outer = axis + len(u.aval.shape) - len(a.aval.shape)
+    return (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
 
 
 def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
-    """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
+    """The same through an equation."""
     if len(a.operands) != len(b.operands):
         return None
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
@@ -180,11 +214,17 @@ def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph
     Raises:
       ValueError: it traces, and comes out as another network.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            twice = net.graph(params, inputs, double=True)
-    except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
+
+    def trace() -> Graph | None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return net.graph(params, inputs, double=True)
+        except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
+            return None
+
+    twice = graph.once("doubled", trace)
+    if twice is None:
         return None
     if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
         raise ValueError(

@@ -72,9 +72,10 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                         "cannot land: mark one outside"
                     )
                 chosen.append((hidden, spec))
-    for i, (hidden, _) in enumerate(chosen):
-        if any(other.name == hidden.name for other, _ in chosen[:i]):
-            raise ValueError(f"a mark and a layer are both named {hidden.name!r}: give the mark another name")
+    names = [hidden.name for hidden, _ in chosen]
+    for name in names if len(set(names)) < len(names) else ():
+        if names.count(name) > 1:
+            raise ValueError(f"a mark and a layer are both named {name!r}: give the mark another name")
     if all(spec.signal is None for _, spec in chosen):
         plan.direct_feedback = {hidden.name: DirectFeedback(hidden, spec) for hidden, spec in chosen}
         return
@@ -109,8 +110,9 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
+    twin = dict(zip(graph.hidden, twice.hidden, strict=True)) if twice else {}
     for hidden, spec in chosen:
-        other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
+        other = twin[hidden].reader if twice else None
         batched = hidden.reader.batched
         axis = batch_axis(net, hidden.name, hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:

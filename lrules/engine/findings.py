@@ -11,8 +11,7 @@ from lrules.engine.activations import Doubt
 from lrules.engine.jaxprs import Equation, varying_axes
 from lrules.engine.operations import of
 from lrules.engine.products import Multiplication
-from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Refusal, Value, unique, want
-from lrules.engine.regions import find_regions
+from lrules.engine.records import Affine, Block, Hidden, Layer, Names, Refusal, Value, want
 
 REMEDIES = {
     "while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)",
@@ -31,10 +30,9 @@ class Findings:
         self.names, self.ndims = names, ndims
         self.layers: list[Layer] = []
         self.hidden: list[Hidden] = []
-        self.activations: list[Activation] = []
         self.affines: list[Affine] = []
         self.refusals: list[Refusal] = []
-        self.doubts: list[tuple[Doubt, Value | None]] = []
+        self.noted: list[Block | Doubt] = []  # where activations may be, and marks that are on none
         self.silent = 0  # walking a scan's body only to find the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
         self.sealed: str | None = None  # inside a construct where no layer can be served
@@ -130,15 +128,13 @@ class Findings:
             self.hidden.remove(hidden)
             block, variable = hidden.root.place  # type: ignore[misc]
             block.hidden[variable].remove(hidden)
-        sites: set[str] = set()
+        sites = Names()
         for layer in self.layers:
-            layer.site = unique(layer.name, sites)
-            sites.add(layer.site)
+            layer.site = sites.unique(layer.name)
             want(layer.weight)
-        taken: dict[bool, set[str]] = {True: set(), False: set()}
+        taken = {True: Names(), False: Names()}
         for hidden in self.hidden:
-            hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
-            taken[hidden.mark].add(hidden.name)
+            hidden.name = taken[hidden.mark].unique(hidden.name if hidden.mark else hidden.readers[0].name)
 
     def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
         """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
@@ -147,19 +143,6 @@ class Findings:
             affine = Affine(f"affine {len(self.affines)}", pure[0], ins[pure[0]], out)
             self.affines.append(affine)
             block.affines[index] = affine
-
-    def add_activations(self, block: Block) -> None:
-        if self.silent or self.sealed or self.unmarked:
-            return
-        regions, doubts = find_regions(block)
-        self.doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in doubts]
-        for region in regions:
-            site = unique(region.name, {a.site for a in self.activations})
-            source, output = block.value(region.root), block.value(region.output)
-            region.activation = Activation(region.name, site, block.scope, source, output)
-            self.activations.append(region.activation)
-            block.regions[region.indices[-1]] = region
-            block.skipped |= frozenset(region.indices[:-1])
 
     def rank_at_use(self, w: Value, i: int) -> int:
         axes, sliced = w.axes.get(i, ((), frozenset()))

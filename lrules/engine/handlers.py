@@ -86,11 +86,13 @@ class Frame:
       inputs: arrays by site; those of sites inside a scan are scanned along.
       records: arrays by site; those written inside a scan come out stacked.
       index: the iteration number of each scan around the site, the outermost first.
+      slots: by layer, what handlers at its output hand to those further up in the same loop, branch or remat.
     """
 
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     records: dict[str, Any] = dataclasses.field(default_factory=dict)
     index: tuple[Any, ...] = ()
+    slots: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def taken(self) -> dict[str, Any]:
         """The records, which the frame then no longer holds: what handlers have made of it outlives a trace."""
@@ -103,12 +105,25 @@ def name_number(name: str) -> int:
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
-def key_at(key: jax.Array, hidden: Hidden, value: Any, frame: Frame) -> jax.Array:
-    """A key for this hidden signal, this iteration of the loops around it, and this device."""
-    key = jax.random.fold_in(key, name_number(hidden.name))
+def key_at(key: jax.Array, site: str, value: Any, frame: Frame) -> jax.Array:
+    """A key for this site, this iteration of the loops around it, and this device.
+
+    Args:
+      key: the key of the step.
+      site: the name of a hidden signal, a layer or an activation.
+      value: what is there, an array or several: they tell over which devices it is spread.
+      frame: where in the run.
+    """
+    key = jax.random.fold_in(key, name_number(site))
     for i in frame.index:
         key = jax.random.fold_in(key, i)
-    for axis in sorted(varying_axes(jax.typeof(value))):
+    return on_device(key, value)
+
+
+def on_device(key: jax.Array, value: Any) -> jax.Array:
+    """A key for this device, among those over which a value is spread."""
+    axes = frozenset().union(*(varying_axes(jax.typeof(leaf)) for leaf in jax.tree.leaves(value)))
+    for axis in sorted(axes):
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     return key
 
@@ -119,6 +134,19 @@ def zeros_at(value: Value | None) -> jax.Array:
     lengths = [length for _, length in value.place[0].loops]
     zeros = jnp.zeros((*lengths, *value.aval.shape), value.aval.dtype)
     return placed_as(zeros, value.aval, len(lengths))
+
+
+def all_zeros_at(values: Mapping[str, Value | None]) -> dict[str, jax.Array]:
+    """The same for many values; those that are equal are one array."""
+    made: dict[Any, jax.Array] = {}
+    found = {}
+    for name, value in values.items():
+        assert value is not None and value.place is not None
+        key = value.aval, tuple(length for _, length in value.place[0].loops)
+        if key not in made:
+            made[key] = zeros_at(value)
+        found[name] = made[key]
+    return found
 
 
 def below(inputs: Mapping[str, Any], child: Block) -> dict[str, Any]:

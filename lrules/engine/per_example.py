@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.engine.batch import BatchAxis, doubled, find_batch_axis
+from lrules.engine.closures import held
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.jaxprs import placed_as
 from lrules.engine.records import Affine, Layer
 from lrules.network import Network
+from lrules.options import ByName
 from lrules.rule import Rule, Sequential, require_description
 from lrules.typing import Pytree
 
@@ -30,33 +32,57 @@ class PerExample(Handler):
     affines = True
 
     def __init__(
-        self, fns: tuple[Callable[..., Any], ...], rule: Rule, net: Network, params: Pytree, inputs: Pytree
+        self,
+        fns: tuple[Callable[..., Any], ...],
+        numbers: Sequence[ByName[Any]],
+        rule: Rule,
+        net: Network,
+        params: Pytree,
+        inputs: Pytree,
     ) -> None:
         self.fns = fns
         batch = net.batch_size(inputs)
         graph = net.graph(params, inputs)
         twice = doubled(net, params, inputs, graph)
+        self.names = {layer.site: layer.name for layer in graph.layers}
+        self.names |= {affine.site: graph.names[min(affine.value.params)] for affine in graph.affines}
+        self.check(numbers)
         self.gains = {}
+        self.holds = False
         known = rule.description if rule.additive else require_description(rule, "quantize_update")
         specs = known.plan(net, graph, params, inputs).specs if known else {}
         for site, spec in specs.items():
-            if isinstance(spec, Sequential) and spec.gain is not None:
-                self.gains[site] = spec.gain
+            if not isinstance(spec, Sequential):
+                continue
+            if whole := sorted(spec.asks_for & {"rng", "state", "targets", "h", "slope"}):
+                raise NotImplementedError(
+                    f"quantize_update takes updates one example at a time, and the rule of the layer {site!r} asks for "
+                    f"{whole[0]!r}, which belongs to the whole batch: use another rule for it, or another modifier"
+                )
+            self.holds |= spec.holds
+            if spec.gain is not None:
+                self.gains[site] = spec.bound("gain", self.names[site])
         values = [_meeting(g) for g in (graph, twice or graph)]
         self.axes = {
             site: [find_batch_axis(a, b if twice else None, batch) for a, b in zip(ends, values[1][site], strict=True)]
             for site, ends in values[0].items()
         }
 
-    def then(self, fn: Callable[..., Any]) -> PerExample:
+    def check(self, numbers: Sequence[ByName[Any]]) -> None:
+        """Every pattern matches a layer, a bias or a scale."""
+        for number in numbers:
+            number.check(self.names.values())
+
+    def then(self, fn: Callable[..., Any], numbers: Sequence[ByName[Any]]) -> PerExample:
         """The same with one more function, inside the others."""
+        self.check(numbers)
         new = copy.copy(self)
         new.fns = (*self.fns, fn)
         return new
 
-    def changed(self, gradient: jax.Array) -> jax.Array:
+    def changed(self, gradient: jax.Array, site: str) -> jax.Array:
         for fn in self.fns:
-            gradient = fn(gradient)
+            gradient = fn(gradient, self.names[site])
         return gradient
 
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
@@ -69,15 +95,18 @@ class PerExample(Handler):
                 "told, so its updates cannot be taken one example at a time: write the network so that the batch stays "
                 "an axis of its own, in the order of the inputs"
             )
-        gain, product, run = self.gains.get(layer.site), op.product, op.run
-        fed = b is not w
+        product, fed = op.product, b is not w
+        called = self.gains.get(layer.site), op.run
+        values, remade = held(called) if self.holds else ([], lambda values: called)
 
         @jax.custom_vjp
-        def multiply(w: jax.Array, b: Any, x: jax.Array) -> Any:
+        def multiply(values: Any, w: jax.Array, b: Any, x: jax.Array) -> Any:
+            _, run = remade(values)
             return run(w, b if fed else w, x)
 
-        def backward(residuals: Any, d: jax.Array) -> tuple[Any, Any, Any]:
-            w, b, x = residuals
+        def backward(residuals: Any, d: jax.Array) -> tuple[Any, Any, Any, Any]:
+            values, w, b, x = residuals
+            gain, run = remade(values)
             (dw, db, dx) = jax.vjp(lambda w, b, x: run(w, b if fed else w, x), w, b, x)[1](d)
             c = None if gain is None else gain(product, w, x, d, layer)
 
@@ -94,17 +123,17 @@ class PerExample(Handler):
                     found = raw(x, _alone(d, slices, y_axis))
                 else:
                     found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))  # type: ignore[arg-type]
-                return jax.tree.map(lambda t, g: t + self.changed(g).astype(t.dtype), total, found), None
+                return jax.tree.map(lambda t, g: t + self.changed(g, layer.site).astype(t.dtype), total, found), None
 
             split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
             if not whole:
                 split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)  # type: ignore[arg-type]
             totals, _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
             dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
-            return dw, db, dx
+            return None, dw, db, dx
 
-        multiply.defvjp(lambda w, b, x: (multiply(w, b, x), (w, b, x)), backward)
-        return multiply(w, b if fed else None, x)
+        multiply.defvjp(lambda *args: (multiply(*args), args), backward)
+        return multiply(values, w, b if fed else None, x)
 
     def affine(self, affine: Affine, op: Callable[..., Any], p: Any, others: Any, frame: Frame) -> Any:
         (axis,) = self.axes[affine.site]
@@ -125,7 +154,7 @@ class PerExample(Handler):
             narrow, g = g.dtype, g.astype(at_least_float32(g.dtype))
             origin = [*range(axis.axis), axis.axis, axis.axis, *range(axis.axis + 1, len(shape))]
             summed = [1 + k for k, i in enumerate(origin) if i not in kept]  # along these p is merely broadcast
-            total = self.changed(g.sum(summed, keepdims=True)).sum(0, keepdims=True)
+            total = self.changed(g.sum(summed, keepdims=True), affine.site).sum(0, keepdims=True)
             total = jnp.pad(total, [(0, n - m) for n, m in zip(g.shape, total.shape, strict=True)])
             (dp,) = spread(jnp.moveaxis(total, 0, axis.axis + 1).reshape(shape).astype(narrow))
             return dp, d_others

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.engine.jaxprs import Equation, bind
-from lrules.engine.shared import equation_key, shared
+from lrules.engine.shared import EVERYWHERE, equation_key
 from lrules.typing import Pytree
 
 
@@ -57,4 +57,4 @@ class Product:
 
     def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:
         key = equation_key(self.eqn)
-        return pull if key is None else shared((what, key, self.position, self.single), pull)
+        return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), pull)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.options import is_number, is_whole
+from lrules.options import ByName, by_name, is_number, is_whole
+from lrules.typing import Numbers
 
 LEVELS = 2**12  # powers of two below one, of which no float holds as many
 
@@ -65,8 +66,13 @@ def _root_half(dtype: Any) -> Any:
     return np.nextafter(root, np.asarray(1, dtype))
 
 
-def check_quantizer(bits: int, scale: float) -> None:
-    if not (is_whole(bits) and bits >= 1):
-        raise ValueError(f"bits must be an integer >= 1, got {bits!r}")
-    if not is_number(scale) or not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+def quantizer_numbers(bits: Numbers, scale: Numbers, kind: str) -> tuple[ByName[Any], ByName[Any]]:
+    """The options of a quantizer, for names of this kind.
+
+    Raises:
+      ValueError: one is out of range.
+    """
+    return (
+        by_name("bits", bits, lambda value: is_whole(value) and value >= 1, "an integer >= 1", kind),
+        by_name("scale", scale, lambda value: is_number(value) and 0 < value < math.inf, "a finite number > 0", kind),
+    )

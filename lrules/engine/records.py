@@ -12,7 +12,7 @@ import jax
 
 from lrules.engine.by_hand import Product
 from lrules.engine.dtypes import is_inexact
-from lrules.engine.jaxprs import Atom, Aval, is_literal
+from lrules.engine.jaxprs import Atom, Aval, Equation, is_literal
 from lrules.engine.operations import Row, of
 
 
@@ -100,16 +100,18 @@ class Hidden:
 
     def to_definition(self, signal: jax.Array) -> jax.Array:
         """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
+        return undo_views(self.views, signal.astype(self.reader.aval.dtype))
 
-        signal = signal.astype(self.reader.aval.dtype)
-        for eqn in reversed(self.views):
-            before = eqn.invars[0].aval
-            permutes = of(eqn).permutation
-            if permutes is not None:
-                permutation = permutes(eqn)
-                signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
-            signal = signal.reshape(before.shape).astype(before.dtype)
-        return signal
+
+def undo_views(views: Sequence[Equation], x: jax.Array) -> jax.Array:
+    """What was before these casts, reshapes and transposes, of what comes after them."""
+    for eqn in reversed(views):
+        before, permutes = eqn.invars[0].aval, of(eqn).permutation
+        if permutes is not None:
+            permutation = permutes(eqn)
+            x = x.transpose([permutation.index(i) for i in range(x.ndim)])
+        x = x.reshape(before.shape).astype(before.dtype)
+    return x
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,11 +121,13 @@ class Activation:
     Attributes:
       name: the function's name where it has one (`relu`), else its primitives (`tanh`, `mul_add_tanh`).
       site: unique within the network.
+      axes: for each axis of the output, the axis of the source that it is.
     """
 
     name: str
     site: str
     scope: tuple[str, ...] = ()
+    axes: tuple[int, ...] = ()
     source: Value | None = dataclasses.field(default=None, repr=False)
     output: Value | None = dataclasses.field(default=None, repr=False)
 
@@ -162,6 +166,7 @@ class Value:
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    order_of_batch: dict[int, Any] | None = None  # what the batch is merged with in an axis (see batch.py)
     arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
@@ -234,18 +239,18 @@ class Block:
                     found.setdefault(v, set()).add(index)
         return found
 
-    def sites(self, *, affines: bool = False) -> set[str]:
+    def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
 
-        Biases and scales too if asked.
+        Biases and scales too if asked; activations, where they have been looked for, unless asked not to.
         """
         own = {f"{layer.site} output" for layer in self.layers.values()}
         own |= {h.name for hs in self.hidden.values() for h in hs}
-        own |= {region.activation.site for region in self.regions.values()}
+        own |= {region.activation.site for region in self.regions.values()} if activations else set()
         own |= {affine.site for affine in self.affines.values()} if affines else set()
         for children in self.children.values():
             for child in children:
-                own |= child.sites(affines=affines)
+                own |= child.sites(affines=affines, activations=activations)
         return own
 
     def value(self, atom: Atom) -> Value:
@@ -359,8 +364,18 @@ def want(weight: Value) -> None:
             stack += value.operands if value.pure else ()
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """The name, with `#2`, `#3`, ... where it is taken."""
-    if name not in taken:
-        return name
-    return next(new for n in range(2, len(taken) + 3) if (new := f"{name}#{n}") not in taken)
+class Names:
+    """Gives out names, each once."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.next: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        """The name, with `#2`, `#3`, ... where it is taken."""
+        new, n = name, self.next.get(name, 2)
+        while new in self.taken:
+            new, n = f"{name}#{n}", n + 1
+        self.next[name] = n
+        self.taken.add(new)
+        return new

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrules.engine.activations import (
     ALIASES,
@@ -17,13 +19,14 @@ from lrules.engine.activations import (
     Doubt,
     _composed,
     _is_literal,
-    _is_statistic,
     _is_uniform,
     arranged,
+    is_statistic,
 )
 from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
-from lrules.engine.records import Block, Value
+from lrules.engine.records import Activation, Block, Names, Value
+from lrules.engine.shared import Pieces, Together, equation_key
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,6 +41,71 @@ class Region:
     indices: list[int]
     axes: Axes
     activation: Any = None
+
+
+class RegionProgram:
+    """What a region computes, `program(x, *captured)`.
+
+    Attributes:
+      key: the same for all that compute the same; None if that cannot be told.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        keys = [equation_key(eqn) for eqn in region.eqns]
+        self._run = Together(region.eqns, keys, [region.output])
+        places = (self._run.given.index(region.root), tuple(map(self._run.given.index, region.others)))
+        self.key = None if None in keys else (self._run.key, region.axes, places)
+
+    def __call__(self, x: jax.Array, *captured: Any) -> Any:
+        values = dict(zip(self.region.others, captured, strict=True))
+        values[self.region.root] = moved(x, [int(i) for i in np.argsort(self.region.axes)])
+        return self._run(*(values[v] for v in self._run.given))[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RegionFunction:
+    """An activation as handlers get it, `fn(x)`.
+
+    Attributes:
+      program: what it computes of `x` and of what else it reads.
+      captured: the latter, which is the same for all elements.
+      pieces: where functions that belong to it can be kept under the program's key; None where nothing is shared.
+    """
+
+    program: RegionProgram
+    captured: Sequence[Any]
+    pieces: Pieces | None
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.program(x, *self.captured)
+
+
+def moved(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The array with its axes in this order."""
+    return x if list(axes) == sorted(axes) else jax.lax.transpose(x, axes)
+
+
+def find_activations(noted: Sequence[Block | Doubt]) -> tuple[list[Activation], list[tuple[Doubt, Value | None]]]:
+    """The activations in all blocks, which learn of theirs, and the doubts, each with the value that it is about."""
+    activations: list[Activation] = []
+    doubts: list[tuple[Doubt, Value | None]] = []
+    sites = Names()
+    for block in noted:
+        if isinstance(block, Doubt):
+            doubts.append((block, None))
+            continue
+        regions, own = find_regions(block)
+        doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in own]
+        for region in regions:
+            source, output = block.value(region.root), block.value(region.output)
+            region.activation = Activation(
+                region.name, sites.unique(region.name), block.scope, region.axes, source, output
+            )
+            activations.append(region.activation)
+            block.regions[region.indices[-1]] = region
+        block.skipped = frozenset(i for region in regions for i in region.indices[:-1])
+    return activations, doubts
 
 
 def _nonlinear(eqn: Equation, value: Callable[..., Value]) -> list[Row]:
@@ -232,7 +300,7 @@ def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
         return None
     primitives = "_".join(dict.fromkeys(row.name for row in nonlinear))
     if not any(n in NAMED or n.startswith(MARK) for n in calls):
-        if all(map(_of_statistics, nonlinear)) and _is_statistic(value(start)):
+        if all(map(_of_statistics, nonlinear)) and is_statistic(value(start)):
             return None
         if len(nonlinear) == 1 and _of_formulas(nonlinear[0]):
             return Doubt(primitives, out)
@@ -263,7 +331,7 @@ def _doubted(eqn: Equation) -> str:
 def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether an elementwise equation of several values bends one of them, as max and select do."""
     mixed = [v for v in eqn.invars if value(v).both]
-    if all(_is_statistic(value(v)) for v in mixed):
+    if all(is_statistic(value(v)) for v in mixed):
         return False
     row, out = of(eqn), value(eqn.outvars[0])
     if row.kind == "call" and out.producer is eqn and arranged(out) is not None:

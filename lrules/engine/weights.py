@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lrules.engine.batch import BatchAxis, Unbatched
 from lrules.engine.dtypes import at_least_float32, feedback_dtype
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import split_as
+from lrules.engine.jaxprs import bind, split_as
 from lrules.engine.operations import of
 from lrules.engine.records import Hidden, Layer
 from lrules.options import draw
@@ -75,6 +75,52 @@ class DirectFeedback:
         rest = (*self.lies[:axis], *[None] * len(self.axis.merged), *self.lies[axis + 1 :])
         rest = tuple(self.lies) if isinstance(self.axis, Unbatched) else rest
         return (*[None] * (len(self.lengths) + 1), *(s for i, s in enumerate(rest) if i not in positions))
+
+    @property
+    def own(self) -> list[int]:
+        """The loops around the hidden signal whose iterations have feedback weights of their own."""
+        return [i for i, (_, own) in enumerate(self.hidden.loops) if own]
+
+    @property
+    def others(self) -> list[int]:
+        """The loops that all iterations share the feedback weights in, but for those that are a shared axis."""
+        turns = [place for kind, place in self.shared if kind == "loop"]
+        return [i for i, (_, own) in enumerate(self.hidden.loops) if not own and i not in turns]
+
+    @property
+    def where(self) -> list[int]:
+        """Where own loops, others and shared axes lie in `[*loops, batch, *hidden]`."""
+        behind = len(self.hidden.loops) + 1
+        return [*self.own, *self.others, *(i if kind == "loop" else behind + i for kind, i in self.shared)]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """How often a function that is called for each iteration and position is, along each of `where`."""
+        assert self.axis is not None
+        sizes = [*(n for n, _ in self.hidden.loops), 1, *self.axis.rest(self.hidden.reader.aval.shape)]
+        return tuple(sizes[i] for i in self.where)
+
+    @property
+    def signal_shape(self) -> tuple[int, ...]:
+        """The shape of the hidden signal without batch and shared axes, as the rule's functions see it."""
+        return self.shape[len(self.lengths) + 1 :]
+
+    def read(self, value: Any, batch: int) -> jax.Array:
+        """From the definition of the hidden signal to what its reader sees, the batch in front."""
+        assert self.axis is not None
+        for eqn in self.hidden.views:
+            (value,) = bind(eqn, [value])
+        if not isinstance(self.axis, Unbatched):
+            at = self.axis.axis
+            value = split_as(value, *self.lies[:at], self.batch_split, *self.lies[at + 1 :])
+        return self.axis.in_front(value, self.hidden.reader.aval.shape, batch)
+
+    def defined(self, signal: jax.Array) -> jax.Array:
+        """The way back, of an error."""
+        assert self.axis is not None
+        if self.axis.merged or not all(of(eqn).same_shape for eqn in self.hidden.views):
+            signal = split_as(signal, self.batch_split)  # reshapes take few axes that are split
+        return self.hidden.to_definition(self.axis.restore(signal, self.hidden.reader.aval.shape))
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -26,14 +27,16 @@ from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import varying_axes
 from lrules.engine.product import Product
 from lrules.engine.records import Layer
-from lrules.options import is_number, mesh_axes
+from lrules.options import ByName, is_number, mesh_axes
 from lrules.rule import Rule
-from lrules.typing import AxisName
+from lrules.typing import AxisName, Numbers
 
 DEAD = 1e-15
 
 
-def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None) -> Rule:
+def backman(
+    alpha: Numbers | jax.Array | Mapping[str, jax.Array] | Literal["gradient_norm"] = 1.0, *, axis_name: AxisName = None
+) -> Rule:
     """BackMAN: scales the weight gradient of each neuron to the norm alpha, and scales the error that goes down alike.
 
     c_i = alpha / ||(r^T a)_i||,  dW_i = c_i (r^T a)_i,  and g W goes down, where g = r diag(c)
@@ -44,8 +47,9 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
     scale, weight gradients do not.
 
     Args:
-      alpha: the norm of each neuron's weight gradient. Or `"gradient_norm"`: for each layer the number that makes
-        ||g||_F = ||r||_F (section 4.2).
+      alpha: the norm of each neuron's weight gradient; or a dict of norms by regular expression (`re.search` on the
+        name of the layer, the first match holds). `jax.jit` and `jax.vmap` may trace norms. Or `"gradient_norm"`: for
+        each layer the number that makes ||g||_F = ||r||_F (section 4.2).
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the batch is spread. The gradients of the devices
         then sum to that of the whole batch. Under `jit` it is not needed.
 
@@ -53,8 +57,8 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
       The rule. It has no feedback weights.
 
     Raises:
-      ValueError: `alpha` is not a finite number >= 0 or `"gradient_norm"`. At use: the batch is spread over mesh axes
-        that `axis_name` does not name.
+      ValueError: `alpha` is not a finite number >= 0 or `"gradient_norm"`. At use: a pattern matches no layer, or the
+        batch is spread over mesh axes that `axis_name` does not name.
       TypeError: `axis_name` is not a name, several names or None.
 
     Example:
@@ -70,11 +74,14 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
       multi-agent network framework, sections 3.2 and A.2, Eq. 5 to 9 and 14 to 20.
     """
     named = isinstance(alpha, str) and alpha == "gradient_norm"
-    if not named and not (is_number(alpha) and (isinstance(alpha, jax.core.Tracer) or 0 <= alpha < math.inf)):
-        raise ValueError(f'alpha must be a finite number >= 0 or "gradient_norm", got {alpha!r}')
+    for value in () if named else ByName("alpha", alpha).values():
+        if not (is_number(value) and (isinstance(value, jax.core.Tracer) or 0 <= value < math.inf)):
+            raise ValueError(f'alpha must be a finite number >= 0 or "gradient_norm", got {value!r}')
     outer = mesh_axes(axis_name)
 
-    def coefficients(op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, jax.Array]:
+    def coefficients(
+        op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer, alpha: Any
+    ) -> tuple[Any, jax.Array]:
         raw = op.weight_gradient(w, x, d)
         axes = _device_axes(layer, raw, outer)
         if named:
@@ -82,13 +89,13 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
             return raw, _coefficients(raw, None, size, layer.contracted, axes)
         return raw, _coefficients(raw, alpha, None, layer.contracted, axes)
 
-    def gain(op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer) -> jax.Array:
-        return coefficients(op, w, x, d, layer)[1]
+    def gain(op: Product, w: jax.Array, x: jax.Array, d: jax.Array, layer: Layer, alpha: Any) -> jax.Array:
+        return coefficients(op, w, x, d, layer, alpha)[1]
 
     def backward(
-        op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
+        op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer, alpha: Any
     ) -> tuple[Any, Any, None]:
-        raw, c = coefficients(op, w, x, d, layer)
+        raw, c = coefficients(op, w, x, d, layer, alpha)
         order = _neurons(w, layer) if layer.row.rounds else None
         if order is not None:  # the operation may round its weight, so this scales the error, not the weight
             scaled = (d.astype(c.dtype) * _at_outputs(c, d, order, layer)).astype(d.dtype)
@@ -97,7 +104,7 @@ def backman(alpha: float | jax.Array | Literal["gradient_norm"] = 1.0, *, axis_n
             dx = op.passed_down(_times(w, c), x, d)
         return _times(raw, c), dx, None
 
-    return sequential(backward, whole_batch=True, gain=gain)
+    return sequential(backward, whole_batch=True, gain=gain, numbers={"alpha": alpha})
 
 
 @functools.partial(jax.jit, static_argnames=("contracted", "axes"), inline=True)

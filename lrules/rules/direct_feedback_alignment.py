@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from lrules.constructors import direct
 from lrules.options import as_initializer, require_flags
@@ -21,7 +20,8 @@ from lrules.typing import Initializer, Pytree
 
 def project(e: jax.Array, b: Any) -> jax.Array:
     """Brings the output error `e` `[batch, outputs]` to a hidden signal by `b` `[outputs, *hidden]`."""
-    return jnp.tensordot(e.astype(b.dtype), b, axes=1)
+    e = e if e.dtype == b.dtype else e.astype(b.dtype)
+    return jax.lax.dot_general(e, b, (((e.ndim - 1,), (0,)), ((), ())))
 
 
 def arrive(e: jax.Array, b: Any, targets: Pytree, name: str) -> jax.Array:

@@ -35,21 +35,15 @@ from lrules.apply import mean_loss
 from lrules.engine.batch import BatchAxis, batch_axis, doubled
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation, key_at, zeros_at
+from lrules.engine.handlers import Frame, Handler, Operation, all_zeros_at, key_at
 from lrules.engine.jaxprs import placed_as, split_as
+from lrules.engine.landing import direct_feedback_gradient, output_error, sent_error
 from lrules.engine.operations import of
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.product import Product
 from lrules.engine.records import Hidden, Layer
-from lrules.engine.running import (
-    direct_feedback_gradient,
-    evaluate,
-    from_heads,
-    output_error,
-    run_to_heads,
-    sent_error,
-)
+from lrules.engine.running import evaluate, from_heads, run_to_heads
 from lrules.network import Network, NetworkLike, as_network
 from lrules.options import as_initializer, is_number
 from lrules.rule import Direct, Feedback, Gradients, Rule, RuleDescription, Sequential, check_params
@@ -137,7 +131,7 @@ def node_perturbation(
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # the gradient is computed below
         spec: Any = Direct(arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
-        spec = Sequential(_backward, draw, learned)
+        spec = Sequential(_backward_learned if learned else _backward, draw, learned)
 
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return make_plan(net, graph, params, inputs, lambda name: spec, partition=False)
@@ -185,6 +179,13 @@ def node_perturbation(
 
 def _backward(op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, None]:
     return op.weight_gradient(w, x, d), op.passed_down(b, x, d), None
+
+
+def _backward_learned(
+    op: Product, w: jax.Array, b: jax.Array, x: jax.Array, d: jax.Array, layer: Layer
+) -> tuple[Any, Any, jax.Array]:
+    dw, dx, _ = _backward(op, w, b, x, d, layer)
+    return dw, dx, jnp.zeros_like(b)  # its gradient is formed in `_Experiment`
 
 
 class _Experiment:
@@ -245,8 +246,8 @@ class _Experiment:
             for layer in graph.layers
             if layer.reads is not None and any(name in plan.sequential_feedback for name in layer.parameters)
         }
-        probes = {h.name: zeros_at(h.root) for h in self.hidden}
-        probes |= {f"{site} output": zeros_at(layer.output) for site, layer in taught.items()}
+        values = {h.name: h.root for h in self.hidden} | {f"{s} output": layer.output for s, layer in taught.items()}
+        probes = all_zeros_at(values)
 
         def clean(params: Pytree, probes: Mapping[str, Any]) -> tuple[jax.Array, Any]:
             handlers = (_ArrivingAtHidden(), *self.net.handlers, _ArrivingAtLayers())
@@ -335,7 +336,7 @@ class _Noise(Handler):
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         if hidden.name not in self.names:
             return value
-        key = key_at(self.key, hidden, value, frame)
+        key = key_at(self.key, hidden.name, value, frame)
         frame.records[hidden.name] = xi = self.noise(key, value.shape, value.dtype)
         if jnp.shape(xi) != value.shape:
             raise ValueError(

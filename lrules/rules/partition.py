@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from lrules.constructors import layerwise
 from lrules.engine.graph import Graph
 from lrules.options import ByName, first_match, require_pattern
-from lrules.rule import Backprop, Direct, LayerRule, Rule, require_description
+from lrules.rule import Backprop, LayerRule, Rule, require_description
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
@@ -64,10 +64,4 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             chosen.of(name)  # this refuses a layer without a rule
         return lambda name: first_match(layers, name) or Backprop()
 
-    return layerwise(
-        choose_for,
-        layer=None,
-        additive=all(rule.additive for rule in rules.values()),
-        stochastic=any(rule.stochastic for rule in rules.values()),
-        targets=any(isinstance(layer, Direct) and layer.targets for layer in layers.values()),
-    )
+    return layerwise(choose_for, layers.values(), layer=None)

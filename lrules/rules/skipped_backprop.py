@@ -71,7 +71,7 @@ def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:
         treated(graph, spec.pullback.passing)  # type: ignore[union-attr]
         return lambda name: spec
 
-    return layerwise(choose_for, layer=spec)
+    return layerwise(choose_for, [spec], layer=spec)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,15 +9,15 @@ import lrules
 from tests import bridge
 from tests.reference import backman, backprop, nets, quantise
 from tests.rules.common import BATCH, FAMILIES, NETS, NOTHING, agrees, make, pull, references
-from tests.test_modifiers import by_parts, complex_arguments, complex_net
+from tests.sampling import mostly_slow, pairs
+from tests.test_modifiers import QUICK, by_parts, complex_arguments, complex_net
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("family", FAMILIES[:-1])
+@pytest.mark.parametrize(("name", "family"), mostly_slow(pairs(NETS, FAMILIES[:-1]), QUICK))
 def test_quantised_updates(name, family):
     with jax.enable_x64(True):
         net, x, e = make(name)
-        rule, feedback, reference = references(net, x)[family]
+        rule, feedback, reference = references(net, x, family)
         got = pull(net, lrules.quantize_update(rule, 4), feedback, x, e)
         agrees(got, quantise.update(lambda net, x, e, i: reference(x, e), net, x, e, 4))
         if family == "kolen_pollack":
@@ -55,7 +55,7 @@ def test_quantised_updates_with_other_modifiers():
     with jax.enable_x64(True):
         net, x, e = make("conv_max")
         for family in ("alignment", "direct"):
-            rule, feedback, reference = references(net, x)[family]
+            rule, feedback, reference = references(net, x, family)
             one = lambda net, x, e, i: reference(x, e, modify=quantise.error(3, 1))  # noqa: B023, E731
             wanted = quantise.update(one, net, x, e, 4)
             inside = lrules.quantize_error(lrules.quantize_update(rule, 4), 3)
@@ -139,7 +139,7 @@ def test_quantised_updates_are_summed_in_float32(dtype):
     f = lrules.transform(lambda p, x: x @ p["w"] + p["b"], lrules.quantize_update(lrules.backprop(), bits=3))
     params = {"w": jnp.ones((1, 1), dtype), "b": jnp.ones((1, 1), dtype)}
     x = jnp.ones((8192, 1), dtype)
-    got = jax.grad(lambda p: f(p, NOTHING, x).astype(jnp.float32).mean())(params)
+    got = jax.jit(jax.grad(lambda p: f(p, NOTHING, x).astype(jnp.float32).mean()))(params)
     assert [float(g[0, 0]) for g in got.values()] == [2**-6] * 2 and got["w"].dtype == dtype
 
 

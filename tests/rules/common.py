@@ -74,18 +74,20 @@ def one_hot_mean(net, x, labels):
     return losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, targets))[1]
 
 
-def references(net, x):
-    """For each rule: the rule, its feedback, and its reference as `(x, e, **options)`."""
-    fa, dfa, kp = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.kolen_pollack()
-    (fa_feedback, b), (dfa_feedback, c), (kp_feedback, k) = draw(fa, net, x), draw(dfa, net, x), draw(kp, net, x)
-    return {
-        "backprop": (lrules.backprop(), NOTHING, lambda x, e, **o: backprop.gradients(net, x, e, **o)),
-        "alignment": (fa, fa_feedback, lambda x, e, **o: feedback_alignment.gradients(net, b, x, e, **o)),
-        "direct": (dfa, dfa_feedback, lambda x, e, **o: direct_feedback_alignment.gradients(net, c, x, e, **o)),
-        "kolen_pollack": (kp, kp_feedback, lambda x, e, **o: kolen_pollack.gradients(net, k, x, e, **o)),
-        "skipped": (lrules.skipped_backprop(), NOTHING, lambda x, e, **o: skipped_backprop.gradients(net, x, e, **o)),
-        "backman": (lrules.backman(), NOTHING, lambda x, e, **o: backman.gradients(net, x, e, **o)),
-    }
-
-
 FAMILIES = ["backprop", "alignment", "direct", "kolen_pollack", "skipped", "backman"]
+
+
+def references(net, x, family):
+    """A rule of a family, its feedback, and its reference as `(x, e, **options)`."""
+    rule, reference, with_feedback = {
+        "backprop": (lrules.backprop(), backprop, False),
+        "alignment": (lrules.feedback_alignment(), feedback_alignment, True),
+        "direct": (lrules.direct_feedback_alignment(), direct_feedback_alignment, True),
+        "kolen_pollack": (lrules.kolen_pollack(), kolen_pollack, True),
+        "skipped": (lrules.skipped_backprop(), skipped_backprop, False),
+        "backman": (lrules.backman(), backman, False),
+    }[family]
+    if not with_feedback:
+        return rule, NOTHING, lambda x, e, **options: reference.gradients(net, x, e, **options)
+    feedback, listed = draw(rule, net, x)
+    return rule, feedback, lambda x, e, **options: reference.gradients(net, listed, x, e, **options)

@@ -182,3 +182,12 @@ def test_shard_map(name, check_vma):
         return jax.tree.map(lambda g: g / 4, grads.params if check_vma else jax.lax.psum(grads.params, "data"))
 
     bridge.close(jax.jit(jax.shard_map(means, mesh=mesh, **specs))(params, x, y), got, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["y", "rng"])
+def test_a_feedback_rule_that_asks_for_more_is_refused(name):
+    backward = {"y": lambda op, w, b, x, d, layer, y: None, "rng": lambda op, w, b, x, d, layer, rng: None}[name]
+    rule = lrules.dual_propagation(feedback_rule=lrules.sequential(backward))
+    net, params = (lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
+    with pytest.raises(ValueError, match=f"got one that asks for '{name}' by name: give lrules.feedback_alignment"):
+        rule.init(jax.random.key(0), net, params, jnp.ones((4, 2)))

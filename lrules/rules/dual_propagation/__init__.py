@@ -35,7 +35,7 @@ from lrules.engine.activations import passing_names
 from lrules.engine.graph import Graph
 from lrules.engine.plan import Plan
 from lrules.network import Network, NetworkLike, as_network
-from lrules.options import is_number, numbers
+from lrules.options import by_name, is_number
 from lrules.rule import Feedback, Gradients, Rule, RuleDescription, check_params
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
@@ -154,8 +154,8 @@ def dual_propagation(
       to 22, 44 to 50.
     """
     options = Options(
-        numbers("alpha", alpha, lambda a: is_number(a) and 0 <= a <= 1, "a number in [0, 1]", "state"),
-        numbers("beta", beta, lambda b: is_number(b) and 0 < b < math.inf, "a finite number > 0", "state"),
+        by_name("alpha", alpha, lambda a: is_number(a) and 0 <= a <= 1, "a number in [0, 1]", "state"),
+        by_name("beta", beta, lambda b: is_number(b) and 0 < b < math.inf, "a finite number > 0", "state"),
         adjoint, iterations, order, output, damping, input_nudge, feedback_rule, tolerance, axis_name,
         passing_names(passing),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import treated
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, zeros_at
+from lrules.engine.handlers import Frame, Handler, all_zeros_at
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import evaluate
@@ -57,6 +57,12 @@ def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, input
             "feedback_rule must be a sequential rule, got a direct rule, which sends the output error past the states: "
             "give lrules.feedback_alignment() or the like"
         )
+    for spec in plan.asking:
+        what = f"asks for {min(spec.asks_for)!r} by name" if spec.asks_for else "has a traced number"
+        raise ValueError(
+            f"feedback_rule must be a rule that takes (op, w, b, x, d, layer) and known numbers, got one that {what}: "
+            "give lrules.feedback_alignment() or the like"
+        )
     return plan
 
 
@@ -85,7 +91,7 @@ class DualNetwork:
             batch *= int(jax.lax.psum(1, options.axis_name))
         self.nudged = _nudged_inputs(options, net, inputs)
         activations = treated(graph, options.passing)
-        self.clean = {a.site: zeros_at(a.output) for a in activations}
+        self.clean = all_zeros_at({a.site: a.output for a in activations})
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         names = [*self.clean, *(["outputs"] if options.output == "squared_error" else [])]
         self.units = units_of(options, names, list(self.nudged.values()), batch)

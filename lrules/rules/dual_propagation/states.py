@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.handlers import Frame, Handler
 from lrules.engine.records import Activation
+from lrules.engine.regions import RegionFunction
 from lrules.rules.dual_propagation.options import Options
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and the error that last arrived from above
@@ -134,16 +135,25 @@ class Dyads(Handler):
             plus, minus = unit.settle(fn, x, old["arriving"], damping, old["plus"], old["minus"])
             frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
             return unit.mean(plus, minus)
-        converted, captured = jax.closure_convert(fn, x)
-        y, frame.records[site] = _dyad(unit, self.mode, converted, first)(x, old, damping, captured)
+        if isinstance(fn, RegionFunction):  # one for all activations that compute the same
+            captured, key, pieces = fn.captured, fn.program.key, fn.pieces
+            if pieces is None or key is None:
+                run = _dyad(unit, self.mode, fn.program, first)
+            else:
+                run = _dyad(unit, self.mode, fn.program, first, shared=True)
+                run = pieces.shared(("dyad", unit, self.mode, first, key), run)
+        else:
+            converted, captured = jax.closure_convert(fn, x)
+            run = _dyad(unit, self.mode, converted, first)
+        y, frame.records[site] = run(x, old, damping, captured)
         return y
 
 
-def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callable[..., Any]:
+def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool, *, shared: bool = False) -> Callable[..., Any]:
     """One activation; its backward pass renews its state and sends down the difference instead of a derivative.
 
-    It also returns a zero. The cotangent of this zero makes JAX run the backward pass even if no error arrives
-    (`stop_gradient`).
+    If many activations share it, its backward pass is traced once. It also returns a zero. The cotangent of this zero
+    makes JAX run the backward pass even if no error arrives (`stop_gradient`).
     """
 
     @jax.custom_vjp
@@ -160,14 +170,17 @@ def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool) -> Callabl
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
         return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
 
-    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
-        arriving, _ = cotangent
-        x, plus, minus, old, damping, captured = residuals
+    def renew(arriving: jax.Array, x: jax.Array, plus: Any, minus: Any, damping: Any, captured: Any) -> tuple[Any, Any]:
         new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
         down = unit.error(plus, minus) if mode == "still" else unit.error(new_plus, new_minus)
         new = {"plus": new_plus, "minus": new_minus, "arriving": arriving}
-        nothing = jax.tree.map(jnp.zeros_like, (damping, captured))
-        return (arriving if first and mode == "still" else down.astype(x.dtype)), new, *nothing
+        return (arriving if first and mode == "still" else down.astype(x.dtype)), new
+
+    renewed = jax.jit(renew, inline=True) if shared else renew
+
+    def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+        x, plus, minus, _, damping, captured = residuals
+        return *renewed(cotangent[0], x, plus, minus, damping, captured), None, None
 
     dyad.defvjp(forward, backward)
     return dyad
