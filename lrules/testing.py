@@ -1,4 +1,4 @@
-"""The conformance test that every rule passes, ours and yours."""
+"""The test that every rule has to pass, ours and yours."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def check_rule(
 
     Args:
       rule: the rule.
-      net, params, inputs: a network to try it on, with outputs `[batch, outputs]`; by default a small multilayer
+      net, params, inputs: the network for the test, with outputs `[batch, outputs]`. Default: a small multilayer
         perceptron with a skip connection, a scale, and one unit that is always dead. Its layers are `a` to `d`.
       skip: the names of the promises that the rule does not make.
 
@@ -131,7 +131,22 @@ def check_rule(
 
 
 def serves_transform(rule: Rule, net: Network) -> bool:
-    """Whether `transform` serves the rule (else only `value_and_grad` does)."""
+    """Checks whether `transform` serves a rule. (If not, only `value_and_grad` does.)
+
+    Args:
+      rule: the rule.
+      net: the network.
+
+    Returns:
+      True or False.
+
+    Example:
+      >>> import lrules
+      >>> net = lrules.Network(lambda w, x: x @ w)
+      >>> serves = lrules.testing.serves_transform
+      >>> serves(lrules.feedback_alignment(), net), serves(lrules.random_target_projection(), net)
+      (True, False)
+    """
     try:
         transform(net, rule)
     except ValueError:
@@ -140,7 +155,22 @@ def serves_transform(rule: Rule, net: Network) -> bool:
 
 
 def half_squared_error(outputs: Pytree, targets: Pytree) -> jax.Array:
-    """0.5 ||y - t||^2 per example, `[batch]`."""
+    """A simple loss for tests and examples: half the squared error of each example.
+
+    L = 1/2 ||y - t||^2
+
+    Args:
+      outputs: y, an array or a pytree of arrays `[batch, ...]`.
+      targets: t, with the same structure and shapes.
+
+    Returns:
+      One loss per example, `[batch]`.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.testing.half_squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()
+      [1.5, 1.5]
+    """
     return loss(outputs, jax.tree.map(jnp.negative, targets))
 
 
@@ -159,7 +189,7 @@ def _check_init(trial: Trial) -> None:
     same(again, feedback, "init with one key gives two results", exact=True)
     for part, _ in trial.parts:
         assert shapes(shaped(part)) == shapes(feedback), (
-            "init gives feedback of other shapes for a smaller batch: make it of shapes that the batch is not part of"
+            "init gives feedback of other shapes for a smaller batch: make its shapes independent of the batch"
         )
 
 
@@ -170,11 +200,11 @@ def _check_rng(trial: Trial) -> None:
     except ValueError as error:
         assert "rng" in str(error), f"the wrong use of rng raises something else: {error}"
     else:
-        raise AssertionError("rng is " + ("not asked for" if trial.rule.stochastic else "taken without need"))
+        raise AssertionError("the rule " + ("does not ask for rng" if trial.rule.stochastic else "takes an unused rng"))
 
 
 def _check_step(trial: Trial) -> Pytree:
-    """The step by itself, jitted and not; returns the outputs of the latter."""
+    """The step alone, with jit and without; returns the outputs without jit."""
     net, params, feedback, inputs, targets = trial.net, trial.params, trial.feedback, trial.inputs, trial.targets
     if serves_transform(trial.rule, trial.net):
         f = transform(net, trial.rule)
@@ -211,8 +241,8 @@ def _check_gradients(params: Pytree, feedback: Feedback, grads: Gradients) -> No
     old = jax.tree.leaves(feedback.state)
     moved = any(not np.array_equal(a, b) for a, b in zip_leaves(grads.state, feedback.state))
     assert moved or not old, (
-        "grads.state is the feedback.state that came in: return the next one, or keep in feedback.fixed what never "
-        "changes"
+        "grads.state is the feedback.state that came in: return the next one, or keep in feedback.fixed the values "
+        "that never change"
     )
 
 
@@ -248,7 +278,7 @@ def _check_scan(trial: Trial) -> None:
 
 
 def _check_tracing(trial: Trial) -> None:
-    """What tracing alone tells, on variants of the default network: half precision, and what `has_aux` returns."""
+    """Checks that need only tracing, on variants of the default network: half precision, and `has_aux`."""
 
     def traced(net: Network, params: Pytree, inputs: Pytree, targets: Pytree, complaint: str) -> Any:
         def step() -> tuple[Any, Feedback]:
@@ -276,12 +306,12 @@ def _check_tracing(trial: Trial) -> None:
 
 
 def _check_no_error(trial: Trial, outputs: Pytree) -> None:
-    """Not jitted, as two programs may round the outputs in two ways: `outputs` are those of such a call."""
+    """It does not use jit, because two programs may round `outputs` in two ways."""
     targets = jax.tree.map(jnp.negative, outputs)
     grads = trial.step(trial.params, trial.feedback, trial.inputs, targets, **trial.rng)[1]
     for name, g in learned(grads).items():
         assert np.all(np.isfinite(g)), (
-            f"the gradient of {name!r} is not finite where the error is zero: do not divide by what may be zero"
+            f"the gradient of {name!r} is not finite where the error is zero: do not divide by a value that can be zero"
         )
     if not trial.rule.stochastic and serves_transform(trial.rule, trial.net):  # targets may teach without an error
         for leaf in jax.tree.leaves(grads.params):
@@ -311,7 +341,7 @@ def _check_descends(trial: Trial, samples: Gradients) -> None:
 
 
 def _check_local(trial: Trial) -> None:
-    """One example at a time, so that a bias gets the error itself."""
+    """Takes one example at a time, so that a bias gets the error itself."""
     for i in range(len(trial.inputs)):
         x = trial.inputs[i : i + 1]
         grads = named(trial.samples(x, trial.targets[i : i + 1]).params)
@@ -322,12 +352,12 @@ def _check_local(trial: Trial) -> None:
             alive, moves = size > 1e-6 * size.max(), np.any(kernel, axis=1)
             if trial.rule.additive:  # others may need more than one example
                 assert not np.any(alive & ~moves), (
-                    f"error arrives at the layer {name!r}, whose bias learns, and its kernel does not: return the "
-                    "kernel's gradient (dw of backward), not None"
+                    f"an error arrives at the layer {name!r}, whose bias learns, and its kernel does not learn: return "
+                    "the gradient of the kernel (dw of backward), not None"
                 )
             assert not np.any(alive & moves & ((kernel * expected).sum(1) <= 0)), (
-                f"the kernel of the layer {name!r} learns against the error that the bias gets, times what the layer "
-                'reads: check the sign of dw, or say skip="local" if the weights of a neuron do not share one error'
+                f"the kernel of the layer {name!r} learns against the error that the bias gets, times the input of the "
+                'layer: check the sign of dw, or give skip="local" if the weights of a neuron do not share one error'
             )
 
 
@@ -336,14 +366,14 @@ def _check_arrives(trial: Trial, samples: Gradients) -> None:
     still = [name for name in trial.true if not np.any(grads[name])]
     assert not still or trial.stops_error, (
         f"nothing arrives at {', '.join(map(repr, still))}: return dx from backward, or a signal other than zero; if "
-        'the error is to stop, say so by direct(None), or by skip="arrives" for a Rule made by hand'
+        'the rule stops the error, say so by direct(None), or by skip="arrives" for a Rule made by hand'
     )
 
 
 def _check_used(trial: Trial, samples: Gradients) -> None:
     for name, g in named(samples.feedback).items():
         assert np.any(g) or trial.stops_error, (
-            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, or learn=), or keep the "
+            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, or learn), or make the "
             "weight fixed, without learned=True"
         )
     base = named(samples)
@@ -352,7 +382,7 @@ def _check_used(trial: Trial, samples: Gradients) -> None:
         for name, b in weights.items():
             other = trial.feedback._replace(**{kind: weights | {name: changed(b, -1)}})
             assert _differ(base, named(trial.samples(trial.inputs, trial.targets, other))), (
-                f"the feedback weight {name!r} is drawn and never used: use it (b of backward or signal), or draw none"
+                f"the feedback weight {name!r} is drawn and never used: use it (b of backward or signal), or drop init"
             )
     if trial.rule.stochastic and not trial.stops_error:
         assert _differ(base, {name: g[:1] for name, g in base.items()}), (
@@ -409,14 +439,14 @@ def _check_batch(trial: Trial) -> None:
         if any(off(plain[name], g) > 1e-3 for name, g in trial.true.items()):
             return  # the network itself mixes its examples
         raise AssertionError(
-            f"the gradient of {name!r} is not the sum of those of the parts of the batch (it is off by {gap:.0%}): "
-            "form it from each example's own error, on the scale of the per-example sum as modify_error does, or say "
-            "that it takes the whole batch (sequential(whole_batch=True), Rule(additive=False))"
+            f"the gradient of {name!r} is not the sum of those of the parts of the batch (it differs by {gap:.0%}): "
+            "compute it from the error of each example, on the scale of the per-example sum as modify_error does, or "
+            "say that it needs the whole batch (sequential(whole_batch=True), Rule(additive=False))"
         )
 
 
 def _check_transform(trial: Trial) -> None:
-    """Both ways to a gradient agree, and the scale of a sum is told from that of a mean."""
+    """Both ways to a gradient agree, and the rule distinguishes the scale of a sum from that of a mean."""
     rule, net, n = trial.rule, trial.net, trial.net.batch_size(trial.inputs)
     wanted = learned(trial.jitted(trial.params, trial.feedback, trial.inputs, trial.targets, **trial.rng)[1])
 
@@ -432,7 +462,7 @@ def _check_transform(trial: Trial) -> None:
             assert off(g, factor * wanted[name]) < 2e-3, complaint.format(name=name)
 
     if rule.value_and_grad is not None:
-        compare("mean", 1, "transform and value_and_grad give two gradients of {name!r}: form both in the same way")
+        compare("mean", 1, "transform and value_and_grad give two gradients of {name!r}: compute both in the same way")
     if rule.additive:
         complaint = 'transform(reduction="sum") does not give the gradient of {name!r} of the mean, times the batch: '
         compare("sum", n, complaint + "take the scale of the arriving error from reduction=")

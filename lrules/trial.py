@@ -1,4 +1,4 @@
-"""What `lrules.testing.check_rule` tries a rule on: a network, an objective, and the true gradient."""
+"""The material of `lrules.testing.check_rule`: a network, an objective, and the true gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrules.rule import Direct, Feedback, Gradients, Rule
 from lrules.rules.backprop import backprop, last_layer_only
 from lrules.typing import Pytree
 
-KEYS = 64  # for which a stochastic rule gives samples
+KEYS = 64  # the number of samples from a stochastic rule
 
 
 def example(dtype: Any = jnp.float32) -> tuple[Network, Any, jax.Array]:
@@ -27,14 +27,14 @@ def example(dtype: Any = jnp.float32) -> tuple[Network, Any, jax.Array]:
         for name, k, shape in zip("abcd", keys, [(6, 8), (8, 8), (8, 8), (8, 3)], strict=True)
     }
     params["a"]["bias"] = params["a"]["bias"].at[2].set(-100.0)  # never active
-    params["b"]["scale"] = jnp.full(8, 0.9, jnp.float32)  # learns from nothing but what the layer b sends down
+    params["b"]["scale"] = jnp.full(8, 0.9, jnp.float32)  # learns only from the error that the layer b sends down
     x = jax.random.normal(jax.random.key(4), (6, 6))
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))
     return Network(lambda params, x: forward(params, x)[0]), params, x
 
 
 def forward(params: Pytree, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The outputs of the default network, and what its layers read."""
+    """The outputs of the default network, and the inputs of its layers."""
     read = {}
 
     def layer(name: str, h: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def forward(params: Pytree, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Arra
 
 
 def loss(outputs: Pytree, targets: Pytree) -> jax.Array:
-    """0.5 ||y + t||^2 per example, `[batch]`: not the usual loss, so that a rule that ignores it is found out."""
+    """0.5 ||y + t||^2 per example, `[batch]`: not the usual loss, so that a rule that ignores the loss fails."""
     terms = [0.5 * ((y + t) ** 2).reshape(len(y), -1).sum(1) for y, t in zip_leaves(outputs, targets)]
     return sum(terms[1:], terms[0])
 
@@ -72,7 +72,7 @@ class Trial:
         self.over_keys = jax.jit(jax.vmap(lambda k, *args: self.step(*args, rng=k)[1], (0, None, None, None, None)))
 
     def samples(self, inputs: Pytree, targets: Pytree, feedback: Feedback | None = None) -> Gradients:
-        """What a step gives for each of several keys, in front; for one only if the rule is not stochastic."""
+        """The gradients of a step for several keys (the first axis); for one key if the rule is not stochastic."""
         args = self.params, self.feedback if feedback is None else feedback, inputs, targets
         if self.rule.stochastic:
             return self.over_keys(jax.random.split(jax.random.key(13), KEYS), *args)
@@ -90,11 +90,11 @@ class Trial:
 
     @functools.cached_property
     def nearest(self) -> dict[str, np.ndarray]:
-        """Those of the weights that are nearest the output: their error crosses no hidden signal."""
+        """The true gradients of the weights nearest the output: their error crosses no hidden signal."""
         try:
             step = value_and_grad(self.net, loss, last_layer_only())
             last = named(step(self.params, Feedback({}, {}), self.inputs, self.targets)[1].params)
-        except (NotImplementedError, ValueError):  # no layers are seen there, so that none is known to be the last
+        except (NotImplementedError, ValueError):  # layers cannot be found there, so the last one is not known
             return {}
         return {name: g for name, g in self.true.items() if off(last[name], g) < 1e-3}
 
@@ -109,7 +109,7 @@ class Trial:
 
     @functools.cached_property
     def parts(self) -> list[tuple[Pytree, slice]]:
-        """The inputs in two parts, and where in the batch; none where the network does not take them."""
+        """The inputs in two parts, and their places in the batch; none if the network does not accept them."""
         axes, n = self.net.input_batch_axes(self.inputs), self.net.batch_size(self.inputs)
         leaves, tree = jax.tree.flatten(self.inputs)
 
@@ -130,7 +130,7 @@ class Trial:
 
 
 def stirred(feedback: Feedback) -> Feedback:
-    """Feedback of the same signs and zeros with other magnitudes; where all are zero, random numbers."""
+    """Feedback with the same signs and zeros and other magnitudes; random numbers if all are zero."""
     return feedback._replace(fixed=changed(feedback.fixed, 1), learned=changed(feedback.learned, 1))
 
 
@@ -187,7 +187,7 @@ def norms(samples: np.ndarray) -> np.ndarray:
 
 
 def gap_of(a: np.ndarray, b: np.ndarray) -> float:
-    """How far two means over samples lie apart, relative to their size; 0 if not farther than chance would have it."""
+    """The distance of two means over samples, relative to their size; 0 if chance alone can explain it."""
     difference, n = a - b, len(a)
     noise = np.sqrt(difference.var(0, ddof=1).sum() / n) if n > 1 else 0.0
     size, distance = np.linalg.norm(a) / n**0.5, np.linalg.norm(difference.mean(0))
