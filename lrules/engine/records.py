@@ -58,6 +58,11 @@ class Layer:
         """What is known of its operation."""
         return of(self.eqn)
 
+    @property
+    def at_output(self) -> str:
+        """The name under which frames hold what belongs to its output."""
+        return f"{self.site} output"
+
 
 @dataclasses.dataclass(eq=False)
 class Affine:
@@ -244,7 +249,7 @@ class Block:
 
         Biases and scales too if asked; activations, where they have been looked for, unless asked not to.
         """
-        own = {f"{layer.site} output" for layer in self.layers.values()}
+        own = {layer.at_output for layer in self.layers.values()}
         own |= {h.name for hs in self.hidden.values() for h in hs}
         own |= {region.activation.site for region in self.regions.values()} if activations else set()
         own |= {affine.site for affine in self.affines.values()} if affines else set()

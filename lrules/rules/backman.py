@@ -23,10 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
-from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import varying_axes
-from lrules.engine.product import Product
-from lrules.engine.records import Layer
+from lrules.extend import Layer, Product, at_least_float32
 from lrules.options import ByName, is_number, mesh_axes
 from lrules.rule import Rule
 from lrules.typing import AxisName, Numbers
