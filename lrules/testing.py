@@ -50,50 +50,45 @@ def check_rule(
 
     g(batch) = sum over parts of (n_part / n) g(part),  <g, true gradient> > 0 at the weights nearest the output
 
-    **The program.**
+    **Program.** The rule keeps the outputs of the network, bit for bit, and what `has_aux` adds to them. Its gradients
+    have the structure, shapes and dtypes of the parameters, also in bfloat16. They are finite, also for dead units and
+    for an error of zero. `jit`, `vmap` over seeds and `scan` over steps give what plain calls give, and the second step
+    does not compile again. `init` works under `eval_shape`, returns new arrays, and gives the same shapes for every
+    batch. A step returns a new `feedback.state`, if there is one. `transform` and `value_and_grad` agree.
 
-    - The rule does not change the forward pass, bit for bit. The aux of a network with `has_aux=True` comes out.
-    - Gradients have the structure, shapes and dtypes of the parameters (in bfloat16 too). They are finite, also with
-      dead units and with an error of zero.
-    - `jit`, `vmap` over seeds and `scan` over steps agree with plain calls. The second step does not compile again.
-    - `init` works under `eval_shape` and returns new buffers. Its shapes do not depend on the batch.
-    - If there is a `feedback.state`, a step changes it. If `transform` serves the rule, it agrees with
-      `value_and_grad`.
+    **Error.** If the error at the outputs is zero, no parameter moves. This is not checked for a stochastic rule, which
+    may add noise, or for a rule that `transform` does not serve, which may learn from the targets.
 
-    **The error.** An error of zero at the outputs does not change any parameter. This is not checked if the rule is
-    stochastic (it may add noise), or if `transform` does not serve it (it may learn from the targets).
+    **Batch.** The gradient of a batch is the weighted sum of the gradients of its parts, and `reduction="sum"` gives n
+    times the gradient of the mean. So a rule may use any function of one example's own error, as `lrules.sign_error`
+    does. But the function must act on the scale of the per-example sum, as in `lrules.modify_error`: the error that
+    arrives is divided by the size of the batch. A rule that needs the whole batch must say so, with
+    `sequential(whole_batch=True)` or `Rule(additive=False)`. For a stochastic rule, the check compares means over many
+    keys. It is left out if the network itself mixes its examples (BatchNorm), or cannot take half of the batch.
 
-    **The batch.** The gradient of a batch is the sum of the gradients of its parts, with their weights in the
-    objective. With `transform(..., reduction="sum")` it is n times that of the mean. So the rule treats each example by
-    itself. The error of an example may pass through any function, as in `lrules.sign_error`, if the function acts on
-    the scale of the per-example sum, as in `lrules.modify_error`. (The cotangent that arrives is smaller, divided by
-    the batch.) A rule that needs the batch as a whole says so: `sequential(whole_batch=True)` or
-    `Rule(additive=False)`. For a stochastic rule, the test compares means over keys, of gradients and of their norms.
-    It leaves this out if the network itself mixes its examples, as BatchNorm does, or does not accept half of the
-    batch.
-
-    **The learning.** These promises have names, for `skip`. The test changes the feedback weights first, so an
+    **Learning.** These promises have names, for `skip`. The check replaces the feedback weights by others, so an
     initializer may draw zeros.
 
-    - `"descends"`: the weights nearest the output go down the objective. (Their error crosses no hidden signal; see
-      docs/terms.md.)
-    - `"local"`: on the default network, the weights of a neuron learn from the error that its bias gets, times their
-      input, up to positive factors.
-    - `"arrives"`: every parameter that backprop trains gets an update. A rule that stops the error says so by
+    - `"descends"`: for the weights nearest the output (their error crosses no hidden signal), the gradient has a
+      positive inner product with the true one.
+    - `"local"`: on the default network, the gradient of a neuron's weights is the error that its bias gets, times what
+      the layer reads, up to positive factors.
+    - `"arrives"`: each parameter that backprop trains gets a gradient. A rule that stops the error must say so, with
       `direct(None)`, as `lrules.last_layer_only` does.
-    - `"used"`: a change of any feedback weight changes an update, and so does another key if the rule is stochastic.
-      Each learned feedback weight has a gradient.
+    - `"used"`: each feedback weight changes the step, and so does the key of a stochastic rule. Each learned feedback
+      weight gets a gradient.
     - `"modified"`: modifiers of the error act on the rule, or the rule refuses them.
 
     Args:
       rule: the rule.
       net, params, inputs: the network for the test, with outputs `[batch, outputs]`. Default: a small multilayer
         perceptron with a skip connection, a scale, and one unit that is always dead. Its layers are `a` to `d`.
-      skip: the names of promises that the rule does not make.
+      skip: the names of the promises that the rule does not make.
 
     Raises:
       AssertionError: the rule breaks a promise; the message says which.
-      ValueError: `skip` has a name that is not a promise.
+      TypeError: the rule is not a `Rule`.
+      ValueError: `skip` has another name.
 
     Example:
       >>> import lrules
@@ -102,7 +97,8 @@ def check_rule(
     require_rule(rule)
     skipped = {skip} if isinstance(skip, str) else set(skip)
     if unknown := sorted(skipped - set(SKIPPABLE)):
-        raise ValueError(f"skip must be names of {', '.join(map(repr, SKIPPABLE))}, got {unknown[0]!r}")
+        names = ", ".join(map(repr, SKIPPABLE))
+        raise ValueError(f"skip={unknown[0]!r} is not the name of a promise: choose from {names}")
     default = net is None
     if net is None:
         net, params, inputs = example()
@@ -304,7 +300,7 @@ def _check_tracing(trial: Trial) -> None:
         assert shapes((grads.params, grads.feedback)) == shapes((params, feedback.learned)), complaint
     net, params, inputs = example()
     more = Network(lambda p, x: (net(p, x), {"seen": x}), has_aux=True)
-    complaint = "the rule loses the aux that a network with has_aux=True returns: return it after the outputs"
+    complaint = "the rule loses the aux of a network with has_aux=True: return it after the outputs"
     found = traced(more, params, inputs, trial.targets, complaint)
     assert found is None or shapes(found[0][0][2:]) == ({"seen": shapes(inputs)},), complaint
 

@@ -194,7 +194,7 @@ def test_a_modifier_goes_around_the_partition(name):
     rule, modify = MODIFIERS[name]
     net = CONSTRUCTS["by hand"][0]
     assert "'b' backprop() in a partition" in refusal(net, modify(rule))
-    with pytest.raises(ValueError, match="put a modifier around the partition"):
+    with pytest.raises(ValueError, match="put modifiers around the partition"):
         lrules.partition({"^b$": PLAIN, ".*": modify(rule)})
     served(net, modify(lrules.partition({"^b$": PLAIN, ".*": rule})))
 

@@ -44,8 +44,8 @@ from lrules.engine.jaxprs import (
     scan_counts,
     varying_axes,
 )
+from lrules.engine.layers import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
 from lrules.engine.operations import is_product, of, view_axes
-from lrules.engine.products import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
 from lrules.engine.records import Block, Value, ancestors, classes_of, merged_classes
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from lrules.engine.activations import Doubt
 from lrules.engine.jaxprs import Equation, varying_axes
+from lrules.engine.layers import Multiplication
 from lrules.engine.operations import of
-from lrules.engine.products import Multiplication
 from lrules.engine.records import Affine, Block, Hidden, Layer, Names, Refusal, Value, want
 
 REMEDIES = {
