@@ -131,7 +131,7 @@ def check_rule(
 
 
 def serves_transform(rule: Rule, net: Network) -> bool:
-    """Checks whether `transform` serves a rule. (If not, only `value_and_grad` does.)
+    """Checks whether `transform` serves a rule; if not, only `value_and_grad` does.
 
     Args:
       rule: the rule.
