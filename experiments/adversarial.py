@@ -12,10 +12,10 @@ Array = jax.Array
 
 
 def fgsm(loss: Callable[[Array], Array], x: Array, epsilon: float) -> Array:
-    """x + epsilon * sign(dL/dx): the step that raises the loss most among those of at most epsilon in every entry.
+    """x + epsilon * sign(dL/dx): of all steps with entries of at most epsilon, the one that raises the loss most.
 
-    `loss` maps inputs [batch, ...] to losses [batch], each of its own example. What comes out is not clipped.
-    The dual-propagation paper trains on such inputs, with epsilon = 0.01, as a baseline (section 6.1, Table 1).
+    `loss` maps inputs [batch, ...] to losses [batch], one per example. The result is not clipped. The
+    dual-propagation paper trains on such inputs, with epsilon = 0.01, as a baseline (section 6.1, Table 1).
     """
     check(epsilon)
     if not epsilon:
@@ -27,4 +27,4 @@ def fgsm(loss: Callable[[Array], Array], x: Array, epsilon: float) -> Array:
 def check(epsilon: float) -> None:
     """Refuse a step that is negative or not finite."""
     if not 0 <= epsilon < math.inf:
-        raise InputError(f"The adversarial step {epsilon:g} is out of range: give 0 (none) or a positive number.")
+        raise InputError(f"The adversarial step must be 0 (none) or a finite positive number, got {epsilon:g}.")

@@ -1,14 +1,14 @@
-"""Time every learning rule against plain `jax.value_and_grad`: step time, compile time and compiled memory.
+"""Compare every learning rule with plain `jax.value_and_grad`: step time, compile time and compiled memory.
 
-    python -m experiments.benchmark --quick            # small models: some four minutes on two cores
-    python -m experiments.benchmark                    # the full models: for a GPU; an hour and more on two cores
+    python -m experiments.benchmark --quick            # small models: about four minutes on two cores
+    python -m experiments.benchmark                    # the full models: for a GPU; more than an hour on two cores
     python -m experiments.benchmark --models=mlp --rules="feedback_alignment,backman(alpha=0.5)" --repeats=30
 
-A step is the loss and its gradient, jitted, without an optimizer. In each round every rule takes its turn next to the
-plain step; a ratio is the median over the rounds of rule over plain, with the quartiles (those of plain over plain show
-how quiet the machine was). A modifier is also held against the rule that it modifies. Memory is what the compiled step
-allocates, outputs and temporaries; feedback weights, which the user holds beside the parameters, are listed apart.
-Writes metrics.json, table.csv and benchmark.png.
+A step is the loss and its gradient, jitted, without an optimizer. Each round times every rule next to the plain step.
+A ratio is the median over the rounds of rule over plain, with the quartiles; the quartiles of plain over plain show how
+quiet the machine was. A modifier is also compared with the rule that it modifies. Memory is the memory that the
+compiled step allocates, for outputs and temporaries. The user holds the feedback weights beside the parameters, so they
+have their own column. The program writes metrics.json, table.csv and benchmark.png.
 """
 
 import math
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 
 
 class Case(NamedTuple):
-    """A model of `models.py` and what it is fed; `widths` are the MLP's."""
+    """A model of `models.py` and the shape of its inputs; `widths` are for the MLP."""
 
     shape: tuple[int, ...]
     batch: int
@@ -56,14 +56,14 @@ QUICK = {
 }
 
 
-# What is timed by default, besides every rule that needs no argument.
+# The program also times these by default, after every rule without a required argument.
 FURTHER = (
     "arbp",
     "asrbp",
     "dual_propagation(iterations=2)",
     "dual_propagation(iterations=5)",
     "node_perturbation(std=0.01)",
-    "node_perturbation(std=0.01, direct=True)",
+    "node_perturbation(std=0.01, channel='direct')",
     "quantize_error(feedback_alignment, bits=5)",
     "drop_error(feedback_alignment, rate=0.5)",
     "sign_error(feedback_alignment)",
@@ -75,7 +75,7 @@ FURTHER = (
 
 
 class Step(NamedTuple):
-    """A jitted step and its arguments; it returns (loss, model state, gradients), whose `.params` are compared."""
+    """A jitted step and its arguments; it returns (loss, model state, gradients). The `.params` are compared."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -109,10 +109,11 @@ def benchmark(
     seed: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> tuple[dict[str, Row], dict[str, str]]:
-    """Measure rules on one model; returns a row for "plain" and for each rule, and why some rules refused the model.
+    """Measure rules on one model; returns a row for "plain" and for each rule, and the messages of rules that refuse.
 
-    No further round of compiling or of timing begins after `limit` seconds of it, one or three done. `progress(runs)`
-    is called after each compilation and each timing.
+    After `limit` seconds of compiling, and after `limit` seconds of timing, no further round begins, but at least one
+    round of compiling and three of timing are done. The function calls `progress(runs)` after each compilation and each
+    timing.
     """
     steps, refused = make_steps(make_model, case, chosen, seed)
     compiled: dict[str, Any] = {}
@@ -193,7 +194,7 @@ def make_steps(
 
 
 def compile_step(step: Step) -> tuple[Any, float]:
-    """The compiled step, and the seconds from tracing to machine code with JAX's caches empty."""
+    """The compiled step, and the seconds from tracing to machine code when JAX's caches are empty."""
     jax.clear_caches()
     begin = time.perf_counter()
     compiled = jax.jit(step.function).lower(*step.arguments).compile()
@@ -208,10 +209,10 @@ def time_pairs(
     limit: float,
     progress: Callable[[int], Any],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each name its seconds, and those of "plain" right before or after, [rounds] each.
+    """The seconds of each name, and those of "plain" immediately before or after, [rounds] each.
 
-    The rounds begin at different names, and which of a pair goes first alternates. After `limit` seconds no further
-    round begins, `least` done.
+    The rounds begin at different names. In every second round "plain" is second in each pair. After `limit` seconds no
+    further round begins, but at least `least` rounds are done.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     end = time.perf_counter() + limit
@@ -237,7 +238,7 @@ def memory_bytes(compiled: Any) -> int:
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """One model's rows as a Markdown table."""
+    """The rows of one model as a Markdown table."""
     cells = []
     for name, row in rows.items():
         median, low, high = (f"{ratio:.3f}" for ratio in row.step_ratio)
@@ -323,10 +324,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", None, "Rounds of timing (default: 20, 5 with --quick).", lower_bound=1)
     flags.DEFINE_integer("compile_repeats", None, "Rounds of compiling (default: 3, 1 with --quick).", lower_bound=1)
     flags.DEFINE_float(
-        "minutes", 10, "Begin no further round of a model after this long (compiling: one done; timing: three)."
+        "minutes", 10, "Do not begin a round of a model after this time (but do one of compiling, three of timing)."
     )
     flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "What the models compute in; parameters are float32."
+        "dtype", "float32", ["float32", "bfloat16"], "The dtype in which models compute; parameters are float32."
     )
     flags.DEFINE_integer("seed", 0, "The seed of weights and inputs.", lower_bound=0)
     flags.DEFINE_string("output", "results/benchmark", "Folder for the results.")

@@ -1,4 +1,4 @@
-"""What the programs share: flags, errors without a traceback, provenance, tables and result files."""
+"""The common parts of the programs: flags, errors without a traceback, provenance, tables and result files."""
 
 import csv
 import datetime
@@ -40,45 +40,47 @@ MONO_NETS = {
 
 
 def define_training_flags(*, epochs: int, seeds: int, output: str) -> None:
-    """The flags of a program that trains; `flags.adopt_module_key_flags(cli)` then brings them into its --help."""
+    """Defines the flags of a program that trains; `flags.adopt_module_key_flags(cli)` then adds them to --help."""
     flags.DEFINE_string("dataset", "digits", "digits (embedded), npz:FILE, or a TFDS name such as mnist or cifar10.")
-    flags.DEFINE_string("data_dir", None, "Where prepared TFDS sets lie (default: ~/tensorflow_datasets).")
-    flags.DEFINE_float("validation", 0.0, "For tuning: test on this fraction of the training set instead.")
+    flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS sets (default: ~/tensorflow_datasets).")
+    flags.DEFINE_float("validation", 0.0, "For tuning: test on this fraction of the training set, not on the test set.")
     flags.DEFINE_string("model", "mlp", f"One of {', '.join(models.MODELS)}.")
     flags.DEFINE_list("widths", ["64", "64", "64"], "The MLP's hidden widths.")
     flags.DEFINE_string("activation", "tanh", f"The MLP's activation: {', '.join(models.ACTIVATIONS)}.")
     flags.DEFINE_string(
-        "mono_net", None, f"Make a mono-net of the model and keep it one (for mdfa); start: {', '.join(MONO_NETS)}."
+        "mono_net", None, f"Turn the model into a mono-net (for mdfa); initial weights: {', '.join(MONO_NETS)}."
     )
     flags.DEFINE_integer("epochs", epochs, "Passes over the training set.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Examples in a step.", lower_bound=1)
     flags.DEFINE_string("optimizer", "adam", f"One of {', '.join(OPTIMIZERS)} (momentum: SGD with 0.9).")
-    flags.DEFINE_string("schedule", "cosine", "Learning rate: constant, cosine (to 0), or halfway (x0.1 half-way).")
-    flags.DEFINE_float("weight_decay", 0.0, "This much of each weight is added to its gradient.", lower_bound=0)
+    flags.DEFINE_string("schedule", "cosine", "Learning rate: constant, cosine (to 0), or halfway (x0.1 at half-time).")
+    flags.DEFINE_float("weight_decay", 0.0, "Adds this fraction of each weight to its gradient.", lower_bound=0)
     flags.DEFINE_integer(
         "warmup_epochs",
         0,
-        "Epochs before --epochs in which feedback alone is trained, of rules that learn it or keep statistics for it.",
+        "Epochs before --epochs that train only the feedback, for rules that learn it or keep statistics for it.",
         lower_bound=0,
     )
     flags.DEFINE_float(
         "feedback_learning_rate",
         None,
-        "Of learned feedback weights, constant in the warm-up (default: the learning rate).",
+        "The learning rate of learned feedback weights, constant in the warm-up (default: the learning rate).",
         lower_bound=0,
     )
     flags.DEFINE_float(
-        "fgsm", 0.0, "Train on inputs moved by so much against the network (FGSM, by backprop).", lower_bound=0
+        "fgsm", 0.0, "Train on adversarial inputs with this step (FGSM, by backprop; 0: do not).", lower_bound=0
     )
-    flags.DEFINE_float("attack", 0.0, "Measure accuracy on test inputs moved so, too (0: do not).", lower_bound=0)
-    flags.DEFINE_integer("seeds", seeds, "How many seeds to train at once.", lower_bound=1)
+    flags.DEFINE_float(
+        "attack", 0.0, "Measure accuracy also on adversarial test inputs with this step (0: do not).", lower_bound=0
+    )
+    flags.DEFINE_integer("seeds", seeds, "The number of seeds to train at once.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
     flags.DEFINE_bool("check_nan", False, "Stop with an error when the loss becomes NaN or Inf.")
     flags.DEFINE_string("output", output, "Folder for the results.")
 
 
 def dataset_from_flags() -> data.Dataset:
-    """The data set that the flags ask for."""
+    """The data set that the flags choose."""
     dataset = data.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
     return data.hold_out(dataset, FLAGS.validation, seed=FLAGS.seed) if FLAGS.validation else dataset
 
@@ -86,13 +88,13 @@ def dataset_from_flags() -> data.Dataset:
 def task_from_flags(
     dataset: data.Dataset, loss: loop.Loss = loop.cross_entropy, *, widths: str = "widths"
 ) -> loop.Task:
-    """The model that the flags ask for, fitted to the data; `widths` names the flag that holds them."""
+    """The model that the flags choose, for the shape of the data; `widths` is the name of the flag with the widths."""
     options = {"widths": positive_integers(widths, getattr(FLAGS, widths)), "activation": FLAGS.activation}
     task = loop.task(lambda rngs: models.build(FLAGS.model, dataset.shape, dataset.classes, rngs=rngs, **options), loss)
     if FLAGS.mono_net is None:
         return task
     if FLAGS.mono_net not in MONO_NETS:
-        raise InputError(f"There is no start '{FLAGS.mono_net}' of a mono-net: {nearest(FLAGS.mono_net, MONO_NETS)}")
+        raise InputError(f"There is no mono-net start '{FLAGS.mono_net}': {nearest(FLAGS.mono_net, MONO_NETS)}")
     try:
         return loop.mono_net(task, dataset.shape, MONO_NETS[FLAGS.mono_net])
     except ValueError as error:
@@ -100,7 +102,7 @@ def task_from_flags(
 
 
 def run_options() -> dict[str, Any]:
-    """What the flags say of a `loop.Run`, whatever its model, rule and optimizer."""
+    """The options of a `loop.Run` that the flags choose, without its model, rule and optimizer."""
     return {
         "seeds": range(FLAGS.seed, FLAGS.seed + FLAGS.seeds),
         "batch_size": FLAGS.batch_size,
@@ -111,7 +113,7 @@ def run_options() -> dict[str, Any]:
 
 
 def optimizer_from_flags(rate: float, dataset: data.Dataset) -> loop.Optimizers:
-    """The optimizers, schedule and weight decay that the flags ask for, at a learning rate of the forward weights."""
+    """The optimizers, schedule and weight decay that the flags choose; `rate` is that of the forward weights."""
     if FLAGS.optimizer not in OPTIMIZERS:
         raise InputError(f"There is no optimizer '{FLAGS.optimizer}': {nearest(FLAGS.optimizer, OPTIMIZERS)}")
     if FLAGS.schedule not in SCHEDULES:
@@ -124,7 +126,7 @@ def optimizer_from_flags(rate: float, dataset: data.Dataset) -> loop.Optimizers:
             "cosine": optax.cosine_decay_schedule(rate, steps),
             "halfway": optax.piecewise_constant_schedule(rate, {steps // 2: 0.1}),
         }[FLAGS.schedule]
-        if warmup:  # the schedule begins where the forward weights' does
+        if warmup:  # the schedule begins together with that of the forward weights
             schedule = optax.join_schedules([optax.constant_schedule(rate), schedule], [warmup])
         return optax.chain(optax.add_decayed_weights(FLAGS.weight_decay), OPTIMIZERS[FLAGS.optimizer](schedule))
 
@@ -138,7 +140,7 @@ def positive_integers(flag: str, values: Iterable[str]) -> list[int]:
     values = [v.strip() for v in values if v.strip()]
     wrong = [v for v in values if not v.isdecimal() or int(v) < 1]
     if wrong:
-        raise InputError(f"--{flag} holds '{wrong[0]}': give positive whole numbers, as in --{flag}=128,128.")
+        raise InputError(f"--{flag} must be positive integers, as in --{flag}=128,128, got '{wrong[0]}'.")
     return [int(v) for v in values]
 
 
@@ -151,17 +153,17 @@ def numbers(flag: str, values: Iterable[str]) -> list[float]:
         except ValueError:
             found.append(math.nan)
         if not 0 < found[-1] < math.inf:
-            raise InputError(f"--{flag} holds '{value}': give positive numbers, as in --{flag}=0.001,0.003.")
+            raise InputError(f"--{flag} must be positive numbers, as in --{flag}=0.001,0.003, got '{value}'.")
     return found
 
 
 def run(main: Callable[[], None]) -> None:
-    """`absl.app.run`, with bad input as one sentence and a non-zero exit in place of a traceback."""
+    """`absl.app.run`; bad input gives one sentence and a non-zero exit status, without a traceback."""
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
-            sys.exit(f"Error: '{argv[1]}' is no flag: write flags as --name=value and see them with --help.")
+            sys.exit(f"Error: '{argv[1]}' is not a flag: write flags as --name=value; --help lists them.")
         try:
             main()
         except InputError as error:
@@ -173,7 +175,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def provenance_and_settings(seed: int) -> dict[str, Any]:
-    """What it takes to repeat a result: versions, device, seed, command, time, and every flag of the program."""
+    """All that is needed to repeat a result: versions, device, seed, command, time, and every flag of the program."""
     settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
     return {"provenance": provenance(seed), "settings": settings}
 
@@ -194,7 +196,7 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def describe_device() -> str:
-    """The accelerator's name, or the processor's with its number of cores."""
+    """The name of the accelerator, or of the processor with its number of cores."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
@@ -225,7 +227,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def output_folder() -> pathlib.Path:
-    """The results folder, made where it does not exist."""
+    """The results folder; it is made if it does not exist."""
     folder = pathlib.Path(FLAGS.output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +265,7 @@ def _plain(value: Any) -> Any:
 def write_results(
     folder: pathlib.Path, results: Mapping[str, Any], histories: Mapping[str, Sequence[loop.Record]], title: str
 ) -> None:
-    """Write metrics.json (with settings and provenance), curves.csv (one row a rule, seed and epoch), curves.png."""
+    """Write metrics.json (with settings and provenance), curves.csv (a row per rule, seed and epoch), curves.png."""
     write_json(folder / "metrics.json", provenance_and_settings(FLAGS.seed) | dict(results))
     attacked = any(record.attacked is not None for records in histories.values() for record in records)
     figures = ("train_loss", "test_loss", "accuracy", "angle", *(["attacked"] if attacked else []))

@@ -1,11 +1,11 @@
-"""Train the same model under every learning rule there is, several seeds at once, and compare them.
+"""Train the same model with every learning rule, several seeds at once, and compare the rules.
 
     python -m experiments.compare                             # every rule on digits: under two minutes on two cores
     python -m experiments.compare --rules="backprop,backman(alpha=0.5)" --dataset=mnist --epochs=5
-    python -m experiments.compare --sweep=0.001,0.003,0.01    # choose each rule's rate on held-out training data
+    python -m experiments.compare --sweep=0.001,0.003,0.01    # choose the rate of each rule on held-out training data
 
-The rules take turns, epoch by epoch, so that their step times are measured side by side, from the second epoch on.
-Writes metrics.json (each rule by its factory's name), curves.csv and curves.png.
+The rules take turns, epoch by epoch, so their step times are measured side by side, beginning with the second epoch.
+The program writes metrics.json (each rule by the name of its factory), curves.csv and curves.png.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,12 +38,12 @@ def compare(
     watch: Callable[[str, loop.Run], Any] | None = None,
     **options: Any,
 ) -> tuple[Histories, dict[str, str]]:
-    """Train under each rule, in turns; `options` are those of `loop.Run`.
+    """Train with each rule, in turns; `options` are those of `loop.Run`.
 
-    Rules with learned feedback warm it up first; all rules then train their forward weights for the same `epochs`.
-    `watch(name, run)` is called before the first of these and after each.
+    Rules with learned feedback first have a warm-up. Then all rules train their forward weights for the same `epochs`.
+    The function calls `watch(name, run)` before the first of these epochs and after each.
 
-    Returns the epochs by rule, and for each rule that cannot train this model the sentence in which it refused.
+    Returns the epochs by rule, and the message of each rule that refuses this model.
     """
     dataset = data.on_device(dataset)
     runs: dict[str, loop.Run] = {}
@@ -76,7 +76,7 @@ def compare(
 def sweep(
     task: loop.Task, dataset: data.Dataset, chosen: Rules, rates: list[float], optimizer: Callable, **options: Any
 ) -> dict[str, float]:
-    """The rate of each rule that is best on a fifth of the training data, held out."""
+    """The best rate of each rule, measured on a held-out fifth of the training data."""
     tuning = data.hold_out(dataset, 0.2)
     accuracy: dict[str, dict[float, float]] = {name: {} for name in chosen}
     for rate in rates:
@@ -88,9 +88,9 @@ def sweep(
 
 
 def step_times(histories: Histories, baseline: str = "backprop") -> dict[str, tuple[float, float, float]]:
-    """Each rule's step time over the baseline's, epoch by epoch: (median, lower quartile, upper quartile).
+    """The step time of each rule over that of the baseline, epoch by epoch: (median, lower quartile, upper quartile).
 
-    The first epoch does not count: the first steps of all set up what every later one uses. Where there is no other
+    The first epoch does not count, because its first steps prepare things for all later ones. If there is no other
     epoch, all three are NaN.
     """
     base = np.array([record.seconds for record in histories[baseline][1:]])
@@ -152,9 +152,9 @@ def table(results: Mapping[str, Mapping[str, Any]], histories: Histories) -> str
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule that needs no argument).")
-    flags.DEFINE_float("learning_rate", 3e-3, "The learning rate of every rule, unless a sweep finds a better one.")
-    flags.DEFINE_list("sweep", None, "Learning rates to try for each rule on held-out training data first.")
+    flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule without a required argument).")
+    flags.DEFINE_float("learning_rate", 3e-3, "The learning rate of every rule, unless --sweep finds a better one.")
+    flags.DEFINE_list("sweep", None, "Learning rates to try first for each rule, on held-out training data.")
     cli.define_training_flags(epochs=30, seeds=5, output="results/compare")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -1,6 +1,6 @@
 """Data sets: scikit-learn's `digits` (embedded, the default), `npz:FILE`, or the name of a TFDS set.
 
-Images keep the dtype they are stored in, so that uint8 stays small on the device; `scale` turns a batch into floats.
+Images keep their stored dtype, so uint8 stays small on the device; `scale` turns a batch into floats.
 """
 
 import pathlib
@@ -50,20 +50,20 @@ def scale(x: jax.Array | np.ndarray) -> jax.Array:
 
 
 def on_device(data: Dataset) -> Dataset:
-    """The same set with its arrays on the accelerator, for several runs to share."""
+    """The same set with its arrays on the accelerator, so that several runs share them."""
     x_train, y_train, x_test, y_test = map(jnp.asarray, data[:4])
     return Dataset(x_train, y_train, x_test, y_test, data.classes, data.name)
 
 
 def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
-    """The same set with a stratified fraction of the training examples in place of the test examples, for tuning."""
+    """The same set with a stratified fraction of the training examples as its test examples, for tuning."""
     if not 0 < fraction < 1:
-        raise InputError(f"The validation fraction {fraction:g} is out of range: give one between 0 and 1.")
+        raise InputError(f"The validation fraction must be a number between 0 and 1, got {fraction:g}.")
     return _split(data.x_train, data.y_train, fraction, data.classes, data.name, seed)
 
 
 def check(data: Dataset) -> Dataset:
-    """The set with float32 or uint8 inputs, int32 labels and channels last, or an error that says what is wrong."""
+    """The set with float32 or uint8 inputs, int32 labels and channels last, or an error that names the fault."""
     _check_part("train", data.x_train, data.y_train, data)
     _check_part("test", data.x_test, data.y_test, data)
     train, test = data.x_train.shape[1:], data.x_test.shape[1:]
@@ -81,12 +81,12 @@ def check(data: Dataset) -> Dataset:
 
 
 def _check_part(part: str, x: np.ndarray, y: np.ndarray, data: Dataset) -> None:
-    """Dtypes, shapes and values of the training or the test examples."""
+    """Checks dtypes, shapes and values of the training or the test examples."""
     xs, ys = f"x_{part} of {data.name}", f"y_{part} of {data.name}"
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"{xs} has dtype {x.dtype}: save it as uint8 (which is scaled to [0, 1]) or as floats.")
     if x.ndim < 2 or not x.size:
-        raise InputError(f"{xs} has shape {x.shape}: save it as [examples, ...], with one example at least.")
+        raise InputError(f"{xs} has shape {x.shape}: save it as [examples, ...], with at least one example.")
     if x.dtype != np.uint8 and not np.isfinite(x).all():
         raise InputError(f"{xs} holds NaN or Inf: remove or replace those values.")
     if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
@@ -96,7 +96,7 @@ def _check_part(part: str, x: np.ndarray, y: np.ndarray, data: Dataset) -> None:
     if len(wrong := y[(y < 0) | (y >= data.classes)]):
         raise InputError(
             f"{ys} holds the label {wrong[0]}, outside the classes 0 to {data.classes - 1}: number the classes from 0, "
-            "without any that the training labels lack."
+            "and use only classes that the training labels have."
         )
 
 
@@ -110,7 +110,7 @@ def _split(x: np.ndarray, y: np.ndarray, fraction: float, classes: int, name: st
 
 
 def _digits() -> Dataset:
-    """1,797 real handwritten digits of 8x8 pixels, a fifth of them (always the same) for the test."""
+    """1,797 real handwritten digits of 8x8 pixels; a fifth of them (always the same) is the test set."""
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)[..., None]
     return check(_split(images, digits.target, 0.2, 10, "digits", seed=0))
@@ -125,18 +125,20 @@ def _npz(file: str) -> Dataset:
         with np.load(path, allow_pickle=False) as arrays:
             missing = [name for name in NAMES if name not in arrays]
             if missing:
-                raise InputError(f"{path} lacks the array {missing[0]}: save {', '.join(NAMES)} with numpy.savez.")
+                raise InputError(f"{path} has no array {missing[0]}: save {', '.join(NAMES)} with numpy.savez.")
             x_train, y_train, x_test, y_test = (arrays[name] for name in NAMES)
     except InputError:
         raise
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile):
-        raise InputError(f"{path} is no npz file of plain arrays: save {', '.join(NAMES)} with numpy.savez.") from None
+        raise InputError(
+            f"{path} is not an npz file of plain arrays: save {', '.join(NAMES)} with numpy.savez."
+        ) from None
     classes = int(y_train.max()) + 1 if y_train.size and np.issubdtype(y_train.dtype, np.integer) else 0
     return check(Dataset(x_train, y_train, x_test, y_test, classes, path.name))
 
 
 def _tfds(name: str, data_dir: str | None) -> Dataset:
-    """A prepared TFDS set, read without TensorFlow; its test split, or else its validation split, is the test set."""
+    """A prepared TFDS set, read without TensorFlow. The test set is its test split, or else its validation split."""
     import tensorflow_datasets as tfds  # slow to import
 
     known = ["digits", "npz:FILE", *tfds.list_builders(with_community_datasets=False)]
@@ -157,7 +159,7 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
     keys = builder.info.supervised_keys
     if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
         raise InputError(
-            f"The data set '{name}' is not one of labelled classes: use one that is, such as mnist or cifar10."
+            f"The data set '{name}' does not have labelled classes: use one that has, such as mnist or cifar10."
         )
     test = "test" if "test" in sources else "validation"
     if "train" not in sources or test not in sources:

@@ -1,15 +1,15 @@
-"""The one exception for bad input, and the nearest name for a misspelt one."""
+"""The exception for bad input, and the nearest name for a misspelt name."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input. Its text is one sentence that names the thing and the remedy; programs print it and no traceback."""
+    """Bad input. Its text is one sentence with the fault and the remedy; programs print it without a traceback."""
 
 
 def nearest(name: str, options: Iterable[str], *, most: int = 20) -> str:
-    """`did you mean 'x'?` where an option resembles the name, else the options themselves."""
+    """`did you mean 'x'?` if an option resembles the name, else a list of the options."""
     options = sorted(options)
     matches = difflib.get_close_matches(name, options, n=1)
     if matches:

@@ -1,6 +1,6 @@
-"""Training under any rule, many seeds at once: vmap over the seeds, one compiled loop over the steps.
+"""Training with any rule, many seeds at once: vmap over the seeds, one compiled loop over the steps.
 
-(On a CPU a model that convolves takes its steps one by one: XLA's convolutions are much slower in a loop there.)
+(On a CPU, a model with convolutions takes its steps one by one: XLA's convolutions are much slower in a loop there.)
 
     task = loop.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs))
     run = loop.Run(task, lrules.backman(), data.load("digits"), seeds=range(5), optimizer=optax.adam(1e-3))
@@ -37,26 +37,26 @@ def squared_error(outputs: Array, labels: Array) -> Array:
 
 
 class Task(NamedTuple):
-    """A model and its loss as pure functions, compiled once for every rule; `[seeds]` marks a leading axis of seeds."""
+    """A model and its loss as pure functions, compiled once for all rules; `[seeds]` means a leading axis of seeds."""
 
     net: lrules.Network  # (params, (state, x [batch, ...])) -> (logits [batch, classes], new state), in training mode
     loss: Loss
     init: Callable[..., tuple[PyTree, PyTree]]  # keys [seeds] -> (params, state) [seeds]
-    # (params, state, x, y, epsilon=0.0) -> (losses, hits) [seeds, batch], under an FGSM attack of that size
+    # (params, state, x, y, epsilon=0.0) -> (losses, hits) [seeds, batch], under an FGSM attack with the step epsilon
     evaluate: Callable[..., tuple[Array, Array]]
     backprop: Callable[..., PyTree]  # (params, state, x, y) -> gradient [seeds]
-    constraint: optax.GradientTransformation = optax.identity()  # follows the optimizer of the forward weights
+    constraint: optax.GradientTransformation = optax.identity()  # comes after the optimizer of the forward weights
 
 
 class Optimizers(NamedTuple):
-    """One for the forward weights, one for learned feedback; each has a state of its own."""
+    """One optimizer for the forward weights and one for learned feedback; each has its own state."""
 
     params: optax.GradientTransformation
     feedback: optax.GradientTransformation
 
 
 class Carry(NamedTuple):
-    """What training carries from step to step; in a `Run` every leaf has a leading axis of seeds."""
+    """The values that training carries from step to step; in a `Run` every leaf has a leading axis of seeds."""
 
     params: PyTree
     state: PyTree  # of the model, such as the statistics of BatchNorm
@@ -73,7 +73,7 @@ class Record(NamedTuple):
     accuracy: np.ndarray
     angle: np.ndarray  # degrees between the rule's update and backprop's on a fixed batch
     seconds: float
-    attacked: np.ndarray | None = None  # accuracy under attack, where the run asks for it
+    attacked: np.ndarray | None = None  # accuracy under attack, if the run measures it
 
 
 class Refused(InputError):
@@ -118,9 +118,9 @@ def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]
     """The task with a mono-net: weights >= 0 in all layers but the first, at the start and after each step.
 
     Args:
-      task: of any model with increasing activations.
-      shape: of one input.
-      initializer: of those weights, as in `lrules.monotone`.
+      task: a task whose model has increasing activations.
+      shape: the shape of one input.
+      initializer: the initializer of these weights, as in `lrules.monotone`.
     """
     x = jnp.zeros((2, *shape))
     params, state = jax.tree.map(lambda leaf: leaf[0], task.init(jax.random.key(0)[None]))
@@ -132,7 +132,7 @@ def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]
 
         def one_seed(key: Array, params: PyTree, state: PyTree) -> PyTree:
             key = jax.random.fold_in(key, 4)
-            return lrules.monotone.initialize(key, task.net, params, (state, x), initializer)
+            return lrules.monotone.initialize(key, task.net, params, (state, x), init=initializer)
 
         return jax.jit(jax.vmap(one_seed))(keys, params, state), state
 
@@ -140,10 +140,10 @@ def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]
 
 
 def check(task: Task, rules: Mapping[str, lrules.Rule], data: Dataset, batch_size: int) -> None:
-    """Trace a step under each rule, computing nothing: what a rule refuses is told before any has trained.
+    """Trace a step of each rule without computing it, so that a rule refuses before any rule has trained.
 
     Raises:
-      Refused: a rule cannot train this model; and which.
+      Refused: a rule cannot train this model; the message names the rule.
     """
     x, y = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in (data.x_train, data.y_train))
 
@@ -168,14 +168,14 @@ def make_step(
     fgsm: float = 0.0,
     warmup: bool = False,
 ) -> Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]:
-    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss); learned feedback is optimized too.
+    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss); it optimizes learned feedback too.
 
     Args:
-      task, rule: what is trained, and how.
-      optimizer: the same for forward and learned feedback weights, or `Optimizers`.
-      fgsm: train on inputs moved by so much against the present network, along its plain gradient.
-      warmup: only the feedback and its optimizer move; all else stays, the forward optimizer and BatchNorm's averages
-        included.
+      task, rule: the model with its loss, and the rule that trains it.
+      optimizer: the same one for forward and learned feedback weights, or `Optimizers`.
+      fgsm: the step of adversarial training, along the plain gradient of the present network.
+      warmup: train only the feedback; everything else keeps its value, also the state of the forward optimizer and the
+        averages of BatchNorm.
     """
     optimizers = as_optimizers(optimizer, task)
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
@@ -198,13 +198,13 @@ def make_step(
 
 
 def as_optimizers(optimizer: optax.GradientTransformation | Optimizers, task: Task) -> Optimizers:
-    """One optimizer serves both; the task's constraint follows that of the forward weights."""
+    """One optimizer is used for both; the constraint of the task comes after that of the forward weights."""
     both = optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, optimizer)
     return both._replace(params=optax.chain(both.params, task.constraint))
 
 
 class Run:
-    """One rule on one task and data set, for many seeds at once. Seed k alone gives what it gives among others."""
+    """One rule on one task and data set, for many seeds at once. A seed gives the same result alone or with others."""
 
     def __init__(
         self,
@@ -221,9 +221,9 @@ class Run:
         check_nan: bool = False,
         probe: int = 256,
     ):
-        """Initialise and compile. `probe` training examples measure the angle, `check_nan` makes NaN an error.
+        """Initialise and compile. `probe` training examples measure the angle; with `check_nan` NaN is an error.
 
-        `fgsm` is the step of adversarial training, `attack` that of the attack under which accuracy is measured too.
+        `fgsm` is the step of adversarial training. `attack` is the step of the attack under which accuracy is measured.
         """
         for epsilon in (fgsm, attack):
             adversarial.check(epsilon)
@@ -277,14 +277,14 @@ class Run:
         return _refusing(jitted.lower)(self.carry, *self._shuffle(), 0, self.steps, *self._train_set).compile()
 
     def _shuffle(self, *, warmup: int | None = None) -> tuple[Array, Array]:
-        """This epoch's keys [seeds] and orders of examples [seeds, steps, batch]; a warm-up's epochs have their own."""
+        """The keys [seeds] and orders of examples [seeds, steps, batch] of this epoch, or of a warm-up epoch."""
         purpose, epoch = (2, self.epochs) if warmup is None else (3, warmup)
         return _shuffle(self._keys, purpose, epoch, len(self._train_set[0]), self.steps, self.batch_size)
 
     def _steps(self, train: Callable[..., Any], shuffled: tuple[Array, Array], parts: int, advance: Any) -> np.ndarray:
-        """One pass over the training set; the summed losses."""
+        """One pass over the training set; returns the summed losses."""
         size = -(-self.steps // parts) if self._looped else 1
-        sums = []  # added up on the host: on the device the first sum would be compiled, and timed
+        sums = []  # added on the host: on the device the first sum would be compiled, and its time counted
         for start in range(0, self.steps, size):
             stop = min(start + size, self.steps)
             self.carry, losses = train(self.carry, *shuffled, start, stop, *self._train_set)
@@ -298,13 +298,14 @@ class Run:
 
     @property
     def learns_feedback(self) -> bool:
-        """Whether there is anything that a warm-up would train."""
+        """Whether there is feedback that a warm-up would train."""
         return bool(jax.tree.leaves((self.carry.feedback.learned, self.carry.feedback.state)))
 
     def warm_up(self, epochs: int, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> None:
-        """Train the feedback alone for some epochs, which do not count as such; nothing for a rule that learns none.
+        """Train only the feedback for some epochs. They do not count as epochs of the run.
 
-        The batches of the epochs that follow are those that they would be without.
+        It does nothing for a rule that does not learn feedback. The later epochs have the same batches as without a
+        warm-up.
         """
         if epochs and self.learns_feedback:
             train = self._compile(self._make_step(warmup=True))
@@ -312,7 +313,7 @@ class Run:
                 self._steps(train, self._shuffle(warmup=epoch), parts, advance)
 
     def epoch(self, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> Record:
-        """Train one epoch and evaluate; `advance(steps)` is called after each of about `parts` parts."""
+        """Train one epoch and evaluate; it calls `advance(steps)` after each of about `parts` parts."""
         keys, order = jax.block_until_ready(self._shuffle())
         self.epochs += 1
         begin = time.perf_counter()
@@ -327,9 +328,9 @@ class Run:
     def evaluate(
         self, x: Array, y: Array, *, batch_size: int = 250, epsilon: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean loss and accuracy [seeds] on a set of examples, each moved against the network by FGSM's `epsilon`."""
+        """Mean loss and accuracy [seeds] on a set of examples, under an FGSM attack with the step `epsilon`."""
         size = min(batch_size, len(x))
-        starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps, so that all have one size
+        starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps: all have one size
         parts = []
         for i, start in enumerate(starts):
             batch = slice(start, start + size)
@@ -357,17 +358,18 @@ def _shuffle(key: Array, purpose: int, epoch: int, examples: int, steps: int, ba
 
 
 def steps_per_epoch(data: Dataset, batch_size: int) -> int:
-    """Full batches in an epoch; the examples left over differ from epoch to epoch."""
+    """The number of full batches in an epoch; the examples that are left out differ from epoch to epoch."""
     steps = len(data.x_train) // batch_size
     if not steps:
         raise InputError(
-            f"The batch size {batch_size} exceeds the {len(data.x_train)} training examples of {data.name}: lower it."
+            f"The batch size must be <= {len(data.x_train)}, the number of training examples of {data.name}, got "
+            f"{batch_size}."
         )
     return steps
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """The last epoch's figures (mean and sd over seeds), and every epoch's by seed: curves [epochs][seeds]."""
+    """The figures of the last epoch (mean and sd over seeds), and of every epoch by seed: curves [epochs][seeds]."""
     last = records[-1]
     figures: dict[str, Any] = {}
     measured = [name for name in Record._fields if getattr(last, name) is not None and name != "epoch"]
@@ -379,7 +381,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _refusing(function: Callable) -> Callable:
-    """A rule that refuses a network says why; pass its first sentence on."""
+    """The function; if a rule refuses the network, it raises `Refused` with the first line of the message."""
 
     def guarded(*args):
         try:

@@ -1,4 +1,4 @@
-"""Flax NNX models with no lrules layer inside: MLP, LeNet-5, a small CNN, ResNet-18 and VGG16."""
+"""Flax NNX models without any part of lrules inside: MLP, LeNet-5, a small CNN, ResNet-18 and VGG16."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def build(
     activation: str = "relu",
     dtype: Any = jnp.float32,
 ) -> nnx.Module:
-    """The named model for inputs of `shape` (without the batch axis); `widths` and `activation` are the MLP's alone."""
+    """The named model for inputs of `shape` (without the batch axis); `widths` and `activation` are for the MLP."""
     if name not in MODELS:
         raise InputError(f"There is no model '{name}': {nearest(name, MODELS)}")
     if activation not in ACTIVATIONS:
@@ -36,7 +36,7 @@ def build(
     if name == "mlp":
         return MLP((math.prod(shape), *widths, classes), ACTIVATIONS[activation], rngs=rngs, dtype=dtype)
     if len(shape) != 3:
-        raise InputError(f"{name} needs images [height, width, channels], the data have shape {tuple(shape)}: use mlp.")
+        raise InputError(f"{name} needs images [height, width, channels], got the shape {tuple(shape)}: use mlp.")
     convolutional = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}[name]
     return convolutional(shape, classes, rngs=rngs, dtype=dtype)
 
@@ -68,7 +68,8 @@ class MLP(nnx.Module):
 class LeNet5(nnx.Module):
     """LeNet-5 with ReLU and max-pooling, as in the BackMAN paper (appendix B.3).
 
-    The paper's images measure 32x32. Smaller ones are centred in a field of that size, as LeCun et al. (1998) did.
+    The paper's images measure 32x32. The model centres smaller images in a field of that size, as LeCun et al. (1998)
+    did.
     """
 
     def __init__(self, shape: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -96,7 +97,7 @@ class CNN(nnx.Module):
     def __init__(self, shape: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         height, width, channels = shape
         if min(height, width) < 4:
-            raise InputError(f"cnn needs images of at least 4x4 pixels, the data have {height}x{width}: use mlp.")
+            raise InputError(f"cnn needs images of at least 4x4 pixels, got {height}x{width}: use mlp.")
         self.conv1 = nnx.Conv(channels, 16, (3, 3), rngs=rngs, dtype=dtype)
         self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs, dtype=dtype)
         self.fc = nnx.Linear(32 * (height // 4) * (width // 4), 128, rngs=rngs, dtype=dtype)
@@ -140,7 +141,7 @@ class ResNet18(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Two 3x3 convolutions around a skip connection, itself a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a skip connection, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs, dtype: Any):
         self.conv1 = _conv(inputs, outputs, 3, stride, rngs, dtype)
@@ -163,15 +164,15 @@ class Block(nnx.Module):
 class VGG16(nnx.Module):
     """VGG16 without BatchNorm and dropout, as in the dual-propagation paper (section 6.2 and appendix B).
 
-    Thirteen 3x3 convolutions in five stages, each followed by max-pooling, then three dense layers, the hidden ones of
-    64 `width` = 4096 units as in the authors' code; the paper is silent on the head (and Simonyan and Zisserman's own
-    is the same). Pooling follows ReLU, as in theirs; the authors' code pools first, which is the same function, but
-    dual propagation, which linearises pooling at its last states, then needs one more product for each pooled layer.
-    The paper is silent on the initialisation: here He et al.'s normal, under which a signal keeps its size through
-    sixteen layers of ReLU (the code leaves Flax's default).
+    It has thirteen 3x3 convolutions in five stages, with max-pooling after each stage, and then three dense layers.
+    The hidden dense layers have 64 `width` = 4096 units, as in the authors' code; the paper does not describe them
+    (those of Simonyan and Zisserman are the same). Pooling follows ReLU, as in Simonyan and Zisserman. The authors'
+    code pools first. This is the same function, but dual propagation linearises pooling at its last states, and then
+    needs one more product for each pooled layer. The paper does not describe the initialisation. Here it is the normal
+    one of He et al., with which a signal keeps its size through sixteen layers of ReLU (the code uses Flax's default).
 
-    A stage pools while both sides measure 2 pixels or more, so that images smaller than 32x32 do, too; of those the
-    upper stages read mostly padding, and their signal shrinks.
+    A stage pools if both sides measure 2 pixels or more, so images smaller than 32x32 work too. With such images the
+    upper stages read mostly padding, and their signal becomes smaller.
     """
 
     STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # (features / width, convolutions)
@@ -210,7 +211,7 @@ class VGG16(nnx.Module):
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Conv:
-    """A convolution without bias, for BatchNorm to follow; weights as He et al. draw them."""
+    """A convolution without bias, to use before BatchNorm, with the initial weights of He et al."""
     init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nnx.Conv(
         inputs,

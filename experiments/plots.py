@@ -1,4 +1,4 @@
-"""Figures of results. Each function returns a figure to save or show; none touches the state of pyplot."""
+"""Figures of results. Each function returns a figure to save or show, and does not change the state of pyplot."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Fi
 
 
 def bars(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, label: str) -> Figure:
-    """One panel a model, one bar a rule: ratios (median, lower, upper quartile), the quartiles as whiskers."""
+    """A panel per model and a bar per rule: ratios (median, lower, upper quartile), with the quartiles as whiskers."""
     rules = list(dict.fromkeys(rule for group in ratios.values() for rule in group))
     size = (0.5 + 0.085 * max(map(len, rules)) + 3 * len(ratios), 1.3 + 0.3 * len(rules))
     figure = Figure(figsize=size, dpi=130, layout="constrained")

@@ -29,7 +29,7 @@ def nonlinear_channel(rule: lrules.Rule | None = None, fn: Callable[[jax.Array],
 
 def averaged_matrices(n: int, init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
     """The signals of n random matrices, averaged, which is the signal of the averaged matrix."""
-    return lrules.feedback_alignment(init=lrules.feedback.averaged(n, init))
+    return lrules.feedback_alignment(init=lrules.feedback.averaged(n, init=init))
 
 
 def redrawn(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:

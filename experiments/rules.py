@@ -1,9 +1,9 @@
 """Learning rules by name: `backman(alpha=1.0)`, `drop_error(feedback_alignment, rate=0.5)`.
 
-An expression is parsed with `ast` and never evaluated as code: it may hold names and calls of the rules and modifiers
-that lrules exports, by their names there or in the papers (`srbp`), of the rules of `recipes.py` and of weight
-initialisers, names of elementwise functions (`tanh`, `derivative(tanh)`), and Python literals. A bare name is a call
-without arguments.
+`ast` parses an expression; it is never evaluated as code. It may hold names and calls of the rules and modifiers that
+lrules exports (by their names there or in the papers, such as `srbp`), of the rules of `recipes.py`, and of weight
+initializers. It may also hold names of elementwise functions (`tanh`, `derivative(tanh)`) and Python literals. A bare
+name is a call without arguments.
 """
 
 import ast
@@ -21,7 +21,7 @@ from experiments.errors import InputError, nearest
 
 Factory = Callable[..., Any]
 
-# What the papers call them.
+# The names that the papers use.
 PAPER_NAMES: dict[str, Factory] = {
     "bp": lrules.backprop,
     "fa": lrules.feedback_alignment,
@@ -40,7 +40,7 @@ PAPER_NAMES: dict[str, Factory] = {
     "dp": lrules.dual_propagation,
 }
 
-# Elementwise functions, for options that want one: `replace_derivative(srbp, derivative(sigmoid))`.
+# Elementwise functions, for options that take one: `replace_derivative(srbp, derivative(sigmoid))`.
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = models.ACTIVATIONS | {"sign": jnp.sign, "abs": jnp.abs}
 
 
@@ -63,12 +63,12 @@ def recipe_rules() -> dict[str, Factory]:
 def derivative(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     """The derivative of an elementwise function."""
     if not callable(f):
-        raise ValueError(f"{_text(f)} is no function: {nearest(str(f), FUNCTIONS)}")
+        raise ValueError(f"{_text(f)} is not a function: {nearest(str(f), FUNCTIONS)}")
     return lambda z: jax.jvp(f, (z,), (jnp.ones_like(z),))[1]
 
 
 def initialisers() -> dict[str, Factory]:
-    """The weight initialisers of `jax.nn.initializers` and `lrules.feedback`, by name."""
+    """The weight initializers of `jax.nn.initializers` and `lrules.feedback`, by name."""
     own = vars(lrules.feedback) if hasattr(lrules, "feedback") else {}
     return _functions(vars(jax.nn.initializers), "jax") | _functions(own, "lrules.feedback")
 
@@ -78,31 +78,31 @@ def _exports() -> dict[str, Any]:
 
 
 def _functions(names: Mapping[str, Any], module: str) -> dict[str, Factory]:
-    """Those names that are public functions, defined in the module or below it."""
+    """The names that are public functions, defined in the module or below it."""
     found = {name: f for name, f in names.items() if inspect.isfunction(f) and not name.startswith("_")}
     return {name: f for name, f in found.items() if f"{f.__module__}.".startswith(f"{module}.")}
 
 
 def argument_free_rules() -> dict[str, lrules.Rule]:
-    """Every rule whose factory needs no argument, by the factory's name, backprop first."""
+    """Every rule whose factory has no required argument, by the name of the factory, backprop first."""
     names = sorted(rules().items(), key=lambda item: item[0] != "backprop")
     return {name: factory() for name, factory in names if not _required(factory)}
 
 
 def parse(expression: str) -> lrules.Rule:
-    """The rule that an expression such as `partition({"fc.*": backman(alpha=0.5), ".*": backprop})` stands for."""
+    """The rule of an expression such as `partition({"fc.*": backman(alpha=0.5), ".*": backprop})`."""
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise InputError(f"The rule {expression!r} is malformed: write it as in backman(alpha=1.0).") from None
     rule = _value(tree)
     if not isinstance(rule, lrules.Rule):
-        raise InputError(f"{expression!r} is no rule: {nearest(expression, rules())}")
+        raise InputError(f"{expression!r} is not a rule: {nearest(expression, rules())}")
     return rule
 
 
 def modified(expression: str) -> str | None:
-    """The rule that an expression modifies, as text: `fa` of `sign_error(fa)`; None where it is no modifier."""
+    """The rule that an expression modifies, as text: `fa` of `sign_error(fa)`; None if it is not a modifier."""
     match ast.parse(expression, mode="eval").body:
         case ast.Call(func=ast.Name(id=name), args=[rule, *_]) if name in modifiers():
             return ast.unparse(rule)
@@ -110,7 +110,7 @@ def modified(expression: str) -> str | None:
 
 
 def select(expressions: str | None) -> dict[str, lrules.Rule]:
-    """Rules by their own text: those of a comma-separated list, by default every rule that needs no argument."""
+    """Rules by their text: those of a comma-separated list; default every rule without a required argument."""
     if not expressions:
         return argument_free_rules()
     malformed = InputError(f"The rules {expressions!r} are malformed: write them as in backprop,backman(alpha=1.0).")
@@ -125,7 +125,7 @@ def select(expressions: str | None) -> dict[str, lrules.Rule]:
 
 
 def _value(node: ast.expr) -> Any:
-    """What an expression node stands for."""
+    """The value of an expression node."""
     match node:
         case ast.Name(id=name):
             return _named(name)
@@ -139,11 +139,11 @@ def _value(node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         text = ast.unparse(node)
-        raise InputError(f"'{text}' cannot stand in a rule: use names of rules, their options and literals.") from None
+        raise InputError(f"A rule cannot contain '{text}': use names of rules, their options and literals.") from None
 
 
 def _named(name: str) -> Any:
-    """A bare name: a function as it is, and an initialiser that takes a key itself (`zeros`); all else is called."""
+    """A bare name: a function, or an initializer that takes a key itself (`zeros`); all other names are called."""
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     factory = _factory(name)
@@ -166,9 +166,16 @@ def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
     parameters = list(inspect.signature(factory).parameters)
     for option in options:
         if not parameters:
-            raise InputError(f"{name} has no option '{option}': it takes none, so write {name} alone.")
+            raise InputError(f"{name} has no option '{option}': it has no options, so write {name} alone.")
         if option not in parameters:
             raise InputError(f"{name} has no option '{option}': {nearest(option, parameters)}")
+    unnamed = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(unnamed):
+        named = parameters[len(unnamed) :]
+        remedy = f"write the others with their names, such as {named[0]}=..." if named else "leave the others out"
+        raise InputError(
+            f"{name} takes at most {len(unnamed)} values without a name, got {len(args)}: {remedy}."
+        )
     missing = [p for p in _required(factory)[len(args) :] if p not in options]
     if missing:
         example = ", ".join([*map(_text, args), *(f"{k}={_text(v)}" for k, v in options.items()), f"{missing[0]}=..."])

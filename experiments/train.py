@@ -1,4 +1,4 @@
-"""Train one model under one learning rule, several seeds at once if asked, and evaluate it after each epoch.
+"""Train one model with one learning rule, for one or several seeds at once, and evaluate it after each epoch.
 
     python -m experiments.train                                            # digits, backprop: about 15 seconds
     python -m experiments.train --rule="backman(alpha=1.0)" --model=lenet5 --dataset=mnist --epochs=10
@@ -7,7 +7,8 @@
     python -m experiments.train --rule="node_perturbation(std=0.01)" --warmup_epochs=1 --feedback_learning_rate=0.01
     python -m experiments.train --fgsm=0.01 --attack=0.05                  # adversarial training, accuracy under attack
 
-Writes metrics.json (final figures, curves, settings, versions, device and command), curves.csv and curves.png.
+The program writes metrics.json (final figures, curves, settings, versions, device and command), curves.csv and
+curves.png.
 """
 
 from collections.abc import Mapping
@@ -25,10 +26,10 @@ FLAGS = flags.FLAGS
 
 
 def train(run: loop.Run, epochs: int, warmup_epochs: int = 0) -> list[Record]:
-    """Train for some epochs, after a warm-up of learned feedback, showing the progress and the latest figures."""
+    """Train for some epochs after a warm-up of learned feedback, and show the progress and the latest figures."""
     records: list[Record] = []
     if warmup_epochs and not run.learns_feedback:
-        print("This rule learns no feedback: there is nothing to warm up.")
+        print("This rule does not learn feedback: there is nothing to warm up.")
     elif warmup_epochs:
         with tqdm(total=warmup_epochs * run.steps, unit="step", desc="warm-up") as bar:
             run.warm_up(warmup_epochs, parts=20, advance=bar.update)
@@ -47,7 +48,7 @@ def describe(record: Record) -> str:
 
 
 def make_run(dataset: Dataset) -> loop.Run:
-    """The run that the flags ask for."""
+    """The run that the flags choose."""
     return loop.Run(
         cli.task_from_flags(dataset),
         rules.parse(FLAGS.rule),
@@ -58,7 +59,7 @@ def make_run(dataset: Dataset) -> loop.Run:
 
 
 def main() -> None:
-    rules.parse(FLAGS.rule)  # a wrong rule is told before the data are read
+    rules.parse(FLAGS.rule)  # reports a wrong rule before the data are read
     folder = cli.output_folder()
     dataset = cli.dataset_from_flags()
     run = make_run(dataset)
@@ -69,12 +70,12 @@ def main() -> None:
     cli.write_results(folder, {"rule": FLAGS.rule} | final, {FLAGS.rule: records}, f"{FLAGS.model} on {dataset.name}")
     print(table(final))
     if not np.isfinite(final["train_loss"]):
-        print("\nThe loss became NaN or Inf: lower --learning_rate, and use --check_nan to stop where it happens.")
+        print("\nThe loss became NaN or Inf: lower --learning_rate, and use --check_nan to stop at that step.")
     print(f"\nResults: {folder}/metrics.json, curves.csv, curves.png")
 
 
 def table(final: Mapping[str, Any]) -> str:
-    """The last epoch's figures as a Markdown table."""
+    """The figures of the last epoch as a Markdown table."""
     figures = (
         ("test accuracy (%)", "accuracy", 100, 2),
         ("the same under attack (%)", "attacked", 100, 2),

@@ -1,16 +1,12 @@
 """lrules: learning rules other than backpropagation, for unmodified JAX models."""
 
-from types import ModuleType as _ModuleType
-
-from jax.ad_checkpoint import checkpoint_name as hidden
-
-from lrules import diagnostics, feedback, monotone, testing
+from lrules import diagnostics, extend, feedback, monotone, testing
 from lrules.adapters import from_linen, from_nnx
-from lrules.apply import transform, value_and_grad
+from lrules.apply import TransformedNetwork, ValueAndGrad, transform, value_and_grad
 from lrules.audit import audit
 from lrules.constructors import direct, sequential
 from lrules.description import describe, refusals
-from lrules.engine.activations import activation, not_activation
+from lrules.marks import activation, hidden, not_activation
 from lrules.modifiers import (
     drop_error,
     magnitude_error,
@@ -38,9 +34,53 @@ from lrules.rules.skipped_backprop import skipped_backprop
 
 __version__ = "0.1.0"
 
-_public_modules = (diagnostics, feedback, monotone, testing)
 __all__ = [
-    name
-    for name, value in list(globals().items())
-    if not name.startswith("_") and (not isinstance(value, _ModuleType) or value in _public_modules)
+    "Feedback",
+    "Gradients",
+    "Network",
+    "Rule",
+    "TransformedNetwork",
+    "ValueAndGrad",
+    "activation",
+    "audit",
+    "backman",
+    "backprop",
+    "describe",
+    "diagnostics",
+    "direct",
+    "direct_feedback_alignment",
+    "drop_error",
+    "dual_propagation",
+    "extend",
+    "feedback",
+    "feedback_alignment",
+    "from_linen",
+    "from_nnx",
+    "hidden",
+    "kolen_pollack",
+    "last_layer_only",
+    "magnitude_error",
+    "modify_error",
+    "monotone",
+    "monotone_dfa",
+    "node_perturbation",
+    "not_activation",
+    "partition",
+    "quantize_error",
+    "quantize_update",
+    "random_target_projection",
+    "refusals",
+    "replace_derivative",
+    "sequential",
+    "sign_error",
+    "sign_symmetry",
+    "skipped_backprop",
+    "testing",
+    "transform",
+    "value_and_grad",
+    "without_derivatives",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

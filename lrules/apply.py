@@ -3,48 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from lrules.network import Network, as_network
-from lrules.rule import Gradients, Rule, check_params, check_rng, require_feedback, require_rule
+from lrules.network import Network, NetworkLike, as_network
+from lrules.rule import Feedback, Gradients, Rule, check_params, check_rng, require_feedback, require_rule
+from lrules.typing import Loss, Pytree
 
-Pytree = Any
+ValueAndGradients: TypeAlias = tuple[tuple[jax.Array, *tuple[Any, ...]], Gradients]  # ((value, outputs[, aux]), ...)
 
 
-def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -> Callable[..., Any]:
-    """The network with its backward pass replaced: the same outputs, the rule's update as gradient.
+class TransformedNetwork(Protocol):
+    """The type of the function that `transform` returns.
+
+    f(params, feedback, inputs) = net(params, inputs), with the gradients of the rule
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> def outputs(f: lrules.TransformedNetwork, w, x):
+      ...     return f(w, lrules.Feedback({}, {}), x)
+      >>> outputs(lrules.transform(lambda w, x: x @ w, lrules.backprop()), jnp.eye(2), jnp.ones((1, 2))).shape
+      (1, 2)
+    """
+
+    def __call__(self, params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
+        """The outputs of the network; `(outputs, aux)` if the network has `has_aux=True`.
+
+        Args:
+          params: the parameters.
+          feedback: the result of `rule.init`; `Feedback({}, {})` for a rule without feedback weights.
+          inputs: the inputs of the network.
+          rng: a new key for every step, only for stochastic rules.
+        """
+
+
+class ValueAndGrad(Protocol):
+    """The type of the function that `value_and_grad` returns.
+
+    fn(params, feedback, inputs, targets) -> ((value, outputs[, aux]), Gradients)
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> def value(step: lrules.ValueAndGrad, w, x, y):
+      ...     return step(w, lrules.Feedback({}, {}), x, y)[0][0]
+      >>> step = lrules.value_and_grad(lambda w, x: x @ w, lrules.testing.half_squared_error, lrules.backprop())
+      >>> float(value(step, jnp.eye(2), jnp.ones((1, 2)), jnp.zeros((1, 2))))
+      1.0
+    """
+
+    def __call__(
+        self, params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> ValueAndGradients:
+        """The objective, the outputs (and aux, if the network has `has_aux=True`), and the gradients of the rule.
+
+        Args:
+          params: the parameters.
+          feedback: the result of `rule.init`; `Feedback({}, {})` for a rule without feedback weights.
+          inputs: the inputs of the network.
+          targets: the second argument of the loss.
+          rng: a new key for every step, only for stochastic rules.
+        """
+
+
+def transform(net: NetworkLike, rule: Rule, *, reduction: Literal["mean", "sum"] = "mean") -> TransformedNetwork:
+    """Returns the network with the backward pass of a rule: the outputs stay the same, the gradient is the update.
+
+    f(params, feedback, inputs) = net(params, inputs), and jax.grad of any objective of f is the update of the rule
 
     Args:
       net: a `Network`, or a bare function `apply(params, inputs) -> outputs`.
       rule: the learning rule.
-      reduction: how the objective reduces the per-example losses, `"mean"` or `"sum"`. Rules whose arithmetic depends
-        on the scale of the error take the arriving cotangent as that of such an objective.
+      reduction: how your objective reduces the losses of the examples, `"mean"` or `"sum"`. Some rules depend on the
+        scale of the error. They read the error that arrives at the outputs as the error of such an objective.
 
     Returns:
-      `f(params, feedback, inputs, *, rng=None)`, equal to `net(params, inputs)` bit for bit. Its gradient with respect
-      to `params` is the rule's update, to `feedback` that of learned feedback weights, to `inputs` what the rule brings
-      down to them. No forward mode, no second derivatives.
+      `f(params, feedback, inputs, *, rng=None)`, a `TransformedNetwork`. It equals `net(params, inputs)` bit for bit.
+      Its gradient with respect to `params` is the update of the rule, with respect to `feedback` the update of learned
+      feedback weights, and with respect to `inputs` the error that the rule brings down to them. There is no forward
+      mode and no second derivative.
 
     Raises:
-      ValueError: the rule needs the loss or the targets (use `value_and_grad`), or `rng` is missing or superfluous.
-      NotImplementedError: the network holds a construct that the rule cannot serve.
+      ValueError: the rule needs the loss or the targets (use `value_and_grad`). When f is called: `rng` is missing, or
+        the rule does not use it.
+      NotImplementedError: when f is called: the network has an operation that the rule cannot serve.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import lrules
-      >>> f = transform(lambda w, x: jnp.tanh(x @ w), lrules.backprop())
-      >>> f(jnp.eye(2), lrules.Feedback({}, {}), jnp.zeros((1, 2))).shape
-      (1, 2)
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> x, rule = jnp.ones((5, 3)), lrules.feedback_alignment()
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> f = lrules.transform(net, rule)
+      >>> grads = jax.grad(lambda params: (f(params, feedback, x) ** 2).mean())(params)
+      >>> grads["a"].shape
+      (3, 4)
     """
     _check_call(net, rule)
     if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction={reduction!r} is neither "mean" nor "sum"')
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     inner = rule.transform(as_network(net), reduction=reduction)
 
-    def f(params, feedback, inputs, *, rng=None):
+    def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
         check_rng(rule, rng)
         check_params(params)
         require_feedback(feedback)
@@ -53,10 +113,10 @@ def transform(net: Network | Callable, rule: Rule, *, reduction: str = "mean") -
     return f
 
 
-def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Callable[..., Any]:
-    """The objective and the rule's gradients, for a loss per example.
+def value_and_grad(net: NetworkLike, loss: Loss, rule: Rule) -> ValueAndGrad:
+    """Returns a function that computes the objective and the gradients of a rule, for a loss per example.
 
-    The objective is the mean over all elements of `loss(outputs, targets)`.
+    value = mean over all elements of loss(net(params, inputs), targets)
 
     Args:
       net: a `Network`, or a bare function `apply(params, inputs) -> outputs`.
@@ -64,11 +124,22 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
       rule: the learning rule.
 
     Returns:
-      `fn(params, feedback, inputs, targets, *, rng=None) -> ((value, outputs[, aux]), Gradients)`.
+      `fn(params, feedback, inputs, targets, *, rng=None) -> ((value, outputs[, aux]), Gradients)`, a `ValueAndGrad`.
 
     Raises:
-      ValueError: the loss has another batch than the inputs, or `rng` is missing or superfluous.
-      NotImplementedError: the network holds a construct that the rule cannot serve.
+      ValueError: when fn is called: the loss does not have the batch of the inputs, `rng` is missing, or the rule does
+        not use `rng`.
+      NotImplementedError: when fn is called: the network has an operation that the rule cannot serve.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> x, rule, loss = jnp.ones((5, 3)), lrules.direct_feedback_alignment(), lrules.testing.half_squared_error
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> step = jax.jit(lrules.value_and_grad(net, loss, rule))
+      >>> (value, outputs), grads = step(params, feedback, x, jnp.zeros((5, 2)))
+      >>> outputs.shape, grads.params["a"].shape
+      ((5, 2), (3, 4))
     """
     _check_call(net, rule)
     net = as_network(net)
@@ -77,7 +148,9 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
     else:
         inner = rule.value_and_grad(net, loss)
 
-    def fn(params, feedback, inputs, targets, *, rng=None):
+    def fn(
+        params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> ValueAndGradients:
         check_rng(rule, rng)
         check_params(params)
         require_feedback(feedback)
@@ -86,13 +159,14 @@ def value_and_grad(net: Network | Callable, loss: Callable, rule: Rule) -> Calla
     return fn
 
 
-def grad_of_transform(f: Callable, net: Network, loss: Callable, *, pass_targets: bool = False) -> Callable[..., Any]:
+def grad_of_transform(f: Callable[..., Any], net: Network, loss: Callable[..., Any]) -> Callable[..., Any]:
     """`value_and_grad` of a rule that `transform` serves."""
 
-    def fn(params, feedback, inputs, targets, *, rng=None):
-        def objective(params, learned):
-            extra = {"targets": targets} if pass_targets else {}
-            out = f(params, feedback._replace(learned=learned), inputs, rng=rng, **extra)
+    def fn(
+        params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
+    ) -> tuple[tuple[Any, ...], Gradients]:
+        def objective(params: Pytree, learned: Any) -> tuple[jax.Array, Any]:
+            out = f(params, feedback._replace(learned=learned), inputs, rng=rng)
             outputs = out[0] if net.has_aux else out
             return mean_loss(net, loss, outputs, inputs, targets), out
 
@@ -104,11 +178,11 @@ def grad_of_transform(f: Callable, net: Network, loss: Callable, *, pass_targets
     return fn
 
 
-def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
-    """The mean over all elements of `loss(outputs, targets)`, its batch checked.
+def mean_loss(net: Network, loss: Callable[..., Any], outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
+    """The mean over all elements of `loss(outputs, targets)`.
 
     Raises:
-      ValueError: the loss does not begin with the batch of the inputs.
+      ValueError: the first axis of the loss is not the batch of the inputs.
     """
     batch = net.batch_size(inputs)
     losses = loss(outputs, targets)
@@ -121,8 +195,10 @@ def mean_loss(net: Network, loss: Callable, outputs: Pytree, inputs: Pytree, tar
     return jnp.mean(losses)
 
 
-def _check_call(net, rule) -> None:
-    """The network and the rule stand where they should."""
+def _check_call(net: Any, rule: Any) -> None:
+    """The network and the rule are in the right order."""
     require_rule(rule)
     if isinstance(net, Rule) or not callable(net):
-        raise TypeError(f"the network is a {type(net).__name__}: give a Network, or a function apply(params, inputs)")
+        raise TypeError(
+            f"the network must be a Network or a function apply(params, inputs), got a {type(net).__name__}"
+        )

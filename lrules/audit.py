@@ -1,16 +1,15 @@
-"""Audit: by which route each parameter learns, and a second proof that none learns by backpropagation unseen.
+"""Audit: by which route each parameter learns, and a second proof that no parameter learns by backpropagation unseen.
 
-The analysis says where the layers of a network are, and rules act there. The audit looks at the result, without the
-analysis: it takes the program of the gradients, forward and backward together, under feedback alignment, and follows
-the error through it. A number by which error is multiplied on its way may be a recorded forward value, a feedback
-weight, or a scale that the analysis knows; a number that is made of parameters alone would be a weight that the
-analysis has missed.
+The analysis finds the layers of a network, and rules act there. The audit checks the result without the analysis. It
+takes the program that computes the gradients under feedback alignment, forward and backward together, and follows the
+error through it. Some numbers may multiply the error on its way: recorded forward values, feedback weights, and scales
+that the analysis knows. If a number depends on parameters alone, it is a weight that the analysis has missed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,25 +17,47 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrules.description import feedback_reach, table
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.jaxprs import is_literal, open_jaxpr, scan_counts
-from lrules.engine.plan import Plan
-from lrules.engine.planning import make_plan
+from lrules.engine.jaxprs import COND, SCAN, WHILE, Atom, Aval, Equation, Jaxpr, is_literal, open_jaxpr, scan_counts
+from lrules.engine.operations import of
 from lrules.engine.records import reach
-from lrules.engine.running import evaluate
-from lrules.network import Network, as_network
+from lrules.extend import (
+    Backprop,
+    Direct,
+    Frame,
+    Graph,
+    Handler,
+    Hidden,
+    Layer,
+    Operation,
+    Plan,
+    Sequential,
+    as_network,
+    check_params,
+    evaluate,
+    make_plan,
+    require_description,
+)
+from lrules.network import Network, NetworkLike
 from lrules.options import as_initializer
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, check_params, require_description, require_rule
+from lrules.rule import Rule, require_rule
+from lrules.typing import Pytree
 
 RECORDED = "lrules recorded"
 
 
 class Audit(NamedTuple):
-    """By which route each parameter learns; prints as a table.
+    """By which route each parameter learns; `print` shows it as a table.
 
     Attributes:
-      rows: a row per parameter: its name, the route, the layers that it makes the weight of, and what reaches those.
+      rows: one dict per parameter: its name, its route, the layers whose weight it makes, and what reaches these
+        layers.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> found = lrules.audit(net, lrules.backprop(), params, jnp.ones((5, 3)))
+      >>> [row["route"] for row in found.rows]
+      ['backprop', 'backprop']
     """
 
     rows: list[dict[str, Any]]
@@ -45,37 +66,40 @@ class Audit(NamedTuple):
         return "\n".join(table(self.rows, ("parameter", "route", "layers", "reached by")))
 
 
-def audit(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
-    """By which route each parameter learns under a rule, checked twice.
+def audit(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Audit:
+    """Lists by which route each parameter learns under a rule, and checks it a second time.
 
-    Routes: `"layer, feedback"` and `"layer"`, where the rule forms its gradient, with feedback weights or without;
-    `"layer, direct"`, where the output error comes straight to what it reads; `"last layer"` and so on, where its error
-    crosses no hidden signal; `"bias or scale"`, the signal that arrives where it meets the data; `"latents"`, learned
-    inputs of a network without a batch; `"backprop"`, where the rule says so; `"frozen"`; and `"not reached"`, where no
-    way leads to the outputs.
+    The routes are:
 
-    The proof sees weights that multiply error on its way down. A parameter that meets data elementwise anywhere is
-    taken for a bias or a scale, and what is added to recorded values for a part of these.
+    - `"layer, feedback"` and `"layer"`: the rule forms the gradient of the layer, with feedback weights or without.
+    - `"layer, direct"`: the output error comes straight to the hidden signal that the layer reads.
+    - `"last layer"` and the like: the error of the layer crosses no hidden signal.
+    - `"bias or scale"`: it learns from the signal that arrives at the operation where it meets the data.
+    - `"latents"`: learned inputs of a network without a batch.
+    - `"backprop"`: the rule is backprop there.
+    - `"frozen"`: it is not trained. `"not reached"`: it has no path to the outputs.
+
+    The proof finds weights that multiply the error on its way down. If a parameter meets data elementwise anywhere, the
+    proof takes it for a bias or a scale. If a value is added to recorded values, the proof takes it for a part of them.
 
     Args:
       net: the network.
       rule: the rule.
-      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+      params, inputs: what the network takes, arrays or `ShapeDtypeStruct`s.
 
     Returns:
       An `Audit`: print it, or read its rows.
 
     Raises:
-      NotImplementedError, ValueError: what `rule.init` would raise.
-      RuntimeError: the program of the gradients multiplies error by parameters that the analysis does not know as a
-        layer's, a bias or a scale.
+      NotImplementedError, ValueError: the errors of `rule.init`.
+      RuntimeError: the program that computes the gradients multiplies the error by a parameter, and the analysis does
+        not know this parameter as the weight of a layer, a bias or a scale.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import lrules
+      >>> import jax.numpy as jnp, lrules
       >>> params = {"a": jnp.ones((3, 4)), "bias": jnp.ones(4), "b": jnp.ones((4, 2))}
       >>> net = lambda p, x: jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"]
-      >>> print(audit(net, lrules.feedback_alignment(), params, jnp.ones((5, 3))))
+      >>> print(lrules.audit(net, lrules.feedback_alignment(), params, jnp.ones((5, 3))))
       parameter  route                 layers  reached by
       a          layer                 a       b
       b          last layer, feedback  b       output
@@ -115,7 +139,7 @@ def _reached_by(graph: Graph) -> dict[str, list[str]]:
     return feedback_reach(graph, dict.fromkeys((h for h in graph.hidden if not h.mark), True))
 
 
-def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) -> str:
+def _route(plan: Plan, layers: Sequence[Layer], latents: bool, reached: Mapping[str, list[str]]) -> str:
     if not layers:
         return "latents" if latents else "bias or scale"
     routes = []
@@ -135,25 +159,25 @@ def _route(plan: Plan, layers, latents: bool, reached: Mapping[str, list[str]]) 
 
 
 class _Recorded(Handler):
-    """Marks what layers compute and read as recorded forward values."""
+    """Marks the inputs and outputs of layers as recorded forward values."""
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         return checkpoint_name(op(w, x), RECORDED)
 
-    def hidden(self, hidden, value, frame):
+    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         return value if hidden.mark else checkpoint_name(value, RECORDED)
 
 
-def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int]) -> None:
-    """Follows the error through the program of the gradients."""
+def _prove(net: Network, graph: Graph, plan: Plan, params: Pytree, inputs: Pytree, live: set[int]) -> None:
+    """Follows the error through the program that computes the gradients."""
     plain = {layer.name for layer in graph.layers if isinstance(plan.specs[layer.site], Backprop)}
     refused = {graph.names[i] for refusal in graph.refusals for i in refusal.parameters}
     probe = Sequential(_through_feedback, as_initializer(None))
     choose = lambda name: Backprop() if name in plain | refused else probe  # noqa: E731
     made = make_plan(net, graph, params, inputs, choose)
 
-    def program(leaves, weights, values, errors):
-        def outputs(leaves):
+    def program(leaves: list[Any], weights: Any, values: Sequence[Any], errors: Any) -> Any:
+        def outputs(leaves: list[Any]) -> list[Any]:
             out, _ = evaluate(made, leaves, weights, values, graph.consts, (_Recorded(),), Frame())
             return [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
@@ -179,18 +203,20 @@ def _prove(net: Network, graph: Graph, plan: Plan, params, inputs, live: set[int
         if missed := gradient.via - exempt - own:
             named = ", ".join(repr(graph.names[j]) for j in sorted(missed))
             raise RuntimeError(
-                f"the error of the parameter {graph.names[i]!r} is multiplied by the value of {named} on its way, "
-                "which the analysis has not seen as a layer: please report the network; until then give these "
-                "backprop() in a partition"
+                f"the program multiplies the error of the parameter {graph.names[i]!r} by the value of {named}, and "
+                "the analysis has not found a layer there: please report the network; until then give these "
+                "parameters backprop() in a partition"
             )
         if gradient.error and i not in live:
             raise RuntimeError(
-                f"error reaches the parameter {graph.names[i]!r}, to which no way leads back from the outputs in the "
-                "analysis: please report the network"
+                f"error reaches the parameter {graph.names[i]!r}, but the analysis has found no path from it to the "
+                "outputs: please report the network"
             )
 
 
-def _through_feedback(op, w, b, x, d, layer):
+def _through_feedback(
+    op: Operation, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer
+) -> tuple[Any, Any, None]:
     (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
     (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
     return dw, dx, None
@@ -198,13 +224,13 @@ def _through_feedback(op, w, b, x, d, layer):
 
 @dataclasses.dataclass(frozen=True)
 class _Trace:
-    """What a value of the program is made of.
+    """What a value of the program depends on.
 
     Attributes:
-      params: the parameters, by a derivative.
-      known: also of data by a derivative, of feedback, or of what layers compute.
-      error: it is error, on its way.
-      via: the parameters by which it has been multiplied, where these were made of nothing else.
+      params: the parameters on which it depends differentiably.
+      known: whether it also depends on feedback, on outputs of layers, or differentiably on data.
+      error: whether it is error, on its way.
+      via: the parameters by which the error has been multiplied, if the factor depended on nothing else.
     """
 
     params: frozenset[int] = frozenset()
@@ -223,12 +249,12 @@ def _union(traces: Iterable[_Trace]) -> _Trace:
     )
 
 
-def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
-    """What the results of a jaxpr are made of."""
+def _follow(jaxpr: Jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
+    """What the results of a jaxpr depend on."""
     jaxpr, _ = open_jaxpr(jaxpr)
     env = dict.fromkeys(jaxpr.constvars, _Trace()) | dict(zip(jaxpr.invars, ins, strict=True))
 
-    def read(atom) -> _Trace:
+    def read(atom: Atom) -> _Trace:
         return _Trace() if is_literal(atom) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -237,14 +263,14 @@ def _follow(jaxpr, ins: Sequence[_Trace]) -> list[_Trace]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "scan":
+def _equation(eqn: Equation, ins: list[_Trace]) -> list[_Trace]:
+    name, params = of(eqn).name, eqn.params
+    if name == SCAN:
         return _loop(params["jaxpr"], ins, *scan_counts(params))
-    if name == "while":
+    if name == WHILE:
         n, m = params["cond_nconsts"], params["body_nconsts"]
         return _loop(params["body_jaxpr"], ins[n:], m, len(ins) - n - m)
-    if name == "cond":
+    if name == COND:
         outs = [_follow(branch, ins[1:]) for branch in params["branches"]]
         return [_union(out) for out in zip(*outs, strict=True)]
     inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
@@ -253,20 +279,20 @@ def _equation(eqn, ins: list[_Trace]) -> list[_Trace]:
     return [_result(eqn, ins, out.aval) for out in eqn.outvars]
 
 
-def _result(eqn, ins: list[_Trace], aval) -> _Trace:
+def _result(eqn: Equation, ins: list[_Trace], aval: Aval) -> _Trace:
     dtype = getattr(aval, "dtype", jnp.bool_)
-    if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans choose, and multiply nothing
+    if not jnp.issubdtype(dtype, jnp.inexact):  # integers and booleans select, they do not multiply
         return _Trace(known=jnp.issubdtype(dtype, jnp.integer) and any(t.known for t in ins))
     real = [jnp.issubdtype(getattr(v.aval, "dtype", jnp.bool_), jnp.inexact) for v in eqn.invars]
-    met = _union(t for t, r in zip(ins, real, strict=True) if r or eqn.primitive.name == "convert_element_type")
+    met = _union(t for t, r in zip(ins, real, strict=True) if r or of(eqn).casts)
     if met.error:
         factors = [t.params for t in ins if not t.error and not t.known]
         return _Trace(error=True, via=met.via.union(*factors))
-    recorded = eqn.primitive.name == "name" and eqn.params["name"] == RECORDED
+    recorded = of(eqn).marks and eqn.params["name"] == RECORDED
     return dataclasses.replace(met, known=met.known or recorded)
 
 
-def _loop(body, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
+def _loop(body: Any, ins: list[_Trace], n_consts: int, n_carry: int) -> list[_Trace]:
     carry = ins[n_consts : n_consts + n_carry]
     while True:
         outs = _follow(body, [*ins[:n_consts], *carry, *ins[n_consts + n_carry :]])

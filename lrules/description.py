@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from lrules.engine.batch import batch_axis, doubled
 from lrules.engine.graph import Graph
-from lrules.engine.plan import Refused
-from lrules.engine.records import Hidden, Layer
-from lrules.network import Network, as_network
-from lrules.rule import Backprop, Direct, Pytree, Rule, Sequential, require_description, require_rule
+from lrules.engine.operations import of
+from lrules.engine.plan import Plan, Refused
+from lrules.engine.records import Hidden, Layer, Value
+from lrules.network import Network, NetworkLike, as_network
+from lrules.rule import Backprop, Direct, Rule, Sequential, require_description, require_rule
+from lrules.typing import Pytree
 
 
 class Description(NamedTuple):
-    """What a rule does to a network; prints as a table.
+    """What a rule does to a network; `print` shows it as a table.
 
     Attributes:
-      layers: a row per layer: name, operation, weight shape, what the rule does, the hidden signal read, and the
-        feedbacks that reach the layer.
-      hidden: a row per hidden signal: name, shape without the batch (with it where it cannot be told), shape of its
-        feedback, bytes.
-      activations: names of the activations found.
-      feedback_bytes: of all feedback weights.
-      error_at: of direct rules, where the output error is taken if not at the outputs themselves.
+      layers: one dict per layer: its name, its operation, the shape of its weight, what the rule does there, the hidden
+        signal that the layer reads, and the feedback that reaches the layer.
+      hidden: one dict per hidden signal: its name, its shape without the batch (with the batch if its axis cannot be
+        found), the shape of its feedback, and the bytes of its feedback.
+      activations: the names of the activations in the network.
+      feedback_bytes: the bytes of all feedback weights.
+      error_at: where direct rules take the output error; empty if they take it at the outputs.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> found = lrules.describe(net, lrules.direct_feedback_alignment(), params, jnp.ones((5, 3)))
+      >>> found.activations, found.feedback_bytes
+      (['tanh'], 32)
     """
 
     layers: list[dict[str, Any]]
@@ -51,19 +60,35 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
-    """What the rule does to each layer, and which feedback reaches it.
+def describe(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> Description:
+    """Describes what a rule does at each layer, and which feedback reaches each layer.
+
+    It needs shapes only, and computes nothing.
 
     Args:
       net: the network.
       rule: the rule.
-      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+      params, inputs: what the network takes, arrays or `ShapeDtypeStruct`s.
 
     Returns:
       A `Description`: print it, or read its rows.
 
     Raises:
-      ValueError, NotImplementedError: what `rule.init` would raise.
+      ValueError, NotImplementedError: the errors of `rule.init`.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> print(lrules.describe(net, lrules.direct_feedback_alignment(), params, jnp.ones((5, 3))))
+      layer  operation    weight  rule    reads   reached by
+      a      dot_general  (3, 4)  direct  (data)  b
+      b      dot_general  (4, 2)  direct  b       output
+      <BLANKLINE>
+      hidden signal  shape  feedback          bytes
+      b              (4,)   2 outputs x (4,)  32
+      <BLANKLINE>
+      activations: tanh
+      feedback: 32 bytes
     """
     net = as_network(net)
     graph = net.graph(params, inputs)
@@ -103,32 +128,36 @@ def describe(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
         for shape, dtype, _ in plan.feedback_shapes().values():
             total += math.prod(shape) * jnp.dtype(dtype).itemsize
     heads = plan.heads.values() if plan else ()
-    error_at = "; ".join(f"at what the layer {h.layer!r} gives, below {h.function}" for h in heads)
+    error_at = "; ".join(f"at the outputs of the layer {h.layer!r}, below {h.function}" for h in heads)
     return Description(layers, hidden, [a.site for a in graph.activations], total, error_at)
 
 
-def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
-    """What stands in the way of a rule: the parameters that it cannot serve, each with the reason and the remedy.
+def refusals(net: NetworkLike, rule: Rule, params: Pytree, inputs: Pytree) -> dict[str, str]:
+    """Lists the parameters that a rule cannot serve, each with the reason and a remedy.
+
+    It needs shapes only, and computes nothing.
 
     Args:
       net: the network.
       rule: the rule.
-      params, inputs: as the network takes them; `ShapeDtypeStruct`s will do.
+      params, inputs: what the network takes, arrays or `ShapeDtypeStruct`s.
 
     Returns:
-      Sentences by the name of the parameter; empty where the rule serves all.
+      A dict with a sentence for each name of such a parameter; empty if the rule serves all parameters.
+
+    Raises:
+      ValueError: the rule does not say what it does at each layer (`rule.description` is None).
 
     Example:
-      >>> import re
-      >>> import lrules
-      >>> net = lambda p, x: (jnp.tanh(x @ p["a"])[:, :, None] * p["b"]).sum(1) @ p["c"]  # 'b' by hand
+      >>> import re, jax.numpy as jnp, lrules
+      >>> net = lambda p, x: (jnp.tanh(x @ p["a"])[:, :, None] * p["b"]).sum(1) @ p["c"]  # multiplies by 'b' by hand
       >>> params, x = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4)), "c": jnp.ones((4, 2))}, jnp.ones((5, 2))
       >>> rule = lrules.feedback_alignment()
-      >>> refused = refusals(net, rule, params, x)
+      >>> refused = lrules.refusals(net, rule, params, x)
       >>> list(refused)
       ['b']
       >>> rule = lrules.partition({f"^{re.escape(name)}$": lrules.backprop() for name in refused} | {".*": rule})
-      >>> refusals(net, rule, params, x)
+      >>> lrules.refusals(net, rule, params, x)
       {}
     """
     net = as_network(net)
@@ -141,11 +170,11 @@ def refusals(net: Network | Callable, rule: Rule, params: Pytree, inputs: Pytree
 
 
 def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[tuple[int, ...]]:
-    """The shapes of the hidden signals, without the batch where it can be told."""
+    """The shapes of the hidden signals, without the batch if its axis can be found."""
     shapes = [tuple(h.reader.aval.shape) for h in graph.hidden]
     try:
         batch, twice = net.batch_size(inputs), doubled(net, params, inputs, graph)
-    except ValueError:  # there is no batch, or another one makes another network
+    except ValueError:  # there is no batch, or another batch size makes another network
         return shapes
     others = [h.reader for h in twice.hidden] if twice else [None] * len(shapes)
     axes = [
@@ -155,7 +184,7 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
     return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 
 
-def _treatment(spec, layer: Layer, plan) -> str:
+def _treatment(spec: Any, layer: Layer, plan: Plan | None) -> str:
     if isinstance(spec, Sequential):
         return "sequential" + (", feedback" if plan and set(layer.parameters) & set(plan.sequential_feedback) else "")
     if isinstance(spec, Direct):
@@ -164,13 +193,13 @@ def _treatment(spec, layer: Layer, plan) -> str:
 
 
 def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list[str]]:
-    """For each layer, where the error that reaches it comes from: the output, or landings of direct feedback."""
+    """For each layer, where its error comes from: the output, or landings of direct feedback."""
     reach: dict[str, list[str]] = {layer.site: [] for layer in graph.layers}
     stop_of: dict[int, list[str]] = {}
     for hidden in stops:
         stop_of.setdefault(id(hidden.root), []).append(hidden.name)
 
-    def spread(value, source: str, seen: set[int], start: bool):
+    def spread(value: Value, source: str, seen: set[int], start: bool) -> None:
         stack = [(value, start)]
         while stack:
             value, first = stack.pop()
@@ -179,7 +208,7 @@ def feedback_reach(graph: Graph, stops: Mapping[Hidden, bool]) -> dict[str, list
             seen.add(id(value))
             if value.layer is not None and source not in reach[value.layer.site]:
                 reach[value.layer.site].append(source)
-            stops = value.producer is not None and value.producer.primitive.name == "stop_gradient"
+            stops = value.producer is not None and of(value.producer).stops
             stack += [] if stops else [(v, False) for v in value.operands]
 
     for hidden in sorted((h for h, lands in stops.items() if lands), key=graph.hidden.index):

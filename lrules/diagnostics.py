@@ -1,6 +1,6 @@
-"""How close a rule's update is to another, how feedback aligns with forward weights, and how steep a network is.
+"""Measurements: how close two updates are, how feedback aligns with forward weights, and how steep a network is.
 
-All functions are pure and may be called inside a jitted step.
+All functions are pure. You may call them inside a jitted step.
 """
 
 from __future__ import annotations
@@ -11,22 +11,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Frame, Handler, name_number
-from lrules.network import Network, as_network, parameter_name
+from lrules.engine.handlers import name_number
+from lrules.extend import Activation, Frame, Handler, Layer, Operation, as_network, at_least_float32
+from lrules.network import NetworkLike, parameter_name
 from lrules.rule import Feedback
+from lrules.typing import Pytree
 
-Pytree = Any
+__all__ = [
+    "Agreement",
+    "agreement",
+    "compare",
+    "lipschitz_product",
+    "spectral_norms",
+    "total_angle",
+    "weight_alignment",
+]
 
 
 class Agreement(NamedTuple):
-    """How an update compares with a reference; all NaN where one of them holds NaN or Inf.
+    """How an update u compares with a reference r; all values are NaN if u or r holds NaN or Inf.
 
     Attributes:
-      angle: between them, in degrees; 90 where either is zero.
-      sign_agreement: the fraction of entries, among those where the reference is not zero, whose signs agree.
-      norm_ratio: the norm of the update over that of the reference.
-      relative_error: the norm of their difference over that of the reference.
+      angle: the angle between u and r in degrees; 90 if u or r is zero.
+      sign_agreement: the fraction of entries with the same sign, among the entries where r is not zero.
+      norm_ratio: ||u|| / ||r||.
+      relative_error: ||u - r|| / ||r||.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> a = lrules.diagnostics.compare(jnp.array([3.0, 4.0]), jnp.array([3.0, -4.0]))
+      >>> float(a.sign_agreement), float(a.norm_ratio)
+      (0.5, 1.0)
     """
 
     angle: jax.Array
@@ -36,21 +51,29 @@ class Agreement(NamedTuple):
 
 
 def compare(update: jax.Array, reference: jax.Array) -> Agreement:
-    """Compares two arrays of one shape.
+    """Compares an update u with a reference r.
 
     angle = arccos(<u, r> / (||u|| ||r||))
 
     Args:
-      update, reference: arrays of one shape.
+      update, reference: u and r, two arrays of the same shape.
 
     Returns:
       An `Agreement` of scalars.
 
     Raises:
       ValueError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> round(float(lrules.diagnostics.compare(jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0])).angle), 3)
+      45.0
     """
     if jnp.shape(update) != jnp.shape(reference):
-        raise ValueError(f"arrays of shapes {jnp.shape(update)} and {jnp.shape(reference)} cannot be compared")
+        raise ValueError(
+            f"compare: the update and the reference must have the same shape, got {jnp.shape(update)} and "
+            f"{jnp.shape(reference)}"
+        )
     wide = at_least_float32(update.dtype)
     u, r = (jnp.asarray(x).astype(wide).ravel() for x in (update, reference))
     largest_u, largest_r = jnp.max(jnp.abs(u), initial=0), jnp.max(jnp.abs(r), initial=0)
@@ -60,7 +83,7 @@ def compare(update: jax.Array, reference: jax.Array) -> Agreement:
     both = (norm_u > 0) & (norm_r > 0)
     u_hat = u_hat / jnp.where(norm_u > 0, norm_u, 1)
     r_hat = r_hat / jnp.where(norm_r > 0, norm_r, 1)
-    # Exact for small angles too, where the arccosine of a rounded cosine is not.
+    # This is exact for small angles too. The arccosine of a rounded cosine is not.
     halves = jnp.linalg.norm(u_hat - r_hat), jnp.linalg.norm(u_hat + r_hat)
     angle = jnp.where(both, 2 * jnp.rad2deg(jnp.arctan2(*halves)), 90.0)
     counted = r != 0
@@ -74,20 +97,24 @@ def compare(update: jax.Array, reference: jax.Array) -> Agreement:
 
 
 def agreement(update: Pytree, reference: Pytree) -> dict[str, Agreement]:
-    """Compares two gradients parameter by parameter.
+    """Compares two gradients, parameter by parameter.
+
+    angle_i = arccos(<u_i, r_i> / (||u_i|| ||r_i||)) for parameter i
 
     Args:
-      update, reference: of the structure of the parameters; for example a rule's `grads.params` and `jax.grad`'s.
+      update, reference: two pytrees with the structure of the parameters, for example the `grads.params` of a rule and
+        the result of `jax.grad`.
 
     Returns:
-      An `Agreement` per parameter, by name.
+      A dict with an `Agreement` for each parameter name.
 
     Raises:
       ValueError: the structures or shapes differ.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> round(float(agreement({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])})["w"].angle), 3)
+      >>> import jax.numpy as jnp, lrules
+      >>> found = lrules.diagnostics.agreement({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])})
+      >>> round(float(found["w"].angle), 3)
       45.0
     """
     if not jax.tree.structure(update) == jax.tree.structure(reference):
@@ -99,38 +126,56 @@ def agreement(update: Pytree, reference: Pytree) -> dict[str, Agreement]:
 
 
 def total_angle(update: Pytree, reference: Pytree) -> jax.Array:
-    """The angle in degrees between two gradients, all parameters together.
+    """Measures the angle between two gradients over all parameters together.
+
+    angle = arccos(<u, r> / (||u|| ||r||)), where u and r hold the entries of all parameters
 
     Args:
-      update, reference: of one structure.
+      update, reference: two pytrees with the structure of the parameters.
 
     Returns:
-      A scalar.
+      The angle in degrees, a scalar.
 
     Raises:
       ValueError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> update, reference = {"a": jnp.array(1.0), "b": jnp.array(0.0)}, {"a": jnp.array(1.0), "b": jnp.array(1.0)}
+      >>> round(float(lrules.diagnostics.total_angle(update, reference)), 3)
+      45.0
     """
     trees = [jax.tree.leaves(tree) for tree in (update, reference)]
     shapes = [[jnp.shape(leaf) for leaf in leaves] for leaves in trees]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"gradients of the shapes {shapes[0]} and {shapes[1]} cannot be compared")
+        raise ValueError(
+            f"total_angle: the update and the reference must have the same shapes, got {shapes[0]} and {shapes[1]}"
+        )
     wide = jnp.float64 if any(leaf.dtype == jnp.float64 for leaves in trees for leaf in leaves) else jnp.float32
     return compare(*(jnp.concatenate([jnp.ravel(leaf).astype(wide) for leaf in leaves]) for leaves in trees)).angle
 
 
 def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]:
-    """Compares feedback weights with the forward weights that they stand in for.
+    """Compares feedback weights with the forward weights that they replace.
 
-    Sequential feedback is compared with the parameter of its name. Direct feedback `[outputs, hidden]` is compared with
-    the transpose of the weight `[hidden, outputs]` of its name, where that weight leads to the outputs; other direct
-    feedback stands in for no single weight and is left out.
+    It compares sequential feedback with the parameter of the same name. It compares direct feedback `[outputs, hidden]`
+    with the transpose of the weight `[hidden, outputs]` of the same name, if this weight leads to the outputs. Other
+    direct feedback does not replace one single weight, and the result does not contain it.
 
     Args:
-      feedback: as from `rule.init`.
+      feedback: a `Feedback`, from `rule.init`.
       params: the parameters.
 
     Returns:
-      An `Agreement` per feedback weight, by name.
+      A dict with an `Agreement` for each name of a feedback weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> rule = lrules.feedback_alignment(jax.nn.initializers.ones)
+      >>> feedback = rule.init(jax.random.key(0), net, params, jnp.ones((1, 3)))
+      >>> {name: float(a.angle) for name, a in lrules.diagnostics.weight_alignment(feedback, params).items()}
+      {'b': 0.0}
     """
     by_name = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     state = feedback.state if isinstance(feedback.state, dict) else {}
@@ -145,21 +190,30 @@ def weight_alignment(feedback: Feedback, params: Pytree) -> dict[str, Agreement]
     return found
 
 
-def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -> jax.Array:
-    """The spectral norm of the network with its activations left out: an estimate of its Lipschitz constant.
+def lipschitz_product(net: NetworkLike, params: Pytree, inputs: Pytree) -> jax.Array:
+    """Estimates the Lipschitz constant: the spectral norm of the network without its activations.
 
-    ||W_L ... W_2 W_1||_2, exactly, for a multilayer perceptron
+    ||W_L ... W_2 W_1||_2, exact for a multilayer perceptron
 
     Args:
-      net: the network; what lies between its activations should be linear (dense layers, convolutions, mean pooling).
+      net: the network. The operations between its activations should be linear (dense layers, convolutions, mean
+        pooling).
       params: the parameters.
-      inputs: one array, the batch in front; its first example says where what is not linear is linearised.
+      inputs: one array, with the batch in front. The function linearises operations that are not linear at the first
+        example.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: the network has several inputs or outputs.
+      ValueError: the network has several inputs, several outputs, or an input without a batch.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> params = {"a": jnp.diag(jnp.array([1.0, 2.0])), "b": 3 * jnp.eye(2)}
+      >>> net = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+      >>> round(float(lrules.diagnostics.lipschitz_product(net, params, jnp.ones((1, 2)))), 4)
+      6.0
 
     References:
       Hoier, Zach: Two tales of single-phase contrastive Hebbian learning (2024), section 6.1, Table 1.
@@ -167,14 +221,18 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
     net = as_network(net)
     leaves, axes = jax.tree.leaves(inputs), net.input_batch_axes(inputs)
     if len(leaves) != 1 or axes[0] is None:
-        raise ValueError(f"lipschitz_product wants one input with a batch axis, but there are {len(leaves)} inputs")
+        raise ValueError(
+            f"lipschitz_product: the network must have one input with a batch axis, got {len(leaves)} inputs"
+        )
     one = jax.lax.slice_in_dim(leaves[0], 0, 1, axis=axes[0])
     graph = net.graph(params, jax.tree.unflatten(jax.tree.structure(inputs), [one]))
 
-    def linear(x):
+    def linear(x: jax.Array) -> jax.Array:
         outputs, _ = graph.run(as_network(net).parameters(params), [x], handlers=(_LeftOut(),), frame=Frame())
         if len(jax.tree.leaves(outputs)) != 1:
-            raise ValueError("lipschitz_product wants one output: wrap the network in a function that returns it")
+            raise ValueError(
+                "lipschitz_product: the network must have one output; wrap it in a function that returns one output"
+            )
         return jnp.ravel(jax.tree.leaves(outputs)[0])
 
     y, pull = jax.vjp(linear, one)
@@ -182,20 +240,25 @@ def lipschitz_product(net: Network | Callable, params: Pytree, inputs: Pytree) -
     return jnp.linalg.norm(rows.reshape(y.size, -1).astype(at_least_float32(y.dtype)), 2)
 
 
-def spectral_norms(
-    net: Network | Callable, params: Pytree, inputs: Pytree, iterations: int = 50
-) -> dict[str, jax.Array]:
-    """The spectral norm of every dense layer and convolution, by power iterations.
+def spectral_norms(net: NetworkLike, params: Pytree, inputs: Pytree, *, iterations: int = 50) -> dict[str, jax.Array]:
+    """Estimates the spectral norm of every dense layer and convolution, by power iterations.
 
-    Their product bounds the Lipschitz constant of a chain of layers with 1-Lipschitz activations and pooling.
+    ||W_l||_2; in a chain of layers with 1-Lipschitz activations and pooling, the Lipschitz constant is <= their product
 
     Args:
       net: the network.
-      params, inputs: as it takes them.
-      iterations: of each layer.
+      params, inputs: what the network takes.
+      iterations: the number of power iterations for each layer.
 
     Returns:
-      A scalar per layer, by name (inside a loop, one per iteration). Biases do not count.
+      A dict with a scalar for each layer name (one per iteration for a layer inside a loop), estimates from below. They
+      do not include biases.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: x @ p["a"], {"a": jnp.diag(jnp.array([1.0, 2.0]))}
+      >>> round(float(lrules.diagnostics.spectral_norms(net, params, jnp.ones((1, 2)))["a"]), 4)
+      2.0
     """
     graph, frame = as_network(net).graph(params, inputs), Frame()
     handler = _SpectralNorms(iterations)
@@ -204,61 +267,63 @@ def spectral_norms(
 
 
 class _LeftOut(Handler):
-    """Leaves out activations."""
+    """Leaves out the activations."""
 
     activations = True
 
-    def activation(self, activation, fn, x, frame):
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> jax.Array:
+        assert activation.output is not None
         return x.astype(activation.output.aval.dtype)
 
 
 class _SpectralNorms(Handler):
-    """Records the spectral norm of layers."""
+    """Records the spectral norms of layers."""
 
-    def __init__(self, iterations: int):
+    def __init__(self, iterations: int) -> None:
         self.iterations = iterations
 
-    def layer(self, layer, op, w, b, x, frame):
-        if layer.operation in ("dot_general", "conv_general_dilated"):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
+        if _known(layer):
             frame.records[f"{layer.site} norm"] = spectral_norm(layer, op.product, w, self.iterations)
         return op(w, x)
 
 
-def spectral_norm(layer, op: Callable, w, iterations: int):
-    """The largest singular value of a layer's linear map, the bias apart, by power iterations.
+def _known(layer: Layer) -> bool:
+    """Whether each row of what a layer reads is multiplied by the same matrix."""
+    return layer.row.kind == "product" and layer.row.by_example
+
+
+def spectral_norm(layer: Layer, op: Callable[..., Any], w: jax.Array, iterations: int) -> jax.Array:
+    """Estimates the largest singular value of a layer's linear map, without the bias, by power iterations.
+
+    sigma = ||A v||, v <- A^T A v / ||A^T A v||, where A is the map x -> op(w, x)
 
     Args:
-      layer: the layer.
-      op: `(w, x) -> y`.
+      layer: the layer, from a handler.
+      op: `(w, x) -> y`, the operation of the layer.
       w: its weight.
-      iterations: how many.
+      iterations: the number of power iterations.
 
     Returns:
-      A scalar: an estimate from below.
+      A scalar, an estimate from below.
 
     Raises:
-      NotImplementedError: the layer is neither dense nor a convolution.
+      NotImplementedError: the layer is not dense and not a convolution.
     """
-    shape = list(layer.operand.aval.shape)
-    if layer.operation == "dot_general":
-        side = 1 - layer.position
-        contract, batch = layer.eqn.params["dimension_numbers"]
-        kept = {*contract[side], *batch[side]}
-    elif layer.operation == "conv_general_dilated":
-        kept = set(range(len(shape))) - {layer.eqn.params["dimension_numbers"].lhs_spec[0]}
-    else:
+    if not _known(layer):
         raise NotImplementedError(
-            f"the spectral norm of the layer {layer.name!r}, a {layer.operation}, is not known here"
+            f"spectral_norm: the layer {layer.name!r} must be dense or a convolution, got a {layer.operation}"
         )
-    shape = [n if i in kept else 1 for i, n in enumerate(shape)]
+    free = layer.row.free(layer.eqn, 1 - layer.position)  # one of the rows that are multiplied alone will do
+    shape = [1 if i in free else n for i, n in enumerate(layer.operand.aval.shape)]
     w = jax.lax.stop_gradient(w)
     v = jax.random.normal(jax.random.key(name_number(layer.name)), shape, layer.operand.aval.dtype)
 
-    def apply(v):
+    def apply(v: jax.Array) -> Any:
         u, pull = jax.vjp(lambda v: op(w, v), v)
         return pull(u)[0]
 
-    def iterate(_, v):
+    def iterate(_: Any, v: jax.Array) -> Any:
         v = apply(v)
         norm = _norm(v)
         return (v / jnp.where(norm > 0, norm, 1)).astype(v.dtype)
@@ -267,5 +332,9 @@ def spectral_norm(layer, op: Callable, w, iterations: int):
     return _norm(op(w, v))
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

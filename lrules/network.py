@@ -1,11 +1,10 @@
-"""Network: a pure function, and where the batch lies in what goes in and comes out."""
+"""Network: a pure function, and where the batch lies in its inputs and outputs."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +12,41 @@ import numpy as np
 
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
-
-Pytree = Any
+from lrules.engine.traces import Traces
+from lrules.options import first_match
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A pure function `apply(params, inputs) -> outputs`, ready for a learning rule.
 
+    net(params, inputs) = apply(params, inputs)
+
+    All functions of the library also take the bare function, if the options have their defaults.
+
     Args:
       apply: the function; `params`, `inputs` and `outputs` are pytrees.
-      has_aux: `apply` returns `(outputs, aux)`; no error arrives at `aux`.
-      batch_axes: where the batch lies in `inputs`: a prefix pytree of it, as vmap's `in_axes`; None for what has no
-        batch (state, keys, positions).
-      frozen: a pytree of weights that are not trained; `apply` is then `apply(params, frozen, inputs)`. Rules treat
-        their layers as all others: feedback stands in for a frozen weight, too. None: there are none.
-      signal_axes: where the batch lies in the outputs and hidden signals, in the order of the inputs, for rules that
-        send each example its own error: one axis for all, or axes by regular expression on the names of hidden signals
-        and on `"outputs"`. None: it is found. To be said where rows are the nodes of one graph (`segment_sum`), or
-        where examples are put into another order and back.
-      handlers: what modifiers do at layers, hidden signals and activations, the outermost first.
+      has_aux: `apply` returns `(outputs, aux)`. No error arrives at `aux`.
+      batch_axes: where the batch lies in `inputs`: an axis, or a prefix pytree of axes as in `in_axes` of `jax.vmap`.
+        None for inputs without a batch (state, keys, positions).
+      frozen: a pytree of weights that are not trained; `apply` is then `apply(params, frozen, inputs)`. Rules treat the
+        layers of these weights as all other layers, so frozen weights get feedback too. None: there are no such
+        weights.
+      signal_axes: where the batch lies in the outputs and hidden signals, in the order of the inputs. Rules that send
+        each example its own error need it. Give one axis for all, or axes by regular expression for the names of hidden
+        signals (see docs/terms.md) and for `"outputs"`. None: the library finds the axes. Give it if rows are the nodes
+        of one graph (`segment_sum`), or if the network puts the examples into another order and back.
+      handlers: what modifiers do at layers, hidden signals and activations, the outermost modifier first.
+
+    Raises:
+      ValueError: `signal_axes` is not an axis, axes by name or None.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net = lrules.Network(lambda w, inputs: inputs[0] @ w + inputs[1], batch_axes=(0, None))
+      >>> net(jnp.eye(2), (jnp.ones((3, 2)), jnp.ones(2))).shape  # the second input has no batch
+      (3, 2)
     """
 
     apply: Callable[..., Any]
@@ -42,15 +56,17 @@ class Network:
     frozen: Pytree = None
     signal_axes: int | Mapping[str, int] | None = None
     handlers: tuple[Handler, ...] = ()
+    traces: Traces = dataclasses.field(default_factory=Traces, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         axes = self.signal_axes
         given = axes.values() if isinstance(axes, Mapping) else () if axes is None else (axes,)
         if not all(isinstance(axis, int | np.integer) for axis in given):
             raise ValueError(f"signal_axes must be an axis, axes by name as {{'outputs': 0}}, or None, got {axes!r}")
 
-    # jax.jit keeps what it has traced by equality: two networks are one only if they hold the very same frozen weights.
-    def __eq__(self, other):
+    # jax.jit compares networks by equality: two networks are equal only if they hold the same frozen weights, by
+    # identity.
+    def __eq__(self, other: Any) -> bool:
         if not isinstance(other, Network):
             return NotImplemented
         (mine, tree), (theirs, other_tree) = jax.tree.flatten(self.frozen), jax.tree.flatten(other.frozen)
@@ -58,29 +74,36 @@ class Network:
         names = ("apply", "has_aux", "batch_axes", "signal_axes", "handlers")
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.apply, self.has_aux, self.handlers))
 
     def __call__(self, params: Pytree, inputs: Pytree) -> Any:
         return self.apply(params, inputs) if self.frozen is None else self.apply(params, self.frozen, inputs)
 
     def parameters(self, params: Pytree) -> list[Any]:
-        """The leaves of the parameters, and after them the frozen weights."""
+        """The leaves of the parameters, then the frozen weights."""
         return [*jax.tree.leaves(params), *map(jax.lax.stop_gradient, jax.tree.leaves(self.frozen))]
 
     def pushing(self, handler: Handler) -> Network:
-        """The same network with one more handler, inside those that it has."""
-        return dataclasses.replace(self, handlers=(*self.handlers, handler))
+        """The same network with one more handler, inside the handlers that it has."""
+        return self.handled((*self.handlers, handler))
+
+    def handled(self, handlers: tuple[Handler, ...]) -> Network:
+        """The same network with these handlers and the same traces."""
+        new = dataclasses.replace(self, handlers=handlers)
+        object.__setattr__(new, "traces", self.traces)
+        return new
 
     def graph(self, params: Pytree, inputs: Pytree, *, double: bool = False) -> Graph:
-        """Traces the network; with `double`, on the batch put after itself (to see which axes grow with it)."""
-        paths, params_tree = jax.tree_util.tree_flatten_with_path((params, self.frozen))
-        paths = [(path[1:], leaf) for path, leaf in paths]
-        names = [parameter_name(path) for path, _ in paths]
-        leaves, inputs_tree = jax.tree.flatten(inputs)
-        trees: list[Any] = []
+        """The traced network, traced once for each kind of arguments; with `double`, on the batch followed by itself.
 
-        def flat(param_leaves, input_leaves):
+        (With `double`, the axes that grow with the batch have twice the size.)
+        """
+        leaves, params_tree = jax.tree.flatten((params, self.frozen))
+        input_leaves, inputs_tree = jax.tree.flatten(inputs)
+        axes = self.input_batch_axes(inputs)
+
+        def flat(param_leaves: list[Any], input_leaves: list[Any]) -> tuple[Pytree, Pytree]:
             if double:
                 input_leaves = [
                     x if a is None else jax.lax.concatenate([x, x], a % jnp.ndim(x))
@@ -88,23 +111,20 @@ class Network:
                 ]
             p, frozen = jax.tree.unflatten(params_tree, param_leaves)
             given = (p,) if frozen is None else (p, frozen)
-            out = self.apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
-            outputs, aux = _split_aux(out) if self.has_aux else (out, None)
-            (out_leaves, out_tree), (aux_leaves, aux_tree) = jax.tree.flatten(outputs), jax.tree.flatten(aux)
-            trees[:] = [out_tree, aux_tree, len(out_leaves)]
-            return out_leaves, aux_leaves
+            out = apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
+            return _split_aux(out) if has_aux else (out, None)
 
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise ValueError(f"two parameters are named {twice!r}: rename one, since rules and feedback go by names")
-        axes = self.input_batch_axes(inputs)
-        closed = jax.make_jaxpr(flat)([leaf for _, leaf in paths], leaves)
-        # What has no batch (state, keys, masks) is no data: a weight that it changes stays a weight.
-        batched = [a is not None or all(other is None for other in axes) for a in axes]
-        return Graph(closed, names, batched, *trees)
+        def build(closed: Any, out_tree: Any, aux_tree: Any) -> Graph:
+            # Inputs without a batch (state, keys, masks) are not data: a weight that they change stays a weight.
+            batched = [a is not None or all(other is None for other in axes) for a in axes]
+            return Graph(closed, parameter_names((params, self.frozen)), batched, out_tree, aux_tree)
+
+        apply, has_aux = self.apply, self.has_aux  # not the network: traces are kept, and must not keep the network
+        key = (params_tree, inputs_tree, double)
+        return self.traces.graph(apply, key, flat, (leaves, input_leaves), build)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
-        """The batch axis of each leaf of `inputs`; None among the inputs is no leaf."""
+        """The batch axis of each leaf of `inputs`; a None among the inputs is not a leaf."""
         axes: list[int | None] = []
         try:
             jax.tree.map(
@@ -115,20 +135,20 @@ class Network:
             )
         except ValueError:
             raise ValueError(
-                f"batch_axes={self.batch_axes} is no prefix of the inputs, whose structure is "
-                f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in_axes of jax.vmap"
+                f"batch_axes must be a prefix of the inputs, got {self.batch_axes} and inputs of the structure "
+                f"{jax.tree.structure(inputs)}: give one axis (or None) per input, as in in_axes of jax.vmap"
             ) from None
         return axes
 
     def stated_axis(self, name: str, shape: Sequence[int], batch: int) -> int | None:
-        """Where `signal_axes` says that the batch lies in a hidden signal or, as `"outputs"`, in an output.
+        """The batch axis that `signal_axes` gives for a hidden signal or, with the name `"outputs"`, for an output.
 
         Raises:
-          ValueError: there is no such axis of the size of the batch.
+          ValueError: there is no such axis, or it does not have the size of the batch.
         """
         stated = self.signal_axes
         if isinstance(stated, Mapping):
-            stated = next((axis for pattern, axis in stated.items() if re.search(pattern, name)), None)
+            stated = first_match(stated, name)
         if stated is None:
             return None
         if not -len(shape) <= stated < len(shape) or shape[stated] != batch:
@@ -139,12 +159,12 @@ class Network:
         return stated % len(shape)
 
     def batch_size(self, inputs: Pytree) -> int:
-        """How many examples `inputs` holds.
+        """The number of examples in `inputs`.
 
         Raises:
-          ValueError: no input has a batch axis, or they differ in size.
+          ValueError: no input has a batch axis, or the batch axes have different sizes.
         """
-        sizes: dict[int, None] = {}  # in the order of the inputs: symbolic ones may not compare
+        sizes: dict[int, None] = {}  # in the order of the inputs: symbolic sizes cannot be sorted
         for leaf, axis in zip(jax.tree.leaves(inputs), self.input_batch_axes(inputs), strict=True):
             if axis is not None:
                 if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
@@ -159,18 +179,34 @@ class Network:
         return next(iter(sizes))
 
 
-def as_network(net: Network | Callable[..., Any]) -> Network:
-    """`net` itself, or a bare function wrapped."""
+NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # a function of (params, inputs)
+
+
+def as_network(net: NetworkLike) -> Network:
+    """The network; a bare function becomes one."""
     return net if isinstance(net, Network) else Network(net)
 
 
-def parameter_name(path) -> str:
+def parameter_names(params: Pytree) -> list[str]:
+    """The names of the leaves of `(parameters, frozen weights)`.
+
+    Raises:
+      ValueError: two have the same name.
+    """
+    names = [parameter_name(path[1:]) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"two parameters are named {twice!r}: rename one, because rules and feedback use the names")
+    return names
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
     """The name of a parameter: its path with `/` between the parts, without a trailing `/value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value") or "params"
 
 
-def _split_aux(out):
+def _split_aux(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"has_aux=True wants apply to return (outputs, aux), got {type(out).__name__}")
+        raise TypeError(f"with has_aux=True, apply must return (outputs, aux), got a {type(out).__name__}")
     return out

@@ -1,22 +1,24 @@
-"""Rules: what one is, and how to apply one to a network.
+"""The protocol of rules: `Rule`, `Feedback`, `Gradients`, and what a rule may do at a layer.
 
-A rule changes the backward pass and leaves the forward pass as it is. Most are made by the two constructors of
-`constructors.py`: *sequential* rules decide, layer by layer, how the weight gradient is formed and what error goes
-down; *direct* rules bring the output error straight to each hidden signal.
+A rule changes the backward pass and does not change the forward pass. The two constructors of `constructors.py` make
+most rules. *Sequential* rules decide, layer by layer, the weight gradient and the error that goes down. *Direct* rules
+bring the output error straight to each hidden signal.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lrules.options import Initializer, as_initializer, is_number
-
-Pytree = Any
+from lrules.engine.closures import held
+from lrules.network import NetworkLike
+from lrules.options import ByName, as_initializer, asked_for, is_number
+from lrules.typing import Initializer, Pytree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,51 +26,150 @@ class Backprop:
     """Backpropagation at this layer."""
 
 
+# What the functions of a rule may ask for by name, besides the rule's own numbers; `sequential` and `direct` define it.
+OFFERED = ("rng", "state", "targets", "elements", "h", "y", "slope")
+
+
+class _LayerRule:
+    """The common part of sequential and direct rules: functions that may ask for more arguments by name."""
+
+    of = ""  # a state belongs to it
+    redrawn: bool
+    numbers: Mapping[str, ByName[Any]]
+    state: Callable[..., Any] | None
+
+    def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+        """The functions by their option, with the arguments that they take and the arguments that they may ask for."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def asks(self) -> dict[str, frozenset[str]]:
+        """The arguments that each function asks for by name."""
+        return {
+            option: asked_for(option, fn, takes, (*offers, *self.numbers))
+            for option, (fn, takes, offers) in self.functions().items()
+            if fn is not None
+        }
+
+    @functools.cached_property
+    def asks_for(self) -> frozenset[str]:
+        """The arguments that any function asks for, without the numbers of the rule."""
+        return frozenset().union(*self.asks.values()) - frozenset(self.numbers)
+
+    @functools.cached_property
+    def holds(self) -> bool:
+        """Whether a function closes over a traced value, or a number is traced."""
+        fns = [fn for fn, _, _ in self.functions().values()]
+        return bool(held([*fns, *(value for by_name in self.numbers.values() for value in by_name.values())])[0])
+
+    @functools.cached_property
+    def begins_with(self) -> frozenset[str]:
+        """The arguments that `state` asks for by name."""
+        assert self.state is not None
+        return asked_for("state", self.state, (self.of,), ("key", "name"))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the rule needs a key at every step."""
+        return self.redrawn or "rng" in self.asks_for
+
+    @property
+    def needs_loss(self) -> str | None:
+        """A name of what the rule needs and `transform` does not have; None if it needs nothing more."""
+        if "targets" in self.asks_for or getattr(self, "targets", False):
+            return "the targets"
+        if "elements" in self.asks_for:
+            return "the loss"
+        return None if self.state is None else "to return its state"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the functions need only the arguments that they always get, and static numbers."""
+        return not (self.asks_for or self.holds or getattr(self, "targets", False))
+
+    def bound(self, option: str, name: str) -> Callable[..., Any]:
+        """A function with the numbers that it asks for, for one layer or hidden signal."""
+        fn, wanted = self.functions()[option][0], self.asks[option].intersection(self.numbers)
+        return functools.partial(fn, **{number: self.numbers[number].of(name) for number in wanted}) if wanted else fn
+
+    def _check_asked(self) -> None:
+        for name in self.numbers:
+            if name in OFFERED:
+                raise ValueError(f"numbers must not have {name!r}, which every rule can ask for: use another name")
+            if all(name not in asks for asks in self.asks.values()):
+                listed = " or ".join(self.asks)
+                raise ValueError(
+                    f"numbers has {name!r}, but {listed} has no argument of this name: add it to the function"
+                )
+        if self.state is not None:
+            assert self.begins_with is not None  # this refuses a state that is not a function
+            if "state" not in self.asks_for:
+                listed = " or ".join(self.asks)
+                raise ValueError(f"state is given, but {listed} does not ask for it: add the argument, or drop state")
+        if self.state is None and "state" in self.asks_for:
+            raise ValueError("a function asks for state, but the option state is not given: give the first state")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sequential:
-    """Error passes through this layer, and `backward` says how.
+class Sequential(_LayerRule):
+    """The error passes through this layer as `backward` says.
 
     Attributes:
       backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`.
-      init: the initializer of the feedback weights; None where there are none (then `b` is None).
+      init: the initializer of the feedback weights; None if there are none (then `b` is None).
       learned: whether `db` trains the feedback weights.
-      redrawn: whether the feedback weights are drawn anew at every step.
+      redrawn: whether the rule draws new feedback weights at every step.
       whole_batch: whether the gradient depends on the batch as a whole, so that it must be summed over devices.
-      gain: `(op, w, x, d, layer) -> c`, where the weight gradient is c times that of backprop; None for 1.
+      gain: `(op, w, x, d, layer) -> c`, if the weight gradient is c times that of backprop; None for 1.
+      state: `(layer) -> pytree`, the first state of a layer; None if there is none.
+      numbers: hyperparameters, by the name that the functions ask for.
     """
 
-    backward: Callable[..., tuple[Any, Any, Any]]
+    backward: Callable[..., tuple[Any, ...]]
     init: Initializer | None = None
     learned: bool = False
     redrawn: bool = False
     whole_batch: bool = False
     gain: Callable[..., Any] | None = None
+    state: Callable[..., Any] | None = None
+    numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
-        as_initializer(self.init)  # which refuses what cannot be called
+    of = "layer"
+
+    def __post_init__(self) -> None:
+        as_initializer(self.init)  # this refuses an init that is not a function
+        self._check_asked()
+
+    def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+        return {
+            "backward": (self.backward, ("op", "w", "b", "x", "d", "layer"), OFFERED),
+            "gain": (self.gain, ("op", "w", "x", "d", "layer"), ()),
+        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Direct:
+class Direct(_LayerRule):
     """The output error comes straight to the hidden signal that this layer reads.
 
     Attributes:
-      signal: `(e, b, targets, name) -> cotangent`; None where nothing arrives.
-      init: the initializer of the feedback weights; None where there are none (then `b` is None).
-      learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed ones.
-      redrawn: whether the feedback weights are drawn anew at every step.
+      signal: `(e, b, targets, name) -> cotangent`; None if nothing arrives.
+      init: the initializer of the feedback weights; None if there are none (then `b` is None).
+      learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed feedback weights.
+      redrawn: whether the rule draws new feedback weights at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
-      shared_axes: axes of the outputs along which one feedback weight serves all positions, each with the places in
-        hidden signals that are given for it: axes, or `"loop 0"`; the first that fits a signal holds there.
-      rank: of the error that is sent, brought to it by one more feedback weight, `(outputs)`; None: as it is.
-      channel: in place of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+      shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
+        hidden signals that are given for it: axes, or `"loop 0"`. At each signal, the first place that fits holds.
+      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error before it is sent;
+        None: the error is not reduced.
+      pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
-      targets: whether `signal` needs the targets; it then gets `elements=`, too, if it has an argument of that name:
-        how many losses the objective is the mean of.
-      error_at: where the output error is taken. `"layer"`: at the last layer's outputs, below a softmax or the like
-        that has no parameters (see `head.py`); or `"outputs"`.
-      max_feedback_bytes: what the feedback weights of one rule may take.
-      offers: which of `at`, `shared_axes` and `rank` the rule's user can give, for refusals to advise.
+      targets: whether `signal` needs the targets.
+      error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
+        the like without parameters (see `head.py`), or `"outputs"`.
+      max_feedback_bytes: the largest number of bytes that the feedback weights may have.
+      offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
+      state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
+      numbers: hyperparameters, by the name that the functions ask for.
     """
 
     signal: Callable[..., Any] | None
@@ -78,34 +179,54 @@ class Direct:
     at: tuple[str, ...] | None = None
     shared_axes: tuple[tuple[int, tuple[int | str, ...]], ...] = ()
     rank: int | None = None
-    channel: Callable[..., Callable[..., Any]] | None = None
+    pullback: Callable[..., Callable[..., Any]] | None = None
     targets: bool = False
-    error_at: str = "layer"
-    max_feedback_bytes: int = 2**30
+    error_at: Literal["layer", "outputs"] = "layer"
+    max_feedback_bytes: float = 2**30
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
+    state: Callable[..., Any] | None = None
+    numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    of = "shape"
+
+    def __post_init__(self) -> None:
         as_initializer(self.init)
         if self.error_at not in ("layer", "outputs"):
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
             raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
+        self._check_asked()
+        if self.state is not None and "state" not in self.asks.get("signal", ()):
+            raise ValueError("learn asks for state, and signal returns the next state, so signal must ask for it too")
+
+    def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+        return {
+            "signal": (self.signal, ("e", "b", "targets", "name"), tuple(n for n in OFFERED if n != "targets")),
+            "learn": (self.learn, ("e", "h", "b"), ("name", *(n for n in OFFERED if n != "h"))),
+        }
 
     @property
     def lands(self) -> bool:
-        """Whether anything arrives at all."""
-        return self.signal is not None or self.channel is not None
+        """Whether an error arrives."""
+        return self.signal is not None or self.pullback is not None
 
 LayerRule = Backprop | Sequential | Direct
 
 
 class Feedback(NamedTuple):
-    """The weights of the learning channel, by name.
+    """The weights of the learning channel (see docs/terms.md), by name.
 
     Attributes:
-      fixed: never enters an optimizer.
-      learned: `grads.feedback` has its structure, and the sign of a gradient.
-      state: statistics that a rule carries; continue with `feedback._replace(state=grads.state)`.
+      fixed: feedback weights that no optimizer changes.
+      learned: feedback weights that learn. `grads.feedback` has the same structure; optimizers subtract it.
+      state: statistics of the rule, `()` for most rules. Continue with `feedback._replace(state=grads.state)`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> feedback = lrules.feedback_alignment().init(jax.random.key(0), net, params, jnp.ones((1, 3)))
+      >>> list(feedback.fixed), feedback.learned, feedback.state
+      (['b'], {}, ())
     """
 
     fixed: dict[str, jax.Array]
@@ -121,13 +242,20 @@ class _Gradients(NamedTuple):
 
 
 class Gradients(_Gradients):
-    """What a rule gives in place of gradients: optimizers subtract it.
+    """The updates of a rule, in the place of gradients: optimizers subtract them.
 
     Attributes:
-      params: of the structure of the parameters.
-      feedback: of the structure of `feedback.learned`.
-      state: the next `feedback.state`; `()` for rules without one.
-      report: what the rule has to tell of this step, by name; `{}` for most rules.
+      params: the updates of the parameters, with their structure.
+      feedback: the updates of `feedback.learned`, with its structure.
+      state: the next `feedback.state`; `()` for rules without a state.
+      report: measurements of this step, by name; `{}` for most rules.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> step = lrules.value_and_grad(lambda w, x: x @ w, lrules.testing.half_squared_error, lrules.backprop())
+      >>> _, grads = step(jnp.eye(2), lrules.Feedback({}, {}), jnp.ones((1, 2)), jnp.zeros((1, 2)))
+      >>> grads.params.shape, grads.feedback, grads.report
+      ((2, 2), {}, {})
     """
 
     __slots__ = ()
@@ -138,14 +266,28 @@ class Gradients(_Gradients):
         return super().__new__(cls, params, feedback, state, {} if report is None else report)
 
 
+class DrawFeedback(Protocol):
+    """The type of `rule.init`."""
+
+    def __call__(self, key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        """Draws the feedback weights for a network.
+
+        Args:
+          key: a key of `jax.random`.
+          net: the network.
+          params: the parameters.
+          inputs: the inputs of the network, arrays or `ShapeDtypeStruct`s.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleDescription:
-    """What a rule does where. The rule's functions are made from it.
+    """What a rule does at each place of a network. The functions of the rule are made from it.
 
     Attributes:
       plan: `(net, graph, params, inputs) -> Plan`.
-      layer: what the rule does at one layer, for `partition`; None where it cannot be said layer by layer.
-      modified: a modifier acts around the rule, and `plan` knows nothing of it.
+      layer: what the rule does at one layer, for `partition`; None if the rule acts on the network as a whole.
+      modified: a modifier acts around the rule, and `plan` does not include it.
     """
 
     plan: Callable[..., Any]
@@ -154,7 +296,7 @@ class RuleDescription:
     _functions: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
 
     def describes(self, functions: tuple[Any, ...]) -> bool:
-        """Whether these functions are the ones that were made from it: those of the first rule that holds it."""
+        """Whether these functions were made from this description: they are those of the first rule that holds it."""
         if not self._functions:
             self._functions.extend(functions)
         return all(a is b for a, b in zip(self._functions, functions, strict=True))
@@ -167,14 +309,21 @@ class Rule:
     Attributes:
       init: `(key, net, params, inputs) -> Feedback`.
       transform: `(net, *, reduction) -> f(params, feedback, inputs, *, rng=None)`, see `lrules.transform`.
-      value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None where that of `transform` serves.
-      stochastic: needs `rng=`.
-      additive: the gradient of a batch is the sum of those of its parts, up to their weights in the objective.
-      description: what the rule does where, from which its functions are made. None for a rule that is made of
-        functions by hand, and for a copy with another function: a description would no longer be true of it.
+      value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None if it follows from `transform`.
+      stochastic: whether the rule needs `rng=`.
+      additive: whether the gradient of a batch is the sum of the gradients of its parts, up to their weights in the
+        objective.
+      description: what the rule does at each place of a network; its functions are made from it. It is None for a rule
+        that is made of functions by hand, and for a copy with another function: the description would be wrong there.
+
+    Example:
+      >>> import lrules
+      >>> rule = lrules.sign_symmetry("random")
+      >>> isinstance(rule, lrules.Rule), rule.stochastic, rule.additive
+      (True, True, True)
     """
 
-    init: Callable[..., Feedback]
+    init: DrawFeedback
     transform: Callable[..., Callable[..., Any]]
     value_and_grad: Callable[..., Callable[..., Any]] | None = None
     _: dataclasses.KW_ONLY
@@ -188,11 +337,11 @@ class Rule:
             object.__setattr__(self, "description", None)
 
     def _replace(self, **changes: Any) -> Rule:
-        """A copy with other attributes, as `dataclasses.replace` makes it."""
+        """A copy with other attributes, as by `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
     def modified(self, **changes: Any) -> Rule:
-        """The rule with a modifier around it: other functions, and a description that says so."""
+        """The rule with a modifier around it: it has other functions, and its description says that it is modified."""
         known = self.description
         about = None if known is None else RuleDescription(known.plan, modified=True)
         return dataclasses.replace(self, **changes, description=about)
@@ -202,7 +351,7 @@ def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleD
     """The description of a rule.
 
     Raises:
-      ValueError: it has none; the message names `who` needs it and `which` rule it is.
+      ValueError: the rule has none; the message says `who` needs it and `which` rule it is.
     """
     if rule.description is None:
         raise ValueError(
@@ -212,32 +361,32 @@ def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleD
     return rule.description
 
 
-def require_rule(rule) -> None:
-    """A rule is a `Rule`, not the factory that makes it."""
+def require_rule(rule: Any) -> None:
+    """Refuses an object that is not a `Rule`, such as the factory of a rule."""
     if not isinstance(rule, Rule):
         hint = "call its factory first" if callable(rule) else "the order is (net, rule) and (net, loss, rule)"
         raise TypeError(f"the rule is a {type(rule).__name__}, not an lrules.Rule: {hint}")
 
 
-def require_feedback(feedback) -> None:
-    """Feedback is a `Feedback`, empty for rules that need none."""
+def require_feedback(feedback: Any) -> None:
+    """Refuses an object that is not a `Feedback`."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
-        remedy = "make one of it, lrules.Feedback(**restored)" if restored else "make it with "
+        remedy = "write lrules.Feedback(**restored)" if restored else "make it with "
         remedy += "" if restored else "rule.init(key, net, params, inputs)"
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 
-def check_rng(rule: Rule, rng) -> None:
-    """`rng=` belongs to stochastic rules and to no others."""
+def check_rng(rule: Rule, rng: jax.Array | None) -> None:
+    """Stochastic rules need `rng=`, and other rules refuse it."""
     if rule.stochastic and rng is None:
-        raise ValueError("this rule is stochastic: give it a fresh key at every step, rng=jax.random.key(...)")
+        raise ValueError("this rule is stochastic: give it a new key at every step, rng=jax.random.key(...)")
     if not rule.stochastic and rng is not None:
-        raise ValueError("this rule uses no randomness: leave rng= out")
+        raise ValueError("this rule does not use random numbers: leave rng out")
 
 
 def check_params(params: Pytree) -> None:
-    """Parameters are arrays of real or complex numbers."""
+    """Refuses parameters that are not arrays of real or complex numbers."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
@@ -245,6 +394,6 @@ def check_params(params: Pytree) -> None:
             what = f"has dtype {dtype}" if dtype is not None else f"is a {type(leaf).__name__}, not an array"
             raise TypeError(
                 f"the parameter {name!r} {what}: only floating-point arrays can be trained, so pass it with the inputs "
-                "(batch_axes=None for what has no batch), close over it, or take an Equinox model apart, by "
+                "(with batch_axes=None if it has no batch), close over it, or split an Equinox model by "
                 "params, static = eqx.partition(model, eqx.is_inexact_array)"
             )

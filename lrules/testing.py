@@ -1,83 +1,153 @@
-"""The conformance test that every rule passes, ours and yours."""
+"""The test that every rule has to pass, ours and yours."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lrules.apply import transform, value_and_grad
+from lrules.modifiers import modify_error
 from lrules.network import Network, as_network
-from lrules.rule import Feedback, Rule
+from lrules.rule import Feedback, Gradients, Rule, require_rule
+from lrules.trial import (
+    Trial,
+    changed,
+    example,
+    forward,
+    gap_of,
+    largest,
+    learned,
+    loss,
+    named,
+    norms,
+    off,
+    same,
+    shapes,
+    stirred,
+    wide,
+    zip_leaves,
+)
+from lrules.typing import Pytree
 
-Pytree = Any
+__all__ = ["check_rule", "half_squared_error", "serves_transform"]
+
+SKIPPABLE = ("descends", "local", "arrives", "used", "modified")
 
 
-def check_rule(rule: Rule, net: Network | None = None, params: Pytree = None, inputs: Pytree = None) -> None:
-    """Checks that a rule keeps the promises of `lrules.Rule`.
+def check_rule(
+    rule: Rule,
+    net: Network | None = None,
+    params: Pytree = None,
+    inputs: Pytree = None,
+    *,
+    skip: str | Iterable[str] = (),
+) -> None:
+    """Checks that a rule keeps the promises of `lrules.Rule`, and that it learns.
 
-    The forward pass stays as it is, bit for bit; gradients have the parameters' structure, shapes and dtypes, and are
-    finite, dead units included; `jit`, `vmap` over seeds and `scan` over steps agree with plain calls; the second step
-    does not compile again; `init` works under `eval_shape` and returns buffers of its own; `rng` is asked for exactly
-    by stochastic rules; an error that is zero at the outputs moves no forward weight, unless the rule is stochastic or
-    needs the targets.
+    g(batch) = sum over parts of (n_part / n) g(part),  <g, true gradient> > 0 at the weights nearest the output
+
+    **Program.** The rule keeps the outputs of the network, bit for bit, and what `has_aux` adds to them. Its gradients
+    have the structure, shapes and dtypes of the parameters, also in bfloat16. They are finite, also for dead units and
+    for an error of zero. `jit`, `vmap` over seeds and `scan` over steps give what plain calls give, and the second step
+    does not compile again. `init` works under `eval_shape`, returns new arrays, and gives the same shapes for every
+    batch. A step returns a new `feedback.state`, if there is one. `transform` and `value_and_grad` agree.
+
+    **Error.** If the error at the outputs is zero, no parameter moves. This is not checked for a stochastic rule, which
+    may add noise, or for a rule that `transform` does not serve, which may learn from the targets.
+
+    **Batch.** The gradient of a batch is the weighted sum of the gradients of its parts, and `reduction="sum"` gives n
+    times the gradient of the mean. So a rule may use any function of one example's own error, as `lrules.sign_error`
+    does. But the function must act on the scale of the per-example sum, as in `lrules.modify_error`: the error that
+    arrives is divided by the size of the batch. A rule that needs the whole batch must say so, with
+    `sequential(whole_batch=True)` or `Rule(additive=False)`. For a stochastic rule, the check compares means over many
+    keys. It is left out if the network itself mixes its examples (BatchNorm), or cannot take half of the batch.
+
+    **Learning.** These promises have names, for `skip`. The check replaces the feedback weights by others, so an
+    initializer may draw zeros.
+
+    - `"descends"`: for the weights nearest the output (their error crosses no hidden signal), the gradient has a
+      positive inner product with the true one.
+    - `"local"`: on the default network, the gradient of a neuron's weights is the error that its bias gets, times what
+      the layer reads, up to positive factors.
+    - `"arrives"`: each parameter that backprop trains gets a gradient. A rule that stops the error must say so, with
+      `direct(None)`, as `lrules.last_layer_only` does.
+    - `"used"`: each feedback weight changes the step, and so does the key of a stochastic rule. Each learned feedback
+      weight gets a gradient.
+    - `"modified"`: modifiers of the error act on the rule, or the rule refuses them.
 
     Args:
       rule: the rule.
-      net, params, inputs: a network to try it on, with outputs `[batch, outputs]`; by default a small multilayer
-        perceptron with a skip connection, and one unit that is always dead.
+      net, params, inputs: the network for the test, with outputs `[batch, outputs]`. Default: a small multilayer
+        perceptron with a skip connection, a scale, and one unit that is always dead. Its layers are `a` to `d`.
+      skip: the names of the promises that the rule does not make.
 
     Raises:
-      AssertionError: a promise is broken; the message says which.
+      AssertionError: the rule breaks a promise; the message says which.
+      TypeError: the rule is not a `Rule`.
+      ValueError: `skip` has another name.
 
     Example:
       >>> import lrules
       >>> lrules.testing.check_rule(lrules.feedback_alignment())
     """
+    require_rule(rule)
+    skipped = {skip} if isinstance(skip, str) else set(skip)
+    if unknown := sorted(skipped - set(SKIPPABLE)):
+        names = ", ".join(map(repr, SKIPPABLE))
+        raise ValueError(f"skip={unknown[0]!r} is not the name of a promise: choose from {names}")
+    default = net is None
     if net is None:
-        net, params, inputs = _example()
-    net = as_network(net)
-    key = jax.random.key(7)
-    rng = {"rng": jax.random.key(11)} if rule.stochastic else {}
-    feedback = rule.init(key, net, params, inputs)
-    outputs = jax.jit(net.__call__)(params, inputs)
-    outputs = outputs[0] if net.has_aux else outputs
-    targets = jax.tree.map(lambda y: jnp.roll(y, 1, 0) + jnp.asarray(0.1, y.dtype), outputs)
+        net, params, inputs = example()
+    trial = Trial(rule, as_network(net), params, inputs)
 
-    _check_init(rule, net, params, inputs, feedback, key)
-    _check_rng(rule, net, params, feedback, inputs, targets)
-    if serves_transform(rule, net):
-        f = transform(net, rule)
-        got = jax.jit(lambda p, x: f(p, feedback, x, **rng))(params, inputs)
-        got = got[0] if net.has_aux else got
-        _same(got, outputs, "transform changes the outputs", exact=True)
+    _check_init(trial)
+    _check_rng(trial)
+    outputs = _check_step(trial)
+    _check_vmap(trial)
+    _check_scan(trial)
+    if default:
+        _check_tracing(trial)
+    _check_no_error(trial, outputs)
 
-    step = value_and_grad(net, half_squared_error, rule)
-    jitted = jax.jit(step)
-    (value, seen, *_), grads = jitted(params, feedback, inputs, targets, **rng)
-    _same(seen, outputs, "value_and_grad returns other outputs than the network's", tolerance=1e-6)
-    _same(value, half_squared_error(outputs, targets).mean(), "the value is not the mean loss", tolerance=1e-5)
-    _check_gradients(params, feedback, grads)
-
-    (plain_value, *_), plain = step(params, feedback, inputs, targets, **rng)
-    _same(plain_value, value, "jit changes the value", tolerance=1e-5)
-    _same(plain.params, grads.params, "jit changes the gradients", tolerance=1e-4)
-    jitted(jax.tree.map(lambda p: p * jnp.asarray(0.9, p.dtype), params), feedback, inputs, targets, **rng)
-    assert jitted._cache_size() == 1, "the second step compiles again"  # type: ignore[attr-defined]
-
-    _check_vmap(rule, net, params, inputs, targets, step)
-    _check_scan(step, params, feedback, inputs, targets, rng)
-    if not rule.stochastic and serves_transform(rule, net):  # targets may teach where the error is zero
-        (_, seen, *_), _ = jitted(params, feedback, inputs, targets)
-        still = jax.jit(step)(params, feedback, inputs, seen)[1]
-        for leaf in jax.tree.leaves(still.params):
-            assert not jnp.any(leaf), "an error of zero at the outputs moves the parameters"
+    trial.feedback = stirred(trial.feedback)
+    samples = trial.samples(trial.inputs, trial.targets)
+    _check_batch(trial)
+    if "descends" not in skipped:
+        _check_descends(trial, samples)
+    if default and "local" not in skipped:
+        _check_local(trial)
+    if "arrives" not in skipped:
+        _check_arrives(trial, samples)
+    if "used" not in skipped:
+        _check_used(trial, samples)
+    if "modified" not in skipped:
+        _check_modified(trial)
+    if serves_transform(trial.rule, trial.net):
+        _check_transform(trial)
 
 
 def serves_transform(rule: Rule, net: Network) -> bool:
-    """Whether `transform` serves the rule (else only `value_and_grad` does)."""
+    """Checks whether `transform` serves a rule; if not, only `value_and_grad` does.
+
+    Args:
+      rule: the rule.
+      net: the network.
+
+    Returns:
+      True or False.
+
+    Example:
+      >>> import lrules
+      >>> net = lrules.Network(lambda w, x: x @ w)
+      >>> serves = lrules.testing.serves_transform
+      >>> serves(lrules.feedback_alignment(), net), serves(lrules.random_target_projection(), net)
+      (True, False)
+    """
     try:
         transform(net, rule)
     except ValueError:
@@ -86,102 +156,319 @@ def serves_transform(rule: Rule, net: Network) -> bool:
 
 
 def half_squared_error(outputs: Pytree, targets: Pytree) -> jax.Array:
-    """0.5 ||y - t||^2 per example, `[batch]`."""
-    terms = [0.5 * ((y - t) ** 2).reshape(len(y), -1).sum(1) for y, t in _zip(outputs, targets)]
-    return sum(terms[1:], terms[0])
+    """A simple loss for tests and examples: half the squared error of each example.
+
+    L = 1/2 ||y - t||^2
+
+    Args:
+      outputs: y, an array or a pytree of arrays `[batch, ...]`.
+      targets: t, with the same structure and shapes.
+
+    Returns:
+      One loss per example, `[batch]`.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.testing.half_squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()
+      [1.5, 1.5]
+    """
+    return loss(outputs, jax.tree.map(jnp.negative, targets))
 
 
-def _zip(a, b):
-    return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+# ------------------------------------------------------------------------------------------------------- the program
 
 
-def _example():
-    keys = jax.random.split(jax.random.key(3), 4)
-    params = {
-        name: {"kernel": jax.random.normal(k, shape) / shape[0] ** 0.5, "bias": jnp.full(shape[1], 0.1, jnp.float32)}
-        for name, k, shape in zip("abcd", keys, [(6, 8), (8, 8), (8, 8), (8, 3)], strict=True)
-    }
-    params["a"]["bias"] = params["a"]["bias"].at[2].set(-100.0)  # never active
-
-    def apply(params, x):
-        layer = lambda name, h: h @ params[name]["kernel"] + params[name]["bias"][None]  # noqa: E731
-        h = jax.nn.relu(layer("a", x))
-        h = h + jnp.tanh(layer("b", h))
-        return layer("d", jax.nn.relu(layer("c", h)))
-
-    return Network(apply), params, jax.random.normal(jax.random.key(4), (5, 6))
-
-
-def _same(got, wanted, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(wanted), f"{complaint}: another structure"
-    for g, w in _zip(got, wanted):
-        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-        scale = max(float(np.max(np.abs(w), initial=0)), 1.0)
-        fine = np.array_equal(g, w) if exact else np.allclose(g, w, rtol=tolerance, atol=tolerance * scale)
-        assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
-
-
-def _check_init(rule, net, params, inputs, feedback, key) -> None:
+def _check_init(trial: Trial) -> None:
+    rule, net, params, inputs, feedback = trial.rule, trial.net, trial.params, trial.inputs, trial.feedback
+    key = jax.random.key(7)
     assert isinstance(feedback, Feedback), "init does not return a Feedback"
-    shapes = jax.eval_shape(lambda k, p, x: rule.init(k, net, p, x), key, params, inputs)
-    described = jax.tree.map(lambda x: (x.shape, str(x.dtype)), feedback)
-    assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), shapes) == described, "init differs under eval_shape"
+    shaped = functools.partial(jax.eval_shape, lambda k, p, x: rule.init(k, net, p, x), key, params)
+    assert shapes(shaped(inputs)) == shapes(feedback), "init differs under eval_shape"
     buffers = {id(x) for x in jax.tree.leaves(params)}
     assert not buffers & {id(x) for x in jax.tree.leaves(feedback)}, "init returns buffers of the parameters"
     again = rule.init(key, net, params, inputs)
-    _same(again, feedback, "init with one key gives two results", exact=True)
+    same(again, feedback, "init with one key gives two results", exact=True)
+    for part, _ in trial.parts:
+        assert shapes(shaped(part)) == shapes(feedback), (
+            "init gives feedback of other shapes for a smaller batch: make its shapes independent of the batch"
+        )
 
 
-def _check_rng(rule, net, params, feedback, inputs, targets) -> None:
-    wrong = {} if rule.stochastic else {"rng": jax.random.key(0)}
+def _check_rng(trial: Trial) -> None:
+    wrong = {} if trial.rule.stochastic else {"rng": jax.random.key(0)}
     try:
-        value_and_grad(net, half_squared_error, rule)(params, feedback, inputs, targets, **wrong)
+        trial.step(trial.params, trial.feedback, trial.inputs, trial.targets, **wrong)
     except ValueError as error:
         assert "rng" in str(error), f"the wrong use of rng raises something else: {error}"
     else:
-        raise AssertionError("rng is " + ("not asked for" if rule.stochastic else "taken without need"))
+        raise AssertionError("the rule " + ("does not ask for rng" if trial.rule.stochastic else "takes an unused rng"))
 
 
-def _check_gradients(params, feedback, grads) -> None:
+def _check_step(trial: Trial) -> Pytree:
+    """The step alone, with jit and without; returns the outputs without jit."""
+    net, params, feedback, inputs, targets = trial.net, trial.params, trial.feedback, trial.inputs, trial.targets
+    if serves_transform(trial.rule, trial.net):
+        f = transform(net, trial.rule)
+        got = jax.jit(lambda p, x: f(p, feedback, x, **trial.rng))(params, inputs)
+        got = got[0] if net.has_aux else got
+        same(got, trial.outputs, "transform changes the outputs", exact=True)
+    (value, seen, *_), grads = trial.jitted(params, feedback, inputs, targets, **trial.rng)
+    same(seen, trial.outputs, "value_and_grad returns other outputs than the network's", tolerance=1e-6)
+    same(value, loss(trial.outputs, targets).mean(), "the value is not the mean loss", tolerance=1e-5)
+    _check_gradients(params, feedback, grads)
+    (plain_value, plain_outputs, *_), plain = trial.step(params, feedback, inputs, targets, **trial.rng)
+    same(plain_value, value, "jit changes the value", tolerance=1e-5)
+    same(plain.params, grads.params, "jit changes the gradients", tolerance=1e-4)
+    smaller = jax.tree.map(lambda p: p * jnp.asarray(0.9, p.dtype), params)
+    trial.jitted(smaller, feedback, inputs, targets, **trial.rng)
+    assert trial.jitted._cache_size() == 1, "the second step compiles again"
+    return plain_outputs
+
+
+def _check_gradients(params: Pytree, feedback: Feedback, grads: Gradients) -> None:
     assert jax.tree.structure(grads.params) == jax.tree.structure(params), "gradients have another structure"
-    for g, p in _zip(grads.params, params):
+    for g, p in zip_leaves(grads.params, params):
         kinds = f"{g.dtype}{g.shape}", f"{p.dtype}{p.shape}"
         assert kinds[0] == kinds[1], f"a gradient is {kinds[0]}, its parameter {kinds[1]}"
         assert jnp.all(jnp.isfinite(g)), "a gradient is not finite"
-    assert any(bool(jnp.any(g)) for g in jax.tree.leaves(grads.params)), "all gradients are zero"
     assert jax.tree.structure(grads.feedback) == jax.tree.structure(feedback.learned), (
         "grads.feedback has another structure than feedback.learned"
     )
-    for g, b in _zip(grads.feedback, feedback.learned):
+    for g, b in zip_leaves(grads.feedback, feedback.learned):
         same = g.shape == b.shape and g.dtype == b.dtype
         assert same, "a feedback gradient has another shape or dtype than its weight"
         assert jnp.all(jnp.isfinite(g)), "a feedback gradient is not finite"
     assert jax.tree.structure(grads.state) == jax.tree.structure(feedback.state), "grads.state has another structure"
+    old = jax.tree.leaves(feedback.state)
+    moved = any(not np.array_equal(a, b) for a, b in zip_leaves(grads.state, feedback.state))
+    assert moved or not old, (
+        "grads.state is the feedback.state that came in: return the next one, or keep in feedback.fixed the values "
+        "that never change"
+    )
 
 
-def _check_vmap(rule, net, params, inputs, targets, step) -> None:
+def _check_vmap(trial: Trial) -> None:
+    rule, net, params, inputs = trial.rule, trial.net, trial.params, trial.inputs
     keys = jax.random.split(jax.random.key(5), 2)
     feedbacks = jax.vmap(lambda k: rule.init(k, net, params, inputs))(keys)
     many = jax.tree.map(lambda p: jnp.stack([p, p * jnp.asarray(0.5, p.dtype)]), params)
-    rng = jax.random.split(jax.random.key(6), 2) if rule.stochastic else None
+    rngs = {"rng": jax.random.split(jax.random.key(6), 2)} if rule.stochastic else {}
 
-    def one(p, fb, k):
-        return step(p, fb, inputs, targets, **({} if k is None else {"rng": k}))[1].params
+    def one(step: Callable[..., Any], p: Pytree, fb: Feedback, rng: dict[str, Any]) -> Pytree:
+        return step(p, fb, inputs, trial.targets, **rng)[1].params
 
-    together = jax.jit(jax.vmap(one))(many, feedbacks, rng)
+    together = jax.jit(jax.vmap(functools.partial(one, trial.step)))(many, feedbacks, rngs)
     for i in range(2):
-        alone = jax.jit(one)(*jax.tree.map(lambda x: x[i], (many, feedbacks, rng)))  # noqa: B023
+        alone = one(trial.jitted, *jax.tree.map(lambda x: x[i], (many, feedbacks, rngs)))  # noqa: B023
         picked = jax.tree.map(lambda x: x[i], together)  # noqa: B023
-        _same(picked, alone, "vmap over seeds changes the gradients", tolerance=1e-4)
+        same(picked, alone, "vmap over seeds changes the gradients", tolerance=1e-4)
 
 
-def _check_scan(step, params, feedback, inputs, targets, rng) -> None:
-    def update(p, fb):
-        _, grads = step(p, fb, inputs, targets, **rng)
+def _check_scan(trial: Trial) -> None:
+    def update(step: Callable[..., Any], p: Pytree, fb: Feedback) -> tuple[Pytree, Feedback]:
+        grads = step(p, fb, trial.inputs, trial.targets, **trial.rng)[1]
         p = jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, p, grads.params)
         learned = jax.tree.map(lambda b, g: b - jnp.asarray(1e-3, b.dtype) * g, fb.learned, grads.feedback)
         return p, fb._replace(learned=learned, state=grads.state)
 
-    scanned = jax.jit(lambda carry: jax.lax.scan(lambda c, _: (update(*c), None), carry, None, length=2)[0])
-    once = jax.jit(update)
-    _same(scanned((params, feedback))[0], once(*once(params, feedback))[0], "scan changes the steps", tolerance=1e-4)
+    start = trial.params, trial.feedback
+    body = lambda carry, _: (update(trial.step, *carry), None)  # noqa: E731
+    scanned, _ = jax.jit(lambda carry: jax.lax.scan(body, carry, None, length=2))(start)
+    stepped = update(trial.jitted, *update(trial.jitted, *start))
+    same(scanned[0], stepped[0], "scan changes the steps", tolerance=1e-4)
+
+
+def _check_tracing(trial: Trial) -> None:
+    """Checks that need only tracing, on variants of the default network: half precision, and `has_aux`."""
+
+    def traced(net: Network, params: Pytree, inputs: Pytree, targets: Pytree, complaint: str) -> Any:
+        def step() -> tuple[Any, Feedback]:
+            feedback = trial.rule.init(jax.random.key(7), net, params, inputs)
+            return value_and_grad(net, loss, trial.rule)(params, feedback, inputs, targets, **trial.rng), feedback
+
+        try:
+            return jax.eval_shape(step)
+        except NotImplementedError:  # a refusal
+            return None
+        except Exception as error:
+            raise AssertionError(f"{complaint}; it raised {type(error).__name__}: {error}") from error
+
+    complaint = "the rule fails in bfloat16: give gradients the dtypes of their weights, as dw.astype(w.dtype)"
+    net, params, inputs = example(jnp.bfloat16)
+    found = traced(net, params, inputs, trial.targets.astype(jnp.bfloat16), complaint)
+    if found is not None:
+        (_, grads), feedback = found
+        assert shapes((grads.params, grads.feedback)) == shapes((params, feedback.learned)), complaint
+    net, params, inputs = example()
+    more = Network(lambda p, x: (net(p, x), {"seen": x}), has_aux=True)
+    complaint = "the rule loses the aux of a network with has_aux=True: return it after the outputs"
+    found = traced(more, params, inputs, trial.targets, complaint)
+    assert found is None or shapes(found[0][0][2:]) == ({"seen": shapes(inputs)},), complaint
+
+
+def _check_no_error(trial: Trial, outputs: Pytree) -> None:
+    """It does not use jit, because two programs may round `outputs` in two ways."""
+    targets = jax.tree.map(jnp.negative, outputs)
+    grads = trial.step(trial.params, trial.feedback, trial.inputs, targets, **trial.rng)[1]
+    for name, g in learned(grads).items():
+        assert np.all(np.isfinite(g)), (
+            f"the gradient of {name!r} is not finite where the error is zero: do not divide by a value that can be zero"
+        )
+    if not trial.rule.stochastic and serves_transform(trial.rule, trial.net):  # targets may teach without an error
+        for leaf in jax.tree.leaves(grads.params):
+            assert not jnp.any(leaf), "an error of zero at the outputs moves the parameters"
+
+
+# ------------------------------------------------------------------------------------------------------ the learning
+
+
+def _mean(samples: Pytree) -> dict[str, np.ndarray]:
+    return {name: g.mean(0) for name, g in named(samples).items()}
+
+
+def _check_descends(trial: Trial, samples: Gradients) -> None:
+    grads = _mean(samples.params)
+    for name, true in trial.nearest.items():
+        g = grads[name]
+        assert np.any(g), (
+            f"the gradient of {name!r} is zero, and this weight is nearest the output: return its gradient (dw of "
+            "backward), not None"
+        )
+        cosine = np.vdot(g, true).real / (np.linalg.norm(g) * np.linalg.norm(true))
+        assert cosine > 0, (
+            f"the gradient of {name!r}, a weight nearest the output, goes up the objective (its cosine with the true "
+            f"gradient is {cosine:.2f}): check the sign of dw, and that the error is that of the loss given"
+        )
+
+
+def _check_local(trial: Trial) -> None:
+    """Takes one example at a time, so that a bias gets the error itself."""
+    for i in range(len(trial.inputs)):
+        x = trial.inputs[i : i + 1]
+        grads = named(trial.samples(x, trial.targets[i : i + 1]).params)
+        for name, read in forward(trial.params, x)[1].items():
+            kernel, error = grads[f"{name}/kernel"], grads[f"{name}/bias"]
+            expected = wide(read)[0][:, None] * error[:, None]
+            size = np.linalg.norm(expected, axis=1)
+            alive, moves = size > 1e-6 * size.max(), np.any(kernel, axis=1)
+            if trial.rule.additive:  # others may need more than one example
+                assert not np.any(alive & ~moves), (
+                    f"an error arrives at the layer {name!r}, whose bias learns, and its kernel does not learn: return "
+                    "the gradient of the kernel (dw of backward), not None"
+                )
+            assert not np.any(alive & moves & ((kernel * expected).sum(1) <= 0)), (
+                f"the kernel of the layer {name!r} learns against the error that the bias gets, times the input of the "
+                'layer: check the sign of dw, or give skip="local" if the weights of a neuron do not share one error'
+            )
+
+
+def _check_arrives(trial: Trial, samples: Gradients) -> None:
+    grads = _mean(samples.params)
+    still = [name for name in trial.true if not np.any(grads[name])]
+    assert not still or trial.stops_error, (
+        f"nothing arrives at {', '.join(map(repr, still))}: return dx from backward, or a signal other than zero; if "
+        'the rule stops the error, say so by direct(None), or by skip="arrives" for a Rule made by hand'
+    )
+
+
+def _check_used(trial: Trial, samples: Gradients) -> None:
+    for name, g in named(samples.feedback).items():
+        assert np.any(g) or trial.stops_error, (
+            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, or learn), or make the "
+            "weight fixed, without learned=True"
+        )
+    base = named(samples)
+    for kind in ("fixed", "learned"):
+        weights = getattr(trial.feedback, kind)
+        for name, b in weights.items():
+            other = trial.feedback._replace(**{kind: weights | {name: changed(b, -1)}})
+            assert _differ(base, named(trial.samples(trial.inputs, trial.targets, other))), (
+                f"the feedback weight {name!r} is drawn and never used: use it (b of backward or signal), or drop init"
+            )
+    if trial.rule.stochastic and not trial.stops_error:
+        assert _differ(base, {name: g[:1] for name, g in base.items()}), (
+            "the rule is stochastic, and another key changes nothing: use rng, or leave out stochastic=True"
+        )
+
+
+def _differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return any(not np.array_equal(a[name], np.broadcast_to(b[name], a[name].shape), equal_nan=True) for name in a)
+
+
+def _check_modified(trial: Trial) -> None:
+    met: list[str] = []
+
+    def spy(signal: jax.Array, name: str, rng: Any) -> jax.Array:
+        met.append(name)
+        return signal
+
+    step = value_and_grad(trial.net, loss, modify_error(trial.rule, spy))
+    try:
+        jax.eval_shape(lambda p: step(p, trial.feedback, trial.inputs, trial.targets, **trial.rng), trial.params)
+    except (NotImplementedError, ValueError):
+        return  # it refuses modifiers
+    assert met or trial.nearest.keys() == trial.true.keys() or trial.stops_error, (
+        "modifiers of the error do nothing around the rule: run the network with net.handlers, as rules made by "
+        "sequential and direct do, or refuse a network that has handlers"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the batch
+
+
+def _check_batch(trial: Trial) -> None:
+    if not trial.rule.additive or not trial.parts:
+        return
+    n = trial.net.batch_size(trial.inputs)
+
+    def added(gradient: Callable[..., dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        found = [(where, gradient(x, jax.tree.map(lambda t: t[where], trial.targets))) for x, where in trial.parts]  # noqa: B023
+        return {name: sum((where.stop - where.start) / n * g[name] for where, g in found) for name in found[0][1]}
+
+    def of_rule(x: Pytree, t: Pytree) -> dict[str, np.ndarray]:
+        return learned(trial.samples(x, t))
+
+    def of_backprop(x: Pytree, t: Pytree) -> dict[str, np.ndarray]:
+        return named(trial.true_gradient(x, t))
+
+    whole, parts = of_rule(trial.inputs, trial.targets), added(of_rule)
+    least = 1e-3 * largest(whole) / len(next(iter(whole.values()))) ** 0.5
+    for name, g in whole.items():
+        gap = gap_of(g, parts[name], least) or gap_of(norms(g), norms(parts[name]), least)
+        if not gap:
+            continue
+        plain = added(of_backprop)
+        if any(off(plain[name], g) > 1e-3 for name, g in trial.true.items()):
+            return  # the network itself mixes its examples
+        raise AssertionError(
+            f"the gradient of {name!r} is not the sum of those of the parts of the batch (it differs by {gap:.0%}): "
+            "compute it from the error of each example, on the scale of the per-example sum as modify_error does, or "
+            "say that it needs the whole batch (sequential(whole_batch=True), Rule(additive=False))"
+        )
+
+
+def _check_transform(trial: Trial) -> None:
+    """Both ways to a gradient agree, and the rule distinguishes the scale of a sum from that of a mean."""
+    rule, net, n = trial.rule, trial.net, trial.net.batch_size(trial.inputs)
+    wanted = learned(trial.jitted(trial.params, trial.feedback, trial.inputs, trial.targets, **trial.rng)[1])
+
+    def compare(reduction: Literal["mean", "sum"], factor: int, complaint: str) -> None:
+        f = transform(net, rule, reduction=reduction)
+
+        def objective(params: Pytree, weights: Any) -> jax.Array:
+            out = f(params, trial.feedback._replace(learned=weights), trial.inputs, **trial.rng)
+            return factor * loss(out[0] if net.has_aux else out, trial.targets).mean()
+
+        got = jax.jit(jax.grad(objective, (0, 1)))(trial.params, trial.feedback.learned)
+        for name, g in learned(Gradients(*got)).items():
+            assert off(g / factor, wanted[name], 1e-3 * largest(wanted)) < 2e-3, complaint.format(name=name)
+
+    if rule.value_and_grad is not None:
+        compare("mean", 1, "transform and value_and_grad give two gradients of {name!r}: compute both in the same way")
+    if rule.additive:
+        complaint = 'transform(reduction="sum") does not give the gradient of {name!r} of the mean, times the batch: '
+        compare("sum", n, complaint + "take the scale of the arriving error from reduction=")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

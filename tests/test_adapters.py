@@ -416,7 +416,7 @@ def test_linen_repeated_dropout_warns(linen, key):
     rngs = {"dropout": key(1)}
     net, params = from_linen(module, variables, call=train, rngs=rngs)
     expected, _ = module.apply(variables, X, train=True, rngs=rngs, mutable=["batch_stats"])
-    with pytest.warns(UserWarning, match=r"LinenModel is given keys that stand still, dropout: .*with_state=True"):
+    with pytest.warns(UserWarning, match=r"LinenModel gets keys that do not change, dropout: .*with_state=True"):
         np.testing.assert_array_equal(net(params, X), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -486,8 +486,8 @@ def test_linen_bfloat16_and_integer_inputs():
         ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {"params": {}}), TypeError, "Linear is an NNX module: use from_nnx"),
         ((nn.Dense, {"params": {}}), TypeError, "instance of a Linen module.*build the module first"),
         ((jnp.tanh, {"params": {}}), TypeError, "wrap a function as Network"),
-        ((nn.Dense(2), {"kernel": X}), ValueError, r"Dense need a collection 'params', and got \['kernel'\]"),
-        ((nn.Dense(2), X), ValueError, "got ArrayImpl: give what module.init returned"),
+        ((nn.Dense(2), {"kernel": X}), ValueError, r"Dense must have a collection 'params', got \['kernel'\]"),
+        ((nn.Dense(2), X), ValueError, "got ArrayImpl: give the result of module.init"),
     ],
 )
 def test_linen_refusals(args, error, message):
@@ -501,5 +501,5 @@ def test_linen_refusals(args, error, message):
 ], ids=["nnx", "linen"])  # fmt: skip
 def test_a_network_with_state_asks_for_it(adapt):
     net, params, _ = adapt()
-    with pytest.raises(TypeError, match=r"takes inputs \(state, inputs\), and got"):
+    with pytest.raises(TypeError, match=r"must be \(state, inputs\), got"):
         net(params, X)

@@ -69,9 +69,9 @@ EXPLICIT = RULES | {
     "random_target_projection": lrules.random_target_projection(),
     "dual_propagation": DP(0.2, iterations=3, input_nudge=1.0),
     "parallel": DP(iterations=4, order="parallel", tolerance=1e-3),
-    "squared_error": DP(adjoint=False, output="squared_error", feedback=lrules.feedback_alignment()),
+    "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=lrules.feedback_alignment()),
     "node_perturbation": lrules.node_perturbation(0.1),
-    "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "least_squares": lrules.node_perturbation(0.1, channel="direct", solver="rls"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

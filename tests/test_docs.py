@@ -1,10 +1,15 @@
-"""What the documentation shows runs: the examples in docstrings, and the Python of the README from top to bottom."""
+"""The documentation: what it shows runs, and every public docstring has the same parts.
+
+What runs: the examples in docstrings, and the Python of the README from top to bottom.
+"""
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +28,70 @@ def test_docstring_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert not result.failed
+
+
+def public_names():
+    """Every public function and class, by the name under which users find it."""
+    found = {}
+    for name in lrules.__all__:
+        value = getattr(lrules, name)
+        if inspect.ismodule(value):
+            found |= {f"{name}.{own}": getattr(value, own) for own in value.__all__ if own not in OTHERS}
+        else:
+            found[name] = value
+    return found
+
+
+OTHERS = {"zeros"}  # an initializer of JAX
+PUBLIC = public_names()
+SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Warns", "Example", "References")
+
+
+def section(docstring, title):
+    """The lines of one section of a docstring, without their indentation; None if it has no such section."""
+    found = re.search(rf"^{title}:\n((?:  .*\n|\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
+    return None if found is None else textwrap.dedent(found[1]).strip().splitlines()
+
+
+def names_of(lines):
+    """The names that the entries of a section explain: `a, b: ...` explains two."""
+    entries = [re.match(r"([\w*`][\w*, `]*):(?= |$)", line) for line in lines]
+    return [name.strip(" *`") for entry in entries if entry is not None for name in entry[1].split(",")]
+
+
+def wanted_names(value):
+    """The parameters of a function; of a class, what its instances are made of."""
+    parameters = inspect.signature(value).parameters
+    return [name for name in parameters if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_docstring(name):
+    value = PUBLIC[name]
+    docstring = inspect.getdoc(value)
+    assert docstring, "it has no docstring"
+    first, *rest = docstring.splitlines()
+    assert first.endswith(".") and not first.endswith(".."), f"the first line is no sentence: {first}"
+    assert not rest or not rest[0], "the first sentence does not fit one line"
+    example = section(docstring, "Example")
+    assert example and any(line.startswith(">>> ") for line in example), "it has no example"
+    is_protocol = getattr(value, "_is_protocol", False)  # its method explains the arguments
+    wanted = [] if is_protocol else wanted_names(value)
+    explained = section(docstring, "Args") or section(docstring, "Attributes") or []
+    assert names_of(explained) == wanted
+    returns = not (inspect.isclass(value) or inspect.signature(value).return_annotation in (None, "None"))
+    assert returns == (section(docstring, "Returns") is not None), "what it returns is not said"
+    assert [t for t in SECTIONS if section(docstring, t) is not None] == re.findall(
+        rf"^({'|'.join(SECTIONS)}):$", docstring, re.MULTILINE
+    ), "its sections are not in the usual order"
+
+
+def test_the_check_of_public_docstrings():
+    """It sees every part that is missing."""
+    docstring = "Does it.\n\nArgs:\n  a, b: two.\n    Note: more.\n  **rest: the rest.\n\nExample:\n  >>> 1\n  1\n"
+    assert names_of(section(docstring, "Args")) == ["a", "b", "rest"]
+    assert section(docstring, "Example") == [">>> 1", "1"] and section(docstring, "Returns") is None
+    assert {"describe", "Feedback", "ValueAndGrad", "feedback.sparse", "testing.check_rule"} <= set(PUBLIC)
 
 
 @pytest.mark.parametrize("page", ["README.md"])

@@ -35,7 +35,7 @@ def test_sparse_rescaled():
     drawn = np.asarray(feedback.sparse(4, rescale=True)(KEY, (10, 10)))
     np.testing.assert_allclose(np.unique(drawn), [0.0, 0.5])
     for make in (lambda: feedback.sparse(-1), lambda: feedback.sparse(0, rescale=True)):
-        with pytest.raises(ValueError, match="from 0 on|above 0"):
+        with pytest.raises(ValueError, match="n must be a number >"):
             make()
 
 
@@ -48,7 +48,7 @@ def test_binary(values, init):
 def test_shifted_and_absolute():
     for inner in (jax.nn.initializers.glorot_normal(), jax.nn.initializers.glorot_uniform()):
         plain = inner(KEY, (20, 30), jnp.float32)
-        np.testing.assert_allclose(feedback.shifted(0.3, inner)(KEY, (20, 30)), plain + 0.3, rtol=1e-6)
+        np.testing.assert_allclose(feedback.shifted(0.3, init=inner)(KEY, (20, 30)), plain + 0.3, rtol=1e-6)
         np.testing.assert_array_equal(feedback.absolute(inner)(KEY, (20, 30)), jnp.abs(plain))
 
 
@@ -60,9 +60,9 @@ def test_congruent():
 
 
 WRAPPERS = {
-    "shifted": lambda init: feedback.shifted(0.1, init),
+    "shifted": lambda init: feedback.shifted(0.1, init=init),
     "absolute": feedback.absolute,
-    "averaged": lambda init: feedback.averaged(3, init),
+    "averaged": lambda init: feedback.averaged(3, init=init),
 }
 
 
@@ -76,16 +76,22 @@ def test_congruent_inside_another(name):
     signs = {"shifted": np.sign(drawn - np.float32(0.1)), "absolute": np.ones_like(drawn)}.get(name, np.sign(drawn))
     np.testing.assert_array_equal(signs, np.ones_like(drawn) if name == "absolute" else np.sign(b))
     assert np.all(drawn > 0) == (name == "absolute")
-    with pytest.raises(ValueError, match="direct feedback does not stand for: use a sequential rule"):
+    with pytest.raises(ValueError, match="does not belong to a weight: use a sequential rule"):
         lrules.direct_feedback_alignment(init).init(KEY, apply, params, x)
 
 
 @pytest.mark.parametrize(
     "init",
-    [feedback.sparse(2), feedback.sparse(2, True), feedback.binary(), feedback.shifted(1.0), feedback.averaged(3)],
+    [
+        feedback.sparse(2),
+        feedback.sparse(2, rescale=True),
+        feedback.binary(),
+        feedback.shifted(1.0),
+        feedback.averaged(3),
+    ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes(init, dtype):
     assert init(KEY, (4, 5), dtype).dtype == dtype
-    with pytest.raises(ValueError, match="one or more"):
+    with pytest.raises(ValueError, match="integer >= 1"):
         feedback.averaged(0)

@@ -66,15 +66,13 @@ ENGINE, RULES = under("lrules.engine"), under("lrules.rules") - {"lrules.rules"}
 # ------------------------------------------------------------------------------------------------------------- imports
 
 # What the engine may know of the rest of the library.
-BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options"}
+BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options", "lrules.typing"}
 # A rule may be made of another: one line for each such pair.
 RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
     ("monotone_dfa", "direct_feedback_alignment"),
-    ("node_perturbation", "direct_feedback_alignment"),
-    ("random_target_projection", "direct_feedback_alignment"),
 }
-BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing")
+BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing", "trial")
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -94,6 +92,15 @@ def test_rules_know_no_other_rules(name):
     others = {family(m) for m in IMPORTS[name] & RULES} - {family(name)}
     assert {(family(name), other) for other in others} <= RULES_OF_RULES
     assert not IMPORTS[name] & {"lrules", *under(*(f"lrules.{m}" for m in BUILT_ON_RULES))}
+
+
+def test_rules_are_made_of_what_all_rules_can_have():
+    """What `lrules.extend` offers is taken from there, so that a rule of one's own can do what ours can."""
+    for name in sorted(RULES | {"lrules.audit", "lrules.diagnostics", "lrules.monotone"}):
+        for node in ast.walk(LIBRARY[name]):
+            if isinstance(node, ast.ImportFrom) and node.module != "lrules.extend":
+                offered = {alias.name for alias in node.names} & set(lrules.extend.__all__)
+                assert not (offered and node.module.startswith("lrules.")), f"{name} takes {offered} from {node.module}"
 
 
 def test_only_the_adapters_know_flax():
@@ -163,18 +170,24 @@ def test_no_file_is_too_long(path):
 
 # Files without a test of their own name: where they are tested, and why there.
 TESTED_ELSEWHERE = {
+    "engine/captured": ("test_tracing.py", "what a network closes over may be replaced"),
     "engine/dtypes": ("test_composition.py", "two rules of one line, tested by networks in half precision"),
     "engine/handlers": ("test_modifiers.py", "what rules and modifiers act through"),
     "engine/jaxprs": ("test_zoo.py", "reading jaxprs and evaluating them: every model does"),
-    "engine/operations": ("test_zoo.py", "the layers that are found in every model"),
+    "engine/layers": ("test_zoo.py", "the layers that are found in every model"),
     "engine/plan": ("rules/test_partition.py", "who does what at which layer"),
     "engine/planning": ("rules/test_partition.py", "the same"),
+    "engine/landing": ("rules/test_direct_feedback_alignment.py", "how the output error gets to hidden signals"),
+    "engine/returned": ("test_constructors.py", "mistakes in a rule of one's own"),
     "engine/records": ("test_zoo.py", "what the analysis writes down of every model"),
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
+    "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
-    "rules/damping": ("rules/test_dual_propagation.py", "a part of dual propagation"),
-    "constructors": ("experiments/test_recipes.py", "rules made with them"),
-    "testing": ("test_composition.py", "check_rule, run on rules"),
+    "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),
+    "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
+    "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),
+    "typing": ("typing/test_typing.py", "what type checkers say to a user"),
+    "trial": ("test_testing.py", "what check_rule tries rules on"),
 }
 
 
@@ -198,6 +211,7 @@ IMPORTED_AS = {
 # What is not imported here, and who needs it.
 NOT_IMPORTED = {
     "importlib_resources": "tensorflow-datasets imports it and does not declare it",
+    "basedpyright": "called by tests/typing/test_typing.py",
     "ipykernel": "runs the notebooks",
     "mypy": "called by the Makefile",
     "pytest-xdist": "called by the Makefile, as pytest -n",

@@ -46,7 +46,7 @@ NONE = lrules.Feedback({}, {})
         (lambda r: lrules.drop_error(r, False), "rate must be a number >= 0 and < 1, got False"),
         (lambda r: lrules.drop_error(r, 1.0), "rate must be a number >= 0 and < 1, got 1.0"),
         (lambda r: lrules.drop_error(r, "half"), "rate must be a number >= 0 and < 1, got 'half'"),
-        (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put a modifier around the partition"),
+        (lambda r: lrules.partition({".*": lrules.sign_error(r)}), "put modifiers around the partition"),
     ],
 )
 def test_refusals(make_rule, match):
@@ -59,10 +59,10 @@ def test_refusals(make_rule, match):
     [
         (lambda: lrules.sign_error(lrules.backprop), "call its factory first"),
         (lambda: lrules.quantize_error(lrules.backprop, 2, at="output"), "call its factory first"),
-        (lambda: lrules.modify_error(lrules.backprop(), None), "fn=None is no function"),
-        (lambda: lrules.replace_derivative(lrules.backprop(), 1.0), "g=1.0 is no function"),
-        (lambda: lrules.sign_error(lrules.backprop(), axis_name=3), "axis_name=3 names no mesh axes"),
-        (lambda: lrules.quantize_error(lrules.backprop(), 2, at="output", axis_name=[1]), "names no mesh axes"),
+        (lambda: lrules.modify_error(lrules.backprop(), None), "fn must be a function .*, got None"),
+        (lambda: lrules.replace_derivative(lrules.backprop(), 1.0), "g must be an elementwise function .*, got 1.0"),
+        (lambda: lrules.sign_error(lrules.backprop(), axis_name=3), "axis_name must be a name .*, got 3"),
+        (lambda: lrules.quantize_error(lrules.backprop(), 2, at="output", axis_name=[1]), "axis_name must be a name"),
     ],
 )
 def test_what_is_no_rule_and_no_function(make_rule, match):
@@ -73,14 +73,14 @@ def test_what_is_no_rule_and_no_function(make_rule, match):
 def test_functions_have_to_keep_the_shape():
     net, x, e = make("shallow")
     for fn, made in {
-        lambda s: s[:1]: r"a signal of shape \(1, 6\)",
+        lambda s: s[:1]: r"the shape \(1, 6\)",
         lambda s: None: "a NoneType",
         lambda s: 0.0: "a float",
     }.items():
         rule = lrules.modify_error(lrules.backprop(), lambda signal, name, rng, fn=fn: fn(signal))
-        with pytest.raises(ValueError, match=f"made {made} of a signal .* an array and to keep the shape"):
+        with pytest.raises(ValueError, match=f"must return an array of the signal's shape .*, got {made}"):
             pull(net, rule, NONE, x, e)
-    with pytest.raises(ValueError, match="made .. of a pre-activation .* it has to be elementwise"):
+    with pytest.raises(ValueError, match=r"g must be elementwise, got the shape \(\) from a pre-activation"):
         pull(net, lrules.replace_derivative(lrules.backprop(), lambda z: z.sum()), NONE, x, e)
 
 
@@ -586,7 +586,7 @@ def test_explicit_mesh(modify, steps):
 
 def test_an_infinite_update_is_the_largest_number_on_every_device():
     params, x, t = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}, jnp.ones((4, 3)), jnp.asarray([[1.0], [0], [0], [0]])
-    rule = lrules.quantize_update(lrules.backprop(), 4, 0.5)
+    rule = lrules.quantize_update(lrules.backprop(), 4, scale=0.5)
     step = lrules.value_and_grad(
         lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lambda y, t: (y * jnp.where(t > 0, jnp.inf, 1.0)).sum(-1), rule
     )
@@ -657,8 +657,10 @@ def gated(p, x):
 PASSED = {
     "skipped": lambda passing: lrules.skipped_backprop(passing),
     "no derivatives": lambda passing: lrules.without_derivatives(lrules.backprop(), passing=passing),
-    "direct, no derivatives": lambda passing: lrules.without_derivatives(lrules.direct_feedback_alignment(), passing),
-    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing),
+    "direct, no derivatives": lambda passing: lrules.without_derivatives(
+        lrules.direct_feedback_alignment(), passing=passing
+    ),
+    "replaced": lambda passing: lrules.replace_derivative(lrules.backprop(), jnp.ones_like, passing=passing),
     "dual": lambda passing: lrules.dual_propagation(passing=passing, alpha=0.2),
 }
 

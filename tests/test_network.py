@@ -23,7 +23,7 @@ def test_none_is_counted_as_vmap_counts_it():
         if want != [None, None]:
             jax.vmap(lambda i: i[2][1], in_axes=(axes,))(inputs)
             assert net.batch_size(inputs) == 8
-    with pytest.raises(ValueError, match="no prefix of the inputs"):
+    with pytest.raises(ValueError, match="must be a prefix of the inputs"):
         lrules.Network(lambda p, i: i, batch_axes=({"x": 0}, 0, 1)).input_batch_axes(inputs)
 
 

@@ -5,23 +5,24 @@ import jax.numpy as jnp
 import pytest
 
 import lrules
+from lrules.options import ByName, by_name, first_match, is_number
 from tests.small import FA, GLOROT, KEY, NONE, W, X, mlp
 
 
 def test_nowhere_to_land():
-    with pytest.raises(ValueError, match="at= names no place"):
+    with pytest.raises(ValueError, match="at must name at least one place"):
         lrules.direct_feedback_alignment(at=[])
 
 
 def test_values_of_options():
     for alpha in ("norm", "1", None, True, -1, float("nan"), float("inf"), jnp.ones(2)):
-        with pytest.raises(ValueError, match='neither a number nor "gradient_norm"'):
+        with pytest.raises(ValueError, match='a finite number >= 0 or "gradient_norm"'):
             lrules.backman(alpha)
     lrules.backman(jnp.float32(0.5))
     jax.jit(lambda alpha: lrules.transform(mlp, lrules.backman(alpha))(W, NONE, X))(0.5)
-    with pytest.raises(TypeError, match='axis_name=3 names no mesh axes: give "data"'):
+    with pytest.raises(TypeError, match='axis_name must be a name such as "data", .*, got 3'):
         lrules.backman(axis_name=3)
-    with pytest.raises(ValueError, match='neither "mean" nor "sum"'):
+    with pytest.raises(ValueError, match='reduction must be "mean" or "sum"'):
         lrules.transform(mlp, FA, reduction="none")
     with pytest.raises(ValueError, match="at='nothing' matches no hidden signal.*'b', 'c'"):
         lrules.direct_feedback_alignment(at="nothing").init(KEY, mlp, W, X)
@@ -44,12 +45,12 @@ def test_values_of_options():
         ({"max_feedback_bytes": None}, "max_feedback_bytes must be a number >= 0 or inf, got None"),
         ({"max_feedback_bytes": "1G"}, "max_feedback_bytes must be a number >= 0 or inf, got '1G'"),
         ({"max_feedback_bytes": float("nan")}, "max_feedback_bytes must be .* got nan"),
-        ({"at": 3}, "at=3 is no regular expression"),
-        ({"at": ["b", None]}, "at=None is no regular expression"),
-        ({"at": "("}, r"at='\(' is no regular expression"),
+        ({"at": 3}, "at=3 is not a regular expression"),
+        ({"at": ["b", None]}, "at=None is not a regular expression"),
+        ({"at": "("}, r"at='\(' is not a regular expression"),
         ({"rank": True}, "rank must be an integer >= 1 or None, got True"),
         ({"rank": "2"}, "rank must be an integer >= 1 or None, got '2'"),
-        ({"adaptive": "yes"}, "adaptive='yes' is neither True nor False"),
+        ({"adaptive": "yes"}, "adaptive must be True or False, got 'yes'"),
     ],
 )
 def test_options_of_direct_rules(option, match):
@@ -58,14 +59,14 @@ def test_options_of_direct_rules(option, match):
 
 
 def test_a_rank_without_feedback_weights():
-    with pytest.raises(ValueError, match="rank=2 makes feedback weights .* init= draws"):
+    with pytest.raises(ValueError, match="rank=2 makes feedback weights .* give init too"):
         lrules.direct(lambda e, b, targets, name: e, rank=2)
 
 
 def test_options_that_are_flags():
-    with pytest.raises(ValueError, match="adaptive=1 is neither True nor False"):
+    with pytest.raises(ValueError, match="adaptive must be True or False, got 1"):
         lrules.feedback_alignment(adaptive=1)
-    with pytest.raises(ValueError, match="learned='no' is neither"):
+    with pytest.raises(ValueError, match="learned must be True or False"):
         lrules.sequential(lambda *_: None, learned="no")
 
 
@@ -75,11 +76,11 @@ RULES_WITH_INIT = {
     "rank": lambda init: lrules.direct_feedback_alignment(init, rank=2),
     "monotone": lrules.monotone_dfa,
     "kolen_pollack": lrules.kolen_pollack,
-    "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init),
+    "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init=init),
     "targets": lrules.random_target_projection,
     "sequential": lambda init: lrules.sequential(lambda *_: None, init=init),
     "own direct": lambda init: lrules.direct(lambda *_: None, init=init),
-    "shifted": lambda init: lrules.feedback_alignment(lrules.feedback.shifted(0.1, init)),
+    "shifted": lambda init: lrules.feedback_alignment(lrules.feedback.shifted(0.1, init=init)),
     "congruent": lambda init: lrules.feedback_alignment(lrules.feedback.congruent(init)),
 }
 
@@ -87,15 +88,60 @@ RULES_WITH_INIT = {
 @pytest.mark.parametrize(
     ("init", "error", "match"),
     [
-        ("glorot", TypeError, "init= is a str, not an initializer: give a function"),
-        (jnp.ones((6, 6)), TypeError, "init= is a .*Array.*, not an initializer: give a function"),
-        (jax.nn.initializers.glorot_normal, TypeError, "init= made a function in place of .*: call its factory first"),
-        (lambda key, shape, dtype: None, TypeError, "init= made a NoneType in place of an array of shape"),
-        (lambda key, shape, dtype: GLOROT(key, (2, 2), dtype), ValueError, r"made an array of shape \(2, 2\) and"),
-        (lambda key, shape, dtype: jnp.ones(shape, int), ValueError, "dtype int32 in place of one of shape .* float32"),
+        ("glorot", TypeError, "init must be a function .*, got a str"),
+        (jnp.ones((6, 6)), TypeError, "init must be a function .*, got a .*Array"),
+        (jax.nn.initializers.glorot_normal, TypeError, "got a function: call its factory first"),
+        (lambda key, shape, dtype: None, TypeError, "init must return an array of shape .*, got a NoneType"),
+        (lambda key, shape, dtype: GLOROT(key, (2, 2), dtype), ValueError, r"got one of shape \(2, 2\) and"),
+        (lambda key, shape, dtype: jnp.ones(shape, int), ValueError, "dtype float32, got one of .* dtype int32"),
     ],
 )
 @pytest.mark.parametrize("name", RULES_WITH_INIT)
 def test_what_is_no_initializer(name, init, error, match):
     with pytest.raises(error, match=match):
         RULES_WITH_INIT[name](init).init(KEY, mlp, W, X)
+
+
+def test_first_match():
+    patterns = {"head": 1, "a": 2, "": 3}
+    assert [first_match(patterns, name) for name in ("head", "a/b", "c")] == [1, 2, 3]
+    assert first_match({"x": 1}, "y") is None
+    assert first_match({"y": 0}, "y") == 0
+
+
+def test_one_value_for_all():
+    alpha = ByName("alpha", 0.5)
+    alpha.check(["a", "b"])
+    assert alpha.of("anything") == 0.5 and alpha.values() == [0.5] and not alpha.several
+
+
+def test_values_by_name():
+    alpha = ByName("alpha", {"^a": 1.0, "b$": 2.0, ".*": 3.0})
+    alpha.check(["a", "b"])  # a pattern for everything may be idle
+    assert [alpha.of(name) for name in ("a", "ab", "b", "c")] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"head": 1, ".*": 2}, r"alpha: 'head' matches no layer; the layers are 'a', 'ab'"),
+        ({"a": 1, "ab": 2}, r"alpha: 'ab' comes after patterns that match the same names; the layers are 'a', 'ab'"),
+    ],
+)
+def test_patterns_without_use(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        ByName("alpha", patterns).check(["a", "ab", "a"])
+
+
+def test_names_without_pattern():
+    with pytest.raises(ValueError, match=r"alpha: no pattern matches the layer 'b': add one, such as '\.\*'"):
+        ByName("alpha", {"a": 1}).of("b")
+
+
+def test_refused_values_by_name():
+    with pytest.raises(ValueError, match="alpha is an empty dict: give one value"):
+        ByName("alpha", {})
+    with pytest.raises(ValueError, match=r"alpha: '\(' is not a regular expression"):
+        ByName("alpha", {"(": 1})
+    with pytest.raises(ValueError, match="alpha must be a number, got 'x'"):
+        by_name("alpha", {"a": 1.0, "b": "x"}, is_number, "a number")

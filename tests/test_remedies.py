@@ -32,9 +32,9 @@ RULES = {  # every family
     "skipped": lrules.skipped_backprop(),
     "last_layer_only": lrules.last_layer_only(),
     "nodes": NODES,
-    "direct nodes": lrules.node_perturbation(0.1, direct=True),
+    "direct nodes": lrules.node_perturbation(0.1, channel="direct"),
     "dual": DUAL,
-    "dual with feedback": lrules.dual_propagation(feedback=FA),
+    "dual with feedback": lrules.dual_propagation(feedback_rule=FA),
     "modified": lrules.quantize_error(FA, 3),
     "modified direct": lrules.sign_error(DFA),
 }
@@ -194,7 +194,7 @@ def test_a_modifier_goes_around_the_partition(name):
     rule, modify = MODIFIERS[name]
     net = CONSTRUCTS["by hand"][0]
     assert "'b' backprop() in a partition" in refusal(net, modify(rule))
-    with pytest.raises(ValueError, match="put a modifier around the partition"):
+    with pytest.raises(ValueError, match="put modifiers around the partition"):
         lrules.partition({"^b$": PLAIN, ".*": modify(rule)})
     served(net, modify(lrules.partition({"^b$": PLAIN, ".*": rule})))
 
@@ -487,27 +487,28 @@ def test_two_parameters_of_one_name():
 
 
 def test_dual_propagation():
-    assert "leave damping= out" in refusal(two_readers, lrules.dual_propagation(damping=0.5, adjoint=False))
+    assert "leave damping out" in refusal(two_readers, lrules.dual_propagation(damping=0.5, adjoint=False))
     served(two_readers, lrules.dual_propagation(adjoint=False))
     scaled = lambda p, x: jax.nn.relu(jnp.cumsum(jax.nn.relu(x @ p["a"]) @ p["b"], 1)) @ p["c"]  # noqa: E731
-    assert "give damping= a number" in refusal(scaled, lrules.dual_propagation(damping="spectral", adjoint=False))
+    spectral = lrules.dual_propagation(damping="spectral", adjoint=False)
+    assert "give a number, such as damping=0.5" in refusal(scaled, spectral)
     served(scaled, lrules.dual_propagation(damping=0.5, adjoint=False))
     replaced = lrules.without_derivatives(DUAL)
     assert "leave them out" in refusal(IN_ORDER, replaced)
     many = lrules.dual_propagation(order="forward", iterations=1)
     (least,) = re.findall("give at least iterations=([0-9]+)", refusal(IN_ORDER, many))
     served(IN_ORDER, lrules.dual_propagation(order="forward", iterations=int(least)))
-    direct = lrules.dual_propagation(feedback=DFA)
-    assert "wants a sequential rule" in refusal(IN_ORDER, direct)
-    served(IN_ORDER, lrules.dual_propagation(feedback=FA))
+    direct = lrules.dual_propagation(feedback_rule=DFA)
+    assert "must be a sequential rule" in refusal(IN_ORDER, direct)
+    served(IN_ORDER, lrules.dual_propagation(feedback_rule=FA))
 
 
 def test_least_squares_of_node_perturbation():
     tied = lambda p, x: jnp.tanh(jnp.tanh(H(p, x) @ p["b"]) @ p["b"]) @ p["c"]  # noqa: E731
     message = refusal(tied, lrules.node_perturbation(0.1, solver="rls"))
-    assert 'take solver="sgd", or direct=True' in message
+    assert 'give solver="sgd", or channel="direct"' in message
     served(tied, lrules.node_perturbation(0.1, solver="sgd"))
-    served(tied, lrules.node_perturbation(0.1, direct=True, solver="rls"))
+    served(tied, lrules.node_perturbation(0.1, channel="direct", solver="rls"))
 
 
 def test_nonlinearities_that_are_no_activations():

@@ -39,6 +39,7 @@ REPLACED = {
     "by hand": lambda rule: lrules.Rule(rule.init, rule.transform, rule.value_and_grad),
 }
 NEEDS = {
+    "dual_propagation": lambda rule: lrules.dual_propagation(feedback_rule=rule),
     "partition": lambda rule: lrules.partition({".*": rule}),
     "refusals": lambda rule: lrules.refusals(mlp, rule, W, X),
     "audit": lambda rule: lrules.audit(mlp, rule, W, X),

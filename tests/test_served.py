@@ -232,6 +232,33 @@ def grouped(p, inputs):
     return lax.ragged_dot(jnp.tanh(lax.ragged_dot(jnp.tanh(x @ p["a"]), p["e1"], sizes)), p["e2"], sizes) @ p["c"]
 
 
+def test_experts_that_another_network_makes():
+    """Their weights come from codes, without a batch: grouped or dispatched, they are a layer of the same network."""
+    sizes, group = jnp.array([2, 0, 3]), jnp.array([0, 0, 2, 2, 2])
+    params = normal({"a": (4, 6), "code": (3, 5), "m1": (5, 7), "m2": (7, 48), "c": (8, 2)})
+
+    def net(multiply):
+        def apply(p, x):
+            experts = jnp.tanh(jnp.tanh(p["code"] @ p["m1"]) @ p["m2"]).reshape(3, 6, 8)
+            return jnp.tanh(multiply(jnp.tanh(x @ p["a"]), experts)) @ p["c"]
+
+        return apply
+
+    def dispatch(h, w):
+        return jnp.einsum("bef,be->bf", jnp.einsum("bd,edf->bef", h, w), jax.nn.one_hot(group, 3))
+
+    dispatched, ragged = net(dispatch), net(lambda h, w: lax.ragged_dot(h, w, sizes))
+    described = lrules.describe(ragged, FA, params, TOKENS).layers
+    assert [row["layer"] for row in described] == ["m1", "m2", "a", "code", "c"]
+    for rule in (FA, lrules.sign_symmetry()):
+        feedback = rule.init(KEY, ragged, params, TOKENS)
+        made = [gradients(f, rule, params, feedback, TOKENS) for f in (ragged, dispatched)]
+        bridge.close(*made, 1e-4)
+    plain = jax.grad(lambda p: objective(ragged(p, TOKENS)))(params)
+    assert not np.allclose(made[0]["a"], plain["a"], rtol=0.01)
+    lrules.audit(ragged, FA, params, TOKENS)
+
+
 def test_quantised_updates_of_experts():
     """Each token's own update, before the sum: by hand, the gradients of the tokens one by one."""
     rule = lrules.quantize_update(FA, 4)

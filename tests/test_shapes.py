@@ -34,9 +34,9 @@ RULES = {
     "parallel": DP(iterations=4, order="parallel", tolerance=1e-3),
     "random_order": DP(iterations=3, order="random"),
     "damped": DP(adjoint=False, damping="spectral", output="refreshed"),
-    "squared_error": DP(adjoint=False, output="squared_error", feedback=FA),
+    "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=FA),
     "node_perturbation": lrules.node_perturbation(0.1),
-    "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "least_squares": lrules.node_perturbation(0.1, channel="direct", solver="rls"),
     "quantize_error": lrules.quantize_error(FA, 4),
     "quantize_output": lrules.quantize_error(DFA, 4, at="output"),
     "quantize_update": lrules.quantize_update(FA, 4),
@@ -157,7 +157,7 @@ def test_symbolic_batch_in_the_zoo(model, name):
 def test_symbolic_batch_refused_by_damping():
     rule, (b,) = RULES["damped"], export.symbolic_shape("b")
     step = lambda p, x, y: gradients(mlp, rule, p, x, y, half_square)[1]  # noqa: E731
-    with pytest.raises(NotImplementedError, match="symbolic batch is no shape: give the batch its size"):
+    with pytest.raises(NotImplementedError, match="the shapes must be numbers, not symbols: give the batch its size"):
         exported(step, W, X, Y, sizes=(None, (b, 4), (b, 2)))
     exported(step, W, X, Y, sizes=(None, None, None))
 

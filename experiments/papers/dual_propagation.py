@@ -81,12 +81,14 @@ class Result(NamedTuple):
 
 def original(alpha: float, beta: float, iterations: int, **options: Any) -> lrules.Rule:
     """DP (Eq. 2), with the exact minimiser at the outputs (Eq. 3)."""
-    return lrules.dual_propagation(alpha, beta, False, iterations, output="squared_error", **options)
+    return lrules.dual_propagation(
+        alpha, beta=beta, adjoint=False, iterations=iterations, output="squared_error", **options
+    )
 
 
 def adjoint(alpha: float, beta: float, iterations: int) -> lrules.Rule:
     """DP^T (Eq. 19), linearised at the present outputs (Eq. 22)."""
-    return lrules.dual_propagation(alpha, beta, True, iterations, output="refreshed")
+    return lrules.dual_propagation(alpha, beta=beta, iterations=iterations, output="refreshed")
 
 
 def table_one(beta: float, iterations: int, damped_iterations: int) -> dict[str, lrules.Rule]:

@@ -18,7 +18,7 @@ Writes metrics.json, curves.csv (one row a run, seed, epoch and layer) and figur
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Alignment(NamedTuple):
 Layers = dict[str, Alignment]  # by name of the layer whose B it is
 
 
-def runs(stds: Sequence[float], solver: str) -> dict[str, lrules.Rule]:
+def runs(stds: Sequence[float], solver: Literal["sgd", "rls"]) -> dict[str, lrules.Rule]:
     """BP, FA, and node perturbation at each strength of the noise."""
     found = {"BP": lrules.backprop(), "FA": lrules.feedback_alignment()}
     return found | {f"NP, std {std:g}": lrules.node_perturbation(std, solver=solver) for std in stds}

@@ -106,7 +106,7 @@ def entries(hidden: int, mean: float) -> dict[str, Entry]:
     }
     distributions = {"uniform": jax.nn.initializers.glorot_uniform(), "normal": jax.nn.initializers.glorot_normal()}
     for shape, init in distributions.items():
-        shifted = lrules.feedback.shifted(mean, init)
+        shifted = lrules.feedback.shifted(mean, init=init)
         rules[f"RBP, {shape}, mean {mean:g}"] = lrules.feedback_alignment(init=shifted)
         rules[f"SRBP, {shape}, mean {mean:g}"] = lrules.direct_feedback_alignment(init=shifted)
     runs = {name: Entry(rule) for name, rule in rules.items()}

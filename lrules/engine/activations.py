@@ -21,33 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, call_body, call_name
-
-LINEAR = {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "pvary",
-          "real", "imag", "mul"}  # fmt: skip
-
-
-NONLINEAR = {"max", "min", "pow", "rem", "atan2", "select_n", "clamp", "abs", "exp", "exp2", "log", "log1p", "expm1",
-             "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan", "logistic", "erf", "erfc", "erf_inv", "integer_pow",
-             "square", "sign", "floor", "ceil", "round", "div", "asinh", "acosh", "atanh", "asin", "acos", "atan",
-             "sinh", "cosh", "lgamma", "digamma", "eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor",
-             "is_finite"}  # fmt: skip
-
-COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge", "and", "or", "not", "xor", "is_finite"}
-
-NOT_ALONE = {"exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "square", "div", "mul"}
-
-BENDING = NONLINEAR - NOT_ALONE - COMPARISONS
-
-OF_STATISTICS = NOT_ALONE | COMPARISONS | {"max", "min", "clamp", "select_n", "abs", "sign"}  # normalisations
-
-REDUCING = ("reduce_", "cumsum", "cumprod", "cumlogsumexp", "psum", "pmax", "pmin")  # how their names begin
-
-PASSING = {"reduce_window_sum", "concatenate", "pad", "slice", "name", "scan"}
-
-STOP = "stop_gradient"  # no region goes through it but to a comparison: what is behind it has no part in the derivative
-
-VIEWS = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"}
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Atom, Equation, call_body, call_name
+from lrules.engine.operations import of
 
 NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_tanh", "hard_sigmoid", "hard_silu",
          "hard_swish", "leaky_relu", "softplus", "soft_sign", "mish", "squareplus", "sparse_plus", "sparse_sigmoid",
@@ -56,41 +31,14 @@ NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_
 ALIASES = {"integer_pow_tanh_mul": "gelu", "erfc_mul": "gelu", "erf_mul": "gelu", "logistic": "sigmoid",
            "logistic_mul": "silu"}  # fmt: skip
 
+FORMULAS = {"exp_log": "log_softmax", "exp_div": "softmax"}  # with something else in between
+
 Axes = tuple[int, ...]  # for each axis of one value, the axis of another that it is
 
 MARK, UNMARK = "lrules_activation_", "lrules_not_activation_"
 
 
-def activation(fn: Callable) -> Callable:
-    """Marks an elementwise function as one activation, for rules that need to know.
-
-    Args:
-      fn: `x -> y` of the same shape, without parameters.
-
-    Returns:
-      The same function under a name that the library recognises.
-
-    Example:
-      >>> bent = activation(lambda x: x + jnp.sin(x))
-      >>> float(bent(0.0))
-      0.0
-    """
-    return _named(fn, MARK)
-
-
-def not_activation(fn: Callable) -> Callable:
-    """Marks a function as holding no activation, for rules that would otherwise take one in it for such.
-
-    Args:
-      fn: any function.
-
-    Returns:
-      The same function under a name that the library recognises.
-    """
-    return _named(fn, UNMARK)
-
-
-def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
+def sampled(fn: Callable[..., Any], like: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points from -8 to 8 and two far ones, in increasing order, and what an activation makes of them.
 
     Args:
@@ -110,14 +58,6 @@ def sampled(fn: Callable, like) -> tuple[np.ndarray, np.ndarray]:
             points.append(np.asarray(part, np.float64).ravel())
             values.append(np.asarray(known(part), np.float64).ravel())
     return np.concatenate(points)[: len(grid)], np.concatenate(values)[: len(grid)]
-
-
-def _named(fn: Callable, prefix: str) -> Callable:
-    def renamed(*args, **kwargs):
-        return fn(*args, **kwargs)
-
-    renamed.__name__ = renamed.__qualname__ = prefix + getattr(fn, "__name__", "function").strip("<>")
-    return jax.jit(renamed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +87,7 @@ def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
+def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
     """The activations of a network for rules that treat them specially: all but those that `passing` names.
 
     Raises:
@@ -173,7 +113,7 @@ def treated(graph, passing: frozenset[str] = frozenset()) -> list[Any]:
     return [a for a in graph.activations if passing.isdisjoint((a.name, a.site))]
 
 
-def arrangement(eqn, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
+def arrangement(eqn: Equation, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
     """How the operands of an equation that acts on each element alone lie in its output; None if it does not.
 
     For each operand, by position, the axis of it that each axis of the output is (`vmap` transposes where batches lie
@@ -181,19 +121,19 @@ def arrangement(eqn, uniform: Sequence[bool], opaque: bool = False) -> dict[int,
     constants that are the same for all elements, and may therefore be broadcast; they have no part in the arrangement.
     Inside an `opaque` call, whose derivative is its own or which is marked, there may be a `stop_gradient`.
     """
-    name = eqn.primitive.name
+    row = of(eqn)
     moving = [k for k, p in enumerate(uniform) if not p]
-    if name in LINEAR or name in NONLINEAR or (opaque and name == STOP):
+    if (row.elementwise and row.curve) or (opaque and row.stops):
         if any(len(eqn.invars[k].aval.shape) != len(eqn.outvars[0].aval.shape) for k in moving):
             return None  # one choice for all elements
         return {k: tuple(range(len(eqn.invars[k].aval.shape))) for k in moving}
-    if name == "transpose":
-        return {k: tuple(eqn.params["permutation"]) for k in moving}
+    if row.permutation is not None:
+        return {k: row.permutation(eqn) for k in moving}
     body = call_body(eqn)
     if body is None or len(eqn.outvars) != 1:
         return None
     marked = call_name(eqn).startswith(MARK)
-    opaque = opaque or marked or name in OWN_DERIVATIVE
+    opaque = opaque or marked or row.name in OWN_DERIVATIVE
     known: dict[Any, dict[int, Axes]] = {}  # what each value in the body holds of the operands
     for k, (v, p) in enumerate(zip(body.invars, uniform, strict=True)):
         known[v] = {} if p or not v.aval.shape else {k: tuple(range(len(v.aval.shape)))}
@@ -202,7 +142,7 @@ def arrangement(eqn, uniform: Sequence[bool], opaque: bool = False) -> dict[int,
         if None in held:
             return None
         steps = arrangement(inner, [not h for h in held], opaque)
-        if steps is None and not (inner.primitive.name in VIEWS and not any(held)):
+        if steps is None and not (of(inner).kind == "view" and not any(held)):
             return None
         merged: dict[int, Axes] = {}
         for at, step in (steps or {}).items():
@@ -221,7 +161,7 @@ def _composed(first: Axes, then: Axes) -> Axes:
     return tuple(first[i] for i in then)
 
 
-def arranged(value) -> dict[int, Axes] | None:
+def arranged(value: Any) -> dict[int, Axes] | None:
     """The arrangement of the equation that produces a value; None where it is not elementwise."""
     if value.arranged is False:  # not asked yet: values are shared by many
         eqn, operands = value.producer, value.operands
@@ -230,15 +170,15 @@ def arranged(value) -> dict[int, Axes] | None:
     return value.arranged
 
 
-def is_atom(eqn, ins) -> bool:
+def is_atom(eqn: Equation, ins: Sequence[Any]) -> bool:
     """Whether a call is evaluated as it stands: elementwise as a whole, and a function of one value alone."""
-    held = arrangement(eqn, [_is_uniform(v) for v in ins]) if eqn.primitive.name in CALLS else None
+    held = arrangement(eqn, [_is_uniform(v) for v in ins]) if of(eqn).kind == "call" else None
     if held is None or any(not v.both and not _is_uniform(v) for v in ins):
         return False
     return _one_origin([(v, held[k]) for k, v in enumerate(ins) if v.both])
 
 
-def _is_uniform(value) -> bool:
+def _is_uniform(value: Any) -> bool:
     """A constant that is the same for all elements."""
     if value.params or value.data:
         return False
@@ -250,19 +190,19 @@ def _is_uniform(value) -> bool:
             and len(operands) == len(eqn.invars)
             and bool(operands)
             and all(map(_is_uniform, operands))
-            and (eqn.primitive.name in VIEWS or arrangement(eqn, [True] * len(operands)) is not None)
+            and (of(eqn).kind == "view" or arrangement(eqn, [True] * len(operands)) is not None)
         )
     return value.uniform
 
 
-def _one_origin(values) -> bool:
+def _one_origin(values: Sequence[Any]) -> bool:
     """Whether values are elementwise functions of one, each of which lies in the same way in what is made of them."""
     front = {(v.order, axes): v for v, axes in values}
     while len(front) > 1:
         order, axes = latest = max(front)
         value = front.pop(latest)
         held = arranged(value)
-        if held is None and value.producer is not None and value.producer.primitive.name == STOP:
+        if held is None and value.producer is not None and of(value.producer).stops:
             held = {0: tuple(range(len(axes)))}
         if held is None or not all(v.both or _is_uniform(v) for v in value.operands):
             return False  # those before it do not come from it
@@ -271,28 +211,25 @@ def _one_origin(values) -> bool:
     return True
 
 
-def _reduces(eqn) -> bool:
+def _reduces(eqn: Equation) -> bool:
     """Whether an equation takes a mean, a maximum or the like over axes of the array or of a mesh, but no pooling."""
-    name = eqn.primitive.name
-    if not name.startswith(REDUCING) or name.startswith(("reduce_window", "reduce_precision")):
-        return False
-    return eqn.params.get("axes") != ()
+    return of(eqn).statistic and eqn.params.get("axes") != ()
 
 
-def _is_statistic(value) -> bool:
+def is_statistic(value: Any) -> bool:
     """Whether a value comes elementwise from results of reductions, as means and variances do."""
     eqn = value.producer
     if eqn is None or _reduces(eqn):
         return eqn is not None
     if value.statistic is None:  # kept: values are shared by many
-        name = eqn.primitive.name
+        row = of(eqn)
         mixed = [v for v in value.operands if v.both]
-        passing = name in VIEWS or name == STOP or name.startswith(REDUCING) or arranged(value) is not None
-        value.statistic = bool(mixed) and passing and all(map(_is_statistic, mixed))
+        passing = row.kind in ("view", "window") or row.stops or row.statistic or arranged(value) is not None
+        value.statistic = bool(mixed) and passing and all(map(is_statistic, mixed))
     return value.statistic
 
 
-def linear_origins(values) -> set[int]:
+def linear_origins(values: Sequence[Any]) -> set[int]:
     """The values that these hold up to factors, terms, normalisation and views: what a layer reads of a nonlinearity.
 
     Products with data are not followed, exp(logvar / 2) * noise, nor quotients by what depends on both: softmax.
@@ -304,16 +241,17 @@ def linear_origins(values) -> set[int]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        name = value.producer.primitive.name if value.producer is not None else ""
-        mixed = [v for v in value.operands if v.both]
-        if name in ("mul", "div"):
-            kept = [v for v in mixed if name == "div" or not _is_statistic(v)]
-            if kept == [value.operands[0]] or (name == "mul" and len(kept) == 1):
+        if value.producer is None:
+            continue
+        row, mixed = of(value.producer), [v for v in value.operands if v.both]
+        if row.combines in ("product", "quotient"):
+            kept = [v for v in mixed if row.combines == "quotient" or not is_statistic(v)]
+            if kept == [value.operands[0]] or (row.combines == "product" and len(kept) == 1):
                 stack += [] if any(v.data and not v.params for v in value.operands) else kept
-        elif name in LINEAR or name in VIEWS or name in PASSING:
+        elif row.curve == "linear" or row.kind == "view" or row.leads:
             stack += mixed
     return seen
 
 
-def _is_literal(atom) -> bool:
+def _is_literal(atom: Atom) -> bool:
     return hasattr(atom, "val")

@@ -20,7 +20,7 @@ Uses of parameters that no rule can serve are kept as refusals, for the rule tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,45 +28,29 @@ import jax.numpy as jnp
 from lrules.engine import by_hand
 from lrules.engine.activations import MARK, UNMARK, Doubt, is_atom
 from lrules.engine.dtypes import counts, is_inexact
-from lrules.engine.jaxprs import INLINED, call_name, open_jaxpr, scan_counts, varying_axes
-from lrules.engine.operations import (
-    CASTS,
-    ELEMENTWISE,
-    STRUCTURAL,
-    Multiplication,
-    is_product,
-    multiplication,
-    multiplies,
-    of_latents,
-    one_layer,
-    stage,
-    transformed,
-    view_axes,
+from lrules.engine.findings import REMEDIES, Findings
+from lrules.engine.jaxprs import (
+    COND,
+    INLINED,
+    OWN_DERIVATIVE,
+    SCAN,
+    SHARD_MAP,
+    WHILE,
+    Aval,
+    Equation,
+    Jaxpr,
+    call_name,
+    open_jaxpr,
+    scan_counts,
+    varying_axes,
 )
-from lrules.engine.records import (
-    Activation,
-    Affine,
-    Block,
-    Hidden,
-    Layer,
-    Refusal,
-    Value,
-    ancestors,
-    classes_of,
-    merged_classes,
-    parts,
-    unique,
-)
-from lrules.engine.regions import find_regions
+from lrules.engine.layers import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
+from lrules.engine.operations import is_product, of, view_axes
+from lrules.engine.records import Block, Value, ancestors, classes_of, merged_classes
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
 
-REMEDIES = {
-    "while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)",
-    "loop inside a custom_vjp function": " (for diffrax.diffeqsolve, sequential rules serve adjoint=DirectAdjoint())",
-}
 
-
-class Analysis:
+class Analysis(Findings):
     """One walk over a jaxpr and all jaxprs inside it.
 
     Args:
@@ -75,151 +59,14 @@ class Analysis:
         batch (0), and products between a Fourier transform and its inverse (over so many axes).
     """
 
-    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]):
-        self.names, self.ndims, self.promoted = names, ndims, promoted
-        self.layers: list[Layer] = []
-        self.hidden: list[Hidden] = []
-        self.activations: list[Activation] = []
-        self.affines: list[Affine] = []
-        self.refusals: list[Refusal] = []
-        self.doubts: list[tuple[Doubt, Value | None]] = []
+    def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]) -> None:
+        super().__init__(names, ndims)
+        self.promoted = promoted
         self.found: dict[Any, int] = {}  # further ones
-        self.silent = 0  # walking a scan's body only to find the classes of its carry
-        self.unmarked = False  # inside lrules.not_activation
-        self.sealed: str | None = None  # inside a construct where no layer can be served
-        self.inner: list[tuple[Multiplication, str]] | None = None  # the products in a function with its own derivative
 
-    # -- registering what is found
-
-    def refuse(self, params: frozenset[int], what: str):
-        if not self.silent:
-            names = ", ".join(repr(self.names[i]) for i in sorted(params))
-            refusal = Refusal(params, what.format(name=names), self.sealed != "while loop")
-            if refusal not in self.refusals:
-                self.refusals.append(refusal)
-
-    def add_layer(self, block: Block, index: int, eqn, found: Multiplication):
-        w, x, sources = found.weight, found.operand, found.sources
-        if self.inner is not None:
-            self.inner.append((found, "loop inside a " if {"scan", "while"} & set(block.scope) else ""))
-            return
-        if self.sealed:
-            self.refuse(
-                sources,
-                f"the parameter {{name}} is multiplied by data inside a {self.sealed}, where no rule can reach it: "
-                f"take the multiplication out of the {self.sealed}{REMEDIES.get(self.sealed, '')}",
-            )
-            return
-        if w.carried:
-            self.refuse(
-                sources,
-                "the parameter {name} passes through a scan's carry before it multiplies data: scan over it (xs) or "
-                "use it from outside the loop",
-            )
-            return
-        if self.silent:
-            return
-        for lookup in w.lookups:
-            lookup.uses.add("weight")
-        order = sorted(sources, key=lambda i: (self.rank_at_use(w, i) < 2, i))
-        names = tuple(self.names[i] for i in order)
-        layer = Layer(
-            name=names[0],
-            parameters=names,
-            operation=eqn.primitive.name,
-            site="",
-            contracted=tuple(found.contracted),
-            output_axes=found.output_axes,
-            weight=w,
-            operand=x,
-            scope=block.scope,
-            owned=_owned_axes(w),
-            eqn=eqn,
-            sources=sources,
-            position=found.position,
-            mixed=found.mixed,
-            place=(block, index),
-        )
-        self.layers.append(layer)
-        block.layers[index] = layer
-        if x.params and jnp.issubdtype(x.aval.dtype, jnp.inexact):
-            layer.reads = self.add_hidden(x, "", w.loops, mark=False)
-            layer.reads.readers.append(layer)
-
-    def add_hidden(self, x: Value, name: str, loops: frozenset, mark: bool) -> Hidden:
-        root, views = x.root()
-        if mark or root.hidden is None:
-            block, variable = root.place  # type: ignore[misc]
-            hidden = Hidden(
-                name=name,
-                root=root,
-                views=views,
-                reader=x,
-                loops=tuple((length, key in loops) for key, length in block.loops),
-                mark=mark,
-            )
-            block.hidden.setdefault(variable, []).append(hidden)
-            self.hidden.append(hidden)
-            if mark:
-                return hidden
-            root.hidden = hidden
-        return root.hidden
-
-    def finish(self, outs: Sequence[Value]):
-        """Settles which lookups are layers, names all that was found, and says where feedback has to ride along."""
-        for out in outs:
-            for lookup in out.lookups:
-                lookup.uses.add("data")
-        for layer in [layer for layer in self.layers if layer.uses == {"weight"}]:
-            block, index = layer.place
-            self.layers.remove(layer)
-            del block.layers[index]
-            layer.output.layer = None  # type: ignore[union-attr]
-            if layer.reads is not None:
-                layer.reads.readers.remove(layer)
-        for hidden in [h for h in self.hidden if not h.mark and not h.readers]:
-            self.hidden.remove(hidden)
-            block, variable = hidden.root.place  # type: ignore[misc]
-            block.hidden[variable].remove(hidden)
-        sites: set[str] = set()
-        for layer in self.layers:
-            layer.site = unique(layer.name, sites)
-            sites.add(layer.site)
-            for value in parts(layer.weight)[0]:
-                value.wanted = True
-        taken: dict[bool, set[str]] = {True: set(), False: set()}
-        for hidden in self.hidden:
-            hidden.name = unique(hidden.name if hidden.mark else hidden.readers[0].name, taken[hidden.mark])
-            taken[hidden.mark].add(hidden.name)
-
-    def add_affine(self, block: Block, index: int, ins: list[Value], out: Value):
-        """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
-        pure = [k for k, v in enumerate(ins) if v.pure]
-        if len(pure) == 1 and not self.sealed and jnp.issubdtype(out.aval.dtype, jnp.inexact):
-            affine = Affine(f"affine {len(self.affines)}", pure[0], ins[pure[0]], out)
-            self.affines.append(affine)
-            block.affines[index] = affine
-
-    def add_activations(self, block: Block):
-        if self.silent or self.sealed or self.unmarked:
-            return
-        regions, doubts = find_regions(block)
-        self.doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in doubts]
-        for region in regions:
-            site = unique(region.name, {a.site for a in self.activations})
-            source, output = block.value(region.root), block.value(region.output)
-            region.activation = Activation(region.name, site, block.scope, source, output)
-            self.activations.append(region.activation)
-            block.regions[region.indices[-1]] = region
-            block.skipped |= frozenset(region.indices[:-1])
-
-    def rank_at_use(self, w: Value, i: int) -> int:
-        axes, sliced = w.axes.get(i, ((), frozenset()))
-        return self.ndims[i] - len(sliced)
-
-    # -- walking
-
-    def walk(self, jaxpr, ins: Sequence[Value], scope, loops, path) -> tuple[Block, list[Value]]:
+    def walk(
+        self, jaxpr: Jaxpr, ins: Sequence[Value], scope: Any, loops: Any, path: tuple[Any, ...]
+    ) -> tuple[Block, list[Value]]:
         jaxpr, consts = open_jaxpr(jaxpr)
         block = Block(jaxpr, consts, scope, loops)
         for var in jaxpr.constvars:
@@ -234,11 +81,12 @@ class Analysis:
                 block.values[var] = value
                 if value.place is None:
                     value.place = (block, var)
-        self.add_activations(block)
+        if not (self.silent or self.sealed or self.unmarked):
+            self.noted.append(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
-    def equation(self, block: Block, index: int, eqn, ins: list[Value], path) -> list[Value]:
-        name = eqn.primitive.name
+    def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
+        row, name = of(eqn), of(eqn).name
         params = frozenset().union(*(v.params for v in ins))
         key = (*path, index)
         begins = key in self.promoted and not any(v.data for v in ins)
@@ -248,19 +96,19 @@ class Analysis:
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
             if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
                 what = "acts on more than one element or holds parameters"
-                self.doubts.append((Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"), None))
+                self.noted.append(Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked
             block.children[index] = [child]
             return outs
         found = None
         if params and data:
-            walk = {"scan": self.scan, "cond": self.cond, "while": self.loop, "shard_map": self.shard_map}.get(name)
+            walk = {SCAN: self.scan, COND: self.cond, WHILE: self.loop, SHARD_MAP: self.shard_map}.get(name)
             if walk is not None:
                 return walk(block, index, eqn, ins, key)
             if any(v.differentiable for v in ins):
                 found = self.mixture(block, index, eqn, ins, key)
-        elif params and name == "scan":
+        elif params and name == SCAN:
             outs = self.generic(eqn, ins, carried=any(v.carried for v in ins))
             if multiplies(eqn.params["jaxpr"]):  # a network without a batch may lie inside
                 walked = self.scan(block, index, eqn, ins, key)
@@ -288,27 +136,29 @@ class Analysis:
             if not outs[0].chosen:
                 layer.uses.add("data")
                 outs[0].products, outs[0].axes = by_hand.of_layer(layer), output_parameter_axes(layer)
-        elif params and data and not self.silent and name in ELEMENTWISE:
+        elif params and data and not self.silent and row.elementwise:
             self.add_affine(block, index, ins, outs[0])
         if params and not data and outs and is_product(eqn):
             outs[0].key = key
         for out in outs:
             out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
         self.sums(block, eqn, ins)
-        marked = name == "name" and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
+        marked = row.marks and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
             self.add_hidden(ins[0], eqn.params["name"], ins[0].loops, mark=True)
         return outs
 
-    def find_beginnings(self, eqn, ins: list[Value]):
+    def find_beginnings(self, eqn: Equation, ins: list[Value]) -> None:
         """Where a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
         if is_product(eqn) and all(v.params for v in ins[:2]):
             bent = [v for v in ins[:2] if v.stage == 2]
             self.found |= {v.key: 0 for b in bent for v in ancestors(b, lambda v: False) if v.key is not None}
 
-    def mixture(self, block: Block, index: int, eqn, ins: list[Value], key) -> Multiplication | None:
+    def mixture(
+        self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]
+    ) -> Multiplication | None:
         """An equation in which values made of parameters meet data: a layer, a bias or scale, or unknown."""
-        name = eqn.primitive.name
+        row = of(eqn)
         found = multiplication(eqn, ins) or transformed(eqn, ins, self.promoted.get(key, 0))
         if found is None and key in self.promoted and not any(v.data for v in ins):
             found = of_latents(eqn, ins)
@@ -319,19 +169,21 @@ class Analysis:
         inner = [v for k, v in eqn.params.items() if k in ("call_jaxpr", "fun_jaxpr")]
         if not weights or not any(v.data for v in ins if v not in weights):
             return None
-        if name.startswith(("custom_jvp_call", "custom_vjp_call")) and inner:
+        if row.name in OWN_DERIVATIVE and inner:
             return self.own_derivative(block, index, eqn, ins, inner[0])
-        if name not in ELEMENTWISE and name not in STRUCTURAL:
+        if not row.may_mix:
             self.refuse(
                 frozenset().union(*(v.params for v in weights)),
-                f"the parameter {{name}} meets data in the primitive {name!r}, which lrules does not know: write it "
-                "with dot_general or conv_general_dilated",
+                f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: write "
+                "it with dot_general or conv_general_dilated",
             )
         return None
 
-    def own_derivative(self, block: Block, index: int, eqn, ins: list[Value], body) -> Multiplication | None:
+    def own_derivative(
+        self, block: Block, index: int, eqn: Equation, ins: list[Value], body: Any
+    ) -> Multiplication | None:
         """A function with a derivative of its own: one layer if one weight multiplies data in it, else sealed."""
-        what = "custom_" + eqn.primitive.name[7:10] + " function"
+        what = f"{of(eqn).name[:10]} function"
         before = self.inner, self.sealed, self.refusals
         self.inner, self.sealed, self.refusals = [], self.sealed or what, []
         self.walk(body, [dataclasses.replace(v, place=None) for v in ins], (), (), (index, "custom"))
@@ -350,14 +202,14 @@ class Analysis:
             )
         return None
 
-    def generic(self, eqn, ins: list[Value], carried: bool = False) -> list[Value]:
+    def generic(self, eqn: Equation, ins: list[Value], carried: bool = False) -> list[Value]:
         """What an equation without a structure of its own passes from its operands to its results."""
-        if eqn.primitive.name == "optimization_barrier":
+        if of(eqn).same:
             return [self.generic_one(eqn, [v], out.aval, carried) for v, out in zip(ins, eqn.outvars, strict=True)]
         return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
 
-    def generic_one(self, eqn, ins: list[Value], aval, carried: bool) -> Value:
-        name = eqn.primitive.name
+    def generic_one(self, eqn: Equation, ins: list[Value], aval: Aval, carried: bool) -> Value:
+        row = of(eqn)
         value = Value(
             aval,
             params=frozenset().union(*(v.params for v in ins)),
@@ -369,10 +221,10 @@ class Analysis:
             operands=tuple(ins),
         )
         own = self.inner is not None  # inside a function with a derivative of its own, which may pass integers
-        stops = name == "stop_gradient" and ins[0].smooth and not own  # of a weight, it only freezes it
+        stops = row.stops and ins[0].smooth and not own  # of a weight, it only freezes it
         if is_inexact(aval) or (own and counts(aval)):
             value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
-            value.smooth = any(v.smooth or (v.data and counts(v.aval) and name in CASTS) for v in ins)
+            value.smooth = any(v.smooth or (v.data and counts(v.aval) and row.casts) for v in ins)
         if value.chosen:
             value.params = value.differentiable
             value.lookups = frozenset().union(*(v.lookups for v in ins))
@@ -391,24 +243,24 @@ class Analysis:
                 value.axes = parameter_axes(eqn, ins, aval, axes)
         return value
 
-    def sums(self, block: Block, eqn, ins: list[Value]):
+    def sums(self, block: Block, eqn: Equation, ins: list[Value]) -> None:
         """Refuses products of weights and data that are summed by hand."""
         for product, sentence in by_hand.summed(eqn, ins, block):
-            if eqn.primitive.name == "fft":  # a product between two transforms is a convolution
-                self.found[product.key] = len(eqn.params["fft_lengths"])
+            if of(eqn).kind == "transform":  # a product between two transforms is a convolution
+                self.found[product.key] = len(of(eqn).contracted(eqn, 0))
             else:
                 self.refuse(product.params, sentence)
 
     # -- constructs
 
-    def scan(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def scan(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         n_consts, n_carry = scan_counts(eqn.params)
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         scope, loops = (*block.scope, "scan"), (*block.loops, (key, length))
         carry = [classes_of(v) for v in ins[n_consts : n_consts + n_carry]]
 
-        def inputs():
+        def inputs() -> Iterator[Value]:
             for value in ins[:n_consts]:
                 yield value
             for classes, aval in zip(carry, avals[n_consts : n_consts + n_carry], strict=True):
@@ -449,7 +301,7 @@ class Analysis:
             results.append(result)
         return results
 
-    def cond(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def cond(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         walked = [
             self.walk(branch, ins[1:], (*block.scope, "cond"), block.loops, (*key, i))
             for i, branch in enumerate(eqn.params["branches"])
@@ -463,7 +315,7 @@ class Analysis:
             results.append(merged)
         return results
 
-    def loop(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def loop(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         """A while loop: nothing in it can be served, so it must hold no layer."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = ins[n : n + m], ins[n + m :]
@@ -479,7 +331,7 @@ class Analysis:
         self.sealed = before
         return [Value(v.aval, **classes_of(everything), producer=eqn, operands=tuple(ins)) for v in eqn.outvars]
 
-    def shard_map(self, block: Block, index: int, eqn, ins: list[Value], key) -> list[Value]:
+    def shard_map(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
         body = eqn.params["jaxpr"]
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
@@ -499,17 +351,3 @@ class Analysis:
             )
             for v, out in zip(outs, eqn.outvars, strict=True)
         ]  # fmt: skip
-
-
-def _owned_axes(w: Value) -> frozenset:
-    """Mesh axes along which a `shard_map` of the network splits what the weight is made of."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    stack = [w]
-    while stack:
-        value = stack.pop()
-        if id(value) not in seen:
-            seen.add(id(value))
-            found |= value.split
-            stack += value.operands
-    return frozenset(found) & varying_axes(w.aval)

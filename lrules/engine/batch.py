@@ -14,18 +14,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.operations import ELEMENTWISE, reshape_groups, view_axes
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
 from lrules.network import Network
-
-Pytree = Any
-
-MOVES = {"rev", "sort", "concatenate", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice", "slice",
-         "pad", "stack"}  # fmt: skip
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +43,28 @@ class BatchAxis:
         """The shape without the batch, a merged axis taken apart."""
         return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
 
-    def restore(self, x, shape: Sequence[int]):
+    def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
+        if not self.merged:
+            x = moved(x, [0], [self.axis])
+            return x if x.shape == tuple(shape) else x.reshape(shape)
         x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
-        return jnp.moveaxis(x, 0, self.axis + 1).reshape(shape)
+        return moved(x, [0], [self.axis + 1]).reshape(shape)
 
-    def in_front(self, x, shape: Sequence[int], batch: int):
+    def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
         """A tensor of that shape as `[batch, *rest]`."""
+        if not self.merged:
+            return moved(x, [self.axis], [0])
         x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
-        return jnp.moveaxis(x, self.axis + 1, 0).reshape(-1, *self.rest(shape))
+        return moved(x, [self.axis + 1], [0]).reshape(-1, *self.rest(shape))
+
+
+def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> jax.Array:
+    """`jnp.moveaxis`, which costs nothing where nothing moves."""
+    order = [i for i in range(x.ndim) if i not in source]
+    for at, i in sorted(zip(destination, source, strict=True)):
+        order.insert(at, i)
+    return x if order == sorted(order) else jax.lax.transpose(x, order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +76,18 @@ class Unbatched(BatchAxis):
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
 
-    def restore(self, x, shape: Sequence[int]):
+    def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
         return x.sum(0).reshape(shape)
 
-    def in_front(self, x, shape: Sequence[int], batch: int):
+    def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
         return jnp.broadcast_to(x.reshape(1, *shape), (batch, *shape))
 
 
 class Moved(Exception):
     """Examples were put into another order."""
+
+
+Step = tuple[Value, Value, int, tuple[int, int]]
 
 
 def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
@@ -114,107 +128,84 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
     Raises:
       Moved: the examples do not lie in the order of the inputs.
     """
-    before, after = 1, 1
-    while a.producer is not None or a.operands:
-        if a.producer is None:  # a slice of what is scanned, the start of a carry, a shard_map's operand
-            u, v = a.operands[0], b.operands[0]
-            outer = axis + len(u.aval.shape) - len(a.aval.shape)
-            step = (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
-        else:
-            step = _back(a.producer, a, b, axis)
-        if step is None:
+    way: list[tuple[Value, int, tuple[int, int]]] = []  # from the value to where it is known
+    while (known := (a.order_of_batch or {}).get(axis)) is None:
+        try:
+            step = _step(a, b, axis)
+        except Moved:
+            known = "moved"
             break
-        a, b, axis, (front, behind) = step
-        before, after = before * front, after * behind
-    return (before, after) if a.aval.shape[axis] == batch else None
+        if step is None:
+            known = (1, 1) if a.aval.shape[axis] == batch else "unknown"
+            break
+        way.append((a, axis, step[3]))
+        a, b, axis, _ = step
+    way.append((a, axis, (1, 1)))
+    for value, at, (front, behind) in reversed(way):
+        if isinstance(known, tuple):
+            known = known[0] * front, known[1] * behind
+        value.order_of_batch = {**(value.order_of_batch or {}), at: known}
+    if known == "moved":
+        raise Moved
+    return known if isinstance(known, tuple) else None
 
 
-def _back(eqn, a: Value, b: Value, axis: int):
+def _step(a: Value, b: Value, axis: int) -> Step | None:
     """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
-    name = eqn.primitive.name
+    if a.producer is not None:
+        return _back(a.producer, a, b, axis)
+    if not a.operands:
+        return None
+    u, v = a.operands[0], b.operands[0]  # a slice of what is scanned, the start of a carry, a shard_map's operand
+    outer = axis + len(u.aval.shape) - len(a.aval.shape)
+    return (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
+
+
+def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
+    """The same through an equation."""
     if len(a.operands) != len(b.operands):
         return None
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
 
-    def to(u, v, i, front=1, behind=1):
+    def to(u: Value, v: Value, i: int, front: Any = 1, behind: Any = 1) -> Any:
         return (u, v, i, (front, behind)) if _grown(u, v) == i else None
 
-    if name == "reshape" and len(pairs) == 1:
-        ((u, v),) = pairs
-        for left, right in reshape_groups(v.aval.shape, b.aval.shape):
-            if axis in right:
-                i = _grown(u, v)
-                if i not in left or math.prod(a.aval.shape[j] for j in right if j != axis) != 1:
-                    return None
-                front = math.prod(u.aval.shape[j] for j in left if j < i)
-                return to(u, v, i, front, math.prod(u.aval.shape[j] for j in left if j > i))
-        return None
-    axes = view_axes(eqn, a.operands[0].aval.shape) if len(a.operands) == 1 and pairs else None
-    if axes is not None:
-        return to(*pairs[0], axes[axis][0]) if len(axes[axis]) == 1 else None
-    if name == "broadcast_in_dim" and pairs:
-        held = list(eqn.params["broadcast_dimensions"])
-        return to(*pairs[0], held.index(axis)) if axis in held else None
-    if name in ELEMENTWISE or is_atom(eqn, a.operands) or name in ("custom_jvp_call", "custom_vjp_call"):
+    row = of(eqn)
+    if row.view is not None and len(a.operands) == 1 and pairs:
+        axes = view_axes(b.producer or eqn, pairs[0][1].aval.shape)
+        if axes is not None:
+            return _back_view(axes, a, axis, to, *pairs[0])
+    if row.elementwise or is_atom(eqn, a.operands) or row.name in OWN_DERIVATIVE:
         lies = arranged(a) or {}
         for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
             i = lies[k][axis] if lies.get(k) else axis
             if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _grown(u, v) == i:
                 return to(u, v, i)
         return None
-    if name == "dot_general" or name.startswith("ragged_dot"):
-        ragged = eqn.params.get("ragged_dot_dimension_numbers")
-        contracted, batched = ragged.dot_dimension_numbers if ragged else eqn.params["dimension_numbers"]
-        for k, (u, v) in enumerate(zip(a.operands[:2], b.operands[:2], strict=True)):
-            free = [d for d in range(len(u.aval.shape)) if d not in contracted[k] and d not in batched[k]]
-            start = len(batched[0]) if k == 0 else len(a.aval.shape) - len(free)
-            where = dict(enumerate(batched[k])) | dict(enumerate(free, start))
-            if axis in where and u.data and _grown(u, v) == where[axis]:
-                return to(u, v, where[axis])
-        return None
-    if name == "conv_general_dilated":
-        spec = eqn.params["dimension_numbers"]
-        return to(a.operands[0], b.operands[0], spec.lhs_spec[0]) if axis == spec.out_spec[0] else None
-    if name.startswith(("reduce_window", "cum")) and pairs:
-        return to(*pairs[0], axis)
-    if name.startswith(("reduce_", "argm")) and len(pairs) == 1 and "axes" in eqn.params:
-        kept = [d for d in range(len(pairs[0][0].aval.shape)) if d not in eqn.params["axes"]]
-        return to(*pairs[0], kept[axis])
-    if name == "scan" and len(pairs) == 1:  # a stacked output, or the last carry
+    if row.name == SCAN and len(pairs) == 1:  # a stacked output, or the last carry
         return to(*pairs[0], axis - len(a.aval.shape) + len(pairs[0][0].aval.shape))
-    if name == "gather":
-        return _back_gather(eqn, a, b, axis, to)
-    if name in MOVES and pairs:
-        if name == "stack":
-            new = eqn.params["axis"]
-            return None if axis == new else to(*pairs[0], axis - (axis > new))
-        along = {"concatenate": "dimension", "sort": "dimension", "rev": "dimensions"}.get(name)
-        moved = eqn.params[along] if along else None
-        if moved == axis or (isinstance(moved, tuple) and axis in moved) or name.startswith("scatter"):
-            raise Moved
-        same = [(u, v) for u, v in pairs if _grown(u, v) == axis]
-        if not same:
-            raise Moved
-        return to(*same[0], axis)
+    if row.reorders is not None and row.reorders(eqn, axis, [u.data for u in a.operands]):
+        raise Moved
+    if row.lies is None:
+        return None
+    for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
+        if not u.data or (row.looks_up and k > 0 and a.operands[0].data):
+            continue
+        places = {out: i for i, out in row.lies(eqn, k).items() if i not in row.contracted(eqn, k)}
+        if axis in places and _grown(u, v) == places[axis]:
+            return to(u, v, places[axis])
+    if row.kind == "move" and row.reorders is not None:
+        raise Moved
     return None
 
 
-def _back_gather(eqn, a: Value, b: Value, axis: int, to):
-    """Through a gather: the axis is one of the operand's whole axes, or one of the indices'."""
-    numbers = eqn.params["dimension_numbers"]
-    (operand, indices), (operand_b, indices_b) = a.operands, b.operands
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    if axis in numbers.offset_dims:
-        dims = range(len(operand.aval.shape))
-        whole = [d for d in dims if d not in numbers.collapsed_slice_dims and d not in batching]
-        d = whole[numbers.offset_dims.index(axis)]
-        return to(operand, operand_b, d) if operand.data and d not in numbers.start_index_map else None
-    if not operand.data:  # an embedding
-        held = [d for d in range(len(a.aval.shape)) if d not in numbers.offset_dims]
-        return to(indices, indices_b, held.index(axis)) if indices.data else None
-    if indices.data and len(numbers.start_index_map) == 1 and not batching:
-        raise Moved  # examples looked up by data, as in h[order]
-    return None
+def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
+    """Through a view: the axis holds one of the operand's, or several, of which the one that grows is the batch."""
+    held, i = axes[axis], _grown(u, v)
+    if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
+        return None
+    front = math.prod(u.aval.shape[j] for j in held if j < i)
+    return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
@@ -223,11 +214,17 @@ def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph
     Raises:
       ValueError: it traces, and comes out as another network.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            twice = net.graph(params, inputs, double=True)
-    except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
+
+    def trace() -> Graph | None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return net.graph(params, inputs, double=True)
+        except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
+            return None
+
+    twice = graph.once("doubled", trace)
+    if twice is None:
         return None
     if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
         raise ValueError(

@@ -19,9 +19,7 @@ from lrules.engine.records import Hidden
 from lrules.engine.weights import DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct
-
-Pytree = Any
-
+from lrules.typing import Pytree
 
 SMALLER = {  # what makes direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",
@@ -74,9 +72,10 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                         "cannot land: mark one outside"
                     )
                 chosen.append((hidden, spec))
-    for i, (hidden, _) in enumerate(chosen):
-        if any(other.name == hidden.name for other, _ in chosen[:i]):
-            raise ValueError(f"a mark and a layer are both named {hidden.name!r}: give the mark another name")
+    names = [hidden.name for hidden, _ in chosen]
+    for name in names if len(set(names)) < len(names) else ():
+        if names.count(name) > 1:
+            raise ValueError(f"a mark and a layer are both named {name!r}: give the mark another name")
     if all(spec.signal is None for _, spec in chosen):
         plan.direct_feedback = {hidden.name: DirectFeedback(hidden, spec) for hidden, spec in chosen}
         return
@@ -111,8 +110,9 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
+    twin = dict(zip(graph.hidden, twice.hidden, strict=True)) if twice else {}
     for hidden, spec in chosen:
-        other = twice.hidden[graph.hidden.index(hidden)].reader if twice else None
+        other = twin[hidden].reader if twice else None
         batched = hidden.reader.batched
         axis = batch_axis(net, hidden.name, hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:
@@ -154,7 +154,7 @@ def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
         raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
-    if where != {"layer"} or any(spec.channel for spec in specs):
+    if where != {"layer"} or any(spec.pullback for spec in specs):
         return {}
     return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}
 
@@ -241,7 +241,7 @@ def _settled(
     return [(o, n) for o, names in pairs.items() for n in names]
 
 
-def _feedback_dtype(graph: Graph, hidden: Hidden):
+def _feedback_dtype(graph: Graph, hidden: Hidden) -> Any:
     if hidden.readers:
         return feedback_dtype(graph.param_avals[min(hidden.readers[0].sources)].dtype)
     return hidden.reader.aval.dtype

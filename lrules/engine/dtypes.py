@@ -6,21 +6,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lrules.engine.jaxprs import Aval
 
-def is_inexact(aval) -> bool:
+
+def is_inexact(aval: Aval) -> bool:
     return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
 
-def counts(aval) -> bool:
+def counts(aval: Aval) -> bool:
     """Whether its elements are integers, not truth values."""
     return jnp.issubdtype(getattr(aval, "dtype", jnp.bool_), jnp.integer)
 
 
-def feedback_dtype(dtype) -> Any:
+def feedback_dtype(dtype: Any) -> Any:
     """The dtype of feedback for a weight: float32 where a frozen weight is quantised to integers."""
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)
 
 
-def at_least_float32(dtype) -> Any:
+def at_least_float32(dtype: Any) -> Any:
     """The dtype in which sums over a batch are taken."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

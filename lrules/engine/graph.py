@@ -10,18 +10,24 @@ the parameters and once from the feedback, so that feedback meets its layer afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.activations import linear_origins
+from lrules.engine.activations import Doubt, linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
-from lrules.engine.jaxprs import INLINED, REMATS, bind, is_literal, scan_counts
-from lrules.engine.records import Affine, Block, Hidden, Layer, Value, argument, parameter, reach
+from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts
+from lrules.engine.operations import of
+from lrules.engine.product import Product
+from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value, argument, parameter, reach
+from lrules.engine.regions import Region, RegionFunction, RegionProgram, find_activations, moved
+from lrules.engine.shared import EVERYWHERE, Pieces, Together, equation_key
+from lrules.typing import Pytree
 
 
 class Graph:
@@ -31,9 +37,12 @@ class Graph:
     outputs: none through `stop_gradient`, or to aux alone.
     """
 
-    def __init__(self, closed, names: Sequence[str], batched: Sequence[bool], out_tree, aux_tree, n_outputs: int):
+    def __init__(
+        self, closed: Any, names: Sequence[str], batched: Sequence[bool], out_tree: Any, aux_tree: Any
+    ) -> None:
         self.closed, self.names = closed, list(names)
-        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, n_outputs
+        self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, out_tree.num_leaves
+        n_outputs = self.n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
         promoted: dict[Any, int] = {}
@@ -48,12 +57,36 @@ class Graph:
             promoted |= analysis.found
         analysis.finish(self.outs[:n_outputs])
         self.layers, self.hidden = analysis.layers, analysis.hidden
-        self.activations, self.affines, self.refusals = analysis.activations, analysis.affines, analysis.refusals
+        self.affines, self.refusals, self._noted = analysis.affines, analysis.refusals, analysis.noted
         reached = reach(self.outs[:n_outputs])
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
+        self.pieces = Pieces()  # those that hold programs of the user's die with the graph
+        self._made: dict[Hashable, Any] = {}
+        self._lock = threading.RLock()
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once; it depends on nothing but the graph, and holds no tracers."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+    @property
+    def activations(self) -> list[Activation]:
+        """The activations, looked for when they are asked for: few rules need them."""
+        return self.once("activations", lambda: find_activations(self._noted))[0]
+
+    @property
+    def nonlinearities(self) -> list[str]:
+        """What may be meant as an activation, and is none."""
+        return [doubt.name for doubt, _ in self.once("activations", lambda: find_activations(self._noted))[1]]
+
+    @property
+    def doubts(self) -> list[Doubt]:
+        """Those among the nonlinearities that a layer reads."""
+        _, doubts = self.once("activations", lambda: find_activations(self._noted))
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
-        self.doubts = [d for d, value in analysis.doubts if value is None or id(value) in read]
-        self.nonlinearities = [d.name for d, _ in analysis.doubts]
+        return [doubt for doubt, value in doubts if value is None or id(value) in read]
 
     @property
     def consts(self) -> list[Any]:
@@ -62,16 +95,16 @@ class Graph:
 
     def run(
         self,
-        params,
-        inputs,
+        params: Sequence[Any],
+        inputs: Sequence[Any],
         *,
-        consts=None,
-        feedback=None,
-        handlers=(),
+        consts: Sequence[Any] | None = None,
+        feedback: Sequence[Any] | None = None,
+        handlers: Sequence[Handler] = (),
         frame: Frame | None = None,
         marks: Sequence[Hidden] = (),
         taps: Mapping[str, Value] | None = None,
-    ):
+    ) -> tuple[Any, Any]:
         """Evaluates the network.
 
         Args:
@@ -87,7 +120,9 @@ class Graph:
           `(outputs, aux)`; records are in `frame.records`.
         """
         shadows = list(feedback) if feedback is not None else [None] * len(params)
-        runner = _Runner(handlers, feedback is not None, frozenset(marks), taps or {})
+        if any(handler.activations for handler in handlers):
+            self.activations  # noqa: B018  they are looked for
+        runner = _Runner(self.pieces, handlers, feedback is not None, frozenset(marks), taps or {})
         pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
         outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)
         flat = [value for value, _ in outs]
@@ -98,22 +133,35 @@ class Graph:
 class _Runner:
     """Evaluates blocks; pairs are (value, shadow)."""
 
-    def __init__(self, handlers: Sequence[Handler], shadows: bool, marks: frozenset[Hidden], taps: Mapping[str, Value]):
+    def __init__(
+        self,
+        pieces: Pieces,
+        handlers: Sequence[Handler],
+        shadows: bool,
+        marks: frozenset[Hidden],
+        taps: Mapping[str, Value],
+    ) -> None:
+        self.pieces = pieces
         self.handlers, self.shadows, self.marks = tuple(handlers), shadows, marks
         self.taps = {value.place: name for name, value in taps.items()}
         self.activations = any(h.activations for h in handlers)
         self.affines = any(h.affines for h in handlers)
+        self.at_activations = [h for h in self.handlers if type(h).activation is not Handler.activation]
+        self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
+        self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
+        # Without jit an equation is a program of its own, as it is where the network is called.
+        self.staged = isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
 
-    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts=None) -> list[Pair]:
+    def block(self, block: Block, ins: Sequence[Pair], frame: Frame, consts: Sequence[Any] | None = None) -> list[Pair]:
         env: dict[Any, Pair] = {}
 
-        def read(atom) -> Pair:
+        def read(atom: Atom) -> Pair:
             return (atom.val, None) if is_literal(atom) else env[atom]
 
-        def write(variable, pair: Pair):
+        def write(variable: Any, pair: Pair) -> None:
             value, shadow = pair
             here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
-            for handler in reversed(self.handlers):  # the rule's own last, whichever of the names its feedback goes by
+            for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
                 for hidden in here:
                     value = handler.hidden(hidden, value, frame)
             if (block, variable) in self.taps:
@@ -127,43 +175,70 @@ class _Runner:
                 write(var, pair)
             else:
                 env[var] = pair
+        pending: dict[int, Any] = {}  # equations that run together, and what they compute
+
+        def run_pending() -> None:
+            eqns = [block.jaxpr.eqns[i] for i in pending]
+            made = [v for e in eqns for v in e.outvars]
+            wanted = [v for v in made if self.is_noted(block, v) or not block.readers.get(v, set()) <= pending.keys()]
+            run = Together(eqns, list(pending.values()), wanted)
+            pending.clear()
+            shared = (self.pieces if run.programs else EVERYWHERE).shared(run.key, run)
+            for v, value in zip(wanted, shared(*(read(v)[0] for v in run.given)), strict=True):
+                write(v, (value, None))
+
         for index, eqn in enumerate(block.jaxpr.eqns):
             if self.activations and index in block.skipped:
                 continue
+            key = equation_key(eqn) if self.staged and self.is_plain(block, index, eqn) else None
+            if key is not None:
+                pending[index] = key
+                if any(self.is_noted(block, v) for v in eqn.outvars):  # its readers get what handlers make of it
+                    run_pending()
+                continue
+            if pending:
+                run_pending()
             if self.activations and index in block.regions:
                 region = block.regions[index]
                 write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
             outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
-            inlined = index in block.children and eqn.primitive.name in INLINED
+            inlined = index in block.children and of(eqn).name in INLINED
             for var, pair in zip(eqn.outvars, outs, strict=True):
                 if inlined and block.values[var].place != (block, var):
                     env[var] = pair  # defined, and handled, inside
                 else:
                     write(var, pair)
+        if pending:
+            run_pending()
         return [read(v) for v in block.jaxpr.outvars]
 
-    def activation(self, region, read, frame: Frame, shadowed: bool) -> Pair:
+    def is_plain(self, block: Block, index: int, eqn: Equation) -> bool:
+        """Whether an equation runs as it stands, without feedback that rides along."""
+        if index in block.children or (index in block.layers and self.at_layers):
+            return False
+        if (self.affines and index in block.affines) or (self.activations and index in block.regions):
+            return False
+        return not (self.shadows and any(block.values[v].shadowed for v in eqn.outvars))
+
+    def is_noted(self, block: Block, v: Atom) -> bool:
+        """Whether a value is handled, or recorded."""
+        return bool(self.at_hidden and v in block.hidden) or (block, v) in self.taps
+
+    def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
-        captured = [value for value, _ in others]
-
-        def fn(x, *others):
-            env = dict(zip(region.others, others, strict=True)) | {region.root: x.transpose(np.argsort(region.axes))}
-            for eqn in region.eqns:
-                got = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
-                env.update(zip(eqn.outvars, got, strict=True))
-            return env[region.output]
-
-        x = root[0].transpose(region.axes)
-        run = (lambda x: fn(x, *captured)) if captured else fn
-        for handler in self.handlers:  # the rule's own innermost
+        program = RegionProgram(region)
+        x = moved(root[0], region.axes)
+        fn = RegionFunction(program, [value for value, _ in others], self.pieces if self.staged else None)
+        run: Callable[[jax.Array], Any] = fn
+        for handler in self.at_activations:  # the rule's own innermost
             run = nest_activation(handler, region.activation, run, frame)
         if not (self.shadows and shadowed):
             return run(x), None
         x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
-        return run(x), fn(x_shadow.transpose(region.axes), *rest)
+        return run(x), program(moved(x_shadow, region.axes), *rest)
 
-    def equation(self, block: Block, index: int, eqn, pairs: list[Pair], frame: Frame) -> list[Pair]:
+    def equation(self, block: Block, index: int, eqn: Equation, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]
         if index in block.layers:
             out = self.layer(block.layers[index], eqn, pairs, frame)
@@ -172,8 +247,8 @@ class _Runner:
             return [(out, bind(eqn, [v if s is None else s for v, s in pairs])[0])]
         if self.affines and index in block.affines:
             return [(self.affine(block.affines[index], eqn, values, frame), None)]
-        name = eqn.primitive.name
         if index in block.children and self.busy(block, index):
+            name = of(eqn).name
             if name in REMATS:
                 return self.remat(block, index, eqn, pairs, frame)
             if name in INLINED:
@@ -188,36 +263,34 @@ class _Runner:
         """Whether something in the equation's inner jaxprs has to be handled (else it runs as it stands)."""
         eqn = block.jaxpr.eqns[index]
         ins = [block.value(v) for v in eqn.invars]
-        if all(not v.data for v in ins) and not any(child.sites() for child in block.children[index]):
-            return False
-        if all(not v.params for v in ins):
-            return False
-        mixed_out = self.shadows and any(block.values[v].shadowed for v in eqn.outvars)
-        return mixed_out or any(child.sites(affines=self.affines) for child in block.children[index])
 
-    def layer(self, layer: Layer, eqn, pairs: list[Pair], frame: Frame):
+        def held(affines: bool) -> bool:
+            return any(child.sites(affines=affines, activations=self.activations) for child in block.children[index])
+
+        if (all(not v.data for v in ins) and not held(False)) or all(not v.params for v in ins):
+            return False
+        return (self.shadows and any(block.values[v].shadowed for v in eqn.outvars)) or held(self.affines)
+
+    def layer(self, layer: Layer, eqn: Equation, pairs: list[Pair], frame: Frame) -> Any:
         k = layer.position
         (w, b), rest = pairs[k], [value for i, (value, _) in enumerate(pairs) if i != k]
-        single = len(rest) == 1 and layer.operation not in ("gather", "dynamic_slice")
+        single = len(rest) == 1 and not layer.row.looks_up
         x = rest[0] if single else tuple(rest)
 
-        def op(w, x):
-            others = [x] if single else list(x)
-            return bind(eqn, [*others[:k], w, *others[k:]])[0]
-
+        op = Product(eqn, k, single)
         b = w if b is None else b
 
-        def run(w, b, x):
+        def run(w: jax.Array, b: Any, x: Any) -> Any:
             return op(w, x)
 
-        for handler in self.handlers:  # the rule's own innermost
+        for handler in self.at_layers:  # the rule's own innermost
             run = nest_layer(handler, layer, run, op, frame)
         return run(w, b, x)
 
-    def affine(self, affine: Affine, eqn, values: list[Any], frame: Frame):
+    def affine(self, affine: Affine, eqn: Equation, values: list[Any], frame: Frame) -> Any:
         k = affine.position
 
-        def run(p, others):
+        def run(p: Any, others: Any) -> Any:
             return bind(eqn, [*others[:k], p, *others[k:]])[0]
 
         for handler in self.handlers:
@@ -226,32 +299,32 @@ class _Runner:
 
     # -- constructs
 
-    def remat(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def remat(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
         (child,) = block.children[index]
 
-        def body(pairs, inputs, position):
+        def body(pairs: Sequence[Pair], inputs: Pytree, position: Any) -> tuple[list[Pair], dict[str, Any]]:
             inner = Frame(inputs, {}, position)
-            return self.block(child, pairs, inner), inner.records
+            return self.block(child, pairs, inner), inner.taken()
 
         checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
         outs, records = checkpointed(pairs, below(frame.inputs, child), frame.index)
         frame.records.update(records)
         return outs
 
-    def scan(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def scan(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Any]:
         (child,), params = block.children[index], eqn.params
         n_consts, n_carry = scan_counts(params)
         consts, carry, xs = pairs[:n_consts], pairs[n_consts : n_consts + n_carry], pairs[n_consts + n_carry :]
 
         classes = [child.value(v) for v in child.jaxpr.invars[n_consts : n_consts + n_carry]]
 
-        def body(carry, sliced):
+        def body(carry: Any, sliced: Any) -> tuple[Any, Any]:
             xs, inputs, i = sliced
             inner = Frame(inputs, {}, (*frame.index, i))
             outs = self.block(child, [*consts, *carry, *xs], inner)
             ys = [self.paired(child.value(v), p) for v, p in zip(child.jaxpr.outvars, outs, strict=True)][n_carry:]
             carry = [self.paired(c, p) for c, p in zip(classes, outs[:n_carry], strict=True)]
-            return carry, (ys, inner.records)
+            return carry, (ys, inner.taken())
 
         options = {"_split_transpose": params["_split_transpose"]} if "_split_transpose" in params else {}
         carry, (ys, records) = jax.lax.scan(
@@ -265,24 +338,26 @@ class _Runner:
         frame.records.update(records)
         return [*carry, *ys]
 
-    def cond(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def cond(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> Any:
         classes = [block.values[v] for v in eqn.outvars]
 
-        def branch(child):
-            def run(pairs):
-                outs = self.block(child, pairs, Frame({}, {}, frame.index))
+        def branch(child: Block) -> Callable[..., list[Pair]]:
+            def run(pairs: Sequence[Pair], inputs: Pytree) -> list[Pair]:
+                outs = self.block(child, pairs, Frame(below(inputs, child), {}, frame.index))
                 return [self.paired(c, p) for c, p in zip(classes, outs, strict=True)]
 
             return run
 
         # Frames inside a branch keep nothing: what one branch records the other would have to record too.
-        return jax.lax.switch(pairs[0][0], [branch(child) for child in block.children[index]], list(pairs[1:]))
+        children = block.children[index]
+        inputs = {site: value for child in children for site, value in below(frame.inputs, child).items()}
+        return jax.lax.switch(pairs[0][0], [branch(child) for child in children], list(pairs[1:]), inputs)
 
-    def shard_map(self, block: Block, index: int, eqn, pairs, frame: Frame):
+    def shard_map(self, block: Block, index: int, eqn: Equation, pairs: Sequence[Pair], frame: Frame) -> list[Pair]:
         (child,), params = block.children[index], eqn.params
         classes = [child.value(v) for v in child.jaxpr.outvars]
 
-        def body(*pairs):
+        def body(*pairs: Pair) -> tuple[Pair, ...]:
             outs = self.block(child, pairs, Frame({}, {}, frame.index))
             return tuple(self.paired(c, p) for c, p in zip(classes, outs, strict=True))
 

@@ -11,14 +11,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrules.engine.activations import LINEAR, NONLINEAR
+import jax
+
+from lrules.engine.activations import ALIASES, FORMULAS
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import CALLS, INLINED, bind, is_literal
+from lrules.engine.jaxprs import CONSTRUCTS, INLINED, SCAN, Atom, bind, is_literal
+from lrules.engine.operations import Row, of
 from lrules.engine.records import Block, Value
-
-BENDING = (NONLINEAR | CALLS.keys() | {"reduce_max", "cumlogsumexp", "cummax"}) - {"div", "select_n"}
-
-MIXING = {"dot_general", "bcoo_dot_general", "gather", "scatter-add", "scatter_add"}  # rows, by constants
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Head:
     function: str
     views: tuple[Any, ...] = ()
 
-    def arranged(self, error):
+    def arranged(self, error: jax.Array) -> jax.Array:
         """The error at the layer's outputs in the arrangement of the output."""
         for eqn in self.views:
             (error,) = bind(eqn, [error])
@@ -55,7 +54,7 @@ def _head(graph: Graph, i: int) -> Head | None:
     out, views = graph.outs[i].root()
     found: dict[int, Value] = {}
     seen: set[int] = set()
-    names: list[str] = []
+    passed: list[tuple[str, Row]] = []
     stack, bends = [out], False
     while stack:
         value = stack.pop()
@@ -67,28 +66,38 @@ def _head(graph: Graph, i: int) -> Head | None:
             continue
         eqn = value.producer
         moving = [v for v in value.operands if v.params]
-        if eqn is None or not moving or eqn.primitive.name in ("scan", "while", "cond", "shard_map"):
+        if eqn is None or not moving or of(eqn).name in CONSTRUCTS:
             return None
-        name = eqn.primitive.name
-        bends |= name in BENDING or (name in ("mul", "div", "dot_general") and len(moving) > 1)
-        names.append(str(eqn.params.get("name", eqn.primitive.name)))
+        row = of(eqn)
+        meet = row.kind == "product" or row.combines in ("product", "quotient")
+        bends |= _bends(row) or (meet and len(moving) > 1)
+        passed.append((str(eqn.params.get("name", row.name)), row))
         stack += moving
     (value, *others) = found.values() or (out,)
     block = value.place[0] if value.place is not None else None
     if others or not bends or block is None or block.scope or value.aval.shape != out.aval.shape:
         return None
-    return Head(i, value, _layer_of(value).name, _named(names), views)
+    return Head(i, value, _layer_of(value).name, _named(passed), views)
 
 
-def _named(primitives: Sequence[str]) -> str:
+def _bends(row: Row) -> bool:
+    """Whether a primitive bends what goes through it, or chooses in it."""
+    if row.combines in ("quotient", "select"):
+        return False
+    return row.nonlinear or row.curve == "rows" or row.kind == "call"
+
+
+def _named(passed: Sequence[tuple[str, Row]]) -> str:
     """What the primitives, or calls, between a layer and an output are called together."""
-    if "exp" in primitives and {"div", "log"} & set(primitives):
-        return "log_softmax" if "log" in primitives else "softmax"
-    bent = [name for name in primitives if name in BENDING or name not in LINEAR]
-    return "sigmoid" if bent == ["logistic"] else " ".join(dict.fromkeys(reversed(bent)))
+    names = [name for name, _ in passed]
+    for formula, called in FORMULAS.items():
+        if set(formula.split("_")) <= set(names):
+            return called
+    bent = [name for name, row in passed if row.curve != "linear"]
+    return ALIASES.get(bent[0], bent[0]) if len(bent) == 1 else " ".join(dict.fromkeys(reversed(bent)))
 
 
-def _layer_of(value: Value):
+def _layer_of(value: Value) -> Any:
     """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's.
 
     What is brought along the edges of a graph, by constants, is still the layer's.
@@ -96,16 +105,18 @@ def _layer_of(value: Value):
     while True:
         if value.layer is not None:
             return value.layer
-        name = value.producer.primitive.name if value.producer is not None else ""
+        row = None if value.producer is None else of(value.producer)
         moving = [v for v in value.operands if v.both]
-        if name in ("add", "sub") and len(moving) == 2:
+        adds = row is not None and row.combines == "sum"
+        if adds and len(moving) == 2:
             first, second = map(_layer_of, moving)
             return first if second is not None else None
-        biased = name in ("add", "sub") and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
-        mixed = name in MIXING and len(moving) == 1 and not any(v.pure or v.chosen for v in value.operands)
+        biased = adds and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
+        brought = row is not None and row.brings and not any(v.pure or v.chosen for v in value.operands)
+        looped = row is not None and row.name == SCAN
         if value.source is not None:
             value = value.source
-        elif biased or mixed or (name == "scan" and len(moving) == 1):
+        elif biased or ((brought or looped) and len(moving) == 1):
             (value,) = moving
         else:
             return None
@@ -145,7 +156,7 @@ def _needed(block: Block, wanted: Sequence[Any], given: Mapping[int, Any]) -> tu
 def _operands(block: Block, index: int, asked: Sequence[Any], given: Mapping[int, Any]) -> list[Any]:
     """The operands of an equation that what is asked of it needs."""
     eqn = block.jaxpr.eqns[index]
-    if index not in block.children or eqn.primitive.name not in INLINED:
+    if index not in block.children or of(eqn).name not in INLINED:
         return list(eqn.invars)
     (child,) = block.children[index]
     inner = [child.jaxpr.outvars[eqn.outvars.index(v)] for v in asked]
@@ -158,12 +169,12 @@ def _evaluate(block: Block, wanted: Sequence[Any], env: dict[Any, Any], given: M
     equations, _ = _needed(block, wanted, given)
     env |= {v: given[id(value)] for v, value in block.values.items() if id(value) in given}
 
-    def read(v):
+    def read(v: Atom) -> Any:
         return v.val if is_literal(v) else env[v]
 
     for index in sorted(equations):
         eqn = block.jaxpr.eqns[index]
-        if index in block.children and eqn.primitive.name in INLINED:
+        if index in block.children and of(eqn).name in INLINED:
             (child,) = block.children[index]
             passed = [(o, v) for o, v in zip(eqn.invars, child.jaxpr.invars, strict=True) if is_literal(o) or o in env]
             inner = {v: read(o) for o, v in passed}

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
+# JAX's own types of these say too little (an `AbstractValue` has no shape) and differ between versions.
+Jaxpr: TypeAlias = Any
+Equation: TypeAlias = Any
+Atom: TypeAlias = Any  # a variable or a literal
+Aval: TypeAlias = Any  # the shape and dtype of a value
+
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
          "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
+
+JITS = {"jit", "pjit"}
 
 OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
-def call_body(eqn):
+def call_body(eqn: Equation) -> Any:
     """The jaxpr that a call equation calls, else None."""
     key = CALLS.get(eqn.primitive.name)
     if key is None:
@@ -25,7 +33,7 @@ def call_body(eqn):
     return None if getattr(body, "consts", ()) else getattr(body, "jaxpr", body)
 
 
-def call_name(eqn) -> str:
+def call_name(eqn: Equation) -> str:
     """The name of the function that a call equation calls."""
     if eqn.primitive.name in OWN_DERIVATIVE:
         inner = call_body(eqn)
@@ -40,8 +48,12 @@ INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_c
 
 REMATS = {"remat", "remat2", "checkpoint"}
 
+SCAN, COND, WHILE, SHARD_MAP = "scan", "cond", "while", "shard_map"
 
-def scan_counts(params) -> tuple[int, int]:
+CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many constants and carries a scan equation has."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -49,24 +61,24 @@ def scan_counts(params) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def open_jaxpr(jaxpr) -> tuple[Any, Sequence[Any]]:
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     """A jaxpr and its constants, whichever of the two forms it comes in."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def varying_axes(aval) -> frozenset:
+def varying_axes(aval: Aval) -> frozenset[Any]:
     """The mesh axes along which a value differs between devices, inside a shard_map that checks it."""
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
 
 
-def as_varying(x, axes):
+def as_varying(x: jax.Array, axes: Any) -> Any:
     """The same value, seen as differing between devices along these mesh axes, too (inside a shard_map)."""
     missing = tuple(sorted(axes - varying_axes(jax.typeof(x))))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def placed_as(x, aval, lead: int = 0):
+def placed_as(x: jax.Array, aval: Aval, lead: int = 0) -> Any:
     """The same value on the devices where one of `aval` lies, its `lead` first axes apart.
 
     On a mesh with explicit axes it is split as that one is; inside a shard_map it varies as that one does.
@@ -74,7 +86,7 @@ def placed_as(x, aval, lead: int = 0):
     return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
 
 
-def split_as(x, *spec):
+def split_as(x: jax.Array, *spec: Any) -> Any:
     """The same value, split over these explicit axes of the mesh in place of those that it is split over."""
     sharding = jax.typeof(x).sharding
     if tuple(sharding.spec) == (*spec, *[None] * (x.ndim - len(spec))):
@@ -83,12 +95,12 @@ def split_as(x, *spec):
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def is_literal(atom) -> bool:
+def is_literal(atom: Atom) -> bool:
     """Whether an operand is written into the equation."""
     return isinstance(atom, Literal)
 
 
-def bind(eqn, values: Sequence[Any]) -> list[Any]:
+def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
     params = eqn.params
     if params.get("out_sharding") is not None and any(

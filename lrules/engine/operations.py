@@ -1,282 +1,436 @@
-"""What each primitive of JAX does: what is a weight in it, what the operand, and which axes become which."""
+"""One row for each primitive of JAX: all that the library knows of it.
+
+To serve one more primitive, add its row here, and a test. All other files ask the row (`of`); none compares names.
+A primitive without a row is refused by name where a parameter meets data in it. Elsewhere error passes through it by
+its own derivative.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from jax.export import is_symbolic_dim
+from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.reshapes import reshape_groups
 
-from lrules.engine.activations import COMPARISONS, NONLINEAR
-from lrules.engine.jaxprs import CALLS, open_jaxpr
-from lrules.engine.records import Value, parts
+Axes = Sequence[int]
 
-ELEMENTWISE = {
-    "add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "nextafter", "and", "or", "xor", "eq",
-    "ne", "lt", "gt", "le", "ge", "select_n", "clamp", "complex", "igamma", "igammac", "regularized_incomplete_beta",
-    "neg", "abs", "exp", "exp2", "log", "log1p", "expm1", "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan",
-    "logistic", "erf", "erfc", "erf_inv", "integer_pow", "square", "sign", "floor", "ceil", "round", "is_finite", "not",
-    "convert_element_type", "stop_gradient", "reduce_precision", "copy", "copy_p", "real", "imag", "name", "asinh",
-    "acosh", "atanh", "asin", "acos", "atan", "sinh", "cosh", "lgamma", "digamma", "pvary", "population_count",
-}  # fmt: skip
+Places = list[tuple[int, ...]]  # for each axis of the output, the axes of the operand that it holds
 
+Kind = Literal[
+    "elementwise", "view", "placement", "move", "lookup", "scatter", "product", "reduction", "cumulative", "window",
+    "collective", "transform", "call", "loop", "source", "unknown",
+]  # fmt: skip
 
-STRUCTURAL = {"concatenate", "stack", "dynamic_update_slice", "pad", "scatter", "scatter-add", "scatter_add",
-              "scatter_mul",
-              "scatter-mul", "scatter_max", "scatter_min", "scatter-max", "scatter-min", "iota", "argmax", "argmin",
-              "sort", "split", "slice", "rev", "gather", "dynamic_slice", "dot_general", "optimization_barrier",
-              "reduce_window_sum", "threefry2x32", "random_bits", "debug_callback", "debug_print"}  # fmt: skip
+Curve = Literal["", "linear", "bent", "formula", "choice", "comparison", "rows"]
 
-SAME_SHAPE_VIEWS = {"convert_element_type", "copy", "copy_p", "name", "pvary", "sharding_constraint", "reshard",
-                    "mesh_cast", "layout_constraint", "reduce_precision", "optimization_barrier"}  # fmt: skip
+Combines = Literal["", "sum", "product", "quotient", "select", "extreme", "distance"]
 
 
-def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Axes of `a` that become axes of `b` under a reshape, in the smallest groups."""
-    groups, i, j = [], 0, 0
-    while i < len(a) or j < len(b):
-        left, right = [i] if i < len(a) else [], [j] if j < len(b) else []
-        m, n = (a[i] if left else 1), (b[j] if right else 1)
-        i, j = i + len(left), j + len(right)
-        while m != n:
-            if i < len(a) and (j == len(b) or _smaller(m, n)):
-                left.append(i)
-                m *= a[i]
-                i += 1
-            elif j < len(b):
-                right.append(j)
-                n *= b[j]
-                j += 1
-            else:
-                break
-        groups.append((left, right))
-    return groups
-
-
-def _smaller(m, n) -> bool:
-    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
-    if is_symbolic_dim(m) or is_symbolic_dim(n):
-        return n % m == 0
-    return m < n
-
-
-def view_axes(eqn, shape: Sequence[int]) -> list[tuple[int, ...]] | None:
-    """For each axis of the equation's output, the axes of its operand that it holds; None if it is no view."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in SAME_SHAPE_VIEWS and len(eqn.invars) == 1:
-        return [(i,) for i in range(len(shape))]
-    if name == "transpose":
-        return [(i,) for i in params["permutation"]]
-    if name == "squeeze":
-        return [(i,) for i in range(len(shape)) if i not in params["dimensions"]]
-    if name == "reshape" and params.get("dimensions") is None:
-        out = eqn.outvars[0].aval.shape
-        axes: list[tuple[int, ...]] = [()] * len(out)
-        for left, right in reshape_groups(shape, out):
-            for j in right:
-                axes[j] = tuple(left)
-        return axes
-    if name in ("broadcast_in_dim", "expand_dims") and math.prod(eqn.outvars[0].aval.shape) == math.prod(shape):
-        if name == "expand_dims":
-            kept = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in params["dimensions"]]
-        else:
-            kept = list(params["broadcast_dimensions"])
-        axes = [()] * len(eqn.outvars[0].aval.shape)
-        for i, j in enumerate(kept):
-            axes[j] = (i,)
-        return axes
-    return None
+def _none(eqn: Equation, k: int) -> Axes:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Multiplication:
-    """A layer's equation: what is the weight in it, and what the operand.
+class Row:
+    """What one primitive does. Functions take an equation of it, and `k`: which of its operands is meant.
 
     Attributes:
-      position: which operand of the equation the weight is.
-      contracted, output_axes, sources, mixed: as in `Layer`.
-      shape: of what comes out.
+      name: as JAX calls it.
+      kind: what it does with the elements: `"elementwise"` functions; a `"view"` in another shape; a `"placement"` on
+        devices; a `"move"`, which cuts, joins or sorts; a `"lookup"` by indices; a `"scatter"`; a `"product"`, which
+        multiplies and sums up; a `"reduction"`; a `"cumulative"` one; a `"window"`, as in pooling; a `"collective"`
+        over a mesh; a `"transform"` between all elements; a `"call"`, a `"loop"`; a `"source"`: no error flows into it.
+      curve: how it bends: `"linear"`; `"bent"`, as tanh; `"formula"`, which alone is no activation, as exp; `"choice"`,
+        as abs; `"comparison"`; `"rows"`, which bends whole rows; empty where no activation holds it.
+      combines: what it makes of two values, elementwise or in a window: a `"sum"`, a `"product"` and so on.
+      power: `eqn -> n`, of what raises to a whole power.
+      view: `(eqn, shape of the operand) -> axes`: for each axis of the output, the axes of its operand that it holds,
+        or None for an equation that is no view.
+      permutation: `eqn -> axes`, where the view puts the elements into another order.
+      lies: `(eqn, k) -> {axis: axis of the output}` for the axes of an operand that the output holds.
+      reorders: `(eqn, axis of the output, which operands are data) -> whether` it may put examples into another order.
+      weights: which operands may be the weight of a layer.
+      contracted: `(eqn, k) -> axes` that a product sums over, a lookup chooses along, or a transform is over.
+      members: `(eqn, k) -> axes` along which lie matrices of their own: members of an ensemble, experts.
+      window: `(eqn, k) -> axes` of a convolution's window.
+      reduced: `(eqn, k) -> axes` along which elements are summed, multiplied or compared with each other.
+      by_example: whether the rows of one example alone give what they give among all others.
+      rounds: whether a layer's weight may be rounded in it, so that it cannot be scaled in the error's place.
+      carries: whether a product of weights and data goes through it (see `by_hand.py`).
+      bare: whether such a product has then still only been moved, cut and multiplied by numbers.
+      leads: whether what a layer reads through it is still the nonlinearity below it.
+      statistic: whether it takes a mean, a maximum or the like, as normalisations do.
+      totals: whether that is a sum, which divided by a number is a mean.
+      brings: whether it brings a layer's outputs along, by constants, as along the edges of a graph.
+      cuts: whether it takes a part of its operand.
+      same: whether each result is the operand at its place, as it is.
+      casts, stops, marks: whether it casts, stops the error, or gives a name.
     """
 
-    weight: Value
-    operand: Value
-    contracted: Sequence[int]
-    output_axes: dict[int, int]
-    position: int
-    sources: frozenset[int]
-    shape: tuple[int, ...]
-    mixed: bool = False
+    name: str
+    kind: Kind = "unknown"
+    curve: Curve = ""
+    combines: Combines = ""
+    power: Callable[[Equation], int] | None = None
+    view: Callable[[Equation, Axes], Places | None] | None = None
+    permutation: Callable[[Equation], tuple[int, ...]] | None = None
+    lies: Callable[[Equation, int], Mapping[int, int]] | None = None
+    reorders: Callable[[Equation, int, Sequence[bool]], bool] | None = None
+    weights: tuple[int, ...] = ()
+    contracted: Callable[[Equation, int], Axes] = _none
+    members: Callable[[Equation, int], Axes] = _none
+    window: Callable[[Equation, int], Axes] = _none
+    reduced: Callable[[Equation, int], Axes] = _none
+    by_example: bool = True
+    rounds: bool = False
+    carries: bool = False
+    bare: bool = False
+    leads: bool = False
+    statistic: bool = False
+    totals: bool = False
+    brings: bool = False
+    cuts: bool = False
+    same: bool = False
+    casts: bool = False
+    stops: bool = False
+    marks: bool = False
+
+    @functools.cached_property
+    def elementwise(self) -> bool:
+        return self.kind == "elementwise"
+
+    @functools.cached_property
+    def nonlinear(self) -> bool:
+        """Whether it is nonlinear in each element."""
+        return self.curve in ("bent", "formula", "choice", "comparison")
+
+    @functools.cached_property
+    def bends(self) -> bool:
+        """Whether it may be an activation by itself."""
+        return self.curve in ("bent", "choice")
+
+    @functools.cached_property
+    def either(self) -> bool:
+        """Whether either of two operands may be the weight."""
+        return self.kind == "product" and self.weights == (0, 1)
+
+    @functools.cached_property
+    def looks_up(self) -> bool:
+        """Whether it takes rows of its first operand, as an embedding does."""
+        return self.kind != "product" and bool(self.weights)
+
+    @functools.cached_property
+    def may_mix(self) -> bool:
+        """Whether parameters may meet data in it where it is no layer."""
+        return self.kind in ("elementwise", "placement", "move", "lookup", "scatter", "source") or self.either
+
+    @functools.cached_property
+    def same_shape(self) -> bool:
+        """Whether it is a view that leaves each element where it is."""
+        return self.view is _as_it_is
+
+    def free(self, eqn: Equation, k: int) -> frozenset[int]:
+        """The axes of a product's operand along which lie the rows that are multiplied one by one."""
+        return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()
 
 
-def is_product(eqn) -> bool:
-    """Whether an equation multiplies and sums up."""
-    if eqn.primitive.name == "dot_general":
-        return bool(eqn.params["dimension_numbers"][0][0])
-    return eqn.primitive.name in ("conv_general_dilated", "ragged_dot_general", "ragged_dot")
+# ---------------------------------------------------------------------------------------------------------- the axes
 
 
-def multiplies(jaxpr) -> bool:
-    """Whether there are products in a jaxpr or the jaxprs inside it."""
-    jaxpr, _ = open_jaxpr(jaxpr)
-    inner = [v for eqn in jaxpr.eqns for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-    return any(map(is_product, jaxpr.eqns)) or any(map(multiplies, inner))
+def _ndim(eqn: Equation, k: int) -> int:
+    return len(eqn.invars[k].aval.shape)
 
 
-def multiplication(eqn, ins: list[Value]) -> Multiplication | None:
-    """The layer that an equation is; None if it is none."""
-    name, shape = eqn.primitive.name, tuple(getattr(eqn.outvars[0].aval, "shape", ()))
-    if name == "dot_general" and is_product(eqn):
-        contract, batch = eqn.params["dimension_numbers"]
-        free = [
-            frozenset(range(len(v.aval.shape))) - frozenset(contract[k]) - frozenset(batch[k])
-            for k, v in enumerate(ins)
-        ]
-        side, sources = _weight_side(ins, contract, free)
-        if side is None:
-            return None
-        n_batch, kept = len(batch[0]), sorted(free[side])
-        start = n_batch if side == 0 else len(shape) - len(kept)
-        output_axes = {axis: i for i, axis in enumerate(batch[side])} | {a: start + i for i, a in enumerate(kept)}
-        w = ins[side]
-        mixed = not (w.pure or w.chosen)
-        return Multiplication(w, ins[1 - side], contract[side], output_axes, side, sources, shape, mixed)
-    if name == "conv_general_dilated" and not ins[0].pure:
-        spec, w = eqn.params["dimension_numbers"], ins[1]
-        out_axis = spec.rhs_spec[0]
-        contracted = frozenset(range(len(w.aval.shape))) - {out_axis}
-        sources = w.differentiable if w.pure or w.chosen else _mixed(w, ins[0], contracted, frozenset([out_axis]))
-        if not sources:
-            return None
-        mixed = not (w.pure or w.chosen)
-        return Multiplication(w, ins[0], sorted(contracted), {out_axis: spec.out_spec[1]}, 1, sources, shape, mixed)
-    if name in ("ragged_dot_general", "ragged_dot") and (ins[1].pure or ins[1].chosen):
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        (contract, batch), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
-        if not groups or batch[1]:
-            return None
-        w = ins[1]
-        kept = [i for i in range(len(w.aval.shape)) if i not in contract[1] and i not in groups]
-        output_axes = {axis: len(shape) - len(kept) + i for i, axis in enumerate(kept)}
-        return Multiplication(w, ins[0], contract[1], output_axes, 1, w.differentiable, shape)
-    if name in ("gather", "dynamic_slice") and ins[0].pure:
-        w = ins[0]
-        x = next((v for v in ins[1:] if v.data), None)
-        if x is None:
-            return None
-        if name == "gather":
-            dims = eqn.params["dimension_numbers"]
-            batching = set(getattr(dims, "operand_batching_dims", ()))
-            looked_up = set(dims.start_index_map)
-            whole = [i for i in range(len(w.aval.shape)) if i not in dims.collapsed_slice_dims and i not in batching]
-            output_axes = {a: o for a, o in zip(whole, dims.offset_dims, strict=True) if a not in looked_up}
-        else:
-            sizes = eqn.params["slice_sizes"]
-            looked_up = {i for i, (n, s) in enumerate(zip(w.aval.shape, sizes, strict=True)) if n != s}
-            output_axes = {i: i for i in range(len(sizes)) if i not in looked_up}
-        return Multiplication(w, x, sorted(looked_up), output_axes, 0, w.params, shape)
-    return None
+def _in_place(eqn: Equation, k: int) -> Mapping[int, int]:
+    return {i: i for i in range(_ndim(eqn, k))}
 
 
-def of_latents(eqn, ins: list[Value]) -> Multiplication | None:
-    """A product of two parameters with which a network without a batch begins: of learned latents and a weight.
+def _all(eqn: Equation, k: int) -> Axes:
+    return range(_ndim(eqn, k))
 
-    The latents are a vector, or else what stands on the left. Two that are made of one parameter are no layer.
-    """
-    if eqn.primitive.name != "dot_general" or not is_product(eqn) or ins[0].params & ins[1].params:
+
+def _axes(eqn: Equation, k: int) -> Axes:
+    return eqn.params["axes"]
+
+
+def _axis(eqn: Equation, k: int) -> Axes:
+    return [eqn.params["axis"]]
+
+
+def _not_reduced(eqn: Equation, k: int) -> Mapping[int, int]:
+    kept = [i for i in range(_ndim(eqn, k)) if i not in eqn.params["axes"]]
+    return {i: o for o, i in enumerate(kept)}
+
+
+def _as_it_is(eqn: Equation, shape: Axes) -> Places | None:
+    return [(i,) for i in range(len(shape))] if len(eqn.invars) == 1 else None
+
+
+def _permutation(eqn: Equation) -> tuple[int, ...]:
+    return tuple(eqn.params["permutation"])
+
+
+def _transposed(eqn: Equation, shape: Axes) -> Places | None:
+    return [(i,) for i in eqn.params["permutation"]]
+
+
+def _squeezed(eqn: Equation, shape: Axes) -> Places | None:
+    return [(i,) for i in range(len(shape)) if i not in eqn.params["dimensions"]]
+
+
+def _broadcast(eqn: Equation, k: int) -> Mapping[int, int]:
+    return dict(enumerate(eqn.params["broadcast_dimensions"] if k == 0 else ()))
+
+
+def _expanded(eqn: Equation, shape: Axes) -> Places | None:
+    out = eqn.outvars[0].aval.shape
+    if math.prod(out) != math.prod(shape):
         return None
-    latents = 1 if len(ins[1].aval.shape) < len(ins[0].aval.shape) == 2 else 0
-    seen = [dataclasses.replace(v, data=k == latents) for k, v in enumerate(ins)]
-    found = multiplication(eqn, seen)
-    return None if found is None else dataclasses.replace(found, weight=ins[1 - latents], operand=ins[latents])
+    axes: list[tuple[int, ...]] = [()] * len(out)
+    for i, o in enumerate(eqn.params["broadcast_dimensions"]):
+        axes[o] = (i,)
+    return axes
 
 
-def transformed(eqn, ins: list[Value], axes: int) -> Multiplication | None:
-    """An elementwise product between a Fourier transform over the last axes and its inverse."""
-    pure = [k for k, v in enumerate(ins) if v.pure]
-    if not axes or eqn.primitive.name != "mul" or len(pure) != 1:
+def _reshaped(eqn: Equation, shape: Axes) -> Places | None:
+    if eqn.params.get("dimensions") is not None:
         return None
-    w, shape = ins[pure[0]], tuple(eqn.outvars[0].aval.shape)
-    contracted = range(len(shape) - axes, len(shape))
-    kept = {d: d for d in range(len(shape) - axes) if d in w.spread}
-    return Multiplication(w, ins[1 - pure[0]], contracted, kept, pure[0], w.params, shape)
+    out = eqn.outvars[0].aval.shape
+    axes: list[tuple[int, ...]] = [()] * len(out)
+    for left, right in reshape_groups(shape, out):
+        for o in right:
+            axes[o] = tuple(left)
+    return axes
 
 
-def _weight_side(ins: list[Value], contract, free) -> tuple[int | None, frozenset[int]]:
-    """Which operand of a dot product is the weight, and the parameters that it is made of."""
-    if ins[0].pure != ins[1].pure:
-        side = 0 if ins[0].pure else 1
-        return side, ins[side].params
-    if ins[0].pure:
-        return None, frozenset()
-    chosen = [k for k, v in enumerate(ins) if v.chosen and v.weight_dims & frozenset(contract[k])]
-    if len(chosen) == 2:  # embeddings, of which one may be looked up as a matrix
-        chosen = [k for k in chosen if is_matrix(ins[k].weight_dims, frozenset(contract[k]), free[k])]
-    if len(chosen) == 1:
-        return chosen[0], ins[chosen[0]].differentiable
-    mixed = [_mixed(v, ins[1 - k], frozenset(contract[k]), free[k]) for k, v in enumerate(ins)]
-    if bool(mixed[0]) != bool(mixed[1]):
-        side = 0 if mixed[0] else 1
-        return side, mixed[side]
-    return None, frozenset()
+def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
+    """Reorders along the axis, or the axes, that a parameter of the equation names."""
+
+    def reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+        along = eqn.params[param]
+        return axis in along if isinstance(along, tuple) else axis == along
+
+    return reorders
 
 
-def _mixed(w: Value, x: Value, contracted: frozenset[int], free: frozenset[int]) -> frozenset[int]:
-    """The parameters of a weight that layers have made: for each example, where it multiplies a hidden signal as a
-    matrix, or without a batch, where it multiplies what has one."""
-    if not (w.both and w.smooth and w.differentiable):
-        return frozenset()
-    if not w.batched and x.batched:
-        return w.differentiable
-    made = any(p.is_matrix and is_matrix(p.dims, contracted, free) for p in w.products)
-    return parts(w)[1] if made and x.differentiable else frozenset()
+def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    return False
 
 
-def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[int]) -> bool:
-    """Whether a value is a matrix in a product: `dims`, along which its weight varies, are its rows and its columns."""
-    return bool(dims & contracted) and bool(free) and free <= dims
+def _anywhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    return True
 
 
-def one_layer(eqn, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
-    """A function with a derivative of its own as one layer: there is one product in it, of one weight and data."""
-    pure = [k for k, v in enumerate(ins) if v.pure]
-    data = [v for v in ins if v.data]
-    if len(found) != 1 or len(pure) != 1 or len(eqn.outvars) != 1 or not data or found[0].mixed:
-        return None
-    inner, w = found[0], ins[pure[0]]
-    summed = {(i, a) for i, (dims, _) in inner.weight.axes.items() for d in inner.contracted for a in dims[d]}
-    contracted, output_axes = [], {}
-    taken: dict[tuple[int, int], int] = {}
-    for i, (dims, _) in inner.weight.axes.items():
-        taken |= {(i, a): inner.output_axes[d] for d, held in enumerate(dims) if d in inner.output_axes for a in held}
-    for d in range(len(w.aval.shape)):
-        held = {(i, a) for i, (dims, _) in w.axes.items() for a in dims[d]}
-        if held & summed:
-            contracted.append(d)
-        elif outs := {taken[h] for h in held if h in taken}:
-            output_axes[d] = min(outs)
-    if not contracted or tuple(eqn.outvars[0].aval.shape) != inner.shape:
-        return None
-    operand = next((v for v in data if v.differentiable or v.smooth), data[0])
-    return Multiplication(w, operand, contracted, output_axes, pure[0], w.params, inner.shape)
-
-CASTS = {"convert_element_type"}
-
-BENDING = NONLINEAR - COMPARISONS - {"select_n", "mul"}
+def _stacked(eqn: Equation, k: int) -> Mapping[int, int]:
+    return {i: i + (i >= eqn.params["axis"]) for i in range(_ndim(eqn, k))}
 
 
-def stage(eqn, ins: list[Value]) -> int:
-    """Of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one.
+def _dot_contracted(eqn: Equation, k: int) -> Axes:
+    return eqn.params["dimension_numbers"][0][k]
 
-    A number by which all is multiplied or divided, as a spectral norm, does not count.
-    """
+
+def _dot_members(eqn: Equation, k: int) -> Axes:
+    return eqn.params["dimension_numbers"][1][k]
+
+
+def _dot_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    contracted, members = eqn.params["dimension_numbers"]
+    return _free_last(eqn, k, members[k], [*contracted[k], *members[k]])
+
+
+def _free_last(eqn: Equation, k: int, members: Axes, others: Axes) -> Mapping[int, int]:
+    """The output of a product holds the members, the free axes of the left operand, those of the right one."""
+    free = [i for i in range(_ndim(eqn, k)) if i not in others]
+    start = len(members) if k == 0 else len(eqn.outvars[0].aval.shape) - len(free)
+    return dict(zip(members, range(len(members)), strict=True)) | {i: start + o for o, i in enumerate(free)}
+
+
+def _ragged_numbers(eqn: Equation) -> tuple[Any, Any, Axes]:
+    """The contracted axes, those of members, and those of groups; none of the first where rows are no groups'."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, members = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    return ((), ()) if not groups or members[1] else contracted, members, groups
+
+
+def _ragged_contracted(eqn: Equation, k: int) -> Axes:
+    return _ragged_numbers(eqn)[0][k] if k < 2 else ()
+
+
+def _ragged_groups(eqn: Equation, k: int) -> Axes:
+    return _ragged_numbers(eqn)[2] if k == 1 else ()
+
+
+def _ragged_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    contracted, members, groups = _ragged_numbers(eqn)
+    if k > 1 or not contracted[k]:
+        return {}
+    return _free_last(eqn, k, members[k], [*contracted[k], *members[k], *(groups if k == 1 else ())])
+
+
+def _conv_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    spec = eqn.params["dimension_numbers"]
+    return {spec.lhs_spec[0]: spec.out_spec[0]} if k == 0 else {spec.rhs_spec[0]: spec.out_spec[1]}
+
+
+def _conv_contracted(eqn: Equation, k: int) -> Axes:
+    return [i for i in range(_ndim(eqn, k)) if i not in _conv_lies(eqn, k)]
+
+
+def _conv_window(eqn: Equation, k: int) -> Axes:
+    return eqn.params["dimension_numbers"].rhs_spec[2:] if k == 1 else ()
+
+
+def _gathered(eqn: Equation, k: int) -> Mapping[int, int]:
+    numbers = eqn.params["dimension_numbers"]
+    if k == 1:  # the last axis of the indices is that of their parts
+        rest = [o for o in range(len(eqn.outvars[0].aval.shape)) if o not in numbers.offset_dims]
+        return dict(enumerate(rest))
+    gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+    whole = [i for i in range(_ndim(eqn, 0)) if i not in gone]
+    return dict(zip(whole, numbers.offset_dims, strict=True))
+
+
+def _gather_chooses(eqn: Equation, k: int) -> Axes:
+    return sorted(set(eqn.params["dimension_numbers"].start_index_map)) if k == 0 else ()
+
+
+def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    """Whether examples are looked up by data, as in h[order]."""
+    numbers = eqn.params["dimension_numbers"]
+    one = len(numbers.start_index_map) == 1 and not getattr(numbers, "operand_batching_dims", ())
+    return axis not in numbers.offset_dims and all(data) and one
+
+
+def _slice_chooses(eqn: Equation, k: int) -> Axes:
+    sizes = zip(eqn.invars[0].aval.shape, eqn.params["slice_sizes"], strict=True)
+    return [i for i, (n, size) in enumerate(sizes) if n != size] if k == 0 else ()
+
+
+def _scattered(eqn: Equation, k: int) -> Axes:
+    """Updates may be summed along all axes but those of their windows."""
+    windows = eqn.params["dimension_numbers"].update_window_dims
+    return [i for i in range(_ndim(eqn, k)) if i not in windows] if k == 2 else ()
+
+
+def _fft_axes(eqn: Equation, k: int) -> Axes:
+    return range(_ndim(eqn, k))[-len(eqn.params["fft_lengths"]) :]
+
+
+def _windows(eqn: Equation, k: int) -> Axes:
+    return [i for i, n in enumerate(eqn.params["window_dimensions"]) if n != 1]
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+def _rows(names: str, kind: Kind, **facts: Any) -> list[Row]:
+    return [Row(name, kind, **facts) for name in names.split()]
+
+
+TABLE = [
+    # Elementwise, linear.
+    *_rows("add add_any sub", "elementwise", curve="linear", combines="sum", carries=True),
+    Row("mul", "elementwise", "linear", "product", carries=True, bare=True),
+    Row("neg", "elementwise", "linear", carries=True, bare=True),
+    *_rows("real imag", "elementwise", curve="linear", carries=True),
+    Row("convert_element_type", "elementwise", "linear", view=_as_it_is, carries=True, casts=True),
+    Row("reduce_precision", "elementwise", "linear", view=_as_it_is, carries=True),
+    *_rows("copy pvary", "elementwise", curve="linear", view=_as_it_is, carries=True, same=True),
+    Row("name", "elementwise", view=_as_it_is, carries=True, leads=True, same=True, marks=True),
+    Row("stop_gradient", "elementwise", same=True, stops=True),
+    # Elementwise, nonlinear.
+    Row("div", "elementwise", "formula", "quotient", carries=True, bare=True),
+    Row("select_n", "elementwise", "choice", "select", carries=True),
+    *_rows("max min", "elementwise", curve="choice", combines="extreme"),
+    *_rows("clamp abs sign", "elementwise", curve="choice"),
+    *_rows("eq ne lt gt le ge and or xor not is_finite", "elementwise", curve="comparison"),
+    Row("pow", "elementwise", "formula", "distance"),
+    *_rows("exp exp2 log log1p sqrt rsqrt cbrt square", "elementwise", curve="formula"),
+    Row("integer_pow", "elementwise", "formula", power=lambda eqn: eqn.params["y"]),
+    Row("atan2", "elementwise", "bent", "distance"),
+    *_rows("expm1 tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh", "elementwise", curve="bent"),
+    *_rows("logistic erf erfc erf_inv lgamma digamma rem floor ceil round", "elementwise", curve="bent"),
+    *_rows("nextafter complex igamma igammac regularized_incomplete_beta population_count", "elementwise"),
+    # The same elements in another shape, order or place.
+    Row("transpose", "view", view=_transposed, permutation=_permutation, carries=True),
+    Row("reshape", "view", view=_reshaped, carries=True),
+    Row("squeeze", "view", view=_squeezed, carries=True),
+    Row("broadcast_in_dim", "view", view=_expanded, lies=_broadcast, carries=True),
+    *_rows("sharding_constraint reshard layout_constraint", "placement", view=_as_it_is, carries=True, same=True),
+    Row("optimization_barrier", "placement", view=_as_it_is, carries=True, same=True),
+    # Cut, joined, put into another order, looked up.
+    Row("concatenate", "move", lies=_in_place, reorders=_along("dimension"), carries=True, leads=True),
+    Row("stack", "move", lies=_stacked, carries=True),
+    Row("pad", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True),
+    Row("slice", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True, cuts=True),
+    Row("split", "move", carries=True, cuts=True),
+    Row("rev", "move", lies=_in_place, reorders=_along("dimensions"), carries=True),
+    Row("sort", "move", lies=_in_place, reorders=_along("dimension")),
+    Row("dynamic_update_slice", "move", lies=_in_place, reorders=_nowhere, carries=True),
+    Row("dynamic_slice", "move", weights=(0,), contracted=_slice_chooses, lies=_in_place, reorders=_nowhere,
+        carries=True, cuts=True),
+    Row("gather", "lookup", weights=(0,), contracted=_gather_chooses, lies=_gathered, reorders=_gather_reorders,
+        carries=True, brings=True, cuts=True),
+    Row("scatter", "scatter", reorders=_anywhere),
+    Row("scatter-add", "scatter", reorders=_anywhere, reduced=_scattered, brings=True),
+    *_rows("scatter-mul scatter-max scatter-min", "scatter"),
+    # Reduced.
+    Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
+    Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),
+    *_rows("reduce_min reduce_prod", "reduction", lies=_not_reduced, reduced=_axes, statistic=True),
+    *_rows("reduce_and reduce_or reduce_xor", "reduction", lies=_not_reduced, statistic=True),
+    *_rows("argmax argmin", "move", lies=_not_reduced),
+    Row("cumsum", "cumulative", lies=_in_place, reduced=_axis, statistic=True),
+    Row("cumlogsumexp", "cumulative", "rows", lies=_in_place, reduced=_axis, statistic=True),
+    Row("cumprod", "cumulative", lies=_in_place, statistic=True),
+    Row("cummax", "cumulative", "rows", lies=_in_place),
+    Row("cummin", "cumulative", lies=_in_place),
+    Row("reduce_window_sum", "window", lies=_in_place, reduced=_windows, leads=True, totals=True),
+    *_rows("reduce_window_max reduce_window_min", "window", combines="extreme", lies=_in_place),
+    Row("reduce_window", "window", lies=_in_place),
+    *_rows("psum psum_invariant", "collective", statistic=True, totals=True),
+    *_rows("pmax pmin reduce_scatter", "collective", statistic=True),
+    # Multiplied and summed up.
+    Row("dot_general", "product", weights=(0, 1), contracted=_dot_contracted, members=_dot_members, lies=_dot_lies,
+        reduced=_dot_contracted, brings=True),
+    Row("conv_general_dilated", "product", weights=(1,), contracted=_conv_contracted, window=_conv_window,
+        lies=_conv_lies, reduced=_all),
+    Row("ragged_dot_general", "product", weights=(1,), contracted=_ragged_contracted, members=_ragged_groups,
+        lies=_ragged_lies, reduced=_ragged_contracted, by_example=False),
+    Row("bcoo_dot_general", brings=True),
+    Row("fft", "transform", contracted=_fft_axes, reduced=_all),
+    # Functions, loops, and what nothing flows into.
+    *(Row(name, "call", by_example=name not in OWN_DERIVATIVE, rounds=name in OWN_DERIVATIVE) for name in CALLS),
+    Row(SCAN, "loop", leads=True),
+    *_rows("iota threefry2x32 random_bits debug_callback debug_print", "source"),
+]  # fmt: skip
+
+ROWS = {row.name: row for row in TABLE}
+
+
+def of(eqn: Equation) -> Row:
+    """The row of an equation's primitive."""
     name = eqn.primitive.name
-    factors = [v for v in ins if v.spread] if name in ("mul", "div") else ins
-    highest = max((v.stage for v in factors), default=0)
-    if is_product(eqn):
-        return max(highest, 1)
-    bends = name in BENDING or name in CALLS or (name == "select_n" and bool(ins[0].stage))
-    bends |= name == "mul" and sum(v.stage > 0 for v in factors) > 1
-    if name == "div":
-        bends = len(factors) > 1 and factors[1].stage > 0
-    return 2 if bends and highest else highest
+    return ROWS.get(name) or _unknown(name)
+
+
+@functools.cache
+def _unknown(name: str) -> Row:
+    return Row(name)
+
+
+def view_axes(eqn: Equation, shape: Axes) -> Places | None:
+    """For each axis of the equation's output, the axes of its operand that it holds; None if it is no view."""
+    view = of(eqn).view
+    return None if view is None else view(eqn, shape)
+
+
+def is_product(eqn: Equation) -> bool:
+    """Whether an equation multiplies and sums up."""
+    row = of(eqn)
+    return row.kind == "product" and len(row.contracted(eqn, 1)) > 0

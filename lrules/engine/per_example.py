@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.engine.batch import BatchAxis, doubled, find_batch_axis
+from lrules.engine.closures import held
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
-from lrules.engine.handlers import Handler
+from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.jaxprs import placed_as
+from lrules.engine.records import Affine, Layer
 from lrules.network import Network
+from lrules.options import ByName
 from lrules.rule import Rule, Sequential, require_description
+from lrules.typing import Pytree
 
 
 class PerExample(Handler):
@@ -27,57 +31,86 @@ class PerExample(Handler):
 
     affines = True
 
-    def __init__(self, fns: tuple[Callable, ...], rule: Rule, net: Network, params, inputs):
+    def __init__(
+        self,
+        fns: tuple[Callable[..., Any], ...],
+        numbers: Sequence[ByName[Any]],
+        rule: Rule,
+        net: Network,
+        params: Pytree,
+        inputs: Pytree,
+    ) -> None:
         self.fns = fns
         batch = net.batch_size(inputs)
         graph = net.graph(params, inputs)
         twice = doubled(net, params, inputs, graph)
+        self.names = {layer.site: layer.name for layer in graph.layers}
+        self.names |= {affine.site: graph.names[min(affine.value.params)] for affine in graph.affines}
+        self.check(numbers)
         self.gains = {}
+        self.holds = False
         known = rule.description if rule.additive else require_description(rule, "quantize_update")
         specs = known.plan(net, graph, params, inputs).specs if known else {}
         for site, spec in specs.items():
-            if isinstance(spec, Sequential) and spec.gain is not None:
-                self.gains[site] = spec.gain
+            if not isinstance(spec, Sequential):
+                continue
+            if whole := sorted(spec.asks_for & {"rng", "state", "targets", "h", "slope"}):
+                raise NotImplementedError(
+                    f"quantize_update takes updates one example at a time, and the rule of the layer {site!r} asks for "
+                    f"{whole[0]!r}, which belongs to the whole batch: use another rule for it, or another modifier"
+                )
+            self.holds |= spec.holds
+            if spec.gain is not None:
+                self.gains[site] = spec.bound("gain", self.names[site])
         values = [_meeting(g) for g in (graph, twice or graph)]
         self.axes = {
             site: [find_batch_axis(a, b if twice else None, batch) for a, b in zip(ends, values[1][site], strict=True)]
             for site, ends in values[0].items()
         }
 
-    def then(self, fn: Callable) -> PerExample:
+    def check(self, numbers: Sequence[ByName[Any]]) -> None:
+        """Every pattern matches a layer, a bias or a scale."""
+        for number in numbers:
+            number.check(self.names.values())
+
+    def then(self, fn: Callable[..., Any], numbers: Sequence[ByName[Any]]) -> PerExample:
         """The same with one more function, inside the others."""
+        self.check(numbers)
         new = copy.copy(self)
         new.fns = (*self.fns, fn)
         return new
 
-    def changed(self, gradient):
+    def changed(self, gradient: jax.Array, site: str) -> jax.Array:
         for fn in self.fns:
-            gradient = fn(gradient)
+            gradient = fn(gradient, self.names[site])
         return gradient
 
-    def layer(self, layer, op, w, b, x, frame):
+    def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         x_axis, y_axis = self.axes[layer.site]
         # Where one example's rows alone would be multiplied otherwise, its error alone goes back through all of them.
-        whole = layer.weight.batched or layer.operation.startswith(("ragged_dot", "custom"))
+        whole = layer.weight.batched or not layer.row.by_example
         if y_axis is None or not (whole or (x_axis is not None and len(jax.tree.leaves(x)) == 1)):
             raise NotImplementedError(
                 f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "
                 "told, so its updates cannot be taken one example at a time: write the network so that the batch stays "
                 "an axis of its own, in the order of the inputs"
             )
-        gain, product, run = self.gains.get(layer.site), op.product, op.run
-        fed = b is not w
+        product, fed = op.product, b is not w
+        called = self.gains.get(layer.site), op.run
+        values, remade = held(called) if self.holds else ([], lambda values: called)
 
         @jax.custom_vjp
-        def multiply(w, b, x):
+        def multiply(values: Any, w: jax.Array, b: Any, x: jax.Array) -> Any:
+            _, run = remade(values)
             return run(w, b if fed else w, x)
 
-        def backward(residuals, d):
-            w, b, x = residuals
+        def backward(residuals: Any, d: jax.Array) -> tuple[Any, Any, Any, Any]:
+            values, w, b, x = residuals
+            gain, run = remade(values)
             (dw, db, dx) = jax.vjp(lambda w, b, x: run(w, b if fed else w, x), w, b, x)[1](d)
             c = None if gain is None else gain(product, w, x, d, layer)
 
-            def raw(x, d):
+            def raw(x: jax.Array, d: jax.Array) -> Any:
                 if c is None:
                     y, pull = jax.vjp(lambda w, b: run(w, b if fed else w, x), w, b)
                     return pull(placed_as(d, jax.typeof(y)))
@@ -85,24 +118,24 @@ class PerExample(Handler):
                 (g,) = pull(placed_as(d, jax.typeof(y)))
                 return g.astype(at_least_float32(g.dtype)) * c, db
 
-            def example(total, slices):
+            def example(total: Any, slices: Any) -> tuple[Any, None]:
                 if whole:
                     found = raw(x, _alone(d, slices, y_axis))
                 else:
                     found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))  # type: ignore[arg-type]
-                return jax.tree.map(lambda t, g: t + self.changed(g).astype(t.dtype), total, found), None
+                return jax.tree.map(lambda t, g: t + self.changed(g, layer.site).astype(t.dtype), total, found), None
 
             split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
             if not whole:
                 split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)  # type: ignore[arg-type]
             totals, _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
             dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
-            return dw, db, dx
+            return None, dw, db, dx
 
-        multiply.defvjp(lambda w, b, x: (multiply(w, b, x), (w, b, x)), backward)
-        return multiply(w, b if fed else None, x)
+        multiply.defvjp(lambda *args: (multiply(*args), args), backward)
+        return multiply(values, w, b if fed else None, x)
 
-    def affine(self, affine, op, p, others, frame):
+    def affine(self, affine: Affine, op: Callable[..., Any], p: Any, others: Any, frame: Frame) -> Any:
         (axis,) = self.axes[affine.site]
         if axis is None:
             return op(p, others)
@@ -110,10 +143,10 @@ class PerExample(Handler):
         kept = {i + len(shape) - jnp.ndim(p) for i in affine.value.spread}
 
         @jax.custom_vjp
-        def meet(p, others):
+        def meet(p: Any, others: Any) -> Any:
             return op(p, others)
 
-        def backward(residuals, d):
+        def backward(residuals: Any, d: jax.Array) -> tuple[Any, ...]:
             p, others = residuals
             wide, spread = jax.vjp(lambda p: jnp.broadcast_to(p, shape), p)
             g, d_others = jax.vjp(op, wide, others)[1](d)
@@ -121,7 +154,7 @@ class PerExample(Handler):
             narrow, g = g.dtype, g.astype(at_least_float32(g.dtype))
             origin = [*range(axis.axis), axis.axis, axis.axis, *range(axis.axis + 1, len(shape))]
             summed = [1 + k for k, i in enumerate(origin) if i not in kept]  # along these p is merely broadcast
-            total = self.changed(g.sum(summed, keepdims=True)).sum(0, keepdims=True)
+            total = self.changed(g.sum(summed, keepdims=True), affine.site).sum(0, keepdims=True)
             total = jnp.pad(total, [(0, n - m) for n, m in zip(g.shape, total.shape, strict=True)])
             (dp,) = spread(jnp.moveaxis(total, 0, axis.axis + 1).reshape(shape).astype(narrow))
             return dp, d_others
@@ -136,19 +169,19 @@ def _meeting(graph: Graph) -> dict[str, list[Any]]:
     return layers | {affine.site: [affine.output] for affine in graph.affines}
 
 
-def _nothing(x):
+def _nothing(x: jax.Array) -> Any:
     """Zeros like x, on the devices where x is, to sum up in."""
     return placed_as(jnp.zeros(x.shape, at_least_float32(x.dtype)), jax.typeof(x))
 
 
-def _to_front(x, axis: BatchAxis):
+def _to_front(x: jax.Array, axis: BatchAxis) -> jax.Array:
     """`[batch, ..., before, after, ...]` of `[..., before * batch * after, ...]`, whole on every device."""
     x = _whole(x, axis.axis)
     x = x.reshape(*x.shape[: axis.axis], axis.before, -1, axis.after, *x.shape[axis.axis + 1 :])
     return jnp.moveaxis(x, axis.axis + 1, 0)
 
 
-def _whole(x, axis: int):
+def _whole(x: jax.Array, axis: int) -> Any:
     """The array, not split over explicit mesh axes along this one: loops run over nothing that is."""
     sharding = jax.typeof(x).sharding
     if sharding.spec[axis] is None:
@@ -157,18 +190,18 @@ def _whole(x, axis: int):
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
-def _one(x, axis: BatchAxis):
+def _one(x: jax.Array, axis: BatchAxis) -> jax.Array:
     """One example of `_to_front`, as `[..., before * 1 * after, ...]`."""
     return x.reshape(*x.shape[: axis.axis], axis.before * axis.after, *x.shape[axis.axis + 2 :])
 
 
-def _alone(x, i, axis: BatchAxis):
+def _alone(x: jax.Array, i: int, axis: BatchAxis) -> jax.Array:
     """The tensor with zeros for all examples but one."""
     size = x.shape[axis.axis]
     example = jnp.arange(size) // axis.after % (size // (axis.before * axis.after))
     return jnp.where(jnp.expand_dims(example == i, [a for a in range(x.ndim) if a != axis.axis]), x, 0)
 
 
-def scaled(error, scale: float):
+def scaled(error: jax.Array, scale: float) -> jax.Array:
     """The error times the batch, which half precision might not hold."""
     return error.astype(at_least_float32(error.dtype)) * scale

@@ -8,6 +8,7 @@ each place where direct feedback arrives.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.batch import BatchAxis
+from lrules.engine.carried import begin
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import name_number
 from lrules.engine.head import Head
@@ -27,8 +29,7 @@ from lrules.engine.weights import (
     draw_reduction,
 )
 from lrules.rule import Direct, Feedback, LayerRule, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,6 +51,27 @@ class Plan:
         """The marks where feedback lands."""
         return [landing.hidden for landing in self.direct_feedback.values() if landing.hidden.mark]
 
+    @functools.cached_property
+    def asking(self) -> list[Sequential | Direct]:
+        """The rules whose functions ask for more than they always get, see `calls.py`."""
+        specs = dict.fromkeys(s for s in self.specs.values() if isinstance(s, Sequential | Direct))
+        return [spec for spec in specs if not spec.plain]
+
+    @functools.cached_property
+    def states(self) -> dict[str, tuple[Sequential | Direct, Any, str, tuple[int, ...]]]:
+        """Whose functions carry a state: the rule, what its first state is made for, a name, and the loops around."""
+        found: dict[str, tuple[Sequential | Direct, Any, str, tuple[int, ...]]] = {}
+        for layer in self.graph.layers:
+            spec = self.specs[layer.site]
+            if isinstance(spec, Sequential) and spec.state is not None:
+                found[layer.site] = (spec, layer, layer.name, tuple(length for _, length in layer.place[0].loops))
+        for name, landing in self.direct_feedback.items():
+            if landing.spec.state is not None:
+                if name in found:
+                    raise ValueError(f"a mark and a layer with a state are both named {name!r}: rename the mark")
+                found[name] = (landing.spec, landing.signal_shape, name, landing.calls)
+        return found
+
     @property
     def shadows(self) -> bool:
         return any(isinstance(s, Sequential) and s.init is not None for s in self.specs.values())
@@ -68,7 +90,7 @@ class Plan:
                 shapes[name] = (shape, dtype, False)
         return shapes
 
-    def init(self, key, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
+    def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
         """Draws the feedback weights, each from a key of its own name."""
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
@@ -82,7 +104,16 @@ class Plan:
             else:
                 drawn = draw_reduction(k, shape, dtype)
             (learned if is_learned else fixed)[name] = drawn
-        return Feedback(fixed, learned)
+        return Feedback(fixed, learned, self._begin(key) if self.states and not redrawn else ())
+
+    def _begin(self, key: jax.Array) -> dict[str, Any]:
+        """The first states."""
+        states = {}
+        for site, (spec, like, name, lengths) in self.states.items():
+            assert spec.state is not None
+            own = jax.random.fold_in(key, name_number(f"{site} state"))
+            states[site] = begin(spec.state, spec.begins_with, like, name, own, lengths)
+        return states
 
     def check(self, feedback: Feedback) -> None:
         """Feedback must have been made for this rule, network and shapes."""
@@ -108,6 +139,17 @@ class Plan:
                     f"the feedback {name!r} has shape {jnp.shape(given[name])}, but this network needs "
                     f"{tuple(shape)}: {remedy}"
                 )
+        if self.states:
+            given, wanted_state = jax.eval_shape(lambda: (feedback.state, self._begin(jax.random.key(0))))
+            if _described(given) != _described(wanted_state):
+                raise ValueError(
+                    "feedback.state is not that of this rule and network: make it with rule.init, and continue with "
+                    "feedback._replace(state=grads.state)"
+                )
+
+
+def _described(tree: Pytree) -> Any:
+    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
 class Refused(NotImplementedError):
@@ -121,7 +163,7 @@ class Refused(NotImplementedError):
       refusals: what stands in the way, by parameter.
     """
 
-    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]):
+    def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]) -> None:
         self.refusals: dict[str, str] = {}
         for names, sentence in found:
             for name in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from lrules.engine.direct_feedback import add_direct_feedback, bare
 from lrules.engine.graph import Graph
@@ -15,8 +14,7 @@ from lrules.engine.weights import (
 )
 from lrules.network import Network
 from lrules.rule import Backprop, Direct, LayerRule, Sequential
-
-Pytree = Any
+from lrules.typing import Pytree
 
 
 def make_plan(
@@ -67,7 +65,21 @@ def make_plan(
                         )
     plan = Plan(graph, specs, entries, {})
     add_direct_feedback(plan, net, params, inputs)
+    _check_numbers(plan)
     return plan
+
+
+def _check_numbers(plan: Plan) -> None:
+    """Every layer or hidden signal finds its numbers, and every pattern is of use."""
+    for spec in {spec: None for spec in plan.specs.values() if isinstance(spec, Sequential | Direct) and spec.numbers}:
+        if isinstance(spec, Direct):
+            names = [name for name, landing in plan.direct_feedback.items() if landing.spec is spec]
+        else:
+            names = [layer.name for layer in plan.graph.layers if plan.specs[layer.site] is spec]
+        for number in spec.numbers.values():
+            number.check(names)
+            for name in names:
+                number.of(name)
 
 
 def _not_served(layer: Layer, spec: LayerRule, partition: bool) -> Iterator[str]:
@@ -77,6 +89,12 @@ def _not_served(layer: Layer, spec: LayerRule, partition: bool) -> Iterator[str]
         yield (
             f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a sequential "
             f"rule{' for it' if partition else ''}, or take the layer out of the {construct}"
+        )
+    if isinstance(spec, Sequential) and {"state", "targets"} & spec.asks_for and "shard_map" in bare(layer.scope):
+        what = "state" if "state" in spec.asks_for else "targets"
+        yield (
+            f"the layer {layer.name!r} lies inside a shard_map of the network, where its rule cannot be given the "
+            f"{what} of the whole batch: take the layer out of the shard_map, or use a rule that asks for none"
         )
     if not (isinstance(spec, Sequential) and spec.whole_batch):
         return

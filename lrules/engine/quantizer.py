@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.options import is_number, is_whole
+from lrules.options import ByName, by_name, is_number, is_whole
+from lrules.typing import Numbers
 
 LEVELS = 2**12  # powers of two below one, of which no float holds as many
 
 
-def quantize(x, bits: int, scale: float) -> jax.Array:
+def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
     """The power of two nearest to |x / alpha| on a logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
 
     Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
@@ -52,12 +53,12 @@ def quantize(x, bits: int, scale: float) -> jax.Array:
     return (jnp.sign(wide) * level).astype(jnp.result_type(x))
 
 
-def by_parts(fn: Callable, x):
+def by_parts(fn: Callable[..., Any], x: jax.Array) -> Any:
     """The function of a real array; of a complex one, of its real and imaginary part."""
     return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
 
 
-def _root_half(dtype) -> Any:
+def _root_half(dtype: Any) -> Any:
     """The smallest number of the dtype whose square is at least one half."""
     root = np.asarray(math.sqrt(0.5), dtype)
     while Fraction(float(root)) ** 2 >= Fraction(1, 2):
@@ -65,8 +66,13 @@ def _root_half(dtype) -> Any:
     return np.nextafter(root, np.asarray(1, dtype))
 
 
-def check_quantizer(bits: int, scale: float) -> None:
-    if not (is_whole(bits) and bits >= 1):
-        raise ValueError(f"bits must be an integer >= 1, got {bits!r}")
-    if not is_number(scale) or not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+def quantizer_numbers(bits: Numbers, scale: Numbers, kind: str) -> tuple[ByName[Any], ByName[Any]]:
+    """The options of a quantizer, for names of this kind.
+
+    Raises:
+      ValueError: one is out of range.
+    """
+    return (
+        by_name("bits", bits, lambda value: is_whole(value) and value >= 1, "an integer >= 1", kind),
+        by_name("scale", scale, lambda value: is_number(value) and 0 < value < math.inf, "a finite number > 0", kind),
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from lrules.engine.by_hand import Product
 from lrules.engine.dtypes import is_inexact
-from lrules.engine.jaxprs import is_literal
+from lrules.engine.jaxprs import Atom, Aval, Equation, is_literal
+from lrules.engine.operations import Row, of
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,7 +44,7 @@ class Layer:
     operand: Value = dataclasses.field(repr=False)
     scope: tuple[str, ...] = ()
     reads: Hidden | None = None
-    owned: frozenset = frozenset()
+    owned: frozenset[Any] = frozenset()
     eqn: Any = dataclasses.field(default=None, repr=False)
     sources: frozenset[int] = frozenset()
     position: int = 0  # which operand of the equation the weight is
@@ -48,6 +52,16 @@ class Layer:
     place: Any = dataclasses.field(default=None, repr=False)  # the block and the equation's number
     uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # what becomes of rows that it looks up
     output: Value | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def row(self) -> Row:
+        """What is known of its operation."""
+        return of(self.eqn)
+
+    @property
+    def at_output(self) -> str:
+        """The name under which frames hold what belongs to its output."""
+        return f"{self.site} output"
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,17 +103,20 @@ class Hidden:
     loops: tuple[tuple[int, bool], ...] = ()
     mark: bool = False
 
-    def to_definition(self, signal):
+    def to_definition(self, signal: jax.Array) -> jax.Array:
         """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
+        return undo_views(self.views, signal.astype(self.reader.aval.dtype))
 
-        signal = signal.astype(self.reader.aval.dtype)
-        for eqn in reversed(self.views):
-            before = eqn.invars[0].aval
-            if eqn.primitive.name == "transpose":
-                permutation = eqn.params["permutation"]
-                signal = signal.transpose([permutation.index(i) for i in range(signal.ndim)])
-            signal = signal.reshape(before.shape).astype(before.dtype)
-        return signal
+
+def undo_views(views: Sequence[Equation], x: jax.Array) -> jax.Array:
+    """What was before these casts, reshapes and transposes, of what comes after them."""
+    for eqn in reversed(views):
+        before, permutes = eqn.invars[0].aval, of(eqn).permutation
+        if permutes is not None:
+            permutation = permutes(eqn)
+            x = x.transpose([permutation.index(i) for i in range(x.ndim)])
+        x = x.reshape(before.shape).astype(before.dtype)
+    return x
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,11 +126,13 @@ class Activation:
     Attributes:
       name: the function's name where it has one (`relu`), else its primitives (`tanh`, `mul_add_tanh`).
       site: unique within the network.
+      axes: for each axis of the output, the axis of the source that it is.
     """
 
     name: str
     site: str
     scope: tuple[str, ...] = ()
+    axes: tuple[int, ...] = ()
     source: Value | None = dataclasses.field(default=None, repr=False)
     output: Value | None = dataclasses.field(default=None, repr=False)
 
@@ -142,20 +161,21 @@ class Value:
     place: tuple[Block, Any] | None = None  # the block and variable where it is defined
     axes: dict[int, tuple[tuple[tuple[int, ...], ...], frozenset[int]]] = dataclasses.field(default_factory=dict)
     varies: frozenset[int] | None = None
-    loops: frozenset = frozenset()
+    loops: frozenset[Any] = frozenset()
     carried: bool = False
     products: tuple[Product, ...] = ()
-    lookups: frozenset = frozenset()  # the layers whose rows a chosen value is made of
+    lookups: frozenset[Any] = frozenset()  # the layers whose rows a chosen value is made of
     stage: int = 0  # of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one
     key: Any = None  # where the product stands that made it
-    wanted: bool = False  # a weight is made of it, so that feedback has to ride along
+    wanted: bool = False  # a layer's weight is made of it, so that feedback has to ride along
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    order_of_batch: dict[int, Any] | None = None  # what the batch is merged with in an axis (see batch.py)
     arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
-    split: frozenset = frozenset()  # mesh axes along which a shard_map of the network splits it
+    split: frozenset[Any] = frozenset()  # mesh axes along which a shard_map of the network splits it
 
     @property
     def pure(self) -> bool:
@@ -180,7 +200,8 @@ class Value:
 
     @property
     def shadowed(self) -> bool:
-        return (self.pure or self.wanted) and not self.carried
+        """Whether it is computed from the feedback, too."""
+        return self.wanted and not self.carried
 
     @property
     def weight_dims(self) -> frozenset[int]:
@@ -213,34 +234,44 @@ class Block:
     regions: dict[int, Any] = dataclasses.field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
 
-    def sites(self, *, affines: bool = False) -> set[str]:
+    @functools.cached_property
+    def readers(self) -> dict[Any, set[int]]:
+        """The equations that read each variable, by number; -1: it is a result of the block."""
+        found: dict[Any, set[int]] = {v: {-1} for v in self.jaxpr.outvars if not is_literal(v)}
+        for index, eqn in enumerate(self.jaxpr.eqns):
+            for v in eqn.invars:
+                if not is_literal(v):
+                    found.setdefault(v, set()).add(index)
+        return found
+
+    def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
 
-        Biases and scales too if asked.
+        Biases and scales too if asked; activations, where they have been looked for, unless asked not to.
         """
-        own = {f"{layer.site} output" for layer in self.layers.values()}
+        own = {layer.at_output for layer in self.layers.values()}
         own |= {h.name for hs in self.hidden.values() for h in hs}
-        own |= {region.activation.site for region in self.regions.values()}
+        own |= {region.activation.site for region in self.regions.values()} if activations else set()
         own |= {affine.site for affine in self.affines.values()} if affines else set()
         for children in self.children.values():
             for child in children:
-                own |= child.sites(affines=affines)
+                own |= child.sites(affines=affines, activations=activations)
         return own
 
-    def value(self, atom) -> Value:
+    def value(self, atom: Atom) -> Value:
         if is_literal(atom):
             return Value(atom.aval)
         return self.values[atom]
 
 
-def parameter(i: int, aval) -> Value:
+def parameter(i: int, aval: Aval) -> Value:
     """The value of a parameter."""
     axes: dict[int, Any] = {i: (tuple((d,) for d in range(len(aval.shape))), frozenset())}
     own = frozenset([i])
     return Value(aval, params=own, differentiable=own, axes=axes)
 
 
-def argument(aval, batched: bool) -> Value:
+def argument(aval: Aval, batched: bool) -> Value:
     """The value of an input; what has no batch is a constant."""
     return Value(aval, data=batched, batched=batched, smooth=batched and is_inexact(aval))
 
@@ -293,11 +324,11 @@ def reach(outs: Sequence[Value]) -> set[int]:
         value = stack.pop()
         if id(value) not in found and not ends(value):
             found.add(id(value))
-            name = value.producer.primitive.name if value.producer is not None else ""
-            if name == "convert_element_type" and not is_inexact(value.operands[0].aval):  # a unit that is on or off
+            row = None if value.producer is None else of(value.producer)
+            if row is not None and row.casts and not is_inexact(value.operands[0].aval):  # a unit that is on or off
                 stack += value.operands[0].operands
-            else:
-                stack += () if name == "stop_gradient" else value.operands
+            elif row is None or not row.stops:
+                stack += value.operands
     return found
 
 
@@ -326,8 +357,30 @@ def parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
     return list(found.values()), sources
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """The name, with `#2`, `#3`, ... where it is taken."""
-    if name not in taken:
-        return name
-    return next(new for n in range(2, len(taken) + 3) if (new := f"{name}#{n}") not in taken)
+def want(weight: Value) -> None:
+    """Marks all that a weight is made of."""
+    stack, _ = parts(weight)
+    stack += [operand for value in stack for operand in value.operands if operand.pure]
+    stack += [weight] if weight.pure else []
+    while stack:
+        value = stack.pop()
+        if value.params and not value.wanted:
+            value.wanted = True
+            stack += value.operands if value.pure else ()
+
+
+class Names:
+    """Gives out names, each once."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.next: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        """The name, with `#2`, `#3`, ... where it is taken."""
+        new, n = name, self.next.get(name, 2)
+        while new in self.taken:
+            new, n = f"{name}#{n}", n + 1
+        self.next[name] = n
+        self.taken.add(new)
+        return new

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrules.engine.activations import (
     ALIASES,
-    BENDING,
-    COMPARISONS,
-    LINEAR,
     MARK,
     NAMED,
-    NONLINEAR,
-    NOT_ALONE,
-    OF_STATISTICS,
-    STOP,
     UNMARK,
     Axes,
     Doubt,
     _composed,
     _is_literal,
-    _is_statistic,
     _is_uniform,
     arranged,
+    is_statistic,
 )
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, call_body, call_name
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
+from lrules.engine.operations import Row, of
+from lrules.engine.records import Activation, Block, Names, Value
+from lrules.engine.shared import Pieces, Together, equation_key
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,31 +43,104 @@ class Region:
     activation: Any = None
 
 
-def _nonlinear(eqn, value) -> list[str]:
+class RegionProgram:
+    """What a region computes, `program(x, *captured)`.
+
+    Attributes:
+      key: the same for all that compute the same; None if that cannot be told.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        keys = [equation_key(eqn) for eqn in region.eqns]
+        self._run = Together(region.eqns, keys, [region.output])
+        places = (self._run.given.index(region.root), tuple(map(self._run.given.index, region.others)))
+        self.key = None if None in keys else (self._run.key, region.axes, places)
+
+    def __call__(self, x: jax.Array, *captured: Any) -> Any:
+        values = dict(zip(self.region.others, captured, strict=True))
+        values[self.region.root] = moved(x, [int(i) for i in np.argsort(self.region.axes)])
+        return self._run(*(values[v] for v in self._run.given))[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RegionFunction:
+    """An activation as handlers get it, `fn(x)`.
+
+    Attributes:
+      program: what it computes of `x` and of what else it reads.
+      captured: the latter, which is the same for all elements.
+      pieces: where functions that belong to it can be kept under the program's key; None where nothing is shared.
+    """
+
+    program: RegionProgram
+    captured: Sequence[Any]
+    pieces: Pieces | None
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.program(x, *self.captured)
+
+
+def moved(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The array with its axes in this order."""
+    return x if list(axes) == sorted(axes) else jax.lax.transpose(x, axes)
+
+
+def find_activations(noted: Sequence[Block | Doubt]) -> tuple[list[Activation], list[tuple[Doubt, Value | None]]]:
+    """The activations in all blocks, which learn of theirs, and the doubts, each with the value that it is about."""
+    activations: list[Activation] = []
+    doubts: list[tuple[Doubt, Value | None]] = []
+    sites = Names()
+    for block in noted:
+        if isinstance(block, Doubt):
+            doubts.append((block, None))
+            continue
+        regions, own = find_regions(block)
+        doubts += [(doubt, None if doubt.output is None else block.value(doubt.output)) for doubt in own]
+        for region in regions:
+            source, output = block.value(region.root), block.value(region.output)
+            region.activation = Activation(
+                region.name, sites.unique(region.name), block.scope, region.axes, source, output
+            )
+            activations.append(region.activation)
+            block.regions[region.indices[-1]] = region
+        block.skipped = frozenset(i for region in regions for i in region.indices[:-1])
+    return activations, doubts
+
+
+def _nonlinear(eqn: Equation, value: Callable[..., Value]) -> list[Row]:
     """The nonlinear primitives of an elementwise equation."""
-    name = eqn.primitive.name
-    if name == "mul":
-        return ["mul"] if sum(value(v).params != frozenset() for v in eqn.invars) > 1 else []
-    if name == "div":
-        return ["div"] if value(eqn.invars[1]).params else []
-    body = call_body(eqn)
-    if body is not None:
-        return [p for e in body.eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])
-                if p in NONLINEAR]  # fmt: skip
-    return [name] if name in NONLINEAR else []
+    row = of(eqn)
+    if row.combines == "product":
+        return [row] if sum(value(v).params != frozenset() for v in eqn.invars) > 1 else []
+    if row.combines == "quotient":
+        return [row] if value(eqn.invars[1]).params else []
+    return [inner for inner in (_inner(eqn) if row.kind == "call" else [row]) if inner.nonlinear]
 
 
-def _inner(eqn) -> list[str]:
+def _inner(eqn: Equation) -> list[Row]:
+    """The primitives in a call, and in the calls in it."""
     eqns = getattr(call_body(eqn), "eqns", ())
-    return [p for e in eqns for p in (_inner(e) if e.primitive.name in CALLS else [e.primitive.name])]
+    return [row for e in eqns for row in (_inner(e) if of(e).kind == "call" else [of(e)])]
 
 
-def _is_named(eqn) -> bool:
-    name = call_name(eqn) if eqn.primitive.name in CALLS else ""
-    return name in NAMED or name.startswith((MARK, UNMARK)) or eqn.primitive.name in OWN_DERIVATIVE
+def _of_formulas(row: Row) -> bool:
+    """Whether a primitive alone is no activation: exp, a root, a quotient or a product."""
+    return row.curve == "formula" or row.combines == "product"
 
 
-def find_regions(block) -> tuple[list[Region], list[Doubt]]:
+def _of_statistics(row: Row) -> bool:
+    """Whether normalisations do this to means and variances."""
+    return row.curve in ("formula", "comparison", "choice") or row.combines == "product"
+
+
+def _is_named(eqn: Equation) -> bool:
+    row = of(eqn)
+    name = call_name(eqn) if row.kind == "call" else ""
+    return name in NAMED or name.startswith((MARK, UNMARK)) or row.name in OWN_DERIVATIVE
+
+
+def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
     """The activations of one block, in program order, and what may be one."""
     eqns, value = block.jaxpr.eqns, block.value
     users: dict[Any, set[int]] = {}
@@ -77,15 +149,20 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
             if not _is_literal(v):
                 users.setdefault(v, set()).add(index)
 
-    def compared(eqn) -> bool:
-        asks = [i >= 0 and eqns[i].primitive.name in COMPARISONS for i in users.get(eqn.outvars[0], {-1})]
-        return eqn.primitive.name == STOP and all(asks)
+    def compared(eqn: Equation) -> bool:
+        asks = [i >= 0 and of(eqns[i]).curve == "comparison" for i in users.get(eqn.outvars[0], {-1})]
+        return of(eqn).stops and all(asks)
 
-    def selected(eqn) -> bool:
+    def selected(eqn: Equation) -> bool:
         """Whether an equation is no transpose, or one such as `vmap` makes of what a select of several values reads."""
-        readers = [eqns[i] for i in users.get(eqn.outvars[0], ()) if i >= 0]
-        asks = [e.primitive.name in ("select_n", *CALLS) and sum(value(v).both for v in e.invars) > 1 for e in readers]
-        return eqn.primitive.name != "transpose" or (all(asks) and -1 not in users.get(eqn.outvars[0], ()))
+        if of(eqn).permutation is None:
+            return True
+        readers = [(of(eqns[i]), eqns[i]) for i in users.get(eqn.outvars[0], ()) if i >= 0]
+        asks = [
+            (row.combines == "select" or row.kind == "call") and sum(value(v).both for v in e.invars) > 1
+            for row, e in readers
+        ]
+        return all(asks) and -1 not in users.get(eqn.outvars[0], ())
 
     candidates: dict[int, list[Any]] = {}  # the operands of elementwise equations that depend on parameters and data
     for index, eqn in enumerate(eqns):
@@ -98,7 +175,7 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
         if all(_is_uniform(value(v)) for v in others) and (compared(eqn) or _lies(block, eqn, operands)):
             candidates[index] = operands
 
-    def output(index):
+    def output(index: int) -> Any:
         return eqns[index].outvars[0]
 
     named = {index for index in candidates if _is_named(eqns[index])}
@@ -124,7 +201,7 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
                 cuts.add(output(index))
         return groups
 
-    def region(key, indices: list[int], last: int) -> Region | Doubt | None:
+    def region(key: Any, indices: list[int], last: int) -> Region | Doubt | None:
         """What ends with this equation."""
         needed, stack = {last}, [last]
         while stack:
@@ -164,14 +241,14 @@ def find_regions(block) -> tuple[list[Region], list[Doubt]]:
     return sorted(found, key=lambda region: region.indices[-1]), doubts
 
 
-def _steps(block, eqn) -> list[Axes]:
+def _steps(block: Block, eqn: Equation) -> list[Axes]:
     """How each operand of a candidate that depends on parameters and data lies in its output."""
     held = arranged(block.value(eqn.outvars[0])) or {}
     same = tuple(range(len(eqn.outvars[0].aval.shape)))
     return [held.get(k, same) for k, v in enumerate(eqn.invars) if block.value(v).both]
 
 
-def _lies(block, eqn, operands) -> bool:
+def _lies(block: Block, eqn: Equation, operands: Any) -> bool:
     """Whether an equation is elementwise, of operands of its output's shape up to the order of the axes."""
     shape = eqn.outvars[0].aval.shape
     return arranged(block.value(eqn.outvars[0])) is not None and all(
@@ -180,17 +257,18 @@ def _lies(block, eqn, operands) -> bool:
     )
 
 
-def _trimmed(block, start, indices: list[int], candidates) -> tuple[Any, list[int]]:
+def _trimmed(block: Block, start: Any, indices: list[int], candidates: Any) -> tuple[Any, list[int]]:
     """The region without the factors and terms at its ends, unless they may belong to a formula."""
     eqns = block.jaxpr.eqns
 
-    def affine(index):
+    def affine(index: int) -> Any:
         operands, eqn = candidates[index], eqns[index]
-        linear = eqn.primitive.name in LINEAR or (eqn.primitive.name == "div" and eqn.invars[0] is operands[0])
+        row = of(eqn)
+        linear = row.curve == "linear" or (row.combines == "quotient" and eqn.invars[0] is operands[0])
         return linear and len(operands) == 1
 
-    def formula(index):
-        return eqns[index].primitive.name in NOT_ALONE - {"mul"}
+    def formula(index: int) -> bool:
+        return of(eqns[index]).curve == "formula"
 
     front, value, readers = 0, start, indices  # how many lead to the first that bends
     while len(readers := [i for i in indices if value in candidates[i]]) == 1 and affine(readers[0]):
@@ -199,8 +277,8 @@ def _trimmed(block, start, indices: list[int], candidates) -> tuple[Any, list[in
             return start, indices
     if all(map(formula, readers)):  # but the number by which a mean divides is none of it
         producer = block.value(start).producer
-        mean = producer is not None and producer.primitive.name.startswith(("reduce_sum", "reduce_window_sum", "psum"))
-        front = int(mean and front > 0 and eqns[indices[0]].primitive.name in ("div", "mul"))
+        mean = producer is not None and of(producer).totals
+        front = int(mean and front > 0 and of(eqns[indices[0]]).combines in ("quotient", "product"))
     for i in indices[:front]:
         start = eqns[i].outvars[0]
     indices = back = indices[front:]
@@ -210,7 +288,7 @@ def _trimmed(block, start, indices: list[int], candidates) -> tuple[Any, list[in
     return start, indices if formula(back[-1]) else back
 
 
-def _region(block, start, indices) -> Region | Doubt | None:
+def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
     eqns, value = [block.jaxpr.eqns[i] for i in indices], block.value
     out = eqns[-1].outvars[0]
     calls = [call_name(e) for e in eqns if _is_named(e)]
@@ -220,11 +298,11 @@ def _region(block, start, indices) -> Region | Doubt | None:
         return None
     if not jnp.issubdtype(out.aval.dtype, jnp.inexact):
         return None
-    primitives = "_".join(dict.fromkeys(nonlinear))
+    primitives = "_".join(dict.fromkeys(row.name for row in nonlinear))
     if not any(n in NAMED or n.startswith(MARK) for n in calls):
-        if set(nonlinear) <= OF_STATISTICS and _is_statistic(value(start)):
+        if all(map(_of_statistics, nonlinear)) and is_statistic(value(start)):
             return None
-        if len(nonlinear) == 1 and nonlinear[0] in NOT_ALONE:
+        if len(nonlinear) == 1 and _of_formulas(nonlinear[0]):
             return Doubt(primitives, out)
     produced = {e.outvars[0] for e in eqns}
     free = (v for e in eqns for v in e.invars if not _is_literal(v) and v is not start and v not in produced)
@@ -236,26 +314,26 @@ def _region(block, start, indices) -> Region | Doubt | None:
     return Region(name, start, out, tuple(dict.fromkeys(free)), eqns, indices, lies[out])
 
 
-def _hides(eqn, value) -> bool:
+def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether a function with a derivative of its own, of more than one element, holds what may be an activation."""
-    of_several = eqn.primitive.name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
-    return of_several and not (NONLINEAR - OF_STATISTICS).isdisjoint(_inner(eqn))
+    of_several = of(eqn).name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
+    return of_several and any(row.curve == "bent" for row in _inner(eqn))
 
 
-def _doubted(eqn) -> str:
+def _doubted(eqn: Equation) -> str:
     """The name of an equation of several values that may be meant as an activation."""
-    if eqn.primitive.name in OWN_DERIVATIVE:
+    if of(eqn).name in OWN_DERIVATIVE:
         return call_name(eqn)
-    bent = [p for p in _inner(eqn) if p in BENDING]
-    return "_".join(dict.fromkeys(bent)) or eqn.primitive.name
+    bent = [row.name for row in _inner(eqn) if row.bends]
+    return "_".join(dict.fromkeys(bent)) or of(eqn).name
 
 
-def _bends(eqn, value) -> bool:
+def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether an elementwise equation of several values bends one of them, as max and select do."""
     mixed = [v for v in eqn.invars if value(v).both]
-    if all(_is_statistic(value(v)) for v in mixed):
+    if all(is_statistic(value(v)) for v in mixed):
         return False
-    name = eqn.primitive.name
-    if name in CALLS and value(eqn.outvars[0]).producer is eqn and arranged(value(eqn.outvars[0])) is not None:
-        return not BENDING.isdisjoint(_inner(eqn))
-    return value(eqn.invars[0]).both if name == "select_n" else name in BENDING
+    row, out = of(eqn), value(eqn.outvars[0])
+    if row.kind == "call" and out.producer is eqn and arranged(out) is not None:
+        return any(inner.bends for inner in _inner(eqn))
+    return value(eqn.invars[0]).both if row.combines == "select" else row.bends

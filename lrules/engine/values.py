@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lrules.engine.operations import ELEMENTWISE
+from lrules.engine.jaxprs import Aval, Equation
+from lrules.engine.operations import of
 from lrules.engine.records import Layer, Value, classes_of
 
 
-def slice_of(value: Value, aval, key) -> Value:
+def slice_of(value: Value, aval: Aval, key: tuple[Any, ...]) -> Value:
     """One slice of a scanned value: a definition of its own."""
     axes = {}
     for i, (dims, sliced) in value.axes.items():
@@ -20,30 +21,30 @@ def slice_of(value: Value, aval, key) -> Value:
     )  # fmt: skip
 
 
-def _through(axes, dims: frozenset[int]) -> frozenset[int]:
+def _through(axes: Any, dims: frozenset[int]) -> frozenset[int]:
     return frozenset(j for j, held in enumerate(axes) if dims & set(held))
 
 
-def varying_dims(eqn, ins: list[Value], aval, axes) -> frozenset[int]:
-    name = eqn.primitive.name
+def varying_dims(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> frozenset[int]:
+    row = of(eqn)
     full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
     if axes is not None:
         return _through(axes, ins[0].spread) & full
-    if name == "broadcast_in_dim":
-        dims = eqn.params["broadcast_dimensions"]
-        return frozenset(dims[i] for i in ins[0].spread)
-    if name in ELEMENTWISE:
+    if row.kind == "view" and row.lies is not None:  # which repeats elements
+        lies = row.lies(eqn, 0)
+        return frozenset(lies[i] for i in ins[0].spread)
+    if row.elementwise:
         return frozenset().union(*(v.spread for v in ins)) & full
     return full
 
 
-def parameter_axes(eqn, ins: list[Value], aval, axes):
+def parameter_axes(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> dict[int, Any]:
     """Which axes of which parameters the dimensions of a value made of parameters hold."""
-    name = eqn.primitive.name
+    row = of(eqn)
     ndim = len(getattr(aval, "shape", ()))
     found: dict[int, Any] = {}
 
-    def add(i, dims, sliced):
+    def add(i: int, dims: Any, sliced: Any) -> None:
         if i not in found or sum(map(len, dims)) > sum(map(len, found[i][0])):
             found[i] = (dims, sliced)
 
@@ -54,30 +55,13 @@ def parameter_axes(eqn, ins: list[Value], aval, axes):
                 kept = tuple(tuple(a for j in held for a in dims[j]) for held in axes)
                 gone -= frozenset(a for d in kept for a in d)
                 add(i, kept, sliced | gone)
-            elif name == "broadcast_in_dim":
+            elif row.lies is not None:
                 new: list[tuple[int, ...]] = [()] * ndim
-                for j, d in enumerate(eqn.params["broadcast_dimensions"]):
-                    new[d] = dims[j]
-                add(i, tuple(new), sliced)
-            elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"):
-                add(i, tuple(d for j, d in enumerate(dims) if j not in eqn.params["axes"]), sliced)
-            elif name == "gather" and k == 0:
-                numbers = eqn.params["dimension_numbers"]
-                new = [()] * ndim
-                batching = set(getattr(numbers, "operand_batching_dims", ()))
-                whole = [j for j in range(len(dims)) if j not in numbers.collapsed_slice_dims and j not in batching]
-                for d, j in zip(numbers.offset_dims, whole, strict=True):
-                    new[d] = dims[j]
-                gone = frozenset(a for j in (set(numbers.collapsed_slice_dims) | batching) for a in dims[j])
-                add(i, tuple(new), sliced | gone)
-            elif name == "dot_general":
-                contract, batch = eqn.params["dimension_numbers"]
-                free = [j for j in range(len(dims)) if j not in contract[k] and j not in batch[k]]
-                start = len(batch[0]) if k == 0 else ndim - len(free)
-                new = [()] * ndim
-                for o, j in [*enumerate(batch[k]), *enumerate(free, start)]:
+                lies = row.lies(eqn, k)
+                for j, o in lies.items():
                     new[o] = dims[j]
-                add(i, tuple(new), sliced)
+                gone = frozenset(a for j, held in enumerate(dims) if j not in lies for a in held)
+                add(i, tuple(new), sliced | gone if row.looks_up and k == 0 else sliced)
             elif len(dims) == ndim:
                 add(i, dims, sliced)
             else:
@@ -85,7 +69,7 @@ def parameter_axes(eqn, ins: list[Value], aval, axes):
     return found
 
 
-def output_parameter_axes(layer: Layer):
+def output_parameter_axes(layer: Layer) -> dict[int, Any]:
     """Which axes of its parameters the dimensions of a layer's output hold."""
     came_from = {o: a for a, o in layer.output_axes.items()}
     ndim = len(layer.output.aval.shape)  # type: ignore[union-attr]

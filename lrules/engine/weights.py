@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from lrules.engine.batch import BatchAxis, Unbatched
 from lrules.engine.dtypes import at_least_float32, feedback_dtype
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import split_as
-from lrules.engine.operations import SAME_SHAPE_VIEWS
+from lrules.engine.jaxprs import bind, split_as
+from lrules.engine.operations import of
 from lrules.engine.records import Hidden, Layer
 from lrules.options import draw
 from lrules.rule import Direct, Sequential
@@ -55,7 +55,7 @@ class DirectFeedback:
     def lies(self) -> Sequence[Any]:
         """The explicit mesh axes over which the hidden signal is split, before the reader gathers it."""
         value = self.hidden.reader
-        while value.source is not None and value.view.primitive.name in SAME_SHAPE_VIEWS:
+        while value.source is not None and of(value.view).same_shape:
             value = value.source
         return value.aval.sharding.spec
 
@@ -75,6 +75,52 @@ class DirectFeedback:
         rest = (*self.lies[:axis], *[None] * len(self.axis.merged), *self.lies[axis + 1 :])
         rest = tuple(self.lies) if isinstance(self.axis, Unbatched) else rest
         return (*[None] * (len(self.lengths) + 1), *(s for i, s in enumerate(rest) if i not in positions))
+
+    @property
+    def own(self) -> list[int]:
+        """The loops around the hidden signal whose iterations have feedback weights of their own."""
+        return [i for i, (_, own) in enumerate(self.hidden.loops) if own]
+
+    @property
+    def others(self) -> list[int]:
+        """The loops that all iterations share the feedback weights in, but for those that are a shared axis."""
+        turns = [place for kind, place in self.shared if kind == "loop"]
+        return [i for i, (_, own) in enumerate(self.hidden.loops) if not own and i not in turns]
+
+    @property
+    def where(self) -> list[int]:
+        """Where own loops, others and shared axes lie in `[*loops, batch, *hidden]`."""
+        behind = len(self.hidden.loops) + 1
+        return [*self.own, *self.others, *(i if kind == "loop" else behind + i for kind, i in self.shared)]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """How often a function that is called for each iteration and position is, along each of `where`."""
+        assert self.axis is not None
+        sizes = [*(n for n, _ in self.hidden.loops), 1, *self.axis.rest(self.hidden.reader.aval.shape)]
+        return tuple(sizes[i] for i in self.where)
+
+    @property
+    def signal_shape(self) -> tuple[int, ...]:
+        """The shape of the hidden signal without batch and shared axes, as the rule's functions see it."""
+        return self.shape[len(self.lengths) + 1 :]
+
+    def read(self, value: Any, batch: int) -> jax.Array:
+        """From the definition of the hidden signal to what its reader sees, the batch in front."""
+        assert self.axis is not None
+        for eqn in self.hidden.views:
+            (value,) = bind(eqn, [value])
+        if not isinstance(self.axis, Unbatched):
+            at = self.axis.axis
+            value = split_as(value, *self.lies[:at], self.batch_split, *self.lies[at + 1 :])
+        return self.axis.in_front(value, self.hidden.reader.aval.shape, batch)
+
+    def defined(self, signal: jax.Array) -> jax.Array:
+        """The way back, of an error."""
+        assert self.axis is not None
+        if self.axis.merged or not all(of(eqn).same_shape for eqn in self.hidden.views):
+            signal = split_as(signal, self.batch_split)  # reshapes take few axes that are split
+        return self.hidden.to_definition(self.axis.restore(signal, self.hidden.reader.aval.shape))
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +148,7 @@ class SequentialFeedback:
     sliced: tuple[int, ...]
     spatial: tuple[int, ...] = ()
 
-    def draw(self, key, weight) -> jax.Array:
+    def draw(self, key: jax.Array, weight: Any) -> jax.Array:
         """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart.
 
         Initializers with an argument `weight` get the parameter, in the same layout.
@@ -117,7 +163,7 @@ class SequentialFeedback:
         if "weight" in inspect.signature(init).parameters:
             weights = split_as(jax.lax.stop_gradient(jnp.transpose(weight, order))).reshape(count, *shape)
 
-        def one(k, w):
+        def one(k: Any, w: Any) -> jax.Array:
             return draw(init, k, shape, self.dtype, **({} if w is None else {"weight": w}))
 
         if self.sliced:
@@ -128,7 +174,7 @@ class SequentialFeedback:
         return drawn.reshape([self.shape[i] for i in order]).transpose(inverse)
 
 
-def draw_direct(landing: DirectFeedback, key) -> jax.Array:
+def draw_direct(landing: DirectFeedback, key: jax.Array) -> jax.Array:
     """Draws `[hidden size, outputs]`, of which feedback of a rank keeps so many outputs, as good as any others.
 
     Where such a matrix would be larger than all feedback may be, of as many outputs as fit.
@@ -138,7 +184,7 @@ def draw_direct(landing: DirectFeedback, key) -> jax.Array:
     fitting = landing.spec.max_feedback_bytes / max(size * jnp.dtype(landing.dtype).itemsize, 1)
     outputs = landing.outputs if landing.spec.rank is None else max(sent, int(min(landing.outputs, fitting)))
 
-    def one(k):
+    def one(k: Any) -> jax.Array:
         drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
         return drawn[:, :sent].T.reshape(landing.shape[n:])
 
@@ -147,7 +193,7 @@ def draw_direct(landing: DirectFeedback, key) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, math.prod(landing.lengths))).reshape(landing.shape)
 
 
-def draw_reduction(key, shape: tuple[int, ...], dtype) -> jax.Array:
+def draw_reduction(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The matrix `[outputs, rank]` that brings errors to a rank: random rows of length one that sum to one.
 
     Independent numbers have the same mean and variance after it as before. Fewer than three numbers of length one
@@ -179,21 +225,16 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> SequentialFe
     dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
     contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
     free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
-    batch: Sequence[int] = ()
-    if layer.operation == "dot_general":  # members of an ensemble, heads: each is a matrix of its own
-        batch = layer.eqn.params["dimension_numbers"][1][layer.position]
-    elif layer.operation.startswith("ragged_dot"):
-        batch = layer.eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
-    if batch:
-        members = {a for d in batch if d < len(dims) for a in dims[d]} - contracted
-        free, sliced = free - members, sliced | members
+    matrices = layer.row.members(layer.eqn, layer.position)  # an ensemble, heads, experts: each a matrix of its own
+    members = {a for d in matrices if d < len(dims) for a in dims[d]} - contracted
+    free, sliced = free - members, sliced | members
     lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
     if lost:  # an axis summed away on the way (a factorised weight): it faces the side that is not seen
         (contracted if free and not contracted else free).update(lost)
     spatial: tuple[int, ...] = ()
-    if layer.operation == "conv_general_dilated" and all(len(held) == 1 for held in dims):
-        rhs = layer.eqn.params["dimension_numbers"].rhs_spec
-        spatial = tuple(dims[d][0] for d in rhs[2:])
+    window = layer.row.window(layer.eqn, layer.position)
+    if window and all(len(held) == 1 for held in dims):
+        spatial = tuple(dims[d][0] for d in window)
         contracted -= set(spatial)
     return SequentialFeedback(
         i, tuple(aval.shape), feedback_dtype(aval.dtype), spec,

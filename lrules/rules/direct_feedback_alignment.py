@@ -1,87 +1,88 @@
 """Direct (skipped) channels: the output error comes straight to every hidden signal.
 
 Direct feedback alignment, or skipped random backpropagation (SRBP): delta_l = (B_l^T e) * f'(z_l), dW_l = delta_l
-h_{l-1}^T, with e the output error and B_l fixed and random (Nokland 2016; Baldi, Sadowski, Lu 2018, section 3).
-Adaptive (ASRBP): dB_l = e h_l^T besides, the product of the error at the top and the activity where it arrives.
+h_{l-1}^T, where e is the output error and B_l is fixed and random (Nokland 2016; Baldi, Sadowski, Lu 2018, section 3).
+Adaptive (ASRBP): also dB_l = e h_l^T, the product of the error at the top and the activity where it arrives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.extend import correlate, project
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer, Pytree
 
 
-def project(e, b):
-    """Brings the output error `e` `[batch, outputs]` to a hidden signal by `b` `[outputs, *hidden]`."""
-    return jnp.tensordot(e.astype(b.dtype), b, axes=1)
-
-
-def arrive(e, b, targets, name):
-    """The signal of direct feedback alignment."""
+def arrive(e: jax.Array, b: Any, targets: Pytree, name: str) -> jax.Array:
+    """The signal that direct feedback alignment brings to a hidden signal."""
     return project(e, b)
-
-
-def correlate(e, h, b):
-    """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`, summed.
-
-    As the transpose of `project`, in which JAX itself sees to a batch that lies on several devices.
-    """
-    return jax.vjp(lambda b: project(e, b), b)[1](h)[0]
 
 
 def direct_feedback_alignment(
     init: Initializer | None = None,
-    adaptive: bool = False,
     *,
+    adaptive: bool = False,
     at: str | Sequence[str] | None = None,
     shared_axes: int | Sequence[int | tuple[int, int | str]] = (),
     rank: int | None = None,
-    error_at: str = "layer",
-    max_feedback_bytes: int = 2**30,
+    error_at: Literal["layer", "outputs"] = "layer",
+    max_feedback_bytes: float = 2**30,
 ) -> Rule:
     """Direct feedback alignment (DFA), which Baldi, Sadowski and Lu call skipped random backpropagation (SRBP).
 
-    delta_l = (B_l^T e) * f'(z_l)
+    delta_l = (B_l^T e) * f'(z_l),  dW_l = delta_l h_{l-1}^T
+
+    Here e is the output error and h_l a hidden signal (see docs/terms.md).
 
     Args:
-      init: the initializer of the feedback weights, `init(key, shape, dtype)`, drawn as `[hidden size, outputs]`;
-        default `jax.nn.initializers.glorot_normal()`.
-      adaptive: the feedback weights learn by the product of the output error and the hidden signal: ASRBP.
-        `grads.feedback` holds it; train it with the same optimizer or another.
-      at: where feedback lands in place of every hidden signal: regular expressions (`re.search`) that names of hidden
-        signals, or of tensors marked with `lrules.hidden`, match. Between landings the error flows as in backprop.
-      shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
+      init: the initializer of the feedback weights, `init(key, shape, dtype)`; it draws `[hidden size, outputs]`.
+        Default `jax.nn.initializers.glorot_normal()`.
+      adaptive: the feedback weights learn by the product of the output error and the hidden signal (ASRBP).
+        `grads.feedback` holds this product. Train them with the same optimizer or with another one.
+      at: the places where feedback lands, if not at every hidden signal: regular expressions for `re.search` in the
+        names of hidden signals and of tensors marked with `lrules.hidden`. Between landings the error flows as in
+        backprop.
+      shared_axes: axes of the outputs (counted with the batch) along which all positions share one feedback weight:
         1 for `[batch, time, classes]`, (1, 2) for `[batch, height, width, classes]`. The error of a position then
-        reaches that position alone. The corresponding place in a hidden signal is the axis of the same number, or a
-        loop of that length around it. Where another axis or loop has that length too, pairs have to say which it is:
-        `[(1, 2)]` is axis 2 of the hidden signals (counted with the batch), `[(1, "loop 0")]` the outermost loop around
-        them; of several pairs for one axis of the outputs, the first that fits a hidden signal holds there.
-      rank: for outputs in the tens of thousands: the feedback weights are products of one random matrix
-        `[outputs, rank]`, which all share, and one `[rank, *hidden shape]` each. The former is never learned; its name
-        is `(outputs)`, in more brackets where a parameter, a mark or another such matrix has that. The latter are so
-        many rows of what `init` draws for all outputs (for as many as `max_feedback_bytes` holds, if fewer), and the
-        products have numbers of the mean (from a rank of 3 on) and variance of such feedback, but not its zeros or
-        signs.
-      error_at: where the output error e is taken. `"layer"`: where the outputs are a function without parameters of a
-        layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs, so that e is T - O with the
-        cross-entropy that belongs to the function, as the papers have it; not where the function lies inside a loop
-        (`lrules.describe` says where). `"outputs"`: at the outputs themselves.
-      max_feedback_bytes: refuse to make more feedback than this.
+        reaches that position only. The corresponding place in a hidden signal is the axis with the same number, or a
+        loop of the same length around it. If another axis or loop has that length too, give pairs that say which it is:
+        `[(1, 2)]` is axis 2 of the hidden signals (counted with the batch), `[(1, "loop 0")]` is the outermost loop
+        around them. You may give several pairs for one axis of the outputs: at each hidden signal, the first pair that
+        fits holds.
+      rank: for tens of thousands of outputs. Each feedback weight is then a product of two matrices: one random matrix
+        `[outputs, rank]`, which all hidden signals share, and one matrix `[rank, *hidden shape]` for each hidden
+        signal. The shared matrix is never learned. Its name is `(outputs)`, or with more brackets if a parameter, a
+        mark or another shared matrix has that name. The other matrix has `rank` of the rows that `init` draws for all
+        outputs (or for as many outputs as `max_feedback_bytes` can hold). The products have the mean (from rank 3 on)
+        and the variance of such feedback, but not its zeros or signs.
+      error_at: where the rule takes the output error e. `"layer"`: if the outputs are a function without parameters of
+        the outputs of a layer (softmax, log_softmax, sigmoid), the rule takes e at the outputs of this layer. With the
+        cross-entropy that belongs to the function, e is then T - O, as in the papers. This is not so if the function
+        lies inside a loop (`lrules.describe` says where e is taken). `"outputs"`: the rule takes e at the outputs.
+      max_feedback_bytes: the rule refuses to make more bytes of feedback than this.
 
     Returns:
-      The rule. One feedback weight `[outputs, *hidden shape]` per hidden signal (`lrules.describe` lists them).
+      The rule. It has one feedback weight `[outputs, *hidden shape]` per hidden signal (`lrules.describe` lists them).
 
     Raises:
-      TypeError: `init` is no function that returns an array.
-      ValueError: an option is not of the kind described; at `init` or use: `init` draws another shape or whole numbers,
-        the feedback would exceed `max_feedback_bytes`, a batch axis cannot be told, or a hidden signal has nothing that
+      TypeError: `init` is not a function, or it does not return an array.
+      ValueError: an option does not fit its description. At `init` or use: `init` draws another shape or whole numbers,
+        the feedback would exceed `max_feedback_bytes`, a batch axis cannot be found, or no place in a hidden signal
         corresponds to a shared axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> rule = lrules.direct_feedback_alignment()
+      >>> feedback = rule.init(jax.random.key(0), net, params, jnp.ones((1, 3)))
+      >>> {name: b.shape for name, b in feedback.fixed.items()}
+      {'b': (2, 4)}
 
     References:
       Nokland: Direct feedback alignment provides learning in deep neural networks (2016).

@@ -1,43 +1,50 @@
-"""Sequential channels with feedback weights B_l in the place of the forward weights.
+"""Sequential channels with feedback weights B_l instead of the forward weights.
 
 Feedback alignment, or random backpropagation (RBP): delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l) and
-dW_l = delta_l h_{l-1}^T, with B fixed and random (Lillicrap et al. 2014; Baldi, Sadowski, Lu 2018, section 2.2).
-Adaptive random backpropagation (ARBP): dB_l = dW_l besides (Baldi, Sadowski, Lu 2018, section 3).
+dW_l = delta_l h_{l-1}^T, where B is fixed and random (Lillicrap et al. 2014; Baldi, Sadowski, Lu 2018, section 2.2).
+Adaptive random backpropagation (ARBP): also dB_l = dW_l (Baldi, Sadowski, Lu 2018, section 3).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from lrules.constructors import sequential
-from lrules.options import Initializer, as_initializer, require_flags
+from lrules.extend import Layer, Product
+from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
+from lrules.typing import Initializer
 
 
-def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) -> Rule:
+def feedback_alignment(init: Initializer | None = None, *, adaptive: bool = False) -> Rule:
     """Feedback alignment (FA), which Baldi, Sadowski and Lu call random backpropagation (RBP).
 
-    delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l)
+    delta_l = (B_{l+1}^T delta_{l+1}) * f'(z_l),  dW_l = delta_l h_{l-1}^T
 
     Args:
-      init: the initializer of the feedback weights, `init(key, shape, dtype)`, applied to each layer's
-        `[fan_in, fan_out]`; default `jax.nn.initializers.glorot_normal()`.
-      adaptive: the feedback weights learn by the product of the error above and the activity below, which is the
-        update of the forward weights: ARBP. `grads.feedback` holds it; train it with the same optimizer or another.
+      init: the initializer of the feedback weights, `init(key, shape, dtype)`; it draws each layer's
+        `[fan_in, fan_out]`. Default `jax.nn.initializers.glorot_normal()`.
+      adaptive: the feedback weights learn by the product of the error above and the activity below, which is also the
+        update of the forward weights (ARBP). `grads.feedback` holds this product. Train them with the same optimizer or
+        with another one.
 
     Returns:
-      The rule. One feedback weight per parameter matrix of a layer that reads a hidden signal, of its shape.
+      The rule. If a layer reads a hidden signal (see docs/terms.md), each of its parameter matrices has one feedback
+      weight of the same shape.
 
     Raises:
-      TypeError: `init` is no function that returns an array.
-      ValueError: `adaptive` is neither True nor False; at `init`, the initializer draws another shape or whole numbers.
+      TypeError: `init` is not a function, or it does not return an array.
+      ValueError: `adaptive` is not True or False. At `init`: the initializer draws another shape or whole numbers.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, lrules
       >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> feedback = feedback_alignment(adaptive=True).init(jax.random.key(0), net, params, jnp.ones((1, 3)))
-      >>> feedback.learned.keys()
-      dict_keys(['b'])
+      >>> rule = lrules.feedback_alignment(adaptive=True)
+      >>> feedback = rule.init(jax.random.key(0), net, params, jnp.ones((1, 3)))
+      >>> {name: b.shape for name, b in feedback.learned.items()}
+      {'b': (4, 2)}
 
     References:
       Lillicrap, Cownden, Tweed, Akerman: Random feedback weights support learning in deep neural networks (2014).
@@ -45,9 +52,8 @@ def feedback_alignment(init: Initializer | None = None, adaptive: bool = False) 
     """
     require_flags(adaptive=adaptive)
 
-    def backward(op, w, b, x, d, layer):
-        (dw,) = jax.vjp(lambda w: op(w, x), w)[1](d)
-        (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
-        return dw, dx, dw if adaptive else None
+    def backward(op: Product, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Layer) -> tuple[Any, Any, Any]:
+        dw = op.weight_gradient(w, x, d)
+        return dw, op.passed_down(b, x, d), dw if adaptive else None
 
     return sequential(backward, init=as_initializer(init), learned=adaptive)

@@ -1,42 +1,45 @@
-"""A rule per layer."""
+"""Each layer gets its own rule."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from lrules.constructors import layerwise
-from lrules.engine.graph import Graph
-from lrules.options import require_pattern
-from lrules.rule import Backprop, Direct, LayerRule, Rule, require_description
+from lrules.extend import Backprop, Graph, LayerRule, layerwise, require_description
+from lrules.options import ByName, first_match, require_pattern
+from lrules.rule import Rule
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:
-    """Gives each layer the rule of the first regular expression that its name matches.
+    """Gives each layer the rule of the first regular expression that matches the layer's name.
 
-    A layer's rule decides what arrives at the hidden signal that the layer reads, and how its weight gradient
-    is formed. Sequential rules (backprop among them) that read one hidden signal add up there.
+    The rule of a layer decides what arrives at the hidden signal that the layer reads, and how the weight gradient of
+    the layer is formed. If several layers with sequential rules (backprop is one) read the same hidden signal, their
+    errors add up there.
 
     Args:
-      rules: regular expressions (`re.search` on the name of the layer's parameter: what `lrules.describe` prints,
-        without `#2` and the like) to rules; the first match wins.
+      rules: a dict from regular expressions to rules. `re.search` looks for them in the name of the layer's parameter:
+        the name that `lrules.describe` prints, without `#2` and the like. The first match holds.
 
     Returns:
       The rule.
 
     Raises:
-      TypeError: `rules` is no dict.
-      ValueError: a rule cannot be said layer by layer; or at `init` or use, an expression matches no layer, a layer
-        matches none, or the rules of one hidden signal disagree.
+      TypeError: `rules` is not a dict.
+      ValueError: a rule acts on the network as a whole, so it cannot serve single layers. At `init` or use: an
+        expression is not the first match of a layer, a layer has no match, or the rules of one hidden signal disagree.
 
     Example:
-      >>> from lrules import backprop, feedback_alignment
-      >>> rule = partition({"head": backprop(), ".*": feedback_alignment()})
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["head"]
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "head": jnp.ones((4, 2))}
+      >>> rule = lrules.partition({"head": lrules.backprop(), ".*": lrules.feedback_alignment()})
+      >>> list(rule.init(jax.random.key(0), net, params, jnp.ones((1, 3))).fixed)
+      ['b']
     """
     if not isinstance(rules, Mapping):
-        raise TypeError(f"partition wants a dict of rules, not a {type(rules).__name__}: give {{pattern: rule, ...}}")
+        raise TypeError(f"partition: rules must be a dict {{pattern: rule}}, got a {type(rules).__name__}")
     if not rules:
-        raise ValueError("partition got no rules: give at least {'.*': rule}")
+        raise ValueError("partition: rules must have at least one rule, as in {'.*': rule}, got an empty dict")
     layers: dict[str, LayerRule] = {}
     for pattern, rule in rules.items():
         require_pattern(pattern)
@@ -45,37 +48,19 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
         layer = require_description(rule, "partition", f"the rule for {pattern!r}").layer
         if layer is None:
             raise ValueError(
-                f"the rule for {pattern!r} acts on the network as a whole and cannot be given to single layers: "
-                "partition takes sequential and direct rules (put a modifier around the partition)"
+                f"partition: the rule for {pattern!r} acts on the network as a whole, so it cannot serve single "
+                "layers: give a sequential or a direct rule, and put modifiers around the partition"
             )
         layers[pattern] = layer
 
-    def choose_for(graph: Graph):
+    chosen: ByName[LayerRule] = ByName("partition", layers)
+
+    def choose_for(graph: Graph) -> Callable[[str], LayerRule]:
         refused = [graph.names[i] for refusal in graph.refusals for i in sorted(refusal.parameters)]
-        names = [layer.name for layer in graph.layers] + refused
-        first = {name: next((p for p in rules if re.search(p, name)), None) for name in names}
-        listed = ", ".join(map(repr, dict.fromkeys(names)))
-        for pattern in rules:
-            if pattern not in first.values() and names and not re.search(pattern, ""):  # one for all others may be idle
-                why = (
-                    "is shadowed by those before it"
-                    if any(re.search(pattern, n) for n in names)
-                    else "matches no layer"
-                )
-                raise ValueError(f"partition: {pattern!r} {why}; the layers are {listed}")
-        for name, match in first.items():
-            if match is None:
-                raise ValueError(f"partition: no pattern matches the layer {name!r}: add one, such as '.*', at the end")
+        names = [*(layer.name for layer in graph.layers), *refused]
+        chosen.check(names)
+        for name in names:
+            chosen.of(name)  # this refuses a layer without a rule
+        return lambda name: first_match(layers, name) or Backprop()
 
-        def choose(name: str):
-            return next((layer for pattern, layer in layers.items() if re.search(pattern, name)), Backprop())
-
-        return choose
-
-    return layerwise(
-        choose_for,
-        layer=None,
-        additive=all(rule.additive for rule in rules.values()),
-        stochastic=any(rule.stochastic for rule in rules.values()),
-        targets=any(isinstance(layer, Direct) and layer.targets for layer in layers.values()),
-    )
+    return layerwise(choose_for, layers.values(), layer=None)

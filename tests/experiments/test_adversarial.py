@@ -38,9 +38,9 @@ def test_no_step_is_no_step_and_wrong_steps_are_refused():
     x = jnp.ones((2, 3))
     assert adversarial.fgsm(lambda x: 1 / 0, x, 0.0) is x  # type: ignore[arg-type,return-value]
     for epsilon in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="adversarial step .* is out of range: give 0"):
+        with pytest.raises(InputError, match="adversarial step must be 0 .none. or"):
             adversarial.fgsm(lambda x: x, x, epsilon)
-        with pytest.raises(InputError, match="adversarial step .* is out of range"):
+        with pytest.raises(InputError, match="adversarial step must be 0"):
             make_run(attack=epsilon)
 
 

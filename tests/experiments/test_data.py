@@ -56,14 +56,14 @@ def test_hold_out_takes_from_the_training_examples_alone():
     tuning = data.hold_out(digits, 0.25, seed=3)
     assert len(tuning.x_train) + len(tuning.x_test) == len(digits.x_train)
     assert not (data.hold_out(digits, 0.25, seed=4).y_test == tuning.y_test).all()
-    with pytest.raises(InputError, match="1.5 is out of range: give one between 0 and 1"):
+    with pytest.raises(InputError, match="must be a number between 0 and 1, got 1.5"):
         data.hold_out(digits, 1.5)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"y_test": None}, ["set.npz lacks the array y_test", "numpy.savez"]),
+        ({"y_test": None}, ["set.npz has no array y_test", "numpy.savez"]),
         ({"y_test": np.array([0, 1, 2, 3, 0, 1])}, ["y_test of set.npz holds the label 3", "classes 0 to 2"]),
         ({"y_train": np.arange(12) - 1}, ["y_train of set.npz holds the label -1"]),
         ({"y_train": np.zeros(11, int)}, ["12 examples", "11 labels", "one label per example"]),
@@ -72,8 +72,8 @@ def test_hold_out_takes_from_the_training_examples_alone():
         ({"x_train": np.zeros((12, 4, 4, 1), int)}, ["x_train of set.npz has dtype int64", "uint8"]),
         ({"x_train": np.full((12, 4), np.nan), "x_test": np.zeros((6, 4))}, ["NaN or Inf", "remove"]),
         ({"x_test": np.zeros((6, 5, 5, 1), np.uint8)}, ["different shapes", "(4, 4, 1)", "(5, 5, 1)"]),
-        ({"x_test": np.zeros((0, 4, 4, 1), np.uint8), "y_test": np.zeros(0, int)}, ["one example at least"]),
-        ({"x_train": np.array([None] * 12)}, ["no npz file of plain arrays"]),
+        ({"x_test": np.zeros((0, 4, 4, 1), np.uint8), "y_test": np.zeros(0, int)}, ["at least one example"]),
+        ({"x_train": np.array([None] * 12)}, ["not an npz file of plain arrays"]),
     ],
 )
 def test_wrong_arrays_are_told_in_a_sentence(save, changes, words):
@@ -88,10 +88,10 @@ def test_missing_and_malformed_files(tmp_path):
         data.load(f"npz:{tmp_path / 'none.npz'}")
     for content in (b"", b"not a zip file", b"PK\x03\x04 broken"):
         (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(InputError, match="is no npz file of plain arrays"):
+        with pytest.raises(InputError, match="is not an npz file of plain arrays"):
             data.load(f"npz:{tmp_path / 'bad.npz'}")
     np.save(tmp_path / "single.npy", np.zeros(3))
-    with pytest.raises(InputError, match="is no npz file"):
+    with pytest.raises(InputError, match="is not an npz file"):
         data.load(f"npz:{tmp_path / 'single.npy'}")
 
 

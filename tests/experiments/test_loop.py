@@ -163,7 +163,7 @@ def test_nan_is_an_error_only_when_asked():
 
 
 def test_what_cannot_be_trained_is_told_in_a_sentence():
-    with pytest.raises(InputError, match="batch size 41 exceeds the 40 training examples of tiny: lower it"):
+    with pytest.raises(InputError, match="batch size must be <= 40, the number of training examples of tiny, got 41"):
         make_run(batch_size=41)
     with pytest.raises(loop.Refused, match="'nowhere' matches no layer"):
         make_run(lrules.partition({"nowhere": lrules.backman(), ".*": lrules.backprop()}))

@@ -110,9 +110,9 @@ def test_the_tables_on_digits(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--beta=2", 'Error: DP, alpha=1/2: output="squared_error" has no minimiser'),
+        ("--beta=2", 'Error: DP, alpha=1/2: output="squared_error" has a minimiser only if (1 - alpha) beta < 1'),
         ("--activation=tanh", "Error: DP, alpha=1: the activation 'tanh' cannot be damped"),
-        ("--beta=0", "Error: beta=0.0 is the strength of the nudge: give a positive number."),
+        ("--beta=0", "Error: beta must be a finite number > 0, got 0.0."),
     ],
 )
 def test_what_a_rule_refuses_is_told_before_any_trains(tmp_path, flag, sentence):

@@ -151,7 +151,7 @@ def test_benchmarked_models_exist(size):
     [
         ("train", ["--rule=bakman"], "Error: There is no rule 'bakman': did you mean 'backman'?"),
         ("train", ["--lerning_rate=1"], "Did you mean: learning_rate ?"),
-        ("train", ["backman"], "Error: 'backman' is no flag: write flags as --name=value and see them with --help."),
+        ("train", ["backman"], "Error: 'backman' is not a flag: write flags as --name=value; --help lists them."),
         (
             "train",
             ["--dataset=npz:none.npz"],
@@ -163,8 +163,8 @@ def test_benchmarked_models_exist(size):
             "Error: The loss of seed 0 became NaN or Inf",
         ),
         ("compare", ["--rules=backman(alfa=1)"], "Error: backman has no option 'alfa': did you mean 'alpha'?"),
-        ("compare", ["--widths=a"], "Error: --widths holds 'a': give positive whole numbers, as in --widths=128,128."),
-        ("train", ["--mono_net=zeroes"], "Error: There is no start 'zeroes' of a mono-net: did you mean 'zeros'?"),
+        ("compare", ["--widths=a"], "Error: --widths must be positive integers, as in --widths=128,128, got 'a'."),
+        ("train", ["--mono_net=zeroes"], "Error: There is no mono-net start 'zeroes': did you mean 'zeros'?"),
         (
             "train",
             ["--mono_net=zeros", "--activation=gelu"],

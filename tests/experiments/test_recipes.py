@@ -45,7 +45,7 @@ def test_averaged_matrices():
         rule = recipes.averaged_matrices(4, jax.nn.initializers.normal(1.0))
         feedback, listed = draw(rule, net, x)
         agrees(pull(net, rule, feedback, x, e), feedback_alignment.gradients(net, listed, x, e))
-        one, four = (lrules.feedback.averaged(n, jax.nn.initializers.normal(1.0)) for n in (1, 4))
+        one, four = (lrules.feedback.averaged(n, init=jax.nn.initializers.normal(1.0)) for n in (1, 4))
         spread = [float(init(jax.random.key(0), (100, 100)).std()) for init in (one, four)]
         np.testing.assert_allclose(spread, [1, 0.5], rtol=0.05)
 

@@ -15,12 +15,7 @@ from tests.reference import losses, nets
 from tests.reference import node_perturbation as reference
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def half_squared(outputs, targets):
@@ -59,6 +54,10 @@ def estimates(net, x, noise, std):
     return reference.estimates(noisy, clean, noise, std), e / len(x)
 
 
+def made(std, direct, **options):
+    return lrules.node_perturbation(std, channel="direct" if direct else "sequential", **options)
+
+
 def draw_feedback(net, x, direct):
     rng = np.random.default_rng(3)
     trace, outputs = nets.forward(net, x), net[-1].kernel.shape[-1]
@@ -81,12 +80,12 @@ def test_reference(case, direct, noise):
     lambdas, e = estimates(net, x, noise_of(net, x, key, noise), std)
     gradients = reference.direct_gradients if direct else reference.gradients
     want = gradients(net, feedback, x, e, lambdas)
-    rule = lrules.node_perturbation(std, direct, noise=noise)
+    rule = made(std, direct, noise=noise)
     (value, outputs), grads = run(net, x, rule, lrules.Feedback({}, bridge.feedback_dict(feedback)), key)
     np.testing.assert_allclose(outputs, nets.forward(net, x).outputs, atol=1e-12)
     np.testing.assert_allclose(value, half_squared(outputs, targets_of(net, x)).mean())
     bridge.close(grads.params, bridge.kernels_and_biases(want))
-    shaped = lrules.node_perturbation(std, direct).init(key, bridge.apply_of(net), bridge.parameters(net), x)
+    shaped = made(std, direct).init(key, bridge.apply_of(net), bridge.parameters(net), x)
     wanted = {name: b.reshape(shaped.learned[name].shape) for name, b in bridge.feedback_dict(want.feedback).items()}
     bridge.close(grads.feedback, wanted)
 
@@ -95,7 +94,7 @@ def test_reference(case, direct, noise):
 def test_recursive_least_squares(direct):
     net, x = dense()
     apply, params = bridge.apply_of(net), bridge.parameters(net)
-    std, rule = 0.2, lrules.node_perturbation(0.2, direct, "rls", ridge=0.3)
+    std, rule = 0.2, made(0.2, direct, solver="rls", ridge=0.3)
     feedback = rule.init(jax.random.key(0), apply, params, jnp.asarray(x))
     assert not feedback.fixed and not feedback.learned
     assert all(np.any(s["b"]) and not np.any(s["s"]) for s in feedback.state.values())
@@ -132,7 +131,7 @@ def test_least_squares_for_weights_on_the_left_and_for_maps():
     error = jnp.linalg.norm(feedback.state["b"]["b"] - params["b"]) / jnp.linalg.norm(params["b"])
     assert error < 0.1
     net, x = conv()
-    rule = lrules.node_perturbation(0.1, True, "rls")
+    rule = lrules.node_perturbation(0.1, channel="direct", solver="rls")
     feedback = rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x)
     _, grads = run(net, x, rule, feedback, jax.random.key(1))
     assert jax.tree.map(jnp.shape, grads.state) == jax.tree.map(jnp.shape, feedback.state)
@@ -153,7 +152,7 @@ def test_unbiased(direct, noise):
         signal = truth[k] = nets.transpose(net[k], net[k].kernel, signal, trace.reads[k].shape)
     gradients = reference.direct_gradients if direct else reference.gradients
     want = gradients(net, feedback, x, e, [None, *(len(x) * t for t in truth[1:])]).feedback
-    fn = lrules.value_and_grad(bridge.apply_of(net), half_squared, lrules.node_perturbation(1e-5, direct, noise=noise))
+    fn = lrules.value_and_grad(bridge.apply_of(net), half_squared, made(1e-5, direct, noise=noise))
 
     @jax.jit
     @jax.vmap
@@ -232,7 +231,7 @@ def test_corollary_1(solver):
     """In linear networks direct feedback converges to the product of the weights above."""
     net = linear((8, 3, 3, 4), ["identity", "identity"])
     wanted = {"1/kernel": (net[1].kernel @ net[2].kernel).T, "2/kernel": net[2].kernel.T}
-    rule = lrules.node_perturbation(1e-3, True, solver)
+    rule = lrules.node_perturbation(1e-3, channel="direct", solver=solver)
     optimizer = optax.adam(optax.exponential_decay(0.02, 1000, 0.2)) if solver == "sgd" else None
     found = relative_errors(rule, net, wanted, 4000, optimizer)
     assert max(found.values()) < 0.05, found
@@ -305,7 +304,7 @@ def test_loops_share_or_stack_their_feedback():
         return jax.lax.scan(body, x, params["w"])[0] @ params["out"]
 
     for direct in (False, True):
-        rule = lrules.node_perturbation(0.1, direct)
+        rule = made(0.1, direct)
         feedback = rule.init(jax.random.key(0), apply, params, x)
         fn = jax.jit(lrules.value_and_grad(apply, half_squared, rule))
         keys = jax.random.split(jax.random.key(1), 2)
@@ -356,7 +355,7 @@ def test_modified_weights_are_those_of_fixed_feedback(direct, name):
     """The forward weights learn as under (direct) feedback alignment with the same feedback and modifier."""
     net, x = conv()
     apply, params, y = bridge.apply_of(net), bridge.parameters(net), jnp.asarray(targets_of(net, x))
-    rule = lrules.node_perturbation(0.1, direct)
+    rule = made(0.1, direct)
     other = lrules.direct_feedback_alignment() if direct else lrules.feedback_alignment()
     feedback = rule.init(KEY, apply, params, jnp.asarray(x))
 
@@ -378,7 +377,7 @@ def test_shard_map(direct, solver):
     x = np.random.default_rng(2).normal(size=(8, 4))
     apply, params, y = bridge.apply_of(net), bridge.parameters(net), jnp.asarray(targets_of(net, x))
     noise = lambda key, shape, dtype: jnp.broadcast_to(jnp.cos(jnp.arange(shape[-1], dtype=dtype)), shape)  # noqa: E731
-    rule = lrules.node_perturbation(0.1, direct, solver, noise=noise)
+    rule = made(0.1, direct, solver=solver, noise=noise)
     feedback = rule.init(KEY, apply, params, jnp.asarray(x))
     step = lrules.value_and_grad(apply, half_squared, rule)
     spec, mesh = jax.sharding.PartitionSpec, jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -405,14 +404,14 @@ def test_refusals():
         ({"std": None}, "std must be .* got None"),
         ({"std": float("inf")}, "std must be .* got inf"),
         ({"std": 1.0, "ridge": "a"}, "ridge must be .* got 'a'"),
-        ({"std": 1.0, "direct": "yes"}, "neither True nor False"),
-        ({"std": 1.0, "noise": 3}, "give a function"),
+        ({"std": 1.0, "channel": "straight"}, 'channel must be "sequential" or "direct", got .straight'),
+        ({"std": 1.0, "noise": 3}, "noise must be a function .* got a int"),
         ({"std": 1.0, "init": 3}, "give a function"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             lrules.node_perturbation(**options)
     net, x = conv()
-    with pytest.raises(ValueError, match="a draw of its own"):
+    with pytest.raises(ValueError, match="draw one number for each element"):
         rule = lrules.node_perturbation(0.1, noise=lambda key, shape, dtype: jnp.ones((), dtype))
         run(net, x, rule, rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x), KEY)
     with pytest.raises(ValueError, match="value_and_grad"):
@@ -421,10 +420,10 @@ def test_refusals():
         rule = lrules.node_perturbation(0.1, solver="rls")
         rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x)
     with pytest.raises(ValueError, match="keeps its feedback in feedback.state"):
-        sgd = lrules.node_perturbation(0.1, direct=True).init(
+        sgd = lrules.node_perturbation(0.1, channel="direct").init(
             jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x
         )
-        run(net, x, lrules.node_perturbation(0.1, direct=True, solver="rls"), sgd, jax.random.key(1))
+        run(net, x, lrules.node_perturbation(0.1, channel="direct", solver="rls"), sgd, jax.random.key(1))
     with pytest.raises(ValueError, match="stochastic"):
         run(net, x, lrules.node_perturbation(0.1), lrules.Feedback({}, {}), None)
 
@@ -433,7 +432,7 @@ def test_refusals():
 
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
     for direct in (False, True):
-        rule = lrules.node_perturbation(0.1, direct)
+        rule = made(0.1, direct)
         with pytest.raises(NotImplementedError, match="inside a cond"):
             feedback = rule.init(jax.random.key(0), branching, params, jnp.ones((5, 3)))
             fn = lrules.value_and_grad(branching, half_squared, rule)

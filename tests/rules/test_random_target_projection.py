@@ -75,7 +75,7 @@ def test_refusals():
     rule = lrules.random_target_projection()
     with pytest.raises(ValueError, match="value_and_grad"):
         lrules.transform(bridge.apply_of(net), rule)
-    with pytest.raises(ValueError, match="do not make 3 numbers per example"):
+    with pytest.raises(ValueError, match="must give 3 numbers per example"):
         gradients(net, x, rule, jnp.ones((BATCH, 2)), lambda o, t: (o**2).sum(1))
-    with pytest.raises(ValueError, match="do not begin with the batch"):
+    with pytest.raises(ValueError, match="first axis of the targets must be the batch of"):
         gradients(net, x, rule, jnp.ones((2, 3)), lambda o, t: (o**2).sum(1))

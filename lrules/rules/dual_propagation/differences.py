@@ -1,8 +1,9 @@
-"""For which activations differences of states stand in for derivatives (dual propagation).
+"""The activations for which differences of states can replace derivatives.
 
-A difference of two states knows what a function does, not what derivative it declares: that of a spike with a
-surrogate, or of a function that is straight through, has nothing to do with it. And where states are complex, JAX's
-cotangents go down by the transpose of the derivative, which a difference is only if that is one complex number.
+A difference of two states shows the values of a function, not the derivative that it declares. A spike with a surrogate
+derivative and a straight-through function declare another derivative. And if states are complex, JAX sends cotangents
+down by the transpose of the derivative. A difference gives the same only if the derivative is one complex number, which
+means that the function is holomorphic.
 """
 
 from __future__ import annotations
@@ -15,44 +16,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.activations import STOP, VIEWS
-from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, bind, call_body, is_literal, placed_as
-from lrules.engine.records import Activation, Block, Value
-from lrules.engine.regions import Region
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal
+from lrules.engine.operations import of
+from lrules.engine.records import Block, Value
+from lrules.engine.regions import Region, RegionProgram
+from lrules.extend import Activation, Graph, placed_as
 
 FAR = np.asarray([-1e4, 1e4])
 NEAR = np.asarray([-0.03, -0.01, -0.003, 0.003, 0.01, 0.03])
 POINTS = np.concatenate([np.linspace(-8, 8, 257), FAR, NEAR]) + 3e-4  # at none of the usual kinks
 TURNED = np.linspace(0.1, 4, 128) * np.exp(2.4j * np.arange(128))
-SHAPING = {*VIEWS, STOP, "copy", "copy_p", "reshard", "sharding_constraint", "pvary", "pcast"}
 CACHE: dict[Any, bool] = {}  # whether two derivatives, as jaxprs, are the same
 
 
 def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
-    """Refuses activations that differences of states cannot serve.
+    """Refuses activations whose derivatives differences of states cannot replace.
 
     Raises:
-      NotImplementedError: one declares a derivative that is not its own, or is complex and not holomorphic.
+      NotImplementedError: an activation declares a derivative that is not that of the function, or is complex and not
+        holomorphic.
     """
     sites = {a.site for a in activations}
+    served = graph.once("served by differences", set)  # regions, or what they compute
     for block, region in _regions(graph.block):
         site = region.activation.site
         if site not in sites:
             continue
+        what = region if region.others else RegionProgram(region).key or region
+        if what in served:
+            continue
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]
         if any(kinds) and not (all(kinds) and _same(graph, block, region, _turned, _straight)):
             raise NotImplementedError(
-                f"the activation {site!r} is complex and not holomorphic, where differences of states are no "
-                f"derivatives: write it on the real and the imaginary part, or give passing={{{site!r}}}, by which "
-                "error passes it by its derivative"
+                f"the activation {site!r} is complex and not holomorphic, so differences of states are not its "
+                f"derivatives: write it for the real and the imaginary part, or give passing={{{site!r}}}, so that "
+                "the error passes through it by its derivative"
             )
         if _declares(region.eqns) and not _same(graph, block, region, _straight, _straight, opened=True):
             raise NotImplementedError(
-                f"the activation {site!r} has a derivative of its own, which is not that of the function, and "
-                f"differences of states know nothing of it: give passing={{{site!r}}}, by which error passes it by "
-                "that derivative, or use another rule"
+                f"the activation {site!r} declares a derivative that is not that of the function, and differences of "
+                f"states cannot show it: give passing={{{site!r}}}, so that the error passes through it by the "
+                "declared derivative, or use another rule"
             )
+        served.add(what)
 
 
 def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
@@ -62,41 +68,43 @@ def _regions(block: Block) -> Iterator[tuple[Block, Region]]:
             yield from _regions(child)
 
 
-def _declares(eqns) -> bool:
-    """Whether a derivative may be other than that of the function."""
-    names = {eqn.primitive.name for eqn in eqns}
-    bodies = [call_body(eqn) for eqn in eqns if eqn.primitive.name in CALLS]
-    return not names.isdisjoint((STOP, *OWN_DERIVATIVE)) or any(_declares(b.eqns) for b in bodies if b is not None)
+def _declares(eqns: Any) -> bool:
+    """Whether the derivative may differ from that of the function."""
+    rows, bodies = [of(eqn) for eqn in eqns], [call_body(eqn) for eqn in eqns]
+    own = any(row.stops or row.name in OWN_DERIVATIVE for row in rows)
+    return own or any(_declares(body.eqns) for body in bodies if body is not None)
 
 
-def _straight(f: Callable, x):
+def _straight(f: Callable[..., Any], x: jax.Array) -> Any:
     """The derivative."""
     y, pull = jax.vjp(f, x)
     return pull(jnp.ones_like(y))[0]
 
 
-def _turned(f: Callable, x):
-    """The derivative of a holomorphic function, by way of another direction."""
+def _turned(f: Callable[..., Any], x: jax.Array) -> Any:
+    """The derivative in another direction; it is the same if the function is holomorphic."""
     y, pull = jax.vjp(f, x)
     return pull(1j * jnp.ones_like(y))[0] / 1j
 
 
-def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Callable, opened: bool = False) -> bool:
-    """Whether two derivatives of an activation are the same at sample points, the other one's with its calls opened."""
+def _same(
+    graph: Graph, block: Block, region: Region, one: Callable[..., Any], other: Callable[..., Any], opened: bool = False
+) -> bool:
+    """Whether two derivatives of an activation are the same at sample points; `opened` is for the second."""
     like = region.root.aval
     complex_ = jnp.issubdtype(like.dtype, jnp.complexfloating)
     close = 4 * float(jnp.finfo(like.dtype).eps) ** 0.5
     with jax.ensure_compile_time_eval():
         captured = [_constant(graph, block.value(v)) for v in region.others]
 
-    def function(opened: bool) -> Callable:
-        def f(x):
+    def function(opened: bool) -> Callable[..., Any]:
+        def f(x: jax.Array) -> Any:
             env = dict(zip(region.others, captured, strict=True)) | {region.root: x}
             return _evaluate(region.eqns, env, opened)[region.output]
 
         return f
 
-    def traced(derivative: Callable, f: Callable):
+    def traced(derivative: Callable[..., Any], f: Callable[..., Any]) -> Jaxpr:
         bare = jax.ShapeDtypeStruct(like.shape, like.dtype)
         return jax.make_jaxpr(lambda x: derivative(f, placed_as(x, like)))(bare)
 
@@ -112,20 +120,20 @@ def _same(graph: Graph, block: Block, region: Region, one: Callable, other: Call
     return CACHE[key]
 
 
-def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
-    """What an elementwise function makes of points, each taken alone: shapes and places are left out."""
+def _sampled(traced: Any, points: np.ndarray, dtype: Any) -> np.ndarray:
+    """The values of an elementwise function at points, one by one, without shapes and shardings."""
 
-    def at(jaxpr, values):
+    def at(jaxpr: Jaxpr, values: Sequence[Any]) -> list[Any]:
         env = dict(zip(jaxpr.invars, values, strict=True))
         for eqn in jaxpr.eqns:
             ins = [v.val if is_literal(v) else env[v] for v in eqn.invars]
             body = call_body(eqn)
             if body is not None:
                 got = at(body, ins)
-            elif eqn.primitive.name == "convert_element_type":
+            elif of(eqn).casts:
                 got = [jax.lax.convert_element_type(ins[0], eqn.params["new_dtype"])]
             else:
-                got = ins if eqn.primitive.name in SHAPING else bind(eqn, ins)
+                got = ins if of(eqn).same or of(eqn).kind == "view" else bind(eqn, ins)
             env.update(zip(eqn.outvars, got, strict=True))
         return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
 
@@ -137,12 +145,12 @@ def _sampled(traced, points: np.ndarray, dtype) -> np.ndarray:
         return np.asarray(values, np.result_type(points))
 
 
-def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
-    """What equations make of what is known; opened, their derivative is that of the function itself."""
+def _evaluate(eqns: Any, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
+    """The values that equations compute; if opened, they have the derivative of the function, not a declared one."""
     for eqn in eqns:
         values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
         body = call_body(eqn) if opened else None
-        if opened and eqn.primitive.name == STOP:
+        if opened and of(eqn).stops:
             got = values
         elif body is not None:
             inner = _evaluate(body.eqns, dict(zip(body.invars, values, strict=True)), opened)
@@ -153,8 +161,8 @@ def _evaluate(eqns, env: dict[Any, Any], opened: bool) -> dict[Any, Any]:
     return env
 
 
-def _constant(graph: Graph, value: Value):
-    """A constant that is the same for all elements, or ones where it is not known when the network is traced."""
+def _constant(graph: Graph, value: Value) -> Any:
+    """The value of a constant that is the same for all elements; ones if it is not known when the network is traced."""
     if value.producer is not None and len(value.producer.outvars) == 1:
         eqn = value.producer
         return bind(eqn, [v.val if is_literal(v) else _constant(graph, operand)

@@ -1,0 +1,175 @@
+"""Bringing the output error to hidden signals, and the gradients of direct feedback weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.engine.batch import moved
+from lrules.engine.jaxprs import placed_as, split_as
+from lrules.engine.plan import Plan
+from lrules.engine.returned import arriving, learned_by
+from lrules.engine.weights import DirectFeedback
+from lrules.rule import Direct
+from lrules.typing import Pytree
+
+
+def _spec(x: jax.Array) -> Any:
+    """Which axes of an array are split over which explicit axes of a mesh."""
+    return jax.typeof(x).sharding.spec
+
+
+def output_error(plan: Plan, errors: Pytree) -> jax.Array:
+    """The cotangent of the outputs, flattened per example: `[batch, outputs]`."""
+    flat, leaves = [], jax.tree.leaves(errors)
+    for head in plan.heads.values():
+        leaves[head.output] = head.arranged(leaves[head.output])
+    for error, axis in zip(leaves, plan.output_axes, strict=True):
+        if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
+            error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # whole but for the batch
+            flat.append(moved(error, [axis.axis], [0]).reshape(plan.batch, -1))
+    dtype = jnp.result_type(*[x.dtype for x in flat]) if len({x.dtype for x in flat}) == 1 else jnp.float32
+    return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
+
+
+def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, Any]) -> jax.Array:
+    """The output error as it is sent: shared axes in front, `[*shared, batch, outputs]`, its rank reduced."""
+    if spec.shared_axes:
+        (aval, batch_axis) = plan.graph.outs[0].aval, plan.output_axes[0].axis  # type: ignore[union-attr]
+        e = e.reshape(plan.batch, *(n for i, n in enumerate(aval.shape) if i != batch_axis))
+        axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
+        e = moved(e, axes, range(len(axes)))
+        e = e.reshape(*e.shape[: len(axes) + 1], -1)
+    for name, (owner, _, _) in plan.reduced.items():
+        if owner is spec:
+            e = jnp.tensordot(e.astype(feedback[name].dtype), feedback[name], axes=1)
+    return e
+
+
+def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., Any]) -> jax.Array:
+    """The error at the definition of one hidden signal, with the axes of the scans around it in front.
+
+    Args:
+      landing: where.
+      e: the error that is sent.
+      b: the feedback weight.
+      signal: the rule's function, `(e, b) -> [batch, *hidden]`. It is called once for all iterations that share b.
+    """
+    hidden, shared = landing.hidden, landing.shared
+    turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
+    places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
+    e = split_as(e, *[None] * len(shared), landing.batch_split)
+    b = None if b is None else split_as(b, *landing.split)
+
+    def one(e: jax.Array, b: Any) -> jax.Array:  # [*shared, batch, *hidden without shared axes]
+        return arriving(landing, signal(e, b), e)
+
+    for _ in shared:
+        one = jax.vmap(one, in_axes=(0, None))
+    define = landing.defined
+    for _ in turns:
+        define = jax.vmap(define)
+
+    def arrive(b: Any) -> jax.Array:
+        s = moved(one(e, b), turns, range(len(turns)))
+        front = [len(turns) + k for k in range(len(places))]
+        return define(moved(s, front, [len(turns) + 1 + place for place in places.values()]))
+
+    for _ in landing.lengths:
+        arrive = jax.vmap(arrive)
+    out = arrive(b)
+    if not hidden.loops:
+        return placed_as(out, hidden.root.aval)
+    order = [i for i, (_, own) in enumerate(hidden.loops) if own] + [shared[i][1] for i in turns]
+    out = moved(out, range(len(order)), [sorted(order).index(i) for i in order])
+    lead = [length if i in order else 1 for i, (length, _) in enumerate(hidden.loops)]
+    out = out.reshape(*lead, *out.shape[len(order) :])
+    out = jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
+    return placed_as(out, hidden.root.aval, len(hidden.loops))
+
+
+def land_each(
+    landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., tuple[Any, Any]], given: Mapping[str, Any]
+) -> tuple[jax.Array, Pytree]:
+    """The same, where the function is called for each iteration and position.
+
+    Args:
+      landing, e, b: as in `land`.
+      signal: `(e, b, given) -> (signal, state)`.
+      given: what it is given, the axes of `landing.calls` in front.
+
+    Returns:
+      The error, and the states, the axes of `landing.calls` in front.
+    """
+    e = split_as(e, *[None] * len(landing.shared), landing.batch_split)
+    b = None if b is None else split_as(b, *landing.split)
+
+    def one(e: jax.Array, b: Any, given: Any) -> tuple[jax.Array, Any]:
+        made, state = signal(e, b, given)
+        return arriving(landing, made, e), state
+
+    for in_axes, size in _nested(landing, (0, None, 0), (None, None, 0), (None, 0, 0)):
+        one = jax.vmap(one, in_axes, axis_size=size)
+    made, state = one(e, b, given)
+    define = landing.defined
+    for _ in landing.hidden.loops:
+        define = jax.vmap(define)
+    made = define(moved(made, range(len(landing.calls)), landing.where))
+    return placed_as(made, landing.hidden.root.aval, len(landing.hidden.loops)), state
+
+
+def direct_feedback_gradient(
+    landing: DirectFeedback,
+    e: jax.Array,
+    record: jax.Array,
+    b: Any,
+    learn: Callable[..., Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Any:
+    """The gradient of one direct feedback weight, summed over the scans and positions that share it.
+
+    Args:
+      landing, e, b: as in `land`.
+      record: the hidden signal, at its definition.
+      learn: `(e, h, b, given) -> db`; None for the rule's own.
+      given: what it is given, the axes of `landing.calls` in front.
+    """
+    if learn is None:
+        own = landing.spec.bound("learn", landing.hidden.name)
+        learn = lambda e, h, b, given: own(e, h, b)  # noqa: E731
+    placing, b = _spec(b), split_as(b, *landing.split)
+    e = split_as(e, *[None] * len(landing.shared), landing.batch_split)
+    h = at_calls(landing, record, e.shape[len(landing.shared)]).astype(b.dtype)
+    fn = learn
+
+    def one(e: jax.Array, h: jax.Array, b: Any, given: Any) -> Any:
+        return learned_by(landing, fn(e, h, b, given), b)
+
+    def summed(learn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
+        return lambda *args: jax.vmap(learn, in_axes)(*args).sum(0)
+
+    for _ in landing.shared:
+        one = summed(one, (0, 0, None, 0))
+    for _ in landing.others:
+        one = summed(one, (None, 0, None, 0))
+    for _ in landing.own:
+        one = jax.vmap(one, (None, 0, 0, 0))
+    return split_as(one(e, h, b, given or {}), *placing)
+
+
+def at_calls(landing: DirectFeedback, record: jax.Array, batch: int) -> jax.Array:
+    """What is recorded at a hidden signal, as its reader sees it: `[*calls, batch, *hidden]`."""
+    seen: Callable[..., jax.Array] = functools.partial(landing.read, batch=batch)
+    for _ in landing.hidden.loops:
+        seen = jax.vmap(seen)
+    return moved(seen(record), landing.where, range(len(landing.where)))
+
+
+def _nested(landing: DirectFeedback, shared: Any, others: Any, own: Any) -> list[tuple[Any, int]]:
+    """How a function of one iteration and position is mapped over them, the innermost first."""
+    axes = [*[own] * len(landing.own), *[others] * len(landing.others), *[shared] * len(landing.shared)]
+    return list(reversed(list(zip(axes, landing.calls, strict=True))))

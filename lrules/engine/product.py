@@ -1,0 +1,60 @@
+"""A layer's multiplication as rules get it: `y = op(w, x)`, and its transposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrules.engine.jaxprs import Equation, bind
+from lrules.engine.shared import EVERYWHERE, equation_key
+from lrules.typing import Pytree
+
+
+class Product:
+    """The multiplication of a weight `w` and what the layer reads, `x`: an array, or a tuple of the other operands.
+
+    `jax.vjp(op, w, x)[1](d)` gives the gradients of both; the two methods give one, and are traced once for all layers
+    of one shape.
+    """
+
+    def __init__(self, eqn: Equation, position: int, single: bool) -> None:
+        self.eqn, self.position, self.single = eqn, position, single
+
+    def __call__(self, w: jax.Array, x: Pytree) -> Any:
+        others = [x] if self.single else list(x)
+        return bind(self.eqn, [*others[: self.position], w, *others[self.position :]])[0]
+
+    def weight_gradient(self, w: jax.Array, x: Pytree, d: jax.Array) -> jax.Array:
+        """The gradient of the weight, `d` times what the layer reads."""
+
+        def pull(w: jax.Array, x: Pytree, d: jax.Array) -> jax.Array:
+            (dw,) = jax.vjp(lambda w: self(w, x), w)[1](d)
+            return dw
+
+        return self._shared("weight", pull)(w, x, d)
+
+    def passed_down(self, w: jax.Array, x: Pytree, d: jax.Array) -> Pytree:
+        """What error `d` sends down through the weight, of the structure of `x`."""
+        leaves, tree = jax.tree.flatten(x)
+        floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        found: list[Any] = [np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in leaves]
+
+        def pull(w: jax.Array, leaves: Sequence[Any], d: jax.Array) -> Any:
+            def run(given: Sequence[Any]) -> Any:
+                own = dict(zip(floating, given, strict=True))
+                return self(w, jax.tree.unflatten(tree, [own.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+            return jax.vjp(run, [leaves[i] for i in floating])[1](d)[0]
+
+        if floating:
+            for i, leaf in zip(floating, self._shared("passed down", pull)(w, leaves, d), strict=True):
+                found[i] = leaf
+        return jax.tree.unflatten(tree, found)
+
+    def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:
+        key = equation_key(self.eqn)
+        return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), pull)

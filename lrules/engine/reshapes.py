@@ -1,0 +1,37 @@
+"""Which axes become which when an array is reshaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.export import is_symbolic_dim
+
+
+def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Sequence[int] of `a` that become axes of `b` under a reshape, in the smallest groups."""
+    groups, i, j = [], 0, 0
+    while i < len(a) or j < len(b):
+        left, right = [i] if i < len(a) else [], [j] if j < len(b) else []
+        m, n = (a[i] if left else 1), (b[j] if right else 1)
+        i, j = i + len(left), j + len(right)
+        while m != n:
+            if i < len(a) and (j == len(b) or _smaller(m, n)):
+                left.append(i)
+                m *= a[i]
+                i += 1
+            elif j < len(b):
+                right.append(j)
+                n *= b[j]
+                j += 1
+            else:
+                break
+        groups.append((left, right))
+    return groups
+
+
+def _smaller(m: Any, n: Any) -> bool:
+    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
+    if is_symbolic_dim(m) or is_symbolic_dim(n):
+        return n % m == 0
+    return m < n

@@ -1,0 +1,116 @@
+"""Pieces of programs that occur many times, traced once: the equations between two layers, a layer's transposes.
+
+JAX traces, linearises and transposes what stands in `jax.jit(..., inline=True)` once for each kind of arguments, and
+puts it in place wherever it is called, so that nothing of it is seen in the program. All layers of one shape then cost
+what one of them does.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lrules.engine.jaxprs import CALLS, Atom, Equation, bind, is_literal
+
+MOST = 4096
+
+
+class Pieces:
+    """Functions by what they compute; the latest used are kept."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: collections.OrderedDict[Hashable, Callable[..., Any]] = collections.OrderedDict()
+
+    def shared(self, key: Hashable, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, or the function that was first given under this key: it must compute the same, and hold no tracer."""
+        with self._lock:
+            known = self._kept.pop(key, None) or jax.jit(fn, inline=True)
+            self._kept[key] = known
+            if len(self._kept) > MOST:
+                self._kept.popitem(last=False)
+            return known
+
+
+EVERYWHERE = Pieces()  # what holds nothing of a user's: no functions, no arrays
+
+
+def equation_key(eqn: Equation) -> Hashable | None:
+    """What an equation computes; None if that cannot be told, or if it does more than compute."""
+    if eqn.effects:
+        return None
+    params: tuple[Any, ...] = tuple(eqn.params.items())
+    if any(map(_is_program, eqn.params.values())):
+        if eqn.primitive.name == "custom_jvp_call" and _source(eqn) == _source_of_relu():
+            params = ("relu",)
+        elif eqn.primitive.name not in ("jit", "pjit"):  # whose programs JAX keeps: they are the same if they are one
+            return None
+    return (eqn.primitive, params, eqn.ctx, tuple(v.aval for v in eqn.invars))
+
+
+def _is_program(param: Any) -> bool:
+    if isinstance(param, tuple):
+        return any(map(_is_program, param))
+    return hasattr(param, "eqns") or hasattr(param, "jaxpr") or (callable(param) and not isinstance(param, type))
+
+
+def _source(eqn: Equation) -> Any:
+    """Where the function of a call stands."""
+    return eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info
+
+
+@functools.cache
+def _source_of_relu() -> Any:
+    (eqn,) = jax.make_jaxpr(jax.nn.relu)(np.float32(0)).eqns
+    return _source(eqn)
+
+
+def _literal_key(atom: Atom) -> Hashable:
+    return atom.aval, np.asarray(atom.val).tobytes()
+
+
+class Together:
+    """Equations that run as one piece.
+
+    Attributes:
+      given: the variables that they read, of those that they do not give themselves.
+      wanted: the variables that they are asked for.
+      key: what they compute.
+      programs: whether there are programs in them, such as a jitted function of the user's.
+    """
+
+    def __init__(self, eqns: Sequence[Equation], keys: Sequence[Hashable], wanted: Sequence[Atom]) -> None:
+        self.eqns, self.wanted = eqns, wanted
+        self.programs = any(eqn.primitive.name in CALLS for eqn in eqns)
+        numbers: dict[Any, int] = {}
+        self.given: list[Any] = []
+        steps: list[Hashable] = []
+        made = {v for eqn in eqns for v in eqn.outvars}
+        for eqn, key in zip(eqns, keys, strict=True):
+            reads: list[Hashable] = []
+            for v in eqn.invars:
+                if is_literal(v):
+                    reads.append(_literal_key(v))
+                    continue
+                if v not in numbers:
+                    numbers[v] = len(numbers)
+                    if v not in made:
+                        self.given.append(v)
+                reads.append(numbers[v])
+            for v in eqn.outvars:
+                numbers[v] = len(numbers)
+            steps.append((key, tuple(reads)))
+        self.key = (tuple(steps), tuple(numbers[v] for v in self.given), tuple(numbers[v] for v in wanted))
+
+    def __call__(self, *values: Any) -> list[Any]:
+        env = dict(zip(self.given, values, strict=True))
+        for eqn in self.eqns:
+            outs = bind(eqn, [v.val if is_literal(v) else env[v] for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [env[v] for v in self.wanted]

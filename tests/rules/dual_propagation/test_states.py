@@ -1,0 +1,72 @@
+"""Two values at each activation, against explicit states in NumPy."""
+
+import numpy as np
+import pytest
+
+from tests import bridge
+from tests.reference import dual_propagation as reference
+from tests.reference import nets
+from tests.rules.dual_propagation.common import VARIANTS, computed, conv, dense, expected, refused
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+CASES = [
+    (order, alpha, adjoint, output)
+    for order in reference.ORDERS
+    for alpha in (0.0, 0.25, 0.5, 1.0)
+    for adjoint, output in VARIANTS
+]
+
+
+@pytest.mark.parametrize("order,alpha,adjoint,output", CASES)
+def test_explicit_states(order, alpha, adjoint, output):
+    index = CASES.index((order, alpha, adjoint, output))
+    net, x = conv(pool=["max", "average"][index % 2]) if index % 5 == 2 else dense()
+    iterations = 1 + index % 5 if order != "forward" else len(net) + index % 2
+    options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "order": order, "iterations": iterations}
+    options["output"] = output
+    want = expected(net, x, **options)
+    (_, outputs), grads = computed(net, x, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    np.testing.assert_allclose(outputs, nets.forward(net, x).outputs, atol=1e-12)
+    assert grads.report["residual"].shape == (iterations,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [dense, conv])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("order,alpha,adjoint,output", CASES)
+def test_explicit_states_in_full(order, alpha, adjoint, output, iterations, case):
+    """All that `test_explicit_states` takes a sample of."""
+    net, x = case()
+    if order == "forward" and iterations < len(net):
+        pytest.skip("refused: error would not come down")
+    options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "order": order, "iterations": iterations}
+    options["output"] = output
+    _, grads = computed(net, x, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(expected(net, x, **options)))
+
+
+@pytest.mark.parametrize("order", ["forward_backward", "parallel"])
+def test_numbers_by_name(order):
+    net, x = dense()
+    want = expected(
+        net, x, alpha=[0.1, 0.3, 0.8, 0.6], beta=[0.2, 0.3, 0.6, 0.5], adjoint=False, iterations=3, order=order,
+        output="squared_error", input_nudge=1.0,
+    )  # fmt: skip
+    alpha = {"inputs": 0.1, "tanh": 0.3, "relu": 0.8, "outputs": 0.6}
+    beta = {"inputs": 0.2, "tanh": 0.3, "relu": 0.6, ".*": 0.5}
+    options = {"adjoint": False, "iterations": 3, "order": order, "output": "squared_error", "input_nudge": 1.0}
+    _, grads = computed(net, x, alpha=alpha, beta=beta, **options)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+
+
+def test_names_without_a_number_and_numbers_without_a_name():
+    refused(ValueError, "alpha: no pattern matches the state 'relu'", alpha={"tanh": 0.5})
+    refused(
+        ValueError,
+        "beta: 'elu\\$' matches no state; the states are 'tanh', 'tanh#2' .inputs are states with input_nudge",
+        beta={"elu$": 0.5, "elu": 0.1, ".*": 0.1},
+        net=dense(0, ("tanh", "tanh")),
+    )
