@@ -20,7 +20,6 @@ from lrules.trial import (
     learned,
     loss,
     named,
-    norms,
     off,
     wide,
 )
@@ -136,7 +135,7 @@ def check_batch(trial: Trial) -> None:
     whole, parts = of_rule(trial.inputs, trial.targets), added(of_rule)
     least = 1e-3 * largest(whole) / len(next(iter(whole.values()))) ** 0.5
     for name, g in whole.items():
-        gap = gap_of(g, parts[name], least) or gap_of(norms(g), norms(parts[name]), least)
+        gap = gap_of(g, parts[name], least)
         if not gap:
             continue
         plain = added(of_backprop)

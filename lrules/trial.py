@@ -187,12 +187,19 @@ def same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0,
         assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
 
 
-def norms(samples: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(samples.reshape(len(samples), -1), axis=1)
+def gap_of(whole: np.ndarray, parts: np.ndarray, least: float) -> float:
+    """How far a gradient and the sum of those of the parts lie apart, relative to its size; 0 if that may be chance.
+
+    Both are samples, whose means are compared. Of random gradients whose mean is zero, the norms tell more. Parts of
+    one shape draw the same noise, so that it adds up to as much as 2^(1/2) times the noise of the whole. A gradient
+    that depends on the size of the batch differs by a factor of 2 or more.
+    """
+    a, b = (np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (whole, parts))
+    alike = 0.62 < b.mean() / max(a.mean(), 1e-30) < 1.62
+    return _gap_of_means(whole, parts, least) or (0.0 if alike else _gap_of_means(a, b, least))
 
 
-def gap_of(a: np.ndarray, b: np.ndarray, least: float) -> float:
-    """How far two means over samples lie apart, relative to their size; 0 if chance may be the reason."""
+def _gap_of_means(a: np.ndarray, b: np.ndarray, least: float) -> float:
     difference, n = a - b, len(a)
     noise = np.sqrt(difference.var(0, ddof=1).sum() / n) if n > 1 else 0.0
     size, distance = max(np.linalg.norm(a) / n**0.5, least, 1e-30), np.linalg.norm(difference.mean(0))
