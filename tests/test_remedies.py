@@ -118,12 +118,12 @@ CONSTRUCTS = {
     ),
     "own derivative": (
         lambda p, x: jnp.tanh(twice(p["b"], H(p, x))) @ p["c"],
-        "inside a custom_vjp function, .*: take the multiplication out of the custom_vjp function",
+        "inside a custom_vjp function, .*: move the multiplication out of the custom_vjp function",
         [lambda p, x: jnp.tanh(_twice(p["b"], H(p, x))) @ p["c"]],
     ),
     "loop with its own derivative": (
         lambda p, x: looped(p["b"], H(p, x)) @ p["c"],
-        "inside a loop inside a custom_vjp function, .*: take the multiplication out of the loop",
+        "inside a loop inside a custom_vjp function, .*: move the multiplication out of the loop",
         [lambda p, x: _looped(p["b"], H(p, x)) @ p["c"]],
     ),
     "unknown primitive": (
@@ -204,7 +204,7 @@ def test_all_layers_refused_at_once(rule):
     """One message names them all; a partition may give them backprop, though no layer is left for the rule."""
     rule = RULES[rule]
     message = refusal(all_at_once, rule, error=NotImplementedError)
-    assert "3 things cannot be served: (1) " in message and "'a', 'b', 'c' backprop() in a partition" in message
+    assert "the rule cannot serve 3 things: (1) " in message and "'a', 'b', 'c' backprop() in a partition" in message
     served(all_at_once, lrules.partition({"^[abc]$": PLAIN, ".*": rule}))
     one_left = lrules.partition({"^b$": PLAIN, ".*": rule})
     assert "'a', 'c' backprop() in a partition" in refusal(all_at_once, one_left)
@@ -249,7 +249,7 @@ DIRECT = ["direct", "monotone", "targets", "skipped", "direct nodes", "modified 
 def test_direct_rules_in_a_branch(rule):
     rule = RULES[rule]
     message = refusal(branch, rule, error=NotImplementedError)
-    assert re.search("layer 'b' lies inside a cond, .* or take the layer out of the cond", message), message
+    assert re.search("layer 'b' lies inside a cond, .* or move the layer out of the cond", message), message
     served(no_branch, rule)
     assert ("partition" in message) == ("sequential rule for it" in message) == taken_by_a_partition(rule), message
     served(branch, FA)

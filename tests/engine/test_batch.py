@@ -73,7 +73,7 @@ def test_a_model_of_one_batch_size():
         return (e @ p["f"]).reshape(4, T, -1).mean(1)
 
     params = {"e": jnp.ones((5, 4)), "f": jnp.ones((4, 2))}
-    refused(fixed, "cannot be told", rule=DFA, error=ValueError, params=params, inputs=SEQUENCES)
+    refused(fixed, "cannot be found", rule=DFA, error=ValueError, params=params, inputs=SEQUENCES)
 
     def microbatches(p, x):
         return jnp.concatenate([first(p, x[i : i + 2]) @ p["c"] for i in range(0, len(x), 2)])
