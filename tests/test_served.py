@@ -510,7 +510,7 @@ def test_a_graph_that_ends_in_a_softmax(name):
 
 
 def test_a_graph_that_does_not_say_where_its_nodes_lie():
-    with pytest.raises(ValueError, match=r"nodes of one graph .* do, say so, .*signal_axes=\{'outputs': 0\}"):
+    with pytest.raises(ValueError, match=r"nodes of one graph .* are, give .*signal_axes=\{'outputs': 0\}"):
         DFA.init(KEY, gcn(passing), GRAPH, FEATURES)
     said = {"outputs": 0}
     for name in "bc":
@@ -790,7 +790,7 @@ def test_loops():
         return lax.while_loop(lambda state: state[0] < 2, turn, (0, x @ p["a"]))[1] @ p["c"]
 
     for rule in (FA, DFA, BACKMAN):
-        with pytest.raises(NotImplementedError, match="'b' .* while loop .*numbers as bounds .*fori_loop, or lax.scan"):
+        with pytest.raises(NotImplementedError, match="'b' .* while loop .*numbers as bounds.*fori_loop, or lax.scan"):
             rule.init(KEY, loop, params, TOKENS)
     served = [
         lambda p, x: lax.fori_loop(0, 2, lambda _, h: body(p, h), x @ p["a"]) @ p["c"],

@@ -64,7 +64,7 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                 if len(directs) > 1:
                     raise ValueError(
                         f"the mark {hidden.name!r} does not belong to a layer, so a partition of several direct rules "
-                        "cannot choose the feedback for it: use one direct rule, or name hidden signals in at"
+                        "cannot choose the feedback for it: use one direct rule, or name hidden signals in at="
                     )
                 if {"cond", "shard_map"} & set(bare(hidden.root.place[0].scope)):  # type: ignore[index]
                     raise NotImplementedError(
@@ -118,7 +118,7 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
         if axis is None:
             remedy = "write the network so that the batch is a separate axis, in the order of the inputs"
             if "at" in spec.offers:
-                remedy = "give that layer a sequential rule (partition), or choose with at where feedback lands"
+                remedy = "give that layer a sequential rule (partition), or choose with at= where feedback lands"
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
                 f"be found (batch {batch}): {remedy}; or, if its examples are in the order of the inputs, give "
@@ -153,7 +153,7 @@ def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
     """The places below the outputs where the output error is taken, by the name under which a run records them."""
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
-        raise ValueError("the direct rules of a partition must take the output error at one place: give one error_at")
+        raise ValueError("direct rules of a partition need one place for the output error: give all the same error_at")
     if where != {"layer"} or any(spec.pullback for spec in specs):
         return {}
     return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}

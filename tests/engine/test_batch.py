@@ -8,10 +8,10 @@ from tests.small import DFA, FA, KEY, W, X, first, mlp, refused
 
 
 def test_batch_axes():
-    refused(lambda p, x: mlp(p, x).sum(0), "no batch axis", "has_aux", rule=DFA, error=ValueError)
+    refused(lambda p, x: mlp(p, x).sum(0), "the batch axis of an output", "has_aux", rule=DFA, error=ValueError)
     refused(lrules.Network(mlp, batch_axes=None), "batch_axes", rule=DFA, error=ValueError)
     refused(lrules.Network(mlp, batch_axes=7), "no batch axis 7", "batch_axes", rule=DFA, error=ValueError)
-    refused(lrules.Network(mlp, batch_axes={"x": 0}), "no prefix", rule=DFA, error=ValueError)
+    refused(lrules.Network(mlp, batch_axes={"x": 0}), "a prefix of", rule=DFA, error=ValueError)
     uneven = lrules.Network(lambda p, x: mlp(p, x[0]) + x[1].sum())
     refused(uneven, "differ in size", "batch_axes", rule=DFA, error=ValueError, inputs=(X, jnp.ones(3)))
 
