@@ -1,6 +1,6 @@
 """lrules: learning rules other than backpropagation, for unmodified JAX models."""
 
-from lrules import diagnostics, feedback, monotone, testing
+from lrules import diagnostics, extend, feedback, monotone, testing
 from lrules.adapters import from_linen, from_nnx
 from lrules.apply import TransformedNetwork, ValueAndGrad, transform, value_and_grad
 from lrules.audit import audit
@@ -51,6 +51,7 @@ __all__ = [
     "direct_feedback_alignment",
     "drop_error",
     "dual_propagation",
+    "extend",
     "feedback",
     "feedback_alignment",
     "from_linen",

@@ -17,17 +17,29 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrules.description import feedback_reach, table
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.jaxprs import COND, SCAN, WHILE, Atom, Aval, Equation, Jaxpr, is_literal, open_jaxpr, scan_counts
 from lrules.engine.operations import of
-from lrules.engine.plan import Plan
-from lrules.engine.planning import make_plan
-from lrules.engine.records import Hidden, Layer, reach
-from lrules.engine.running import evaluate
-from lrules.network import Network, NetworkLike, as_network
+from lrules.engine.records import reach
+from lrules.extend import (
+    Backprop,
+    Direct,
+    Frame,
+    Graph,
+    Handler,
+    Hidden,
+    Layer,
+    Operation,
+    Plan,
+    Sequential,
+    as_network,
+    check_params,
+    evaluate,
+    make_plan,
+    require_description,
+)
+from lrules.network import Network, NetworkLike
 from lrules.options import as_initializer
-from lrules.rule import Backprop, Direct, Rule, Sequential, check_params, require_description, require_rule
+from lrules.rule import Rule, require_rule
 from lrules.typing import Pytree
 
 RECORDED = "lrules recorded"

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Frame, Handler, Operation, name_number
-from lrules.engine.records import Activation, Layer
-from lrules.network import NetworkLike, as_network, parameter_name
+from lrules.engine.handlers import name_number
+from lrules.extend import Activation, Frame, Handler, Layer, Operation, as_network, at_least_float32
+from lrules.network import NetworkLike, parameter_name
 from lrules.rule import Feedback
 from lrules.typing import Pytree
 

@@ -21,19 +21,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.export import is_symbolic_dim
 
 from lrules.engine.activations import passing_names, treated
-from lrules.engine.closures import held
-from lrules.engine.handlers import Frame, Handler, key_at
 from lrules.engine.jaxprs import placed_as
 from lrules.engine.per_example import PerExample, scaled
 from lrules.engine.quantizer import by_parts, quantize, quantizer_numbers
-from lrules.engine.records import Activation, Hidden
+from lrules.modified import AtHidden, Derivative, at_output, kept_errors, modified
 from lrules.network import Network
-from lrules.options import ByName, asked_for, by_name, is_number, mesh_axes
-from lrules.rule import Feedback, Rule, require_rule
-from lrules.typing import AxisName, Loss, Numbers, Pytree
+from lrules.options import ByName, asked_for, by_name, is_number
+from lrules.rule import Rule
+from lrules.typing import AxisName, Numbers, Pytree
 
 
 def modify_error(
@@ -100,9 +97,9 @@ def modify_error(
             for value in given.values():
                 value.check(h.name for h in hidden)
             fns = {h.name: bound(h.name) for h in hidden if not h.mark or all(v.has(h.name) for v in given.values())}
-        return net.pushing(_AtHidden(fns, scale, key))
+        return net.pushing(AtHidden(fns, scale, key))
 
-    return _modified(rule, push, stochastic=stochastic, axis_name=axis_name)
+    return modified(rule, push, stochastic=stochastic, axis_name=axis_name)
 
 
 def quantize_error(
@@ -158,7 +155,7 @@ def quantize_error(
         if any(number.several for number in chosen):
             raise ValueError('with at="output", bits and scale must be numbers: patterns are for hidden signals')
         bits_there, scale_there = (number.of("") for number in chosen)
-        return _at_output(rule, lambda error: quantize(error, bits_there, scale_there), axis_name)
+        return at_output(rule, lambda error: quantize(error, bits_there, scale_there), axis_name)
     raise ValueError(f'at must be "hidden" or "output", got {at!r}')
 
 
@@ -249,128 +246,10 @@ def drop_error(rule: Rule, rate: Numbers) -> Rule:
     by_name("rate", rate, lambda value: is_number(value) and 0 <= value < 1, "a number >= 0 and < 1", "hidden signal")
 
     def drop(signal: jax.Array, name: str, rng: Any, rate: float) -> jax.Array:
-        kept = placed_as(_kept(rng, signal.shape, rate), jax.typeof(signal))
+        kept = placed_as(kept_errors(rng, signal.shape, rate), jax.typeof(signal))
         return jnp.where(kept, signal / (1 - rate), jnp.zeros_like(signal))
 
     return modify_error(rule, drop, stochastic=True, numbers={"rate": rate})
-
-
-def _kept(key: Any, shape: tuple[int, ...], rate: float) -> Any:
-    """True with probability 1 - rate. Each element needs as few random bits as possible: one for 1/2, at most 16.
-
-    The random bits are the cost of dropping.
-    """
-    bits = next((b for b in (1, 2, 4, 8) if float(rate * 2**b).is_integer()), 16)
-    last = shape[-1] if shape else 1
-    words = jax.random.bits(key, (*shape[:-1], -(-last * bits // 32)), jnp.uint32)
-    shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32).reshape((1,) * words.ndim + (-1,))
-    drawn = jnp.expand_dims(words, -1) >> shifts & jnp.uint32(2**bits - 1)
-    kept = drawn >= jnp.uint32(round(rate * 2**bits))
-    return kept.reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)[..., :last].reshape(shape)
-
-
-class _AtHidden(Handler):
-    """A function of the error at hidden signals: one for all, with the name "", or one for each."""
-
-    arrays = ("key", "values")
-
-    def __init__(self, fns: Mapping[str, Callable[..., Any]], scale: float, key: Any) -> None:
-        self.scale, self.key = scale, key
-        self.names, (self.values, self.remade) = set(fns), held(dict(fns))
-
-    def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
-        twice = hidden.mark and hidden.root.hidden is not None  # a layer reads this tensor too
-        if twice or not jnp.issubdtype(value.dtype, jnp.inexact):
-            return value
-        remade, scale, name = self.remade, self.scale, hidden.name
-        if not self.names & {name, ""}:
-            raise ValueError(
-                f"no pattern matches the mark {name!r}, where feedback lands: add one, such as '.*', at the end"
-            )
-
-        @jax.custom_vjp
-        def identity(value: Any, key: Any, values: Any) -> Any:
-            return value
-
-        def backward(kept: Any, error: jax.Array) -> tuple[Any, None, None]:
-            key, values = kept
-            rng, fns = None if key is None else jax.random.wrap_key_data(key), remade(values)
-            fn = fns[name if name in fns else ""]
-            new = fn(scaled(error, scale), name, rng)
-            shape = getattr(new, "shape", None)
-            if shape != error.shape:
-                made = f"a {type(new).__name__}" if shape is None else f"the shape {shape}"
-                raise ValueError(
-                    f"modify_error: fn must return an array of the signal's shape {error.shape} at the hidden signal "
-                    f"{name!r}, got {made}"
-                )
-            return (new / scale).astype(error.dtype), None, None
-
-        identity.defvjp(lambda value, key, values: (value, (key, values)), backward)
-        key = None if self.key is None else jax.random.key_data(key_at(self.key, hidden.name, value, frame))
-        return identity(value, key, self.values)
-
-
-def _at_output(rule: Rule, fn: Callable[..., Any], axis_name: AxisName) -> Rule:
-    """The rule, which gets a function of the output error instead of the output error."""
-
-    require_rule(rule)
-    mesh_axes(axis_name)
-
-    def mark(outputs: Pytree, scale: Any) -> Any:
-        @jax.custom_vjp
-        def identity(y: jax.Array) -> jax.Array:
-            return y
-
-        def backward(_: Any, error: jax.Array) -> tuple[Any]:
-            return ((fn(scaled(error, scale)) / scale).astype(error.dtype),)
-
-        identity.defvjp(lambda y: (y, None), backward)
-        floating = lambda y: jnp.issubdtype(jnp.result_type(y), jnp.inexact)  # noqa: E731
-        return jax.tree.map(lambda y: identity(y) if floating(y) else y, outputs)
-
-    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
-        inner = rule.transform(net, reduction=reduction)
-
-        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
-            scale = _scale(rule, net, inputs, reduction, axis_name)
-            out = inner(params, feedback, inputs, rng=rng)
-            return (mark(out[0], scale), *out[1:]) if net.has_aux else mark(out, scale)
-
-        return f
-
-    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
-        assert rule.value_and_grad is not None
-        return rule.value_and_grad(net, _with_error(loss, fn))
-
-    return rule.modified(
-        transform=transform,
-        value_and_grad=None if rule.value_and_grad is None else value_and_grad,
-    )
-
-
-def _with_error(loss: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss with another gradient: `fn` of the gradient of each example's loss, times the arriving weight."""
-
-    def modified(outputs: Pytree, targets: Pytree) -> Any:
-        @jax.custom_vjp
-        def call(outputs: Pytree, targets: Pytree) -> Any:
-            return loss(outputs, targets)
-
-        def forward(outputs: Pytree, targets: Pytree) -> tuple[Any, Any]:
-            return jax.vjp(lambda o: loss(o, targets), outputs)
-
-        def backward(pull: Callable[..., Any], arriving: jax.Array) -> tuple[Any, None]:
-            elements = arriving[0].size if arriving.ndim else 1
-            (error,) = pull(jnp.full_like(arriving, 1 / elements))
-            weight = arriving.mean() * elements  # the objective is a mean, so the weight is the same for all examples
-            error = jax.tree.map(lambda e: fn(e).astype(e.dtype) * weight.astype(e.dtype), error)
-            return error, None
-
-        call.defvjp(forward, backward)
-        return call(outputs, targets)
-
-    return modified
 
 
 def replace_derivative(rule: Rule, g: Callable[..., Any], *, passing: str | Iterable[str] = ()) -> Rule:
@@ -411,10 +290,10 @@ def replace_derivative(rule: Rule, g: Callable[..., Any], *, passing: str | Iter
 
     def push(net: Network, params: Pytree, inputs: Pytree, scale: Any, key: Any) -> Network:
         sites = frozenset(a.site for a in treated(net.graph(params, inputs), names))
-        replaced = any(isinstance(handler, _Derivative) for handler in net.handlers)
-        return net if replaced else net.pushing(_Derivative(g, sites))
+        replaced = any(isinstance(handler, Derivative) for handler in net.handlers)
+        return net if replaced else net.pushing(Derivative(g, sites))
 
-    return _modified(rule, push)
+    return modified(rule, push)
 
 
 def without_derivatives(rule: Rule, *, passing: str | Iterable[str] = ()) -> Rule:
@@ -442,36 +321,6 @@ def without_derivatives(rule: Rule, *, passing: str | Iterable[str] = ()) -> Rul
       Baldi, Sadowski, Lu (2018), section 3: the variants "(no f')".
     """
     return replace_derivative(rule, jnp.ones_like, passing=passing)
-
-
-class _Derivative(Handler):
-    """Another derivative for every activation."""
-
-    activations = True
-
-    def __init__(self, g: Callable[..., Any], sites: frozenset[str]) -> None:
-        self.g, self.sites = g, sites
-
-    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
-        if activation.site not in self.sites:
-            return fn(x)
-        g = self.g
-
-        @jax.custom_vjp
-        def replaced(y: jax.Array, x: jax.Array) -> jax.Array:
-            return y
-
-        def backward(x: jax.Array, error: jax.Array) -> tuple[None, jax.Array]:
-            slope = jnp.asarray(g(x))
-            if slope.shape != x.shape:
-                raise ValueError(
-                    f"replace_derivative: g must be elementwise, got the shape {slope.shape} from a pre-activation of "
-                    f"shape {x.shape} at the activation {activation.site!r}"
-                )
-            return None, (error.astype(x.dtype) * slope).astype(x.dtype)
-
-        replaced.defvjp(lambda y, x: (y, x), backward)
-        return replaced(jax.lax.stop_gradient(fn(x)), x)
 
 
 def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_name: AxisName = None) -> Rule:
@@ -529,41 +378,6 @@ def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_n
             return net.handled(tuple(both))
         return net.pushing(PerExample((fn,), chosen, rule, net, params, inputs))
 
-    return _modified(rule, push, axis_name=axis_name)
+    return modified(rule, push, axis_name=axis_name)
 
 
-def _scale(rule: Rule, net: Network, inputs: Pytree, reduction: str, axis_name: AxisName) -> Any:
-    """The factor from the arriving error to that of the per-example sum; it may be a symbolic batch (`jax.export`)."""
-    if reduction == "sum" or not rule.additive:
-        return 1.0
-    n = net.batch_size(inputs) * (jax.lax.psum(1, axis_name) if axis_name is not None else 1)
-    return n if is_symbolic_dim(n) else float(n)
-
-
-def _modified(rule: Rule, push: Callable[..., Any], *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
-    """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
-    require_rule(rule)
-    mesh_axes(axis_name)
-
-    def serve(net: Network, inner: Any, reduction: str) -> Callable[..., Any]:
-        def f(params: Pytree, feedback: Feedback, inputs: Pytree, *targets: Pytree, rng: Any = None) -> Any:
-            own, rest = jax.random.split(rng) if stochastic else (None, rng)
-            rest = rest if rule.stochastic else None
-            modified = push(net, params, inputs, _scale(rule, net, inputs, reduction, axis_name), own)
-            return inner(modified)(params, feedback, inputs, *targets, rng=rest)
-
-        return f
-
-    def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
-        rule.transform(net, reduction=reduction)  # it refuses here, not later
-        return serve(net, lambda net: rule.transform(net, reduction=reduction), reduction)
-
-    def value_and_grad(net: Network, loss: Loss) -> Callable[..., Any]:
-        rule.value_and_grad(net, loss)  # type: ignore[misc]
-        return serve(net, lambda net: rule.value_and_grad(net, loss), "mean")  # type: ignore[misc]
-
-    return rule.modified(
-        transform=transform,
-        value_and_grad=None if rule.value_and_grad is None else value_and_grad,
-        stochastic=rule.stochastic or stochastic,
-    )

@@ -20,14 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrules.engine.activations import sampled
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation, all_zeros_at, name_number
-from lrules.engine.records import Activation, Layer
-from lrules.engine.weights import SequentialFeedback, sequential_feedback_of
+from lrules.engine.handlers import name_number
+from lrules.extend import (
+    Activation,
+    Frame,
+    Graph,
+    Handler,
+    Layer,
+    Operation,
+    Sequential,
+    SequentialFeedback,
+    all_zeros_at,
+    as_network,
+    sequential_feedback_of,
+)
 from lrules.feedback import absolute
-from lrules.network import NetworkLike, as_network
+from lrules.network import NetworkLike
 from lrules.options import is_number
-from lrules.rule import Sequential
 from lrules.typing import Initializer, Pytree
 
 if TYPE_CHECKING:
@@ -328,12 +337,12 @@ def check(net: NetworkLike, params: Pytree, inputs: Pytree) -> None:
         return sum(jnp.sum(y) for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact))
 
     for k in jax.random.split(jax.random.key(0), PROBES):
-        zeros = all_zeros_at({f"{layer.site} output": layer.output for layer in layers})
+        zeros = all_zeros_at({layer.at_output: layer.output for layer in layers})
         keys = dict(zip(zeros, jax.random.split(k, len(zeros)), strict=True))
         probes = {name: z + 3 * jax.random.normal(keys[name], z.shape, z.dtype) for name, z in zeros.items()}
         slopes = jax.grad(total)(probes)
         for layer in layers:
-            if bool(jnp.any(slopes[f"{layer.site} output"] < 0)):
+            if bool(jnp.any(slopes[layer.at_output] < 0)):
                 raise ValueError(
                     f"an output may decrease when the output of the layer {layer.name!r} increases, although the "
                     "weights above it are not negative: an operation between them changes the sign; take it out"
@@ -360,7 +369,7 @@ class _Increasing(Handler):
         return fn(x)
 
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
-        probe = frame.inputs.get(f"{layer.site} output")
+        probe = frame.inputs.get(layer.at_output)
         return op(w, x) if probe is None else op(w, x) + probe
 
 

@@ -84,9 +84,9 @@ class Trial:
 
     @functools.cached_property
     def true(self) -> dict[str, np.ndarray]:
-        """The true gradients that are not zero, by name."""
+        """The true gradients, by name, but for those that are zero up to rounding (as a bias below BatchNorm)."""
         found = named(self.true_gradient(self.inputs, self.targets))
-        return {name: g for name, g in found.items() if np.any(g)}
+        return {name: g for name, g in found.items() if np.linalg.norm(g) > 1e-5 * largest(found)}
 
     @functools.cached_property
     def nearest(self) -> dict[str, np.ndarray]:
@@ -167,10 +167,15 @@ def wide(x: Any) -> np.ndarray:
     return np.asarray(x, np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
 
 
-def off(got: np.ndarray, wanted: np.ndarray) -> float:
-    """The distance of two arrays, relative to the size of the second."""
+def largest(arrays: dict[str, np.ndarray]) -> float:
+    """The norm of the largest array."""
+    return max((float(np.linalg.norm(x)) for x in arrays.values()), default=0.0)
+
+
+def off(got: np.ndarray, wanted: np.ndarray, least: float = 0.0) -> float:
+    """The distance of two arrays, relative to the size of the second, or to the least size that counts."""
     distance = float(np.linalg.norm(got - wanted))
-    return distance / max(float(np.linalg.norm(wanted)), 1e-30) if distance else 0.0
+    return distance / max(float(np.linalg.norm(wanted)), least, 1e-30) if distance else 0.0
 
 
 def same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
@@ -182,13 +187,20 @@ def same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0,
         assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
 
 
-def norms(samples: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(samples.reshape(len(samples), -1), axis=1)
+def gap_of(whole: np.ndarray, parts: np.ndarray, least: float) -> float:
+    """How far a gradient and the sum of those of the parts lie apart, relative to its size; 0 if that may be chance.
+
+    Both are samples, whose means are compared. Of random gradients whose mean is zero, the norms tell more. Parts of
+    one shape draw the same noise, so that it adds up to as much as 2^(1/2) times the noise of the whole. A gradient
+    that depends on the size of the batch differs by a factor of 2 or more.
+    """
+    a, b = (np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (whole, parts))
+    alike = 0.62 < b.mean() / max(a.mean(), 1e-30) < 1.62
+    return _gap_of_means(whole, parts, least) or (0.0 if alike else _gap_of_means(a, b, least))
 
 
-def gap_of(a: np.ndarray, b: np.ndarray) -> float:
-    """The distance of two means over samples, relative to their size; 0 if chance alone can explain it."""
+def _gap_of_means(a: np.ndarray, b: np.ndarray, least: float) -> float:
     difference, n = a - b, len(a)
     noise = np.sqrt(difference.var(0, ddof=1).sum() / n) if n > 1 else 0.0
-    size, distance = np.linalg.norm(a) / n**0.5, np.linalg.norm(difference.mean(0))
-    return float(distance / max(size, 1e-30)) if distance > 4 * noise + 2e-3 * size else 0.0
+    size, distance = max(np.linalg.norm(a) / n**0.5, least, 1e-30), np.linalg.norm(difference.mean(0))
+    return float(distance / size) if distance > 4 * noise + 2e-3 * size else 0.0

@@ -71,10 +71,8 @@ BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options", "lrules.t
 RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
     ("monotone_dfa", "direct_feedback_alignment"),
-    ("node_perturbation", "direct_feedback_alignment"),
-    ("random_target_projection", "direct_feedback_alignment"),
 }
-BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing", "trial")
+BUILT_ON_RULES = ("adapters", "audit", "description", "modified", "modifiers", "promises", "testing", "trial")
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -94,6 +92,15 @@ def test_rules_know_no_other_rules(name):
     others = {family(m) for m in IMPORTS[name] & RULES} - {family(name)}
     assert {(family(name), other) for other in others} <= RULES_OF_RULES
     assert not IMPORTS[name] & {"lrules", *under(*(f"lrules.{m}" for m in BUILT_ON_RULES))}
+
+
+def test_rules_are_made_of_what_all_rules_can_have():
+    """What `lrules.extend` offers is taken from there, so that a rule of one's own can do what ours can."""
+    for name in sorted(RULES | {"lrules.audit", "lrules.diagnostics", "lrules.monotone"}):
+        for node in ast.walk(LIBRARY[name]):
+            if isinstance(node, ast.ImportFrom) and node.module != "lrules.extend":
+                offered = {alias.name for alias in node.names} & set(lrules.extend.__all__)
+                assert not (offered and node.module.startswith("lrules.")), f"{name} takes {offered} from {node.module}"
 
 
 def test_only_the_adapters_know_flax():
@@ -176,7 +183,12 @@ TESTED_ELSEWHERE = {
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
     "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
+    "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),
+    "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
+    "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
+    "modified": ("test_modifiers.py", "the handlers of modifiers"),
+    "promises": ("test_testing.py", "what check_rule asks"),
     "trial": ("test_testing.py", "what check_rule tries rules on"),
 }
 

@@ -10,6 +10,7 @@ import lrules
 # What may stand without its name though it has a default and is not the first: it belongs to what stands before it.
 UNNAMED = {
     "Rule": ["value_and_grad"],
+    "extend.run": ["handlers"],
     "feedback.binary": ["high"],
     "from_nnx": ["wrt"],
     "testing.check_rule": ["net", "params", "inputs"],

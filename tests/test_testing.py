@@ -218,7 +218,8 @@ def attention(p, x):
 
 
 def batch_normed(p, x):
-    h = x @ p["a"]
+    """The bias has a gradient of zero, up to rounding."""
+    h = x @ p["a"] + p["bias"][None]
     h = (h - h.mean(0, keepdims=True)) / jnp.sqrt(h.var(0, keepdims=True) + 1e-3)
     return jnp.tanh(h * p["scale"][None]) @ p["b"]
 
@@ -254,7 +255,9 @@ NETWORKS = {
     "attention": (
         attention, weights(**{"in": (4, 6)}, q=(6, 6), k=(6, 6), v=(6, 6), o=(6, 6), out=(6, 3)), data(4, 3, 4)
     ),
-    "batch_normed": (batch_normed, weights(a=(4, 6), b=(6, 2)) | {"scale": jnp.ones(6)}, data(6, 4)),
+    "batch_normed": (
+        batch_normed, weights(a=(4, 6), b=(6, 2)) | {"scale": jnp.ones(6), "bias": jnp.ones(6)}, data(6, 4)
+    ),
     "looped": (
         lrules.Network(looped, has_aux=True, batch_axes=1),
         weights(**{"in": (4, 5)}, h=(5, 5), out=(5, 2)),
@@ -268,7 +271,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("network", mostly_slow(NETWORKS, {"looped", "only_five"}))
+@pytest.mark.parametrize("network", mostly_slow(NETWORKS, {"batch_normed", "looped", "only_five"}))
 @pytest.mark.parametrize("name", mostly_slow(["backprop", "feedback_alignment", "direct_feedback_alignment",
                                               "backman", "dual_propagation"], {"feedback_alignment"}))  # fmt: skip
 def test_networks(name, network):

@@ -47,7 +47,7 @@ from lrules.engine.jaxprs import (
 )
 from lrules.engine.layers import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
 from lrules.engine.operations import is_product, of, view_axes
-from lrules.engine.records import Block, Value, ancestors, classes_of, merged_classes
+from lrules.engine.records import EMPTY, Block, Value, ancestors, classes_of, merged_classes, united
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
 
 
@@ -74,21 +74,21 @@ class Analysis(Findings):
             block.values[var] = Value(var.aval)
         for var, value in zip(jaxpr.invars, ins, strict=True):
             block.values[var] = value
-            if value.place is None:
-                value.place = (block, var)
+            if value.block is None:
+                value.block, value.variable = block, var
         for index, eqn in enumerate(jaxpr.eqns):
             outs = self.equation(block, index, eqn, [block.value(v) for v in eqn.invars], path)
             for var, value in zip(eqn.outvars, outs, strict=True):
                 block.values[var] = value
-                if value.place is None:
-                    value.place = (block, var)
+                if value.block is None:
+                    value.block, value.variable = block, var
         if not (self.silent or self.sealed or self.unmarked):
             self.noted.append(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
     def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
         row, name = of(eqn), of(eqn).name
-        params = frozenset().union(*(v.params for v in ins))
+        params = united(v.params for v in ins)
         key = (*path, index)
         begins = key in self.promoted and not any(v.data for v in ins)
         data = any(v.data for v in ins) or begins
@@ -128,12 +128,12 @@ class Analysis(Findings):
         if found is not None:  # a layer makes a signal from signals; else it looks up rows
             outs[0].smooth |= begins or found.operand.smooth or bool(found.operand.differentiable)
         if not self.silent and not (outs and outs[0].chosen and layer is None):
-            weights = found.weight.lookups if found else frozenset()
-            for lookup in frozenset().union(*(v.lookups for v in ins)) - weights:
+            weights = found.weight.lookups if found else EMPTY
+            for lookup in united(v.lookups for v in ins) - weights:
                 lookup.uses.add("data")
         if layer is not None:
             outs[0].layer, layer.output = layer, outs[0]
-            outs[0].lookups = frozenset([layer]) if outs[0].chosen else frozenset()
+            outs[0].lookups = frozenset([layer]) if outs[0].chosen else EMPTY
             if not outs[0].chosen:
                 layer.uses.add("data")
                 outs[0].products, outs[0].axes = by_hand.of_layer(layer), output_parameter_axes(layer)
@@ -142,7 +142,8 @@ class Analysis(Findings):
         if params and not data and outs and is_product(eqn):
             outs[0].key = key
         for out in outs:
-            out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
+            if any(p.key is None for p in out.products):
+                out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
         self.sums(block, eqn, ins)
         marked = row.marks and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
@@ -174,7 +175,7 @@ class Analysis(Findings):
             return self.own_derivative(block, index, eqn, ins, inner[0])
         if not row.may_mix:
             self.refuse(
-                frozenset().union(*(v.params for v in weights)),
+                united(v.params for v in weights),
                 f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: write "
                 "it with dot_general or conv_general_dilated",
             )
@@ -187,7 +188,7 @@ class Analysis(Findings):
         what = f"{of(eqn).name[:10]} function"
         before = self.inner, self.sealed, self.refusals
         self.inner, self.sealed, self.refusals = [], self.sealed or what, []
-        self.walk(body, [dataclasses.replace(v, place=None) for v in ins], (), (), (index, "custom"))
+        self.walk(body, [dataclasses.replace(v, block=None) for v in ins], (), (), (index, "custom"))
         found, refusals = self.inner, self.refusals
         self.inner, self.sealed, self.refusals = before
         served = None if refusals or any(loop for _, loop in found) else one_layer(eqn, ins, [p for p, _ in found])
@@ -213,10 +214,10 @@ class Analysis(Findings):
         row = of(eqn)
         value = Value(
             aval,
-            params=frozenset().union(*(v.params for v in ins)),
+            params=united(v.params for v in ins),
             data=any(v.data for v in ins),
             batched=any(v.batched for v in ins),
-            loops=frozenset().union(*(v.loops for v in ins)),
+            loops=united(v.loops for v in ins),
             carried=carried or any(v.carried for v in ins),
             producer=eqn,
             operands=tuple(ins),
@@ -224,11 +225,13 @@ class Analysis(Findings):
         own = self.inner is not None  # inside a function with a custom derivative, which may pass integers
         stops = row.stops and ins[0].smooth and not own  # a weight is only frozen by it
         if is_inexact(aval) or (own and counts(aval)):
-            value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
+            value.differentiable = EMPTY if stops else united(v.differentiable for v in ins)
+            if value.differentiable == value.params:
+                value.differentiable = value.params
             value.smooth = any(v.smooth or (v.data and counts(v.aval) and row.casts) for v in ins)
         if value.chosen:
             value.params = value.differentiable
-            value.lookups = frozenset().union(*(v.lookups for v in ins))
+            value.lookups = united(v.lookups for v in ins)
         operand = ins[0] if len(ins) == 1 else None
         axes = view_axes(eqn, operand.aval.shape) if operand is not None and hasattr(operand.aval, "shape") else None
         if operand is not None and axes is not None and value.both:
@@ -291,7 +294,7 @@ class Analysis(Findings):
             for p in inner.products:
                 if p.outer and p.kind == "product" and key in p.weight.loops:
                     self.refuse(p.params, by_hand.BY_HAND)
-        for lookup in frozenset().union(*(v.lookups for v in (*ins[n_consts : n_consts + n_carry], *outs[:n_carry]))):
+        for lookup in united(v.lookups for v in (*ins[n_consts : n_consts + n_carry], *outs[:n_carry])):
             lookup.uses.add("data")
         results = []
         for i, (inner, out) in enumerate(zip(outs, eqn.outvars, strict=True)):
@@ -321,10 +324,10 @@ class Analysis(Findings):
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = ins[n : n + m], ins[n + m :]
         everything = self.generic_one(eqn, ins, eqn.outvars[0].aval, False)
-        everything.differentiable = frozenset().union(*(v.differentiable for v in ins))
+        everything.differentiable = united(v.differentiable for v in ins)
         everything.smooth = any(v.smooth for v in ins)
         body = eqn.params["body_jaxpr"]
-        inner = [dataclasses.replace(v, place=None) for v in consts] + [
+        inner = [dataclasses.replace(v, block=None) for v in consts] + [
             Value(v.aval, **classes_of(v if v.pure else everything)) for v in carry
         ]
         before, self.sealed = self.sealed, self.sealed or "while loop"
@@ -337,7 +340,7 @@ class Analysis(Findings):
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
             dataclasses.replace(
-                v, aval=aval, source=None, view=None, place=None, hidden=None, operands=(v,), layer=None,
+                v, aval=aval, source=None, view=None, block=None, hidden=None, operands=(v,), layer=None,
                 split=varying_axes(aval) - varying_axes(v.aval),
             )
             for v, aval in zip(ins, avals, strict=True)

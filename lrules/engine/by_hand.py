@@ -145,13 +145,13 @@ def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Produ
     found = []
     for k, value in enumerate(ins):
         for product in value.products:
-            kind, outer, dims = product.kind, product.outer, product.dims
+            kind, dims = product.kind, product.dims
             if not linear or (factors and both):
                 if not bends or len(value.aval.shape) != ndim or (quotient and k == 1):
                     continue  # what data weigh a layer's output by, and sum, are recorded values, as in attention
                 if product.is_matrix and not (quotient and k == 0):  # but a kernel that is normalised remains one
                     continue
-                if not product.is_matrix and not outer:
+                if not product.is_matrix and not product.outer:
                     continue
                 kind = kind if product.is_matrix else "distance"
             if product.is_matrix and row.kind == "reduction":
@@ -165,7 +165,9 @@ def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Produ
             if dims or not product.dims:
                 moved = axes is not None or row.bare or (row.combines == "sum" and not both)
                 bare = product.bare and moved
-                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind, bare=bare))
+                if (dims, kind, bare) != (product.dims, product.kind, product.bare):
+                    product = dataclasses.replace(product, dims=dims, kind=kind, bare=bare)
+                found.append(product)
     return found
 
 
@@ -222,13 +224,15 @@ def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, bl
 
 def _is_mean(eqn: Equation, block: Any) -> bool:
     """Whether a sum is only divided by a number, as a mean is: statistics of scaled values are not a neuron."""
-    variables = {eqn.outvars[0]}
-    divided = False
-    for user in block.jaxpr.eqns:
-        if any(v in variables for v in user.invars if not hasattr(v, "val")):
+    variables, divided = list(eqn.outvars[:1]), False
+    while variables:
+        for index in block.readers.get(variables.pop(), ()):
+            if index < 0:
+                continue
+            user = block.jaxpr.eqns[index]
             row = of(user)
             if row.kind == "view" or row.casts:
-                variables.add(user.outvars[0])
+                variables.append(user.outvars[0])
             elif row.combines in ("product", "quotient") and any(hasattr(v, "val") for v in user.invars):
                 divided = True
             else:

@@ -151,6 +151,8 @@ class Findings:
 
 def _owned_axes(w: Value) -> frozenset[Any]:
     """Mesh axes along which a `shard_map` of the network splits the values from which the weight is made."""
+    if not varying_axes(w.aval):
+        return frozenset()
     found: set[str] = set()
     seen: set[int] = set()
     stack = [w]

@@ -17,7 +17,7 @@ from lrules.engine.activations import ALIASES, FORMULAS
 from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import CONSTRUCTS, INLINED, SCAN, Atom, bind, is_literal
 from lrules.engine.operations import Row, of
-from lrules.engine.records import Block, Value
+from lrules.engine.records import Block, Layer, Value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ def heads(graph: Graph) -> dict[int, Head]:
 def _head(graph: Graph, i: int) -> Head | None:
     out, views = graph.outs[i].root()
     found: dict[int, Value] = {}
+    known: dict[int, Layer | None] = {}
     seen: set[int] = set()
     passed: list[tuple[str, Row]] = []
     stack, bends = [out], False
@@ -61,7 +62,7 @@ def _head(graph: Graph, i: int) -> Head | None:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if _layer_of(value) is not None:
+        if _layer_of(value, known) is not None:
             found[id(value)] = value
             continue
         eqn = value.producer
@@ -75,9 +76,10 @@ def _head(graph: Graph, i: int) -> Head | None:
         stack += moving
     (value, *others) = found.values() or (out,)
     block = value.place[0] if value.place is not None else None
-    if others or not bends or block is None or block.scope or value.aval.shape != out.aval.shape:
+    layer = _layer_of(value, known)
+    if others or not bends or block is None or block.scope or layer is None or value.aval.shape != out.aval.shape:
         return None
-    return Head(i, value, _layer_of(value).name, _named(passed), views)
+    return Head(i, value, layer.name, _named(passed), views)
 
 
 def _bends(row: Row) -> bool:
@@ -97,29 +99,38 @@ def _named(passed: Sequence[tuple[str, Row]]) -> str:
     return ALIASES.get(bent[0], bent[0]) if len(bent) == 1 else " ".join(dict.fromkeys(reversed(bent)))
 
 
-def _layer_of(value: Value) -> Any:
+def _layer_of(value: Value, known: dict[int, Layer | None]) -> Layer | None:
     """The layer whose outputs these are, with its bias, or the first of several that add up; None if there is none.
 
     Values that constants bring along the edges of a graph still count as the outputs of the layer.
     """
-    while True:
-        if value.layer is not None:
-            return value.layer
-        row = None if value.producer is None else of(value.producer)
-        moving = [v for v in value.operands if v.both]
-        adds = row is not None and row.combines == "sum"
-        if adds and len(moving) == 2:
-            first, second = map(_layer_of, moving)
-            return first if second is not None else None
-        biased = adds and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
-        brought = row is not None and row.brings and not any(v.pure or v.chosen for v in value.operands)
-        looped = row is not None and row.name == SCAN
-        if value.source is not None:
-            value = value.source
-        elif biased or ((brought or looped) and len(moving) == 1):
-            (value,) = moving
-        else:
-            return None
+    stack = [value]
+    while stack:  # a chain of residual blocks is too long for recursion
+        at = stack[-1]
+        same = [] if at.layer is not None else _same_layer(at)
+        waiting = [v for v in same if id(v) not in known]
+        if waiting:
+            stack += waiting
+            continue
+        layers = [known[id(v)] for v in same]
+        known[id(at)] = at.layer if not layers else None if None in layers else layers[0]
+        stack.pop()
+    return known[id(value)]
+
+
+def _same_layer(value: Value) -> list[Value]:
+    """The values that are outputs of a layer if this one is."""
+    row = None if value.producer is None else of(value.producer)
+    moving = [v for v in value.operands if v.both]
+    adds = row is not None and row.combines == "sum"
+    if adds and len(moving) == 2:
+        return moving
+    if value.source is not None:
+        return [value.source]
+    biased = adds and all(v.pure for v in value.operands if v not in moving)
+    brought = row is not None and row.brings and not any(v.pure or v.chosen for v in value.operands)
+    looped = row is not None and row.name == SCAN
+    return moving if len(moving) == 1 and (biased or brought or looped) else []
 
 
 def finish(graph: Graph, given: Mapping[int, Any], params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:

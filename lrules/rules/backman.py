@@ -23,10 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
-from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import varying_axes
-from lrules.engine.product import Product
-from lrules.engine.records import Layer
+from lrules.extend import Layer, Product, at_least_float32
 from lrules.options import ByName, is_number, mesh_axes
 from lrules.rule import Rule
 from lrules.typing import AxisName, Numbers
@@ -107,7 +105,7 @@ def backman(
     return sequential(backward, whole_batch=True, gain=gain, numbers={"alpha": alpha})
 
 
-@functools.partial(jax.jit, static_argnames=("contracted", "axes"), inline=True)
+@functools.partial(jax.jit, static_argnames=("contracted", "axes"))
 def _coefficients(raw: jax.Array, alpha: Any, size: Any, contracted: tuple[int, ...], axes: tuple[str, ...]) -> Any:
     """The coefficients of the neurons; traced once for all layers of one shape.
 

@@ -12,11 +12,9 @@ from typing import Any
 import jax
 
 from lrules.constructors import direct
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame
-from lrules.engine.plan import Plan
+from lrules.extend import Backprop, Frame, Graph, Plan, RuleDescription
 from lrules.network import Network, NetworkLike
-from lrules.rule import Backprop, Feedback, Rule, RuleDescription
+from lrules.rule import Feedback, Rule
 from lrules.typing import Pytree
 
 

@@ -13,29 +13,15 @@ from typing import Any, Literal
 import jax
 
 from lrules.constructors import direct
+from lrules.extend import correlate, project
 from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
 from lrules.typing import Initializer, Pytree
 
 
-def project(e: jax.Array, b: Any) -> jax.Array:
-    """Brings the output error `e` `[batch, outputs]` to a hidden signal by `b` `[outputs, *hidden]`."""
-    e = e if e.dtype == b.dtype else e.astype(b.dtype)
-    return jax.lax.dot_general(e, b, (((e.ndim - 1,), (0,)), ((), ())))
-
-
 def arrive(e: jax.Array, b: Any, targets: Pytree, name: str) -> jax.Array:
     """The signal that direct feedback alignment brings to a hidden signal."""
     return project(e, b)
-
-
-def correlate(e: jax.Array, h: jax.Array, b: Any) -> Any:
-    """The product of the output error `e` `[batch, outputs]` and the hidden signal `h` `[batch, *hidden]`.
-
-    It sums over the batch. It is the transpose of `project`, so that JAX itself sums over devices if the batch lies on
-    several.
-    """
-    return jax.vjp(lambda b: project(e, b), b)[1](h)[0]
 
 
 def direct_feedback_alignment(

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 
 from lrules.constructors import sequential
-from lrules.engine.product import Product
-from lrules.engine.records import Layer
+from lrules.extend import Layer, Product
 from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
 from lrules.typing import Initializer

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lrules.constructors import layerwise
-from lrules.engine.graph import Graph
+from lrules.extend import Backprop, Graph, LayerRule, layerwise, require_description
 from lrules.options import ByName, first_match, require_pattern
-from lrules.rule import Backprop, LayerRule, Rule, require_description
+from lrules.rule import Rule
 
 
 def partition(rules: Mapping[str, Rule]) -> Rule:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
+from lrules.extend import project
 from lrules.options import as_initializer
 from lrules.rule import Rule
-from lrules.rules.direct_feedback_alignment import project
 from lrules.typing import Initializer, Pytree
 
 

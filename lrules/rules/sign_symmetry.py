@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
-from lrules.engine.dtypes import at_least_float32
-from lrules.engine.product import Product
-from lrules.engine.records import Layer
+from lrules.extend import Layer, Product, at_least_float32
 from lrules.options import as_initializer
 from lrules.rule import Rule
 from lrules.typing import Initializer

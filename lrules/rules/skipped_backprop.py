@@ -18,13 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.constructors import layerwise
-from lrules.engine.activations import passing_names, treated
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.plan import Plan
-from lrules.engine.records import Activation, Hidden
-from lrules.rule import Direct, Rule
+from lrules.extend import Activation, Direct, Frame, Graph, Handler, Hidden, Plan, layerwise, passing_names, treated
+from lrules.rule import Rule
 
 
 def skipped_backprop(passing: str | Iterable[str] = ()) -> Rule:

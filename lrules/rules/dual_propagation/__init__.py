@@ -30,13 +30,10 @@ from typing import Any
 
 import jax
 
-from lrules.apply import mean_loss
-from lrules.engine.activations import passing_names
-from lrules.engine.graph import Graph
-from lrules.engine.plan import Plan
-from lrules.network import Network, NetworkLike, as_network
+from lrules.extend import Graph, Plan, RuleDescription, as_network, check_params, mean_loss, passing_names
+from lrules.network import Network, NetworkLike
 from lrules.options import by_name, is_number
-from lrules.rule import Feedback, Gradients, Rule, RuleDescription, check_params
+from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
 from lrules.rules.dual_propagation.outputs import exact_error

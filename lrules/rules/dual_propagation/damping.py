@@ -16,11 +16,10 @@ import numpy as np
 
 from lrules.diagnostics import spectral_norm
 from lrules.engine.activations import sampled
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.jaxprs import Equation, is_literal
 from lrules.engine.operations import of
-from lrules.engine.records import Activation, Layer, Value
+from lrules.engine.records import Value
+from lrules.extend import Activation, Frame, Graph, Handler, Layer, Operation
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Unit
 

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal, placed_as
+from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal
 from lrules.engine.operations import of
-from lrules.engine.records import Activation, Block, Value
+from lrules.engine.records import Block, Value
 from lrules.engine.regions import Region, RegionProgram
+from lrules.extend import Activation, Graph, placed_as
 
 FAR = np.asarray([-1e4, 1e4])
 NEAR = np.asarray([-0.03, -0.01, -0.003, 0.003, 0.01, 0.03])

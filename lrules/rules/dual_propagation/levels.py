@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import INLINED, SCAN, Atom, is_literal, scan_counts
 from lrules.engine.operations import of
 from lrules.engine.records import Block
+from lrules.extend import Graph
 
 
 def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int]:

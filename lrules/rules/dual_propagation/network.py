@@ -10,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from lrules.engine.activations import treated
-from lrules.engine.graph import Graph
-from lrules.engine.handlers import Frame, Handler, all_zeros_at
-from lrules.engine.plan import Plan
-from lrules.engine.planning import make_plan
-from lrules.engine.running import evaluate
+from lrules.extend import (
+    Direct,
+    Frame,
+    Graph,
+    Handler,
+    Plan,
+    all_zeros_at,
+    evaluate,
+    make_plan,
+    require_description,
+    treated,
+)
 from lrules.network import Network
-from lrules.rule import Direct, Feedback, require_description
+from lrules.rule import Feedback
 from lrules.rules.dual_propagation.damping import check_projection, readers, strengths
 from lrules.rules.dual_propagation.differences import check_differences
 from lrules.rules.dual_propagation.levels import levels_of

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from lrules.extend import require_description
 from lrules.options import ByName, is_number, is_whole, mesh_axes, require_flags
-from lrules.rule import Rule, require_description
+from lrules.rule import Rule
 from lrules.typing import AxisName
 
 Number = float | Mapping[str, float]  # one for all states, or by regular expression on their names

@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.engine.dtypes import at_least_float32
-from lrules.engine.handlers import Frame, Handler
-from lrules.engine.records import Activation
 from lrules.engine.regions import RegionFunction
+from lrules.extend import Activation, Frame, Handler, at_least_float32
 from lrules.rules.dual_propagation.options import Options
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and the error that last arrived from above

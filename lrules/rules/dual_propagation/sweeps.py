@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.handlers import Frame, Handler
 from lrules.engine.jaxprs import as_varying, varying_axes
-from lrules.engine.running import evaluate
+from lrules.extend import Frame, Handler, evaluate
 from lrules.rules.dual_propagation.network import DualNetwork
 from lrules.rules.dual_propagation.outputs import Floats
 from lrules.rules.dual_propagation.states import State, residual, with_damping

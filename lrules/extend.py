@@ -1,0 +1,231 @@
+"""What a rule needs that `sequential` and `direct` cannot say: the parts of which the library's own rules are made.
+
+A *site* is a place in a network where something happens to the error: a layer, a hidden signal, an activation, a bias
+or a scale. A *handler* says what happens at the sites while the network runs. A *frame* is what it reads and writes
+there. A *plan* is what a rule does at each site of one network; `make_plan` also refuses what the rule cannot serve.
+
+| to | use |
+| --- | --- |
+| see what is in a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`, `activations`, `affines` |
+| run it with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for noise, `all_zeros_at` for probes |
+| say what a rule does where | `Sequential`, `Direct`, `Backprop`; `make_plan`, `Plan`; `layerwise` makes a rule of it |
+| run a network as a plan says | `evaluate`; with direct feedback `run_to_heads` and `from_heads` |
+| send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and `correlate` |
+| tell activations apart | `treated`, `passing_names` |
+| find the batch in a tensor | `batch_axis`, `doubled`, `BatchAxis` |
+| put a value where another is | `placed_as`, `split_as` (devices), `at_least_float32` (precision) |
+| check what users give | `as_network`, `check_params`, `mean_loss` |
+
+A rule of its own, with two forward passes. Noise xi is added to what each layer computes, and the weights follow the
+effect that it has on each example's loss (REINFORCE, Williams 1992): dW_l = (L(xi) - L(0)) / std xi_l x_l^T.
+
+    >>> import jax, jax.numpy as jnp, lrules
+    >>> from lrules import extend
+    >>> class Noise(extend.Handler):
+    ...     arrays = ("key",)  # its attributes that hold arrays
+    ...     def __init__(self, std, key):
+    ...         self.std, self.key = std, key
+    ...     def layer(self, layer, op, w, b, x, frame):
+    ...         y = op(w, x)
+    ...         xi = jax.random.normal(extend.key_at(self.key, layer.at_output, y, frame), y.shape, y.dtype)
+    ...         frame.records[layer.at_output] = xi  # inside a loop, records come out stacked
+    ...         return y + self.std * xi
+    >>> class Credit(extend.Handler):
+    ...     arrays = ("gain",)
+    ...     def __init__(self, gain):
+    ...         self.gain = gain
+    ...     def layer(self, layer, op, w, b, x, frame):
+    ...         y = op(w, jax.lax.stop_gradient(x))  # nothing goes down
+    ...         frame.records[layer.at_output] = jnp.vdot(self.gain[:, None] * frame.inputs[layer.at_output], y)
+    ...         return y
+    >>> def perturbed(std):
+    ...     own = extend.Sequential(lambda *_: (None, None, None))  # at every layer: not backpropagation
+    ...     def plan(net, params, inputs):
+    ...         return extend.make_plan(net, net.graph(params, inputs), params, inputs, lambda name: own)
+    ...     def init(key, net, params, inputs):
+    ...         net = extend.as_network(net)
+    ...         return plan(net, params, inputs).init(key, net.parameters(params))
+    ...     def transform(net, *, reduction="mean"):
+    ...         raise ValueError("perturbed needs the loss: use lrules.value_and_grad(net, loss, rule)")
+    ...     def value_and_grad(net, loss):
+    ...         def step(params, feedback, inputs, targets, *, rng):
+    ...             plan(net, params, inputs)  # which refuses what has no layers that can be served
+    ...             clean, _, _ = extend.run(net, params, inputs)
+    ...             noisy, _, xi = extend.run(net, params, inputs, [Noise(std, rng)])
+    ...             gain = (loss(noisy, targets) - loss(clean, targets)) / std
+    ...             def credit(params):
+    ...                 _, _, found = extend.run(net, params, inputs, [Credit(gain / gain.size)], given=xi)
+    ...                 return sum(map(jnp.sum, found.values()))
+    ...             value = extend.mean_loss(net, loss, clean, inputs, targets)
+    ...             return (value, clean), lrules.Gradients(jax.grad(credit)(params), {})
+    ...         return step
+    ...     return lrules.Rule(init, transform, value_and_grad, stochastic=True)
+    >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    >>> x, y, rule = jnp.ones((5, 3)), jnp.zeros((5, 2)), perturbed(1e-3)
+    >>> step = lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)
+    >>> (value, _), grads = step(params, rule.init(jax.random.key(0), net, params, x), x, y, rng=jax.random.key(1))
+    >>> grads.params["a"].shape
+    (3, 4)
+
+Sequential feedback rides along with the weights: `b` is what stands in the place of `w`, after the same casts, reshapes
+and slices. A handler that changes the error at a site is an identity with a derivative of its own (`jax.custom_vjp`),
+which takes all arrays as arguments: inside a loop it must not close over any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lrules.apply import mean_loss
+from lrules.constructors import layerwise
+from lrules.engine.activations import passing_names, treated
+from lrules.engine.batch import BatchAxis, batch_axis, doubled
+from lrules.engine.dtypes import at_least_float32
+from lrules.engine.graph import Graph
+from lrules.engine.handlers import Frame, Handler, Operation, all_zeros_at, key_at, zeros_at
+from lrules.engine.jaxprs import placed_as, split_as
+from lrules.engine.landing import direct_feedback_gradient, output_error, sent_error
+from lrules.engine.plan import Plan
+from lrules.engine.planning import make_plan
+from lrules.engine.product import Product
+from lrules.engine.records import Activation, Affine, Hidden, Layer
+from lrules.engine.running import evaluate, from_heads, run_to_heads
+from lrules.engine.weights import DirectFeedback, SequentialFeedback, sequential_feedback_of
+from lrules.network import NetworkLike, as_network
+from lrules.rule import Backprop, Direct, LayerRule, RuleDescription, Sequential, check_params, require_description
+from lrules.typing import Pytree
+
+__all__ = [
+    "Activation",
+    "Affine",
+    "Backprop",
+    "BatchAxis",
+    "Direct",
+    "DirectFeedback",
+    "Frame",
+    "Graph",
+    "Handler",
+    "Hidden",
+    "Layer",
+    "LayerRule",
+    "Operation",
+    "Plan",
+    "Product",
+    "RuleDescription",
+    "Sequential",
+    "SequentialFeedback",
+    "all_zeros_at",
+    "as_network",
+    "at_least_float32",
+    "batch_axis",
+    "check_params",
+    "correlate",
+    "direct_feedback_gradient",
+    "doubled",
+    "evaluate",
+    "from_heads",
+    "key_at",
+    "layerwise",
+    "make_plan",
+    "mean_loss",
+    "output_error",
+    "passing_names",
+    "placed_as",
+    "project",
+    "require_description",
+    "run",
+    "run_to_heads",
+    "sent_error",
+    "sequential_feedback_of",
+    "split_as",
+    "treated",
+    "zeros_at",
+]
+
+
+def run(
+    net: NetworkLike,
+    params: Pytree,
+    inputs: Pytree,
+    handlers: Sequence[Handler] = (),
+    *,
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Runs a network with handlers at its sites.
+
+    Args:
+      net, params, inputs: the network and what it takes.
+      handlers: the first one acts nearest to the layers. The network's own (`net.handlers`, those of modifiers) are not
+        among them unless they are given.
+      given: arrays by site, which handlers find in `frame.inputs`; those of sites inside a loop have its length in
+        front, see `zeros_at`.
+
+    Returns:
+      `(outputs, aux, records)`; records are what handlers put into `frame.records`, stacked over the loops.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> class Widths(lrules.extend.Handler):
+      ...     def layer(self, layer, op, w, b, x, frame):
+      ...         frame.records[layer.at_output] = y = op(w, x)
+      ...         return y
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> outputs, aux, records = run(net, params, jnp.ones((5, 3)), [Widths()])
+      >>> {site: value.shape for site, value in records.items()}
+      {'a output': (5, 4), 'b output': (5, 2)}
+    """
+    net, frame = as_network(net), Frame(given or {})
+    graph = net.graph(params, inputs)
+    outputs, aux = graph.run(net.parameters(params), jax.tree.leaves(inputs), handlers=handlers, frame=frame)
+    return outputs, aux, frame.taken()
+
+
+def project(e: jax.Array, b: jax.Array) -> jax.Array:
+    """Brings the output error to a hidden signal.
+
+    s = e . B
+
+    Args:
+      e: the output error, `[batch, outputs]`.
+      b: the feedback weight, `[outputs, *hidden]`.
+
+    Returns:
+      The signal, `[batch, *hidden]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
+      (5, 3, 4)
+    """
+    e = e if e.dtype == b.dtype else e.astype(b.dtype)
+    return jax.lax.dot_general(e, b, (((e.ndim - 1,), (0,)), ((), ())))
+
+
+def correlate(e: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of the output error and a hidden signal, summed over the batch.
+
+    dB = sum over examples of e h^T
+
+    It is the transpose of `project`, in which JAX itself sees to a batch that lies on several devices.
+
+    Args:
+      e: the output error, `[batch, outputs]`.
+      h: the hidden signal, `[batch, *hidden]`.
+      b: the feedback weight, `[outputs, *hidden]`, for its shape and dtype.
+
+    Returns:
+      An array like b.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> correlate(jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.zeros((2, 3))).tolist()
+      [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
+    """
+    return jax.vjp(lambda b: project(e, b), b)[1](h)[0]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
