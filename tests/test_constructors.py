@@ -344,7 +344,7 @@ def test_another_networks_state():
     feedback = rule.init(KEY, mlp, W, X)
     for state in ((), {"a": feedback.state["a"]}, {**feedback.state, "a": jnp.zeros(3)}):
         text = message(ValueError, lambda: step(W, NONE._replace(state=state), X, Y))  # noqa: B023
-        assert "feedback.state is not that of this rule and network: make it with rule.init" in text
+        assert "feedback.state was made for another rule or network: make it with rule.init" in text
 
 
 def test_whole_batches_and_single_examples():

@@ -1,9 +1,9 @@
-"""Where the batch lies in a tensor: found by tracing a network at twice the batch, and back through what made it.
+"""Where the batch lies in a tensor: this is found by tracing the network at twice the batch.
 
-An axis that doubles with the batch holds it. Direct feedback brings each example its own error, so the order counts
-too: the axis is followed back, through what keeps order, to the inputs. Where it was merged with others, as in
-`[batch * time]`, the reshape that did so tells how; where examples were reversed, sorted, gathered or concatenated
-along it, nothing can be told.
+An axis that doubles with the batch holds the batch. Direct feedback brings each example its own error, so the order of
+the examples counts too: the axis is followed back to the inputs, through operations that keep the order. If it was
+merged with other axes, as in `[batch * time]`, the reshape shows how. If examples were reversed, sorted, gathered or
+concatenated along the axis, their order is not known.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class BatchAxis:
 
     @property
     def merged(self) -> list[int]:
-        """The sizes of what is merged with the batch."""
+        """The sizes of the axes that are merged with the batch."""
         return [n for n in (self.before, self.after) if n != 1]
 
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape without the batch, a merged axis taken apart."""
+        """The shape without the batch; a merged axis is split."""
         return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
 
     def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
+        """Moves the batch axis, which is first in `x`, to its place in a tensor of that shape."""
         if not self.merged:
             x = moved(x, [0], [self.axis])
             return x if x.shape == tuple(shape) else x.reshape(shape)
@@ -69,7 +69,7 @@ def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> ja
 
 @dataclasses.dataclass(frozen=True)
 class Unbatched(BatchAxis):
-    """In place of a batch axis, of a tensor that is the same for all examples: their signals add up there."""
+    """Instead of a batch axis, for a tensor that is the same for all examples: their signals add up there."""
 
     axis: int = -1
 
@@ -84,16 +84,16 @@ class Unbatched(BatchAxis):
 
 
 class Moved(Exception):
-    """Examples were put into another order."""
+    """The network puts the examples into another order."""
 
 
 Step = tuple[Value, Value, int, tuple[int, int]]
 
 
 def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
+    """The batch axis of a value, from its traces `a` at the batch and `b` at twice the batch; None if not known."""
     shape = a.aval.shape
-    if b is None:  # the model takes no other batch: the only axis that can hold it
+    if b is None:  # the model does not accept another batch: the only axis that can hold it
         candidates = [i for i, n in enumerate(shape) if n != 0 and n % batch == 0]
         return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
     axis = _grown(a, b)
@@ -109,7 +109,7 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
 
 
 def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """The same for an output or a hidden signal, where the network may say it itself (`Network.signal_axes`)."""
+    """The same for an output or a hidden signal; `Network.signal_axes` may give the axis."""
     stated = net.stated_axis(name, a.aval.shape, batch)
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
@@ -123,10 +123,10 @@ def _grown(a: Value, b: Value) -> int | None:
 
 
 def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
-    """`(before, after)`, the sizes merged with the batch in front of it and behind; None where it cannot be told.
+    """`(before, after)`, the sizes merged with the batch before and after it; None if not known.
 
     Raises:
-      Moved: the examples do not lie in the order of the inputs.
+      Moved: the examples are not in the order of the inputs.
     """
     way: list[tuple[Value, int, tuple[int, int]]] = []  # from the value to where it is known
     while (known := (a.order_of_batch or {}).get(axis)) is None:
@@ -151,12 +151,12 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
 
 
 def _step(a: Value, b: Value, axis: int) -> Step | None:
-    """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
+    """One step back: the operand that holds the axis, in both traces, its axis there, and the merged sizes."""
     if a.producer is not None:
         return _back(a.producer, a, b, axis)
     if not a.operands:
         return None
-    u, v = a.operands[0], b.operands[0]  # a slice of what is scanned, the start of a carry, a shard_map's operand
+    u, v = a.operands[0], b.operands[0]  # a slice of a scanned value, the start of a carry, a shard_map's operand
     outer = axis + len(u.aval.shape) - len(a.aval.shape)
     return (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
 
@@ -200,7 +200,7 @@ def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
 
 
 def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
-    """Through a view: the axis holds one of the operand's, or several, of which the one that grows is the batch."""
+    """Through a view: the axis holds one axis of the operand, or several; the axis that grows is the batch."""
     held, i = axes[axis], _grown(u, v)
     if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
         return None
@@ -209,10 +209,10 @@ def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u:
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
-    """The network traced at twice the batch; None where the model does not trace so.
+    """The network traced at twice the batch; None if the model cannot be traced like this.
 
     Raises:
-      ValueError: it traces, and comes out as another network.
+      ValueError: the trace is another network.
     """
 
     def trace() -> Graph | None:
@@ -228,7 +228,7 @@ def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph
         return None
     if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
         raise ValueError(
-            "the network has other layers at another batch size, so direct feedback cannot tell the examples apart: "
+            "the network has other layers at another batch size, so direct feedback cannot find the single examples: "
             "write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
         )
     return twice
