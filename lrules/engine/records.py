@@ -180,6 +180,7 @@ class Value:
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    at_twice: Aval | None = None  # what it is at twice the batch (see twice.py)
     order_of_batch: dict[int, Any] | None = None  # what the batch is merged with in an axis (see batch.py)
     arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
@@ -249,11 +250,11 @@ class Block:
     @functools.cached_property
     def readers(self) -> dict[Any, tuple[int, ...]]:
         """The equations that read each variable, by number; -1: it is a result of the block."""
-        found: dict[Any, tuple[int, ...]] = {v: (-1,) for v in self.jaxpr.outvars if not is_literal(v)}
+        found: dict[Any, list[int]] = {v: [-1] for v in self.jaxpr.outvars if not is_literal(v)}
         for index, eqn in enumerate(self.jaxpr.eqns):
             for v in {v for v in eqn.invars if not is_literal(v)}:
-                found[v] = (*found.get(v, ()), index)
-        return found
+                found.setdefault(v, []).append(index)
+        return {v: tuple(indices) for v, indices in found.items()}  # which the garbage collector need not look into
 
     def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
