@@ -1,24 +1,24 @@
-"""The two constructors from which most rules are made, `sequential` and `direct`.
+"""The two constructors that make most rules, `sequential` and `direct`.
 
-The functions of a rule get some arguments by position, always. They get more if they have an argument of one of these
-names, without a default value or with None as one:
+The functions of a rule always get some arguments by position. They get more arguments if they ask for them by name:
+with an argument of one of these names, without a default value or with the default None.
 
-- `rng`: a key of its own for this layer or hidden signal, this step, this iteration of the loops around
-  it, and this device.
-- `state`: what the function returned here at the step before. It returns the new state as one more result.
+- `rng`: a separate key for this layer or hidden signal, this step, this iteration of the loops around it, and this
+  device.
+- `state`: the state that the function returned here at the step before. It returns the new state as one more result.
 - `targets`: the targets of the whole batch. (`signal` has them by position, with `targets=True`.)
-- `elements`: how many losses the objective is the mean of: the batch, or more with a loss `[batch, ...]`.
-- `h`: the hidden signal. In `backward` it is what the layer reads, as the model made it: x before casts, reshapes and
-  transposes; None where the layer reads data. In `signal` it is `[batch, *hidden]`, as e and b see it.
-- `y`: in `backward` the output of the layer, `op(w, x)`. In `signal` and `learn` the pre-activation z of the activation
-  whose output the hidden signal is, `[batch, *hidden]`; None where it is not the output of an activation.
-- `slope`: f'(z). In `backward`, f is the activation above the layer, whose z is y plus a bias or other terms, scaled or
-  normalised; `slope` has the shape of y, and is None where there is no such activation, or more than one. In `signal`
-  and `learn`, the hidden signal is f(z); None as for `y`. Inside
-  `replace_derivative` it is what that modifier puts there.
+- `elements`: the number of losses in the mean of the objective: the batch, or more with a loss `[batch, ...]`.
+- `h`: the hidden signal (see docs/terms.md). In `backward` it is the input x of the layer, before casts, reshapes and
+  transposes; None if the layer reads data. In `signal` it is `[batch, *hidden]`, with the axes of e and b.
+- `y`: in `backward` the output of the layer, `op(w, x)`. In `signal` and `learn`, the pre-activation z if the hidden
+  signal is f(z) for an activation f, `[batch, *hidden]`; None if it is not.
+- `slope`: f'(z). In `backward`, f is the activation above the layer, and its z is y plus a bias or other terms, scaled
+  or normalised; `slope` has the shape of y, and is None if there is no such activation, or more than one. In `signal`
+  and `learn`, the hidden signal is f(z); None as for `y`. Inside `replace_derivative` it is the derivative of that
+  modifier.
 - a name in `numbers=`: the number for this layer or hidden signal.
 
-`targets`, `elements` and `state` are not there under `lrules.transform`: such rules are for `lrules.value_and_grad`.
+`lrules.transform` has no `targets`, `elements` and `state`: rules that ask for them need `lrules.value_and_grad`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from lrules.typing import Initializer, Loss, Pytree
 def layerwise(
     choose_for: Callable[[Graph], Callable[[str], LayerRule]], layers: Iterable[LayerRule], *, layer: LayerRule | None
 ) -> Rule:
-    """A rule that is said layer by layer.
+    """A rule that acts layer by layer.
 
     Args:
-      choose_for: from a traced network to the rule of each layer, by name.
+      choose_for: a function from a traced network to a function from the name of a layer to its rule.
       layers: the rules that a layer may have.
       layer: the rule where it is the same for all, so that `partition` takes it; else None.
 
@@ -75,7 +75,8 @@ def layerwise(
     def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         if needs_loss is not None:
             raise ValueError(
-                f"this rule needs {needs_loss}: use lrules.value_and_grad(net, loss, rule) in place of transform"
+                f"this rule needs {needs_loss}, so transform cannot serve it: use "
+                "lrules.value_and_grad(net, loss, rule)"
             )
 
         def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
@@ -130,49 +131,51 @@ def sequential(
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
 ) -> Rule:
-    """A rule in which error passes through every layer, as `backward` says.
+    """Makes a rule whose error goes down through every layer, as `backward` says.
 
     dW_l, s_{l-1} = backward(W_l, x_{l-1}, s_l * f'(z_l))
 
     Args:
-      backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`. The layer computes `y = op(w, x)`; `d` is the error that
-        arrives at `y`, of its shape; `b` the feedback weight in the place of `w`, of its shape (None without `init`).
-        `dw` is the layer's weight gradient, `dx` what goes down, of the shape of `x`; `db` the gradient of learned
-        feedback, else None. `jax.vjp(op, w, x)[1](d)` gives backpropagation's `(dw, dx)`. It can ask for `rng`,
-        `state`, `targets`, `elements`, `h`, `y`, `slope` and the rule's numbers by name, see `lrules.constructors`.
-        If it asks for `state`, it returns `(dw, dx, db, state)`.
+      backward: `(op, w, b, x, d, layer) -> (dw, dx, db)`. The layer computes `y = op(w, x)`. `d` is the error that
+        arrives at `y`, with its shape. `b` is the feedback weight that replaces `w`, with its shape (None without
+        `init`). `dw` is the weight gradient of the layer, `dx` is the error that goes down, with the shape of `x`, and
+        `db` is the gradient of learned feedback, else None. `jax.vjp(op, w, x)[1](d)` is the `(dw, dx)` of
+        backpropagation. `backward` can ask for `rng`, `state`, `targets`, `elements`, `h`, `y`, `slope` and the numbers
+        of the rule by name, see `help(lrules.constructors)`. If it asks for `state`, it returns `(dw, dx, db, state)`.
       init: the initializer of the feedback weights, as in `jax.nn.initializers`; None if the rule has none.
       learned: whether `db` trains the feedback weights.
-      redrawn: draw the feedback weights anew at every step, from `rng=`, and do not keep them.
+      redrawn: draws new feedback weights at every step, from `rng=`, and does not keep them.
       whole_batch: whether the gradient depends on the batch as a whole (then the rule is not additive).
-      gain: `(op, w, x, d, layer) -> c` if `dw` is c times the gradient of backprop, for modifiers that form it per
-        example; None if c is 1. It can ask for the rule's numbers.
+      gain: `(op, w, x, d, layer) -> c`, if `dw` is c times the gradient of backprop, for modifiers that compute it for
+        each example; None if c is 1. It can ask for the numbers of the rule.
       state: `(layer) -> pytree` of arrays, the first state of a layer; it can ask for `key` and `name`. The shapes are
-        in `layer.weight.aval`, `layer.operand.aval` (what the layer reads) and `layer.output.aval`. States are in
-        `feedback.state` by layer (in a loop one for each iteration, stacked), the next ones in `grads.state`: continue
-        with `feedback._replace(state=grads.state)`.
-      numbers: hyperparameters by name: for each a number, or a dict of numbers by regular expression (`re.search` on
-        the name of the layer, the first match holds). They may be traced by `jax.jit` or `jax.vmap`.
+        in `layer.weight.aval`, `layer.operand.aval` (the input of the layer) and `layer.output.aval`. `feedback.state`
+        has the states by layer (in a loop one for each iteration, stacked), and `grads.state` has the next states:
+        continue with `feedback._replace(state=grads.state)`.
+      numbers: hyperparameters by name. Give for each a number, or a dict of numbers by regular expression for the names
+        of layers (`re.search`, the first match holds). `jax.jit` and `jax.vmap` may trace them.
 
     Returns:
       The rule.
 
     Raises:
-      TypeError: `backward` cannot be called as described, or asks for something else; `init` is not a function.
-      ValueError: two options do not go together; at use: `backward` returns something else than described, or a
-        pattern in `numbers` matches no layer.
+      TypeError: `backward` cannot be called like this, or asks for another name; or `init` is not a function.
+      ValueError: two options do not work together. At use: `backward` returns something else, or a pattern in `numbers`
+        matches no layer.
 
     Example:
+      >>> import jax, lrules
       >>> def backward(op, w, b, x, d, layer, *, factor):
       ...     dw, dx = jax.vjp(op, w, x)[1](d)
       ...     return dw, factor * dx, None
-      >>> halved = sequential(backward, numbers={"factor": {"head": 1.0, ".*": 0.5}})
+      >>> rule = lrules.sequential(backward, numbers={"factor": {"[bcd]": 0.5, ".*": 1.0}})
+      >>> lrules.testing.check_rule(rule)
     """
     require_flags(learned=learned, redrawn=redrawn, whole_batch=whole_batch)
     if redrawn and learned:
-        raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learned=")
+        raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learned")
     if learned and init is None:
-        raise ValueError("learned=True trains feedback weights, which init= draws: give both or neither")
+        raise ValueError("learned=True trains feedback weights, and init draws them: give both or neither")
     given = {name: ByName(name, value) for name, value in (numbers or {}).items()}
     spec = Sequential(backward, init, learned, redrawn, whole_batch, gain, state, given)
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
@@ -195,68 +198,75 @@ def direct(
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
 ) -> Rule:
-    """A rule that brings the output error straight to every hidden signal.
+    """Makes a rule that brings the output error straight to every hidden signal.
 
     delta_l = signal(e, B_l) * f'(z_l)
 
     Args:
       signal: `(e, b, targets, name) -> [batch, *hidden]`, the cotangent of the hidden signal `name`, from the output
         error `e` `[batch, outputs]` and the feedback weight `b` `[outputs, *hidden]` (None without `init`). It can ask
-        for `rng`, `state`, `elements`, `h`, `y`, `slope` and the rule's numbers by name, see `lrules.constructors`. If
-        it asks for `state`, it returns `(signal, state)`. None stops the error at every hidden signal.
-      init: the initializer of the feedback weights, drawn as `[hidden size, outputs]`; None if the rule has none.
+        for `rng`, `state`, `elements`, `h`, `y`, `slope` and the numbers of the rule by name, see
+        `help(lrules.constructors)`. If it asks for `state`, it returns `(signal, state)`. Give None to stop the error
+        at every hidden signal.
+      init: the initializer of the feedback weights; it draws `[hidden size, outputs]`. None if the rule has none.
       learn: `(e, h, b) -> db`, the gradient of the feedback weight from the hidden signal `h` `[batch, *hidden]`; None
-        for fixed feedback. It can ask for `targets`, too, and for `name`. It reads the state of the step before.
-      redrawn: draw the feedback weights anew at every step, from `rng=`, and do not keep them.
-      at: where feedback lands, if not at every hidden signal: regular expressions that names of hidden signals or of
-        tensors marked with `lrules.hidden` match.
-      shared_axes: axes of the outputs (counted with the batch) along which one feedback weight serves all positions:
-        time in `[batch, time, classes]`; places in the hidden signals are found, or said in pairs, as in
-        `direct_feedback_alignment`. `e`, `b` and the hidden signals then come without these axes.
-      rank: bring the error to so many numbers by one random matrix `[outputs, rank]` before it is sent, as in
-        `direct_feedback_alignment`; `e` is then `[batch, rank]`.
-      pullback: in place of `signal`, see `Direct`.
-      targets: whether `signal` needs the targets (then only `value_and_grad` serves it; else it gets None).
-      error_at: where the output error is taken. `"layer"`: where the outputs are a function without parameters of a
-        layer's outputs (softmax, log_softmax, sigmoid), at the layer's outputs. `"outputs"`: at the outputs themselves.
-      max_feedback_bytes: refuse to make more feedback than this.
-      offers: which of the options `at`, `shared_axes` and `rank` your own rule passes on: refusals advise no others.
-      state: `(shape) -> pytree` of arrays, the first state of a hidden signal, whose shape without batch (and shared
-        axes) it gets; it can ask for `key` and `name`. States are kept as those of `sequential`, by hidden signal, one
-        for each iteration of the loops around it and each position along shared axes.
-      numbers: hyperparameters by name, as in `sequential`, for regular expressions on the names of hidden signals.
+        for fixed feedback. It can also ask for `targets` and `name`. It reads the state of the step before.
+      redrawn: draws new feedback weights at every step, from `rng=`, and does not keep them.
+      at: the places where feedback lands, if not at every hidden signal: regular expressions for the names of hidden
+        signals and of tensors marked with `lrules.hidden`.
+      shared_axes: axes of the outputs (counted with the batch) along which all positions share one feedback weight,
+        such as time in `[batch, time, classes]`. The library finds the places in the hidden signals, or you give pairs,
+        as in `direct_feedback_alignment`. `e`, `b` and the hidden signals then do not have these axes.
+      rank: reduces the error to this number of values by one random matrix `[outputs, rank]`, as in
+        `direct_feedback_alignment`. `e` is then `[batch, rank]`.
+      pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
+        cotangent of each hidden signal at its definition, by name.
+      targets: whether `signal` needs the targets (else it gets None). Only `value_and_grad` can serve such a rule.
+      error_at: where the rule takes the output error. `"layer"`: if the outputs are a function without parameters of
+        the outputs of a layer (softmax, log_softmax, sigmoid), at the outputs of this layer. `"outputs"`: at the
+        outputs.
+      max_feedback_bytes: the rule refuses to make more bytes of feedback than this.
+      offers: which of the options `at`, `shared_axes` and `rank` the users of your rule can give. Messages do not
+        advise the others.
+      state: `(shape) -> pytree` of arrays, the first state of a hidden signal, from its shape without batch and shared
+        axes; it can ask for `key` and `name`. States are kept as in `sequential`, by hidden signal: one for each
+        iteration of the loops around it, and for each position along shared axes.
+      numbers: hyperparameters by name, as in `sequential`; regular expressions are for the names of hidden signals.
 
     Returns:
       The rule.
 
     Raises:
-      TypeError: `signal` or `learn` cannot be called as described, or asks for something else; `init` is not a
-        function that returns an array.
-      ValueError: an option is not of the kind described; at use: a function returns something else than described, or
-        a pattern in `numbers` matches no hidden signal.
+      TypeError: `signal` or `learn` cannot be called like this, or asks for another name; or `init` is not a function
+        that returns an array.
+      ValueError: an option does not fit its description. At use: a function returns something else, or a pattern in
+        `numbers` matches no hidden signal.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> def signal(e, b, targets, name, *, slope):  # with the square of the slope, as the slope comes below
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> def signal(e, b, targets, name, *, slope):  # the rule then multiplies by the slope once more
       ...     s = jnp.tensordot(e, b, axes=1)
       ...     return s if slope is None else slope * s
-      >>> squared = direct(signal, init=jax.nn.initializers.glorot_normal())
+      >>> rule = lrules.direct(signal, init=jax.nn.initializers.glorot_normal())
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> rule.init(jax.random.key(0), net, params, jnp.ones((1, 3))).fixed["b"].shape
+      (2, 4)
     """
     require_flags(redrawn=redrawn, targets=targets)
     several = isinstance(at, Iterable) and not isinstance(at, str)
     where: tuple[Any, ...] | None = None if at is None else tuple(at) if several else (at,)
     if where == ():
-        raise ValueError("at= names no place for feedback to land: name some, or leave it out for every hidden signal")
+        raise ValueError("at must name at least one place, got none: leave it out to use every hidden signal")
     for pattern in where or ():
         require_pattern(pattern, "at=")
     if rank is not None and not (is_whole(rank) and rank >= 1):
         raise ValueError(f"rank must be an integer >= 1 or None, got {rank!r}")
     if rank is not None and init is None:
-        raise ValueError(f"rank={rank} makes feedback weights of two factors, which init= draws: give both or neither")
+        raise ValueError(f"rank={rank} makes feedback weights of two factors, and init draws both: give init too")
     if redrawn and learn is not None:
-        raise ValueError("feedback that is redrawn at every step cannot be learned: leave out redrawn= or learn=")
+        raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learn")
     if learn is not None and init is None:
-        raise ValueError("learn= trains feedback weights, which init= draws: give both or neither")
+        raise ValueError("learn trains feedback weights, and init draws them: give both or neither")
     given = {number: ByName(number, value, "hidden signal") for number, value in (numbers or {}).items()}
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,
@@ -266,7 +276,7 @@ def direct(
 
 
 def _pairs(shared_axes: Any) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
-    """`shared_axes=` as axes of the outputs, each with the places of the hidden signals that are given for it."""
+    """`shared_axes=` as axes of the outputs, each with the places in hidden signals that are given for it."""
     several = isinstance(shared_axes, Iterable) and not isinstance(shared_axes, str)
     pairs = [(a, None) if is_whole(a) else a for a in (tuple(shared_axes) if several else (shared_axes,))]
     places: dict[int, tuple[int | str, ...]] = {}
@@ -275,8 +285,8 @@ def _pairs(shared_axes: Any) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
         loop = isinstance(given[1], str) and re.fullmatch(r"loop \d+", given[1])
         if not (is_whole(given[0]) and (loop or is_whole(given[1]) or given[1] is None)):
             raise ValueError(
-                f"shared_axes must be an axis of the outputs, several, or pairs [(axis of the outputs, axis of the "
-                f'hidden signals or "loop 0")], got {shared_axes!r}'
+                f"shared_axes must be an axis of the outputs, several axes, or pairs [(axis of the outputs, axis of "
+                f'the hidden signals or "loop 0")], got {shared_axes!r}'
             )
         out, within = given
         if out in places and (within is None or not places[out]):

@@ -180,18 +180,18 @@ def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str
 
 
 def asked_for(what: str, fn: Callable[..., Any], takes: Sequence[str], offers: Collection[str]) -> frozenset[str]:
-    """Which arguments a function asks for by name, after those that it takes by position.
+    """Finds the arguments that a function asks for by name, after the arguments that it gets by position.
 
-    It asks for an argument that has no default value, or None as one.
+    A function asks for an argument without a default value, or with the default None.
 
     Args:
-      what: what the function is, for messages.
+      what: the name of the function, for messages.
       fn: the function.
-      takes: the arguments that it gets by position, whatever it calls them.
+      takes: the arguments that it gets by position; it may use other names for them.
       offers: the names that it may ask for.
 
     Raises:
-      TypeError: it is not a function, or cannot be called with these.
+      TypeError: `fn` is not a function, or it cannot be called with these arguments.
 
     Example:
       >>> sorted(asked_for("learn", lambda e, h, b, *, rng: e, ["e", "h", "b"], ["rng", "state"]))
@@ -199,15 +199,15 @@ def asked_for(what: str, fn: Callable[..., Any], takes: Sequence[str], offers: C
     """
     call = f"({', '.join(takes)})"
     if not callable(fn):
-        raise TypeError(f"{what} is a {type(fn).__name__}: give a function {call}")
+        raise TypeError(f"{what} must be a function {call}, got a {type(fn).__name__}")
     try:
         parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):  # functions that do not tell
+    except (TypeError, ValueError):  # some functions have no signature
         return frozenset()
     ordered = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(ordered) < len(takes) and all(p.kind != p.VAR_POSITIONAL for p in parameters):
         got = f"({', '.join(p.name for p in ordered)})"
-        raise TypeError(f"{what} takes the arguments {got}, and is called with {call}: give it these arguments")
+        raise TypeError(f"{what} must take the arguments {call}, got a function of {got}")
     names = set()
     for p in (p for p in parameters if p not in ordered[: len(takes)]):
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
@@ -217,6 +217,6 @@ def asked_for(what: str, fn: Callable[..., Any], takes: Sequence[str], offers: C
         elif p.default is p.empty:
             listed = ", ".join(map(repr, offers)) or "nothing"
             raise TypeError(
-                f"{what} asks for {p.name!r}, which it is not given: after {call} it can ask for {listed} by name"
+                f"{what} asks for an unknown argument {p.name!r}: after {call} it can ask for {listed} by name"
             )
     return frozenset(names)

@@ -31,20 +31,20 @@ OFFERED = ("rng", "state", "targets", "elements", "h", "y", "slope")
 
 
 class _LayerRule:
-    """What sequential and direct rules have in common: functions that may ask for more by name."""
+    """The common part of sequential and direct rules: functions that may ask for more arguments by name."""
 
-    of = ""  # what a state is made for
+    of = ""  # a state belongs to it
     redrawn: bool
     numbers: Mapping[str, ByName[Any]]
     state: Callable[..., Any] | None
 
     def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
-        """The functions by their option, with the arguments that they take, and those that they may ask for."""
+        """The functions by their option, with the arguments that they take and the arguments that they may ask for."""
         raise NotImplementedError
 
     @functools.cached_property
     def asks(self) -> dict[str, frozenset[str]]:
-        """What each function asks for by name."""
+        """The arguments that each function asks for by name."""
         return {
             option: asked_for(option, fn, takes, (*offers, *self.numbers))
             for option, (fn, takes, offers) in self.functions().items()
@@ -53,20 +53,20 @@ class _LayerRule:
 
     @functools.cached_property
     def asks_for(self) -> frozenset[str]:
-        """What they ask for beyond the rule's own numbers, all together."""
+        """The arguments that any function asks for, without the numbers of the rule."""
         return frozenset().union(*self.asks.values()) - frozenset(self.numbers)
 
     @functools.cached_property
     def holds(self) -> bool:
-        """Whether a function closes over what JAX traces, or a number is traced."""
+        """Whether a function closes over a traced value, or a number is traced."""
         fns = [fn for fn, _, _ in self.functions().values()]
         return bool(held([*fns, *(value for by_name in self.numbers.values() for value in by_name.values())])[0])
 
     @functools.cached_property
     def begins_with(self) -> frozenset[str]:
-        """What `state` asks for by name."""
+        """The arguments that `state` asks for by name."""
         assert self.state is not None
-        return asked_for("state=", self.state, (self.of,), ("key", "name"))
+        return asked_for("state", self.state, (self.of,), ("key", "name"))
 
     @property
     def stochastic(self) -> bool:
@@ -75,7 +75,7 @@ class _LayerRule:
 
     @property
     def needs_loss(self) -> str | None:
-        """What the rule needs that `transform` does not have; None for nothing."""
+        """A name of what the rule needs and `transform` does not have; None if it needs nothing more."""
         if "targets" in self.asks_for or getattr(self, "targets", False):
             return "the targets"
         if "elements" in self.asks_for:
@@ -84,27 +84,30 @@ class _LayerRule:
 
     @property
     def plain(self) -> bool:
-        """Whether the functions need nothing beyond what they always get, and static numbers."""
+        """Whether the functions need only the arguments that they always get, and static numbers."""
         return not (self.asks_for or self.holds or getattr(self, "targets", False))
 
     def bound(self, option: str, name: str) -> Callable[..., Any]:
-        """A function with the numbers that it asks for, those of one layer or hidden signal."""
+        """A function with the numbers that it asks for, for one layer or hidden signal."""
         fn, wanted = self.functions()[option][0], self.asks[option].intersection(self.numbers)
         return functools.partial(fn, **{number: self.numbers[number].of(name) for number in wanted}) if wanted else fn
 
     def _check_asked(self) -> None:
         for name in self.numbers:
             if name in OFFERED:
-                raise ValueError(f"numbers= names {name!r}, which rules are given anyway: choose another name")
+                raise ValueError(f"numbers must not have {name!r}, which every rule can ask for: use another name")
             if all(name not in asks for asks in self.asks.values()):
                 listed = " or ".join(self.asks)
-                raise ValueError(f"numbers= names {name!r}, for which {listed} does not ask: add it to its arguments")
+                raise ValueError(
+                    f"numbers has {name!r}, but {listed} has no argument of this name: add it to the function"
+                )
         if self.state is not None:
-            assert self.begins_with is not None  # which refuses what cannot be called
+            assert self.begins_with is not None  # this refuses a state that is not a function
             if "state" not in self.asks_for:
-                raise ValueError(f"state= is given, and {' or '.join(self.asks)} does not ask for state: leave one out")
+                listed = " or ".join(self.asks)
+                raise ValueError(f"state is given, but {listed} does not ask for it: add the argument, or drop state")
         if self.state is None and "state" in self.asks_for:
-            raise ValueError("a function asks for state, which begins with what state= makes: give state=")
+            raise ValueError("a function asks for state, but the option state is not given: give the first state")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,8 +121,8 @@ class Sequential(_LayerRule):
       redrawn: whether the rule draws new feedback weights at every step.
       whole_batch: whether the gradient depends on the batch as a whole, so that it must be summed over devices.
       gain: `(op, w, x, d, layer) -> c`, if the weight gradient is c times that of backprop; None for 1.
-      state: `(layer) -> pytree`, the first state of a layer; None where there is none.
-      numbers: hyperparameters by the name under which the functions ask for them.
+      state: `(layer) -> pytree`, the first state of a layer; None if there is none.
+      numbers: hyperparameters, by the name that the functions ask for.
     """
 
     backward: Callable[..., tuple[Any, ...]]
@@ -165,8 +168,8 @@ class Direct(_LayerRule):
         the like without parameters (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
       offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
-      state: `(shape) -> pytree`, the first state of a hidden signal; None where there is none.
-      numbers: hyperparameters by the name under which the functions ask for them.
+      state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
+      numbers: hyperparameters, by the name that the functions ask for.
     """
 
     signal: Callable[..., Any] | None
@@ -194,7 +197,7 @@ class Direct(_LayerRule):
             raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
         self._check_asked()
         if self.state is not None and "state" not in self.asks.get("signal", ()):
-            raise ValueError("learn reads the state, and signal returns the next one: signal must ask for state, too")
+            raise ValueError("learn asks for state, and signal returns the next state, so signal must ask for it too")
 
     def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
         return {

@@ -1,34 +1,35 @@
-"""The conformance test that every rule passes, ours and yours."""
+"""The test that every rule has to pass, ours and yours."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lrules.apply import transform, value_and_grad
-from lrules.modifiers import modify_error
 from lrules.network import Network, as_network
+from lrules.promises import (
+    check_arrives,
+    check_batch,
+    check_descends,
+    check_local,
+    check_modified,
+    check_transform,
+    check_used,
+)
 from lrules.rule import Feedback, Gradients, Rule, require_rule
 from lrules.trial import (
     Trial,
-    changed,
     example,
-    forward,
-    gap_of,
     learned,
     loss,
-    named,
-    norms,
-    off,
     same,
     shapes,
     stirred,
-    wide,
     zip_leaves,
 )
 from lrules.typing import Pytree
@@ -50,45 +51,45 @@ def check_rule(
 
     g(batch) = sum over parts of (n_part / n) g(part),  <g, true gradient> > 0 at the weights nearest the output
 
-    **The program.** The forward pass stays as it is, bit for bit; gradients have the parameters' structure, shapes and
-    dtypes (in bfloat16, too), and are finite, with dead units and with an error of zero; what `has_aux` returns comes
-    through; `jit`, `vmap` over seeds and `scan` over steps agree with plain calls; the second step does not compile
-    again; `init` works under `eval_shape`, returns buffers of its own, and its shapes do not depend on the batch;
-    `feedback.state`, where there is one, is renewed; `transform`, where it serves the rule, agrees with
-    `value_and_grad`.
+    **Program.** The rule keeps the outputs of the network, bit for bit, and what `has_aux` adds to them. Its gradients
+    have the structure, shapes and dtypes of the parameters, also in bfloat16. They are finite, also for dead units and
+    for an error of zero. `jit`, `vmap` over seeds and `scan` over steps give what plain calls give, and the second step
+    does not compile again. `init` works under `eval_shape`, returns new arrays, and gives the same shapes for every
+    batch. A step returns a new `feedback.state`, if there is one. `transform` and `value_and_grad` agree.
 
-    **The error.** An error of zero at the outputs moves no parameter: not checked where the rule is stochastic (it may
-    add noise) or `transform` does not serve it (it may learn from the targets).
+    **Error.** If the error at the outputs is zero, no parameter moves. This is not checked for a stochastic rule, which
+    may add noise, or for a rule that `transform` does not serve, which may learn from the targets.
 
-    **The batch.** The gradient of a batch is the sum of those of its parts, weighted as they are in the objective; and
-    with `transform(..., reduction="sum")` it is n times that of the mean. So each example is treated by itself. Its own
-    error may pass through any function, as in `lrules.sign_error`, if this acts on the scale of the per-example sum, as
-    `lrules.modify_error` does; the cotangent as it arrives is smaller by the size of the batch. A rule that needs the
-    batch as a whole says so: `sequential(whole_batch=True)` or `Rule(additive=False)`. Of a stochastic rule, means over
-    keys are compared, of gradients and of their norms. Left out where the network itself mixes its examples, as
-    BatchNorm does, or does not take half of the batch.
+    **Batch.** The gradient of a batch is the weighted sum of the gradients of its parts, and `reduction="sum"` gives n
+    times the gradient of the mean. So a rule may use any function of one example's own error, as `lrules.sign_error`
+    does. But the function must act on the scale of the per-example sum, as in `lrules.modify_error`: the error that
+    arrives is divided by the size of the batch. A rule that needs the whole batch must say so, with
+    `sequential(whole_batch=True)` or `Rule(additive=False)`. For a stochastic rule, the check compares means over many
+    keys. It is left out if the network itself mixes its examples (BatchNorm), or cannot take half of the batch.
 
-    **The learning.** These have names, for `skip`; feedback weights are other than drawn here, so that an initializer
-    may draw zeros.
+    **Learning.** These promises have names, for `skip`. The check replaces the feedback weights by others, so an
+    initializer may draw zeros.
 
-    - `"descends"`: the weights nearest the output, whose error crosses no hidden signal, go down the objective.
-    - `"local"`: on the default network, the weights of a neuron learn from the error that its bias gets, times what
-      they read, up to positive factors: neither the other way round nor not at all.
-    - `"arrives"`: no parameter that backprop trains stands still. A rule that stops the error says so by
+    - `"descends"`: for the weights nearest the output (their error crosses no hidden signal), the gradient has a
+      positive inner product with the true one.
+    - `"local"`: on the default network, the gradient of a neuron's weights is the error that its bias gets, times what
+      the layer reads, up to positive factors.
+    - `"arrives"`: each parameter that backprop trains gets a gradient. A rule that stops the error must say so, with
       `direct(None)`, as `lrules.last_layer_only` does.
-    - `"used"`: with another value of any one feedback weight something is learned otherwise, and with another key, if
-      the rule is stochastic; each learned feedback weight has a gradient.
+    - `"used"`: each feedback weight changes the step, and so does the key of a stochastic rule. Each learned feedback
+      weight gets a gradient.
     - `"modified"`: modifiers of the error act on the rule, or the rule refuses them.
 
     Args:
       rule: the rule.
-      net, params, inputs: a network to try it on, with outputs `[batch, outputs]`; by default a small multilayer
+      net, params, inputs: the network for the test, with outputs `[batch, outputs]`. Default: a small multilayer
         perceptron with a skip connection, a scale, and one unit that is always dead. Its layers are `a` to `d`.
-      skip: the names of promises that the rule does not make.
+      skip: the names of the promises that the rule does not make.
 
     Raises:
-      AssertionError: a promise is broken; the message says which.
-      ValueError: `skip` names something else.
+      AssertionError: the rule breaks a promise; the message says which.
+      TypeError: the rule is not a `Rule`.
+      ValueError: `skip` has another name.
 
     Example:
       >>> import lrules
@@ -97,7 +98,8 @@ def check_rule(
     require_rule(rule)
     skipped = {skip} if isinstance(skip, str) else set(skip)
     if unknown := sorted(skipped - set(SKIPPABLE)):
-        raise ValueError(f"skip={unknown[0]!r} names no promise: choose from {', '.join(map(repr, SKIPPABLE))}")
+        names = ", ".join(map(repr, SKIPPABLE))
+        raise ValueError(f"skip={unknown[0]!r} is not the name of a promise: choose from {names}")
     default = net is None
     if net is None:
         net, params, inputs = example()
@@ -114,23 +116,38 @@ def check_rule(
 
     trial.feedback = stirred(trial.feedback)
     samples = trial.samples(trial.inputs, trial.targets)
-    _check_batch(trial)
+    check_batch(trial)
     if "descends" not in skipped:
-        _check_descends(trial, samples)
+        check_descends(trial, samples)
     if default and "local" not in skipped:
-        _check_local(trial)
+        check_local(trial)
     if "arrives" not in skipped:
-        _check_arrives(trial, samples)
+        check_arrives(trial, samples)
     if "used" not in skipped:
-        _check_used(trial, samples)
+        check_used(trial, samples)
     if "modified" not in skipped:
-        _check_modified(trial)
+        check_modified(trial)
     if serves_transform(trial.rule, trial.net):
-        _check_transform(trial)
+        check_transform(trial)
 
 
 def serves_transform(rule: Rule, net: Network) -> bool:
-    """Whether `transform` serves the rule (else only `value_and_grad` does)."""
+    """Checks whether `transform` serves a rule; if not, only `value_and_grad` does.
+
+    Args:
+      rule: the rule.
+      net: the network.
+
+    Returns:
+      True or False.
+
+    Example:
+      >>> import lrules
+      >>> net = lrules.Network(lambda w, x: x @ w)
+      >>> serves = lrules.testing.serves_transform
+      >>> serves(lrules.feedback_alignment(), net), serves(lrules.random_target_projection(), net)
+      (True, False)
+    """
     try:
         transform(net, rule)
     except ValueError:
@@ -139,7 +156,22 @@ def serves_transform(rule: Rule, net: Network) -> bool:
 
 
 def half_squared_error(outputs: Pytree, targets: Pytree) -> jax.Array:
-    """0.5 ||y - t||^2 per example, `[batch]`."""
+    """A simple loss for tests and examples: half the squared error of each example.
+
+    L = 1/2 ||y - t||^2
+
+    Args:
+      outputs: y, an array or a pytree of arrays `[batch, ...]`.
+      targets: t, with the same structure and shapes.
+
+    Returns:
+      One loss per example, `[batch]`.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.testing.half_squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()
+      [1.5, 1.5]
+    """
     return loss(outputs, jax.tree.map(jnp.negative, targets))
 
 
@@ -158,7 +190,7 @@ def _check_init(trial: Trial) -> None:
     same(again, feedback, "init with one key gives two results", exact=True)
     for part, _ in trial.parts:
         assert shapes(shaped(part)) == shapes(feedback), (
-            "init gives feedback of other shapes for a smaller batch: make it of shapes that the batch is not part of"
+            "init gives feedback of other shapes for a smaller batch: make its shapes independent of the batch"
         )
 
 
@@ -169,11 +201,11 @@ def _check_rng(trial: Trial) -> None:
     except ValueError as error:
         assert "rng" in str(error), f"the wrong use of rng raises something else: {error}"
     else:
-        raise AssertionError("rng is " + ("not asked for" if trial.rule.stochastic else "taken without need"))
+        raise AssertionError("the rule " + ("does not ask for rng" if trial.rule.stochastic else "takes an unused rng"))
 
 
 def _check_step(trial: Trial) -> Pytree:
-    """The step by itself, jitted and not; returns the outputs of the latter."""
+    """The step alone, with jit and without; returns the outputs without jit."""
     net, params, feedback, inputs, targets = trial.net, trial.params, trial.feedback, trial.inputs, trial.targets
     if serves_transform(trial.rule, trial.net):
         f = transform(net, trial.rule)
@@ -210,8 +242,8 @@ def _check_gradients(params: Pytree, feedback: Feedback, grads: Gradients) -> No
     old = jax.tree.leaves(feedback.state)
     moved = any(not np.array_equal(a, b) for a, b in zip_leaves(grads.state, feedback.state))
     assert moved or not old, (
-        "grads.state is the feedback.state that came in: return the next one, or keep in feedback.fixed what never "
-        "changes"
+        "grads.state is the feedback.state that came in: return the next one, or keep in feedback.fixed the values "
+        "that never change"
     )
 
 
@@ -247,7 +279,7 @@ def _check_scan(trial: Trial) -> None:
 
 
 def _check_tracing(trial: Trial) -> None:
-    """What tracing alone tells, on variants of the default network: half precision, and what `has_aux` returns."""
+    """Checks that need only tracing, on variants of the default network: half precision, and `has_aux`."""
 
     def traced(net: Network, params: Pytree, inputs: Pytree, targets: Pytree, complaint: str) -> Any:
         def step() -> tuple[Any, Feedback]:
@@ -269,179 +301,26 @@ def _check_tracing(trial: Trial) -> None:
         assert shapes((grads.params, grads.feedback)) == shapes((params, feedback.learned)), complaint
     net, params, inputs = example()
     more = Network(lambda p, x: (net(p, x), {"seen": x}), has_aux=True)
-    complaint = "the rule loses what a network with has_aux=True returns besides: return it after the outputs"
+    complaint = "the rule loses the aux of a network with has_aux=True: return it after the outputs"
     found = traced(more, params, inputs, trial.targets, complaint)
     assert found is None or shapes(found[0][0][2:]) == ({"seen": shapes(inputs)},), complaint
 
 
 def _check_no_error(trial: Trial, outputs: Pytree) -> None:
-    """Not jitted, as two programs may round the outputs in two ways: `outputs` are those of such a call."""
+    """It does not use jit, because two programs may round `outputs` in two ways."""
     targets = jax.tree.map(jnp.negative, outputs)
     grads = trial.step(trial.params, trial.feedback, trial.inputs, targets, **trial.rng)[1]
     for name, g in learned(grads).items():
         assert np.all(np.isfinite(g)), (
-            f"the gradient of {name!r} is not finite where the error is zero: do not divide by what may be zero"
+            f"the gradient of {name!r} is not finite where the error is zero: do not divide by a value that can be zero"
         )
     if not trial.rule.stochastic and serves_transform(trial.rule, trial.net):  # targets may teach without an error
         for leaf in jax.tree.leaves(grads.params):
             assert not jnp.any(leaf), "an error of zero at the outputs moves the parameters"
 
 
-# ------------------------------------------------------------------------------------------------------ the learning
 
 
-def _mean(samples: Pytree) -> dict[str, np.ndarray]:
-    return {name: g.mean(0) for name, g in named(samples).items()}
-
-
-def _check_descends(trial: Trial, samples: Gradients) -> None:
-    grads = _mean(samples.params)
-    for name, true in trial.nearest.items():
-        g = grads[name]
-        assert np.any(g), (
-            f"the gradient of {name!r} is zero, and this weight is nearest the output: return its gradient (dw of "
-            "backward), not None"
-        )
-        cosine = np.vdot(g, true).real / (np.linalg.norm(g) * np.linalg.norm(true))
-        assert cosine > 0, (
-            f"the gradient of {name!r}, a weight nearest the output, goes up the objective (its cosine with the true "
-            f"gradient is {cosine:.2f}): check the sign of dw, and that the error is that of the loss given"
-        )
-
-
-def _check_local(trial: Trial) -> None:
-    """One example at a time, so that a bias gets the error itself."""
-    for i in range(len(trial.inputs)):
-        x = trial.inputs[i : i + 1]
-        grads = named(trial.samples(x, trial.targets[i : i + 1]).params)
-        for name, read in forward(trial.params, x)[1].items():
-            kernel, error = grads[f"{name}/kernel"], grads[f"{name}/bias"]
-            expected = wide(read)[0][:, None] * error[:, None]
-            size = np.linalg.norm(expected, axis=1)
-            alive, moves = size > 1e-6 * size.max(), np.any(kernel, axis=1)
-            if trial.rule.additive:  # others may need more than one example
-                assert not np.any(alive & ~moves), (
-                    f"error arrives at the layer {name!r}, whose bias learns, and its kernel does not: return the "
-                    "kernel's gradient (dw of backward), not None"
-                )
-            assert not np.any(alive & moves & ((kernel * expected).sum(1) <= 0)), (
-                f"the kernel of the layer {name!r} learns against the error that the bias gets, times what the layer "
-                'reads: check the sign of dw, or say skip="local" if the weights of a neuron do not share one error'
-            )
-
-
-def _check_arrives(trial: Trial, samples: Gradients) -> None:
-    grads = _mean(samples.params)
-    still = [name for name in trial.true if not np.any(grads[name])]
-    assert not still or trial.stops_error, (
-        f"nothing arrives at {', '.join(map(repr, still))}: return dx from backward, or a signal other than zero; if "
-        'the error is to stop, say so by direct(None), or by skip="arrives" for a Rule made by hand'
-    )
-
-
-def _check_used(trial: Trial, samples: Gradients) -> None:
-    for name, g in named(samples.feedback).items():
-        assert np.any(g) or trial.stops_error, (
-            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, or learn=), or keep the "
-            "weight fixed, without learned=True"
-        )
-    base = named(samples)
-    for kind in ("fixed", "learned"):
-        weights = getattr(trial.feedback, kind)
-        for name, b in weights.items():
-            other = trial.feedback._replace(**{kind: weights | {name: changed(b, -1)}})
-            assert _differ(base, named(trial.samples(trial.inputs, trial.targets, other))), (
-                f"the feedback weight {name!r} is drawn and never used: use it (b of backward or signal), or draw none"
-            )
-    if trial.rule.stochastic and not trial.stops_error:
-        assert _differ(base, {name: g[:1] for name, g in base.items()}), (
-            "the rule is stochastic, and another key changes nothing: use rng, or leave out stochastic=True"
-        )
-
-
-def _differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return any(not np.array_equal(a[name], np.broadcast_to(b[name], a[name].shape), equal_nan=True) for name in a)
-
-
-def _check_modified(trial: Trial) -> None:
-    met: list[str] = []
-
-    def spy(signal: jax.Array, name: str, rng: Any) -> jax.Array:
-        met.append(name)
-        return signal
-
-    step = value_and_grad(trial.net, loss, modify_error(trial.rule, spy))
-    try:
-        jax.eval_shape(lambda p: step(p, trial.feedback, trial.inputs, trial.targets, **trial.rng), trial.params)
-    except (NotImplementedError, ValueError):
-        return  # it refuses modifiers
-    assert met or trial.nearest.keys() == trial.true.keys() or trial.stops_error, (
-        "modifiers of the error do nothing around the rule: run the network with net.handlers, as rules made by "
-        "sequential and direct do, or refuse a network that has handlers"
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- the batch
-
-
-def _check_batch(trial: Trial) -> None:
-    if not trial.rule.additive or not trial.parts:
-        return
-    n = trial.net.batch_size(trial.inputs)
-
-    def added(gradient: Callable[..., dict[str, np.ndarray]], *seeds: int) -> dict[str, np.ndarray]:
-        given = zip(trial.parts, seeds or [13] * len(trial.parts), strict=True)
-        found = [(at, gradient(x, jax.tree.map(lambda t: t[at], trial.targets), seed)) for (x, at), seed in given]  # noqa: B023
-        return {name: sum((at.stop - at.start) / n * g[name] for at, g in found) for name in found[0][1]}
-
-    def of_rule(x: Pytree, t: Pytree, seed: int = 13) -> dict[str, np.ndarray]:
-        return learned(trial.samples(x, t, seed=seed))
-
-    def of_backprop(x: Pytree, t: Pytree, seed: int) -> dict[str, np.ndarray]:
-        return named(trial.true_gradient(x, t))
-
-    # Of a stochastic rule the parts may share what they draw, as feedback weights, or each example may have its own.
-    shared = added(of_rule)
-    apart = added(of_rule, *range(14, 14 + len(trial.parts))) if trial.rule.stochastic else shared
-    for name, whole in of_rule(trial.inputs, trial.targets).items():
-        gaps = [
-            gap_of(whole, parts[name]) or gap_of(norms(whole), norms(parts[name])) for parts in (shared, apart)
-        ]
-        gap = min(gaps)
-        if not gap:
-            continue
-        plain = added(of_backprop)
-        if any(off(plain[name], g) > 1e-3 for name, g in trial.true.items()):
-            return  # the network itself mixes its examples
-        raise AssertionError(
-            f"the gradient of {name!r} is not the sum of those of the parts of the batch (it is off by {gap:.0%}): "
-            "form it from each example's own error, on the scale of the per-example sum as modify_error does, or say "
-            "that it takes the whole batch (sequential(whole_batch=True), Rule(additive=False))"
-        )
-
-
-def _check_transform(trial: Trial) -> None:
-    """Both ways to a gradient agree, and the scale of a sum is told from that of a mean."""
-    rule, net, n = trial.rule, trial.net, trial.net.batch_size(trial.inputs)
-    wanted = learned(trial.jitted(trial.params, trial.feedback, trial.inputs, trial.targets, **trial.rng)[1])
-
-    def compare(reduction: Literal["mean", "sum"], factor: int, complaint: str) -> None:
-        f = transform(net, rule, reduction=reduction)
-
-        def objective(params: Pytree, weights: Any) -> jax.Array:
-            out = f(params, trial.feedback._replace(learned=weights), trial.inputs, **trial.rng)
-            return factor * loss(out[0] if net.has_aux else out, trial.targets).mean()
-
-        got = jax.jit(jax.grad(objective, (0, 1)))(trial.params, trial.feedback.learned)
-        for name, g in learned(Gradients(*got)).items():
-            factors = (factor, 1) if name.startswith("feedback ") else (factor,)  # it may learn without the error
-            assert any(off(g, f * wanted[name]) < 2e-3 for f in factors), complaint.format(name=name)
-
-    if rule.value_and_grad is not None:
-        compare("mean", 1, "transform and value_and_grad give two gradients of {name!r}: form both in the same way")
-    if rule.additive:
-        complaint = 'transform(reduction="sum") does not give the gradient of {name!r} of the mean, times the batch: '
-        compare("sum", n, complaint + "take the scale of the arriving error from reduction=")
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What `lrules.testing.check_rule` tries a rule on: a network, an objective, and the true gradient."""
+"""The material of `lrules.testing.check_rule`: a network, an objective, and the true gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrules.rule import Direct, Feedback, Gradients, Rule
 from lrules.rules.backprop import backprop, last_layer_only
 from lrules.typing import Pytree
 
-KEYS = 64  # for which a stochastic rule gives samples
+KEYS = 64  # the number of samples from a stochastic rule
 
 
 def example(dtype: Any = jnp.float32) -> tuple[Network, Any, jax.Array]:
@@ -27,14 +27,14 @@ def example(dtype: Any = jnp.float32) -> tuple[Network, Any, jax.Array]:
         for name, k, shape in zip("abcd", keys, [(6, 8), (8, 8), (8, 8), (8, 3)], strict=True)
     }
     params["a"]["bias"] = params["a"]["bias"].at[2].set(-100.0)  # never active
-    params["b"]["scale"] = jnp.full(8, 0.9, jnp.float32)  # learns from nothing but what the layer b sends down
+    params["b"]["scale"] = jnp.full(8, 0.9, jnp.float32)  # learns only from the error that the layer b sends down
     x = jax.random.normal(jax.random.key(4), (6, 6))
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))
     return Network(lambda params, x: forward(params, x)[0]), params, x
 
 
 def forward(params: Pytree, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The outputs of the default network, and what its layers read."""
+    """The outputs of the default network, and the inputs of its layers."""
     read = {}
 
     def layer(name: str, h: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def forward(params: Pytree, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Arra
 
 
 def loss(outputs: Pytree, targets: Pytree) -> jax.Array:
-    """0.5 ||y + t||^2 per example, `[batch]`: not the usual loss, so that a rule that ignores it is found out."""
+    """0.5 ||y + t||^2 per example, `[batch]`: not the usual loss, so that a rule that ignores the loss fails."""
     terms = [0.5 * ((y + t) ** 2).reshape(len(y), -1).sum(1) for y, t in zip_leaves(outputs, targets)]
     return sum(terms[1:], terms[0])
 
@@ -71,13 +71,11 @@ class Trial:
         self.jitted: Any = jax.jit(self.step)
         self.over_keys = jax.jit(jax.vmap(lambda k, *args: self.step(*args, rng=k)[1], (0, None, None, None, None)))
 
-    def samples(
-        self, inputs: Pytree, targets: Pytree, feedback: Feedback | None = None, *, seed: int = 13
-    ) -> Gradients:
-        """What a step gives for each of several keys, in front; for one only if the rule is not stochastic."""
+    def samples(self, inputs: Pytree, targets: Pytree, feedback: Feedback | None = None) -> Gradients:
+        """The gradients of a step for several keys (the first axis); for one key if the rule is not stochastic."""
         args = self.params, self.feedback if feedback is None else feedback, inputs, targets
         if self.rule.stochastic:
-            return self.over_keys(jax.random.split(jax.random.key(seed), KEYS), *args)
+            return self.over_keys(jax.random.split(jax.random.key(13), KEYS), *args)
         return jax.tree.map(lambda g: jnp.asarray(g)[None], self.jitted(*args)[1])
 
     def true_gradient(self, inputs: Pytree, targets: Pytree) -> Pytree:
@@ -86,17 +84,17 @@ class Trial:
 
     @functools.cached_property
     def true(self) -> dict[str, np.ndarray]:
-        """The true gradients that are not zero, by name."""
+        """The true gradients, by name, but for those that are zero up to rounding (as a bias below BatchNorm)."""
         found = named(self.true_gradient(self.inputs, self.targets))
-        return {name: g for name, g in found.items() if np.any(g)}
+        return {name: g for name, g in found.items() if np.linalg.norm(g) > 1e-5 * largest(found)}
 
     @functools.cached_property
     def nearest(self) -> dict[str, np.ndarray]:
-        """Those of the weights that are nearest the output: their error crosses no hidden signal."""
+        """The true gradients of the weights nearest the output: their error crosses no hidden signal."""
         try:
             step = value_and_grad(self.net, loss, last_layer_only())
             last = named(step(self.params, Feedback({}, {}), self.inputs, self.targets)[1].params)
-        except (NotImplementedError, ValueError):  # no layers are seen there, so that none is known to be the last
+        except (NotImplementedError, ValueError):  # layers cannot be found there, so the last one is not known
             return {}
         return {name: g for name, g in self.true.items() if off(last[name], g) < 1e-3}
 
@@ -111,7 +109,7 @@ class Trial:
 
     @functools.cached_property
     def parts(self) -> list[tuple[Pytree, slice]]:
-        """The inputs in two parts, and where in the batch; none where the network does not take them."""
+        """The inputs in two parts, and their places in the batch; none if the network does not accept them."""
         axes, n = self.net.input_batch_axes(self.inputs), self.net.batch_size(self.inputs)
         leaves, tree = jax.tree.flatten(self.inputs)
 
@@ -132,7 +130,7 @@ class Trial:
 
 
 def stirred(feedback: Feedback) -> Feedback:
-    """Feedback of the same signs and zeros with other magnitudes; where all are zero, random numbers."""
+    """Feedback with the same signs and zeros and other magnitudes; random numbers if all are zero."""
     return feedback._replace(fixed=changed(feedback.fixed, 1), learned=changed(feedback.learned, 1))
 
 
@@ -169,10 +167,15 @@ def wide(x: Any) -> np.ndarray:
     return np.asarray(x, np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
 
 
-def off(got: np.ndarray, wanted: np.ndarray) -> float:
-    """The distance of two arrays, relative to the size of the second."""
+def largest(arrays: dict[str, np.ndarray]) -> float:
+    """The norm of the largest array."""
+    return max((float(np.linalg.norm(x)) for x in arrays.values()), default=0.0)
+
+
+def off(got: np.ndarray, wanted: np.ndarray, least: float = 0.0) -> float:
+    """The distance of two arrays, relative to the size of the second, or to the least size that counts."""
     distance = float(np.linalg.norm(got - wanted))
-    return distance / max(float(np.linalg.norm(wanted)), 1e-30) if distance else 0.0
+    return distance / max(float(np.linalg.norm(wanted)), least, 1e-30) if distance else 0.0
 
 
 def same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0, exact: bool = False) -> None:
@@ -184,13 +187,20 @@ def same(got: Pytree, wanted: Pytree, complaint: str, *, tolerance: float = 0.0,
         assert fine, f"{complaint} (largest difference {np.max(np.abs(g - w)):.3g})"
 
 
-def norms(samples: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(samples.reshape(len(samples), -1), axis=1)
+def gap_of(whole: np.ndarray, parts: np.ndarray, least: float) -> float:
+    """How far a gradient and the sum of those of the parts lie apart, relative to its size; 0 if that may be chance.
+
+    Both are samples, whose means are compared. Of random gradients whose mean is zero, the norms tell more. Parts of
+    one shape draw the same noise, so that it adds up to as much as 2^(1/2) times the noise of the whole. A gradient
+    that depends on the size of the batch differs by a factor of 2 or more.
+    """
+    a, b = (np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (whole, parts))
+    alike = 0.62 < b.mean() / max(a.mean(), 1e-30) < 1.62
+    return _gap_of_means(whole, parts, least) or (0.0 if alike else _gap_of_means(a, b, least))
 
 
-def gap_of(a: np.ndarray, b: np.ndarray) -> float:
-    """How far two means over samples lie apart, relative to their size; 0 if not farther than chance would have it."""
+def _gap_of_means(a: np.ndarray, b: np.ndarray, least: float) -> float:
     difference, n = a - b, len(a)
     noise = np.sqrt(difference.var(0, ddof=1).sum() / n) if n > 1 else 0.0
-    size, distance = np.linalg.norm(a) / n**0.5, np.linalg.norm(difference.mean(0))
-    return float(distance / max(size, 1e-30)) if distance > 4 * noise + 2e-3 * size else 0.0
+    size, distance = max(np.linalg.norm(a) / n**0.5, least, 1e-30), np.linalg.norm(difference.mean(0))
+    return float(distance / size) if distance > 4 * noise + 2e-3 * size else 0.0

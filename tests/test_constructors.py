@@ -38,30 +38,33 @@ def used(rule, *, value_and_grad=False):
 CALLED = {
     "too_few": (
         lambda: lrules.sequential(lambda op, w, x, d: None),
-        "backward takes the arguments (op, w, x, d), and is called with (op, w, b, x, d, layer)",
+        "backward must take the arguments (op, w, b, x, d, layer), got a function of (op, w, x, d)",
     ),
     "unknown": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, stat: None),
-        "backward asks for 'stat', which it is not given: after (op, w, b, x, d, layer) it can ask for 'rng', "
+        "backward asks for an unknown argument 'stat': after (op, w, b, x, d, layer) it can ask for 'rng', "
         "'state', 'targets', 'elements', 'h', 'y', 'slope' by name",
     ),
-    "unknown_keyword": (lambda: lrules.direct(lambda e, b, targets, name, *, hidden: None), "signal asks for 'hidden'"),
+    "unknown_keyword": (
+        lambda: lrules.direct(lambda e, b, targets, name, *, hidden: None),
+        "signal asks for an unknown argument 'hidden'",
+    ),
     "of_another": (
         lambda: lrules.direct(lambda e, b, targets, name: e, init=GLOROT, learn=lambda e, b: b),
-        "learn takes the arguments (e, b), and is called with (e, h, b)",
+        "learn must take the arguments (e, h, b), got a function of (e, b)",
     ),
     "gain": (
         lambda: lrules.sequential(lambda *_: None, gain=lambda op, w, x, d, layer, rng: 1),
-        "gain asks for 'rng', which it is not given: after (op, w, x, d, layer) it can ask for nothing by name",
+        "gain asks for an unknown argument 'rng': after (op, w, x, d, layer) it can ask for nothing by name",
     ),
-    "no_function": (lambda: lrules.sequential(3), "backward is a int: give a function (op, w, b, x, d, layer)"),
+    "no_function": (lambda: lrules.sequential(3), "backward must be a function (op, w, b, x, d, layer), got a int"),
     "modify_error": (
         lambda: lrules.modify_error(lrules.backprop(), lambda signal: signal),
-        "modify_error: fn takes the arguments (signal), and is called with (signal, name, rng)",
+        "modify_error: fn must take the arguments (signal, name, rng), got a function of (signal)",
     ),
     "init_of_state": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, state: 0, state=lambda: 0),
-        "state= takes the arguments (), and is called with (layer)",
+        "state must take the arguments (layer), got a function of ()",
     ),
 }
 
@@ -105,35 +108,35 @@ def test_functions_of_all_kinds():
 TOGETHER = {
     "learned": (
         lambda: lrules.sequential(lambda *_: None, learned=True),
-        "learned=True trains feedback weights, which init= draws",
+        "learned=True trains feedback weights, and init draws them",
     ),
     "learn": (
         lambda: lrules.direct(lambda *_: None, learn=lambda *_: None),
-        "learn= trains feedback weights, which init= draws",
+        "learn trains feedback weights, and init draws them",
     ),
     "state": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, state: 0),
-        "asks for state, which begins with what state= makes",
+        "asks for state, but the option state is not given",
     ),
     "no_state": (
         lambda: lrules.sequential(lambda *_: None, state=lambda layer: 0),
-        "backward does not ask for state: leave one out",
+        "state is given, but backward does not ask for it",
     ),
     "only_learn": (
         lambda: lrules.direct(lambda *_: None, init=GLOROT, learn=lambda e, h, b, state: b, state=lambda shape: 0),
-        "signal must ask for state, too",
+        "signal must ask for it too",
     ),
     "taken": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, y: 0, numbers={"y": 1.0}),
-        "numbers= names 'y', which rules are given anyway",
+        "numbers must not have 'y', which every rule can ask for",
     ),
     "unasked": (
         lambda: lrules.sequential(lambda *_: None, numbers={"a": 1}),
-        "numbers= names 'a', for which backward does not ask",
+        "numbers has 'a', but backward has no argument of this name",
     ),
     "unasked_by_fn": (
         lambda: lrules.modify_error(lrules.backprop(), lambda s, name, rng: s, numbers={"a": 1}),
-        "numbers= names 'a', for which fn does not ask",
+        "numbers has 'a', but fn has no argument of this name",
     ),
     "empty": (lambda: lrules.sequential(lambda op, w, b, x, d, layer, a: 0, numbers={"a": {}}), "a is an empty dict"),
     "pattern": (
@@ -165,7 +168,7 @@ def test_options_that_do_not_go_together(name):
 )
 def test_what_transform_does_not_have(rule, what):
     text = message(ValueError, lambda: lrules.transform(mlp, rule()))
-    assert text == f"this rule needs {what}: use lrules.value_and_grad(net, loss, rule) in place of transform"
+    assert text == f"this rule needs {what}, so transform cannot serve it: use lrules.value_and_grad(net, loss, rule)"
     with pytest.raises(ValueError, match=what):
         lrules.transform(mlp, lrules.sign_error(rule()))
 
@@ -341,7 +344,7 @@ def test_another_networks_state():
     feedback = rule.init(KEY, mlp, W, X)
     for state in ((), {"a": feedback.state["a"]}, {**feedback.state, "a": jnp.zeros(3)}):
         text = message(ValueError, lambda: step(W, NONE._replace(state=state), X, Y))  # noqa: B023
-        assert "feedback.state is not that of this rule and network: make it with rule.init" in text
+        assert "feedback.state was made for another rule or network: make it with rule.init" in text
 
 
 def test_whole_batches_and_single_examples():

@@ -72,7 +72,7 @@ RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
     ("monotone_dfa", "direct_feedback_alignment"),
 }
-BUILT_ON_RULES = ("adapters", "audit", "description", "modifiers", "testing", "trial")
+BUILT_ON_RULES = ("adapters", "audit", "description", "modified", "modifiers", "promises", "testing", "trial")
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -174,7 +174,7 @@ TESTED_ELSEWHERE = {
     "engine/dtypes": ("test_composition.py", "two rules of one line, tested by networks in half precision"),
     "engine/handlers": ("test_modifiers.py", "what rules and modifiers act through"),
     "engine/jaxprs": ("test_zoo.py", "reading jaxprs and evaluating them: every model does"),
-    "engine/products": ("test_zoo.py", "the layers that are found in every model"),
+    "engine/layers": ("test_zoo.py", "the layers that are found in every model"),
     "engine/plan": ("rules/test_partition.py", "who does what at which layer"),
     "engine/planning": ("rules/test_partition.py", "the same"),
     "engine/landing": ("rules/test_direct_feedback_alignment.py", "how the output error gets to hidden signals"),
@@ -187,6 +187,8 @@ TESTED_ELSEWHERE = {
     "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
     "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
+    "modified": ("test_modifiers.py", "the handlers of modifiers"),
+    "promises": ("test_testing.py", "what check_rule asks"),
     "trial": ("test_testing.py", "what check_rule tries rules on"),
 }
 

@@ -59,8 +59,8 @@ def test_refusals(make_rule, match):
     [
         (lambda: lrules.sign_error(lrules.backprop), "call its factory first"),
         (lambda: lrules.quantize_error(lrules.backprop, 2, at="output"), "call its factory first"),
-        (lambda: lrules.modify_error(lrules.backprop(), None), "fn=None is no function"),
-        (lambda: lrules.replace_derivative(lrules.backprop(), 1.0), "g=1.0 is no function"),
+        (lambda: lrules.modify_error(lrules.backprop(), None), "fn must be a function .*, got None"),
+        (lambda: lrules.replace_derivative(lrules.backprop(), 1.0), "g must be an elementwise function .*, got 1.0"),
         (lambda: lrules.sign_error(lrules.backprop(), axis_name=3), "axis_name must be a name .*, got 3"),
         (lambda: lrules.quantize_error(lrules.backprop(), 2, at="output", axis_name=[1]), "axis_name must be a name"),
     ],
@@ -73,14 +73,14 @@ def test_what_is_no_rule_and_no_function(make_rule, match):
 def test_functions_have_to_keep_the_shape():
     net, x, e = make("shallow")
     for fn, made in {
-        lambda s: s[:1]: r"a signal of shape \(1, 6\)",
+        lambda s: s[:1]: r"the shape \(1, 6\)",
         lambda s: None: "a NoneType",
         lambda s: 0.0: "a float",
     }.items():
         rule = lrules.modify_error(lrules.backprop(), lambda signal, name, rng, fn=fn: fn(signal))
-        with pytest.raises(ValueError, match=f"made {made} of a signal .* an array and to keep the shape"):
+        with pytest.raises(ValueError, match=f"must return an array of the signal's shape .*, got {made}"):
             pull(net, rule, NONE, x, e)
-    with pytest.raises(ValueError, match="made .. of a pre-activation .* it has to be elementwise"):
+    with pytest.raises(ValueError, match=r"g must be elementwise, got the shape \(\) from a pre-activation"):
         pull(net, lrules.replace_derivative(lrules.backprop(), lambda z: z.sum()), NONE, x, e)
 
 

@@ -10,7 +10,7 @@ from tests.small import FA, GLOROT, KEY, NONE, W, X, mlp
 
 
 def test_nowhere_to_land():
-    with pytest.raises(ValueError, match="at= names no place"):
+    with pytest.raises(ValueError, match="at must name at least one place"):
         lrules.direct_feedback_alignment(at=[])
 
 
@@ -59,7 +59,7 @@ def test_options_of_direct_rules(option, match):
 
 
 def test_a_rank_without_feedback_weights():
-    with pytest.raises(ValueError, match="rank=2 makes feedback weights .* init= draws"):
+    with pytest.raises(ValueError, match="rank=2 makes feedback weights .* give init too"):
         lrules.direct(lambda e, b, targets, name: e, rank=2)
 
 

@@ -102,7 +102,7 @@ def in_a_carry(p, x):
 CONSTRUCTS = {
     "while": (
         in_a_while_loop,
-        r"inside a while loop, .* \(a loop with numbers as bounds is served: lax.fori_loop, or lax.scan\)",
+        r"inside a while loop, .* \(rules serve a loop with numbers as bounds: lax.fori_loop, or lax.scan\)",
         [
             lambda p, x: lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ p["b"]), H(p, x)) @ p["c"],
             lambda p, x: lax.scan(lambda h, _: (jnp.tanh(h @ p["b"]), None), H(p, x), None, length=2)[0] @ p["c"],
@@ -110,7 +110,7 @@ CONSTRUCTS = {
     ),
     "carry": (
         in_a_carry,
-        r"a scan's carry .*: scan over it \(xs\) or use it from outside the loop",
+        r"a scan's carry .*: scan over it \(xs\), or use it from outside the loop",
         [
             lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), H(p, x), jnp.stack([p["b"]] * 2))[0] @ p["c"],
             lambda p, x: lax.scan(lambda h, _: (jnp.tanh(h @ p["b"]), None), H(p, x), None, length=2)[0] @ p["c"],
@@ -118,12 +118,12 @@ CONSTRUCTS = {
     ),
     "own derivative": (
         lambda p, x: jnp.tanh(twice(p["b"], H(p, x))) @ p["c"],
-        "inside a custom_vjp function, .*: take the multiplication out of the custom_vjp function",
+        "inside a custom_vjp function, .*: move the multiplication out of the custom_vjp function",
         [lambda p, x: jnp.tanh(_twice(p["b"], H(p, x))) @ p["c"]],
     ),
     "loop with its own derivative": (
         lambda p, x: looped(p["b"], H(p, x)) @ p["c"],
-        "inside a loop inside a custom_vjp function, .*: take the multiplication out of the loop",
+        "inside a loop inside a custom_vjp function, .*: move the multiplication out of the loop",
         [lambda p, x: _looped(p["b"], H(p, x)) @ p["c"]],
     ),
     "unknown primitive": (
@@ -204,7 +204,7 @@ def test_all_layers_refused_at_once(rule):
     """One message names them all; a partition may give them backprop, though no layer is left for the rule."""
     rule = RULES[rule]
     message = refusal(all_at_once, rule, error=NotImplementedError)
-    assert "3 things cannot be served: (1) " in message and "'a', 'b', 'c' backprop() in a partition" in message
+    assert "the rule cannot serve 3 things: (1) " in message and "'a', 'b', 'c' backprop() in a partition" in message
     served(all_at_once, lrules.partition({"^[abc]$": PLAIN, ".*": rule}))
     one_left = lrules.partition({"^b$": PLAIN, ".*": rule})
     assert "'a', 'c' backprop() in a partition" in refusal(all_at_once, one_left)
@@ -249,7 +249,7 @@ DIRECT = ["direct", "monotone", "targets", "skipped", "direct nodes", "modified 
 def test_direct_rules_in_a_branch(rule):
     rule = RULES[rule]
     message = refusal(branch, rule, error=NotImplementedError)
-    assert re.search("layer 'b' lies inside a cond, .* or take the layer out of the cond", message), message
+    assert re.search("layer 'b' lies inside a cond, .* or move the layer out of the cond", message), message
     served(no_branch, rule)
     assert ("partition" in message) == ("sequential rule for it" in message) == taken_by_a_partition(rule), message
     served(branch, FA)
@@ -261,7 +261,7 @@ def test_direct_rules_in_a_branch(rule):
 @pytest.mark.parametrize("rule", [NODES, DUAL])
 def test_rules_of_the_whole_network_in_a_branch(rule):
     message = refusal(branch, rule, error=NotImplementedError)
-    assert "inside a cond" in message and "take" in message and "partition" not in message
+    assert "inside a cond" in message and "move" in message and "partition" not in message
     served(no_branch, rule)
     served(branch, FA)
     if "passing" in message:
@@ -329,7 +329,7 @@ GRAPH = lambda p, x: jax.ops.segment_sum(H(p, x)[SENDERS], RECEIVERS, num_segmen
 def test_where_the_batch_lies(rule):
     rule = RULES[rule]
     params = {"a": W["a"], "c": W["c"]}
-    with pytest.raises(ValueError, match=r"no batch axis.*return outputs \[batch, ...\], or .* \(has_aux=True\)"):
+    with pytest.raises(ValueError, match=r"axis of an output .*return outputs \[batch, ...\], or .* \(has_aux=True\)"):
         rule.init(KEY, summed, W, X)
     served(lambda p, x: IN_ORDER(p, x), rule)
     aux = lrules.Network(lambda p, x: (IN_ORDER(p, x), summed(p, x)), has_aux=True)
@@ -337,7 +337,7 @@ def test_where_the_batch_lies(rule):
 
     message = refusal(GRAPH, rule, params)
     said = {}
-    while "say so, Network(apply, signal_axes=" in message:  # each sentence followed in its turn
+    while "give Network(apply, signal_axes=" in message:  # each sentence followed in its turn
         ((pattern, axis),) = re.findall(r"signal_axes=\{'([^']*)': (\d)\}", message)
         said[pattern] = int(axis)
         net = lrules.Network(GRAPH, signal_axes=dict(said))
@@ -354,7 +354,7 @@ def test_where_the_batch_lies(rule):
         served(net, lrules.partition({"^b$": FA, ".*": rule}))
         served(net, lrules.direct_feedback_alignment(at="^c$"))
     assert ("partition" in message) == ("at=" in message) == (rule is DFA)
-    assert ("write the network so that the batch stays an axis of its own" in message) == (rule is not DFA)
+    assert ("write the network so that the batch is a separate axis" in message) == (rule is not DFA)
 
     assert "only an axis (vmap, scan), or use a sequential rule" in refusal(microbatches, rule, params)
     served(lambda p, x: H(p, x) @ p["c"], rule, params)
@@ -372,7 +372,7 @@ def test_where_the_batch_lies_under_quantised_updates():
     rule = lrules.quantize_update(FA, 3)
     net = lambda p, x: jnp.tanh(jnp.concatenate([H(p, x)[2:], H(p, x)[:2]]) @ p["b"]) @ p["c"]  # noqa: E731
     message = refusal(net, rule)
-    assert "write the network so that the batch stays an axis of its own, in the order of the inputs" in message
+    assert "write the network so that the batch is a separate axis, in the order of the inputs" in message
     served(IN_ORDER, rule)
 
 
@@ -466,14 +466,14 @@ def test_shared_axes():
 
 def test_where_the_error_is_taken():
     rule = lrules.partition({"b": lrules.direct_feedback_alignment(error_at="outputs"), ".*": DFA})
-    assert "give all one error_at=" in refusal(IN_ORDER, rule)
+    assert "give all the same error_at" in refusal(IN_ORDER, rule)
     served(IN_ORDER, lrules.partition({"b": lrules.direct_feedback_alignment(), ".*": DFA}))
 
 
 def test_no_layer():
     weights = W["a"]
     message = refusal(lambda p, x: x @ weights, FA, {"v": jnp.ones(5)})
-    assert "check that the parameters and inputs are the function's arguments" in message
+    assert "check that the parameters and inputs are arguments of the function" in message
     served(lambda p, x: x @ p["a"], FA, {"a": weights})
 
 

@@ -177,7 +177,7 @@ def test_sorted_tokens_under_direct_feedback():
         DFA.init(KEY, RAGGED, EXPERTS, TOKENS)
     stated = lrules.Network(RAGGED, signal_axes={"outputs": 0, "^c$": 0})
     for rule in (DFA, lrules.partition({"e2": FA, ".*": DFA}), lrules.direct_feedback_alignment(at="e2")):
-        with pytest.raises(ValueError, match="signal 'e[12]' .* cannot be told .*: give that layer a sequential"):
+        with pytest.raises(ValueError, match="signal 'e[12]' .* cannot be found .*: give that layer a sequential"):
             rule.init(KEY, stated, EXPERTS, TOKENS)
     landing = lrules.direct_feedback_alignment(at="gate|c")
     feedback = landing.init(KEY, stated, EXPERTS, TOKENS)
@@ -510,7 +510,7 @@ def test_a_graph_that_ends_in_a_softmax(name):
 
 
 def test_a_graph_that_does_not_say_where_its_nodes_lie():
-    with pytest.raises(ValueError, match=r"nodes of one graph .* do, say so, .*signal_axes=\{'outputs': 0\}"):
+    with pytest.raises(ValueError, match=r"nodes of one graph .* are, give .*signal_axes=\{'outputs': 0\}"):
         DFA.init(KEY, gcn(passing), GRAPH, FEATURES)
     said = {"outputs": 0}
     for name in "bc":
@@ -534,7 +534,7 @@ def test_layers_on_edges():
 
     check(messages, GRAPH, FEATURES, ["a", "b", "c"], ["a", "b"])
     net = lrules.Network(messages, signal_axes={"outputs": 0, "^c$": 0})
-    with pytest.raises(ValueError, match="hidden signal 'b' of shape .9, 6. cannot be told .*a sequential rule"):
+    with pytest.raises(ValueError, match="hidden signal 'b' of shape .9, 6. cannot be found .*a sequential rule"):
         DFA.init(KEY, net, GRAPH, FEATURES)
     rule = lrules.partition({"^b$": FA, ".*": DFA})
     feedback = rule.init(KEY, net, GRAPH, FEATURES)
@@ -790,7 +790,7 @@ def test_loops():
         return lax.while_loop(lambda state: state[0] < 2, turn, (0, x @ p["a"]))[1] @ p["c"]
 
     for rule in (FA, DFA, BACKMAN):
-        with pytest.raises(NotImplementedError, match="'b' .* while loop .*numbers as bounds .*fori_loop, or lax.scan"):
+        with pytest.raises(NotImplementedError, match="'b' .* while loop .*numbers as bounds.*fori_loop, or lax.scan"):
             rule.init(KEY, loop, params, TOKENS)
     served = [
         lambda p, x: lax.fori_loop(0, 2, lambda _, h: body(p, h), x @ p["a"]) @ p["c"],

@@ -201,7 +201,7 @@ def test_a_rule_by_hand():
 
 
 def test_names_of_promises():
-    with pytest.raises(ValueError, match="skip='locale' names no promise: choose from 'descends', 'local'"):
+    with pytest.raises(ValueError, match="skip='locale' is not the name of a promise: choose from 'descends', 'local'"):
         check_rule(lrules.backprop(), skip="locale")
     with pytest.raises(TypeError, match="call its factory first"):
         check_rule(lrules.backprop)
@@ -218,7 +218,8 @@ def attention(p, x):
 
 
 def batch_normed(p, x):
-    h = x @ p["a"]
+    """The bias has a gradient of zero, up to rounding."""
+    h = x @ p["a"] + p["bias"][None]
     h = (h - h.mean(0, keepdims=True)) / jnp.sqrt(h.var(0, keepdims=True) + 1e-3)
     return jnp.tanh(h * p["scale"][None]) @ p["b"]
 
@@ -254,7 +255,9 @@ NETWORKS = {
     "attention": (
         attention, weights(**{"in": (4, 6)}, q=(6, 6), k=(6, 6), v=(6, 6), o=(6, 6), out=(6, 3)), data(4, 3, 4)
     ),
-    "batch_normed": (batch_normed, weights(a=(4, 6), b=(6, 2)) | {"scale": jnp.ones(6)}, data(6, 4)),
+    "batch_normed": (
+        batch_normed, weights(a=(4, 6), b=(6, 2)) | {"scale": jnp.ones(6), "bias": jnp.ones(6)}, data(6, 4)
+    ),
     "looped": (
         lrules.Network(looped, has_aux=True, batch_axes=1),
         weights(**{"in": (4, 5)}, h=(5, 5), out=(5, 2)),
@@ -268,7 +271,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("network", mostly_slow(NETWORKS, {"looped", "only_five"}))
+@pytest.mark.parametrize("network", mostly_slow(NETWORKS, {"batch_normed", "looped", "only_five"}))
 @pytest.mark.parametrize("name", mostly_slow(["backprop", "feedback_alignment", "direct_feedback_alignment",
                                               "backman", "dual_propagation"], {"feedback_alignment"}))  # fmt: skip
 def test_networks(name, network):
@@ -330,7 +333,7 @@ def rows_reversed(op, w, b, x, d, layer):
 
 
 def other_feedback(op, w, b, x, d, layer):
-    """Feedback weights in the place of both, of which only one is the layer's own."""
+    """Goes down by a function of the forward weights, and leaves `b` alone."""
     dw, _ = pulled(op, w, x, d)
     return dw, jax.vjp(lambda x: op(jnp.abs(w), x), x)[1](d)[0], None
 
@@ -441,7 +444,7 @@ def by_hand(gradient, **more):
 
 
 def with_the_usual_error(net, params, inputs, targets, grads):
-    """Backprop for half a squared error, whatever the loss is."""
+    """Backprop for half a squared error, also if the loss is another."""
 
     def objective(p):
         out = net(p, inputs)
@@ -456,6 +459,18 @@ def as_it_was(net, params, inputs, targets, grads):
 
 def only_kernels(net, params, inputs, targets, grads):
     return grads._replace(params={n: {"kernel": g["kernel"]} for n, g in grads.params.items()})
+
+
+def transposed(net, params, inputs, targets, grads):
+    return grads._replace(params=jax.tree.map(jnp.transpose, grads.params))
+
+
+def infinite(net, params, inputs, targets, grads):
+    return grads._replace(params=jax.tree.map(lambda g: g / 0, grads.params))
+
+
+def of_feedback(net, params, inputs, targets, grads):
+    return grads._replace(feedback={"b": jnp.ones(2)})
 
 
 def of_two_rules():
@@ -574,10 +589,13 @@ BROKEN = {
     "the usual error": (by_hand(with_the_usual_error), "goes up the objective.*that of the loss given"),
     "value of a sum": (by_hand(as_it_was, value=jnp.sum), "the value is not the mean loss"),
     "other structure": (by_hand(only_kernels), "gradients have another structure"),
+    "other shapes": (by_hand(transposed), r"a gradient is float32\(8, 6\), its parameter float32\(6, 8\)"),
+    "infinite": (by_hand(infinite), "a gradient is not finite"),
+    "gradient of no feedback": (by_hand(of_feedback), "another structure than feedback.learned"),
     "state as it was": (by_hand(as_it_was, state={"n": jnp.ones(2)}), "return the next one"),
     "two rules": (of_two_rules(), "transform and value_and_grad give two gradients of 'a/bias'"),
     "always a mean": (scaled_for_the_mean(), 'transform.reduction="sum".*take the scale of the arriving error'),
-    "without aux": (without_aux(), "loses what a network with has_aux=True returns"),
+    "without aux": (without_aux(), "loses the aux of a network with has_aux=True"),
     "without handlers": (without_handlers(), "modifiers of the error do nothing around the rule"),
     "other outputs": (other_outputs(), "transform changes the outputs"),
     "by batch": (by_batch(), "feedback of other shapes for a smaller batch"),

@@ -1,20 +1,21 @@
 """Analysis: what a jaxpr's values depend on, and the layers, hidden signals and activations found in it.
 
-Every value is classed by what it depends on: parameters only, data only, both, or neither; classes in scan carries go
-to a fixpoint. A *layer* multiplies a value that depends on data by a weight; the *hidden signal* that it reads is
-followed back through casts, reshapes and transposes to the tensor where it was defined. What is a weight:
+Each value has a class: it depends on parameters only, on data only, on both, or on none. For scan carries, the
+classes are found by iteration. A *layer* multiplies a value that depends on data by a weight. The *hidden signal* that
+it reads is followed back through casts, reshapes and transposes to the tensor where it was defined. A weight is:
 
-- what depends on parameters alone;
-- what depends on parameters, and on data only through integers and booleans: a weight *chosen* by data, as an expert's
-  behind a router. An embedding is one, too, until something else than data multiplies it: then it is data itself;
-- what layers have made of their own weights, where it multiplies data with a batch and has none, or has one and
-  multiplies as a matrix: the weights that a hypernetwork makes, a mixed kernel.
+- a value that depends on parameters alone;
+- a value that depends on parameters, and on data only through integers and booleans: a weight *chosen* by data, as that
+  of an expert behind a router. An embedding is such a weight too, until another value than data multiplies it: then it
+  is data itself;
+- a value that layers have made from their weights, if it has no batch and multiplies data with a batch, or if it has a
+  batch and multiplies as a matrix: the weights that a hypernetwork makes, a mixed kernel.
 
-Layers may also read what has no batch (coordinates that are closed over, support sets): constants that go through a
-nonlinearity between two multiplications by parameters. The first walk sees them as weights made of parameters; where it
-meets such a nonlinearity, the walk begins anew with the multiplications before it as layers.
+Layers may also read values without a batch (coordinates that are closed over, support sets): constants that go through
+a nonlinearity between two multiplications by parameters. The first walk takes them for weights made of parameters. When
+it meets such a nonlinearity, the walk begins again, with the multiplications before it as layers.
 
-Uses of parameters that no rule can serve are kept as refusals, for the rule that meets them to raise.
+Uses of parameters that no rule can serve become refusals. The rule that meets them raises them.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from lrules.engine.jaxprs import (
     scan_counts,
     varying_axes,
 )
+from lrules.engine.layers import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
 from lrules.engine.operations import is_product, of, view_axes
-from lrules.engine.products import Multiplication, multiplication, multiplies, of_latents, one_layer, stage, transformed
-from lrules.engine.records import Block, Value, ancestors, classes_of, merged_classes
+from lrules.engine.records import EMPTY, Block, Value, ancestors, classes_of, merged_classes, united
 from lrules.engine.values import output_parameter_axes, parameter_axes, slice_of, varying_dims
 
 
@@ -54,9 +55,9 @@ class Analysis(Findings):
     """One walk over a jaxpr and all jaxprs inside it.
 
     Args:
-      names, ndims: of the parameters.
-      promoted: keys of equations that an earlier walk has found to be layers: the first ones of networks without a
-        batch (0), and products between a Fourier transform and its inverse (over so many axes).
+      names, ndims: the names and the numbers of axes of the parameters.
+      promoted: keys of equations that an earlier walk has found to be layers: the first layers of networks without a
+        batch (value 0), and products between a Fourier transform and its inverse (value: the number of axes).
     """
 
     def __init__(self, names: Sequence[str], ndims: Sequence[int], promoted: Mapping[Any, int]) -> None:
@@ -73,21 +74,21 @@ class Analysis(Findings):
             block.values[var] = Value(var.aval)
         for var, value in zip(jaxpr.invars, ins, strict=True):
             block.values[var] = value
-            if value.place is None:
-                value.place = (block, var)
+            if value.block is None:
+                value.block, value.variable = block, var
         for index, eqn in enumerate(jaxpr.eqns):
             outs = self.equation(block, index, eqn, [block.value(v) for v in eqn.invars], path)
             for var, value in zip(eqn.outvars, outs, strict=True):
                 block.values[var] = value
-                if value.place is None:
-                    value.place = (block, var)
+                if value.block is None:
+                    value.block, value.variable = block, var
         if not (self.silent or self.sealed or self.unmarked):
             self.noted.append(block)
         return block, [block.value(v) for v in jaxpr.outvars]
 
     def equation(self, block: Block, index: int, eqn: Equation, ins: list[Value], path: tuple[Any, ...]) -> list[Value]:
         row, name = of(eqn), of(eqn).name
-        params = frozenset().union(*(v.params for v in ins))
+        params = united(v.params for v in ins)
         key = (*path, index)
         begins = key in self.promoted and not any(v.data for v in ins)
         data = any(v.data for v in ins) or begins
@@ -124,15 +125,15 @@ class Analysis(Findings):
         layer = block.layers.get(index)
         if begins:
             outs[0].data = outs[0].smooth = True
-        if found is not None:  # of signals a layer makes a signal; else rows are looked up
+        if found is not None:  # a layer makes a signal from signals; else it looks up rows
             outs[0].smooth |= begins or found.operand.smooth or bool(found.operand.differentiable)
         if not self.silent and not (outs and outs[0].chosen and layer is None):
-            weights = found.weight.lookups if found else frozenset()
-            for lookup in frozenset().union(*(v.lookups for v in ins)) - weights:
+            weights = found.weight.lookups if found else EMPTY
+            for lookup in united(v.lookups for v in ins) - weights:
                 lookup.uses.add("data")
         if layer is not None:
             outs[0].layer, layer.output = layer, outs[0]
-            outs[0].lookups = frozenset([layer]) if outs[0].chosen else frozenset()
+            outs[0].lookups = frozenset([layer]) if outs[0].chosen else EMPTY
             if not outs[0].chosen:
                 layer.uses.add("data")
                 outs[0].products, outs[0].axes = by_hand.of_layer(layer), output_parameter_axes(layer)
@@ -141,7 +142,8 @@ class Analysis(Findings):
         if params and not data and outs and is_product(eqn):
             outs[0].key = key
         for out in outs:
-            out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
+            if any(p.key is None for p in out.products):
+                out.products = tuple(dataclasses.replace(p, key=key) if p.key is None else p for p in out.products)
         self.sums(block, eqn, ins)
         marked = row.marks and ins[0].both and jnp.issubdtype(ins[0].aval.dtype, jnp.inexact)
         if marked and not self.silent and not self.sealed:
@@ -149,7 +151,7 @@ class Analysis(Findings):
         return outs
 
     def find_beginnings(self, eqn: Equation, ins: list[Value]) -> None:
-        """Where a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
+        """If a nonlinear function of a product meets parameters again, the product was a layer without a batch."""
         if is_product(eqn) and all(v.params for v in ins[:2]):
             bent = [v for v in ins[:2] if v.stage == 2]
             self.found |= {v.key: 0 for b in bent for v in ancestors(b, lambda v: False) if v.key is not None}
@@ -173,7 +175,7 @@ class Analysis(Findings):
             return self.own_derivative(block, index, eqn, ins, inner[0])
         if not row.may_mix:
             self.refuse(
-                frozenset().union(*(v.params for v in weights)),
+                united(v.params for v in weights),
                 f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: write "
                 "it with dot_general or conv_general_dilated",
             )
@@ -182,11 +184,11 @@ class Analysis(Findings):
     def own_derivative(
         self, block: Block, index: int, eqn: Equation, ins: list[Value], body: Any
     ) -> Multiplication | None:
-        """A function with a derivative of its own: one layer if one weight multiplies data in it, else sealed."""
+        """A function with a custom derivative: one layer if one weight multiplies data in it, else it is sealed."""
         what = f"{of(eqn).name[:10]} function"
         before = self.inner, self.sealed, self.refusals
         self.inner, self.sealed, self.refusals = [], self.sealed or what, []
-        self.walk(body, [dataclasses.replace(v, place=None) for v in ins], (), (), (index, "custom"))
+        self.walk(body, [dataclasses.replace(v, block=None) for v in ins], (), (), (index, "custom"))
         found, refusals = self.inner, self.refusals
         self.inner, self.sealed, self.refusals = before
         served = None if refusals or any(loop for _, loop in found) else one_layer(eqn, ins, [p for p, _ in found])
@@ -197,13 +199,13 @@ class Analysis(Findings):
         for product, loop in found:
             self.refuse(
                 product.sources,
-                f"the parameter {{name}} is multiplied by data inside a {loop}{what}, where no rule can reach it: take "
+                f"the parameter {{name}} is multiplied by data inside a {loop}{what}, and rules cannot act there: move "
                 f"the multiplication out of the {loop}{what}{REMEDIES.get(loop + what, '')}",
             )
         return None
 
     def generic(self, eqn: Equation, ins: list[Value], carried: bool = False) -> list[Value]:
-        """What an equation without a structure of its own passes from its operands to its results."""
+        """The results of an equation without inner jaxprs: what they inherit from the operands."""
         if of(eqn).same:
             return [self.generic_one(eqn, [v], out.aval, carried) for v, out in zip(ins, eqn.outvars, strict=True)]
         return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
@@ -212,22 +214,24 @@ class Analysis(Findings):
         row = of(eqn)
         value = Value(
             aval,
-            params=frozenset().union(*(v.params for v in ins)),
+            params=united(v.params for v in ins),
             data=any(v.data for v in ins),
             batched=any(v.batched for v in ins),
-            loops=frozenset().union(*(v.loops for v in ins)),
+            loops=united(v.loops for v in ins),
             carried=carried or any(v.carried for v in ins),
             producer=eqn,
             operands=tuple(ins),
         )
-        own = self.inner is not None  # inside a function with a derivative of its own, which may pass integers
-        stops = row.stops and ins[0].smooth and not own  # of a weight, it only freezes it
+        own = self.inner is not None  # inside a function with a custom derivative, which may pass integers
+        stops = row.stops and ins[0].smooth and not own  # a weight is only frozen by it
         if is_inexact(aval) or (own and counts(aval)):
-            value.differentiable = frozenset() if stops else frozenset().union(*(v.differentiable for v in ins))
+            value.differentiable = EMPTY if stops else united(v.differentiable for v in ins)
+            if value.differentiable == value.params:
+                value.differentiable = value.params
             value.smooth = any(v.smooth or (v.data and counts(v.aval) and row.casts) for v in ins)
         if value.chosen:
             value.params = value.differentiable
-            value.lookups = frozenset().union(*(v.lookups for v in ins))
+            value.lookups = united(v.lookups for v in ins)
         operand = ins[0] if len(ins) == 1 else None
         axes = view_axes(eqn, operand.aval.shape) if operand is not None and hasattr(operand.aval, "shape") else None
         if operand is not None and axes is not None and value.both:
@@ -280,7 +284,7 @@ class Analysis(Findings):
                 break
             carry = merged
         inner_ins = list(inputs())
-        for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):  # those that come around, of the last walk
+        for i, value in enumerate(inner_ins[n_consts : n_consts + n_carry]):  # from the last walk
             value.operands = (ins[n_consts + i], outs[i])
         child, outs = self.walk(body, inner_ins, scope, loops, key)
         block.children[index] = [child]
@@ -290,7 +294,7 @@ class Analysis(Findings):
             for p in inner.products:
                 if p.outer and p.kind == "product" and key in p.weight.loops:
                     self.refuse(p.params, by_hand.BY_HAND)
-        for lookup in frozenset().union(*(v.lookups for v in (*ins[n_consts : n_consts + n_carry], *outs[:n_carry]))):
+        for lookup in united(v.lookups for v in (*ins[n_consts : n_consts + n_carry], *outs[:n_carry])):
             lookup.uses.add("data")
         results = []
         for i, (inner, out) in enumerate(zip(outs, eqn.outvars, strict=True)):
@@ -316,14 +320,14 @@ class Analysis(Findings):
         return results
 
     def loop(self, block: Block, index: int, eqn: Equation, ins: list[Value], key: tuple[Any, ...]) -> list[Value]:
-        """A while loop: nothing in it can be served, so it must hold no layer."""
+        """A while loop: rules cannot serve anything inside, so it must not hold a layer."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = ins[n : n + m], ins[n + m :]
         everything = self.generic_one(eqn, ins, eqn.outvars[0].aval, False)
-        everything.differentiable = frozenset().union(*(v.differentiable for v in ins))
+        everything.differentiable = united(v.differentiable for v in ins)
         everything.smooth = any(v.smooth for v in ins)
         body = eqn.params["body_jaxpr"]
-        inner = [dataclasses.replace(v, place=None) for v in consts] + [
+        inner = [dataclasses.replace(v, block=None) for v in consts] + [
             Value(v.aval, **classes_of(v if v.pure else everything)) for v in carry
         ]
         before, self.sealed = self.sealed, self.sealed or "while loop"
@@ -336,7 +340,7 @@ class Analysis(Findings):
         avals = [v.aval for v in open_jaxpr(body)[0].invars]
         inner = [
             dataclasses.replace(
-                v, aval=aval, source=None, view=None, place=None, hidden=None, operands=(v,), layer=None,
+                v, aval=aval, source=None, view=None, block=None, hidden=None, operands=(v,), layer=None,
                 split=varying_axes(aval) - varying_axes(v.aval),
             )
             for v, aval in zip(ins, avals, strict=True)

@@ -1,9 +1,9 @@
-"""Where the batch lies in a tensor: found by tracing a network at twice the batch, and back through what made it.
+"""Where the batch lies in a tensor: this is found by tracing the network at twice the batch.
 
-An axis that doubles with the batch holds it. Direct feedback brings each example its own error, so the order counts
-too: the axis is followed back, through what keeps order, to the inputs. Where it was merged with others, as in
-`[batch * time]`, the reshape that did so tells how; where examples were reversed, sorted, gathered or concatenated
-along it, nothing can be told.
+An axis that doubles with the batch holds the batch. Direct feedback brings each example its own error, so the order of
+the examples counts too: the axis is followed back to the inputs, through operations that keep the order. If it was
+merged with other axes, as in `[batch * time]`, the reshape shows how. If examples were reversed, sorted, gathered or
+concatenated along the axis, their order is not known.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
+from lrules.engine.twice import AtTwice, Twin, write_shapes
 from lrules.network import Network
 from lrules.typing import Pytree
 
@@ -36,15 +37,15 @@ class BatchAxis:
 
     @property
     def merged(self) -> list[int]:
-        """The sizes of what is merged with the batch."""
+        """The sizes of the axes that are merged with the batch."""
         return [n for n in (self.before, self.after) if n != 1]
 
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape without the batch, a merged axis taken apart."""
+        """The shape without the batch; a merged axis is split."""
         return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
 
     def restore(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """Puts the batch axis, first in `x`, back where it lies in a tensor of that shape."""
+        """Moves the batch axis, which is first in `x`, to its place in a tensor of that shape."""
         if not self.merged:
             x = moved(x, [0], [self.axis])
             return x if x.shape == tuple(shape) else x.reshape(shape)
@@ -69,7 +70,7 @@ def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> ja
 
 @dataclasses.dataclass(frozen=True)
 class Unbatched(BatchAxis):
-    """In place of a batch axis, of a tensor that is the same for all examples: their signals add up there."""
+    """Instead of a batch axis, for a tensor that is the same for all examples: their signals add up there."""
 
     axis: int = -1
 
@@ -84,16 +85,16 @@ class Unbatched(BatchAxis):
 
 
 class Moved(Exception):
-    """Examples were put into another order."""
+    """The network puts the examples into another order."""
 
 
-Step = tuple[Value, Value, int, tuple[int, int]]
+Step = tuple[Value, Twin, int, tuple[int, int]]
 
 
-def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """The batch axis of a value, from its traces `a` with the batch and `b` with twice the batch; None if unclear."""
+def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
+    """The batch axis of a value, from its traces `a` at the batch and `b` at twice the batch; None if not known."""
     shape = a.aval.shape
-    if b is None:  # the model takes no other batch: the only axis that can hold it
+    if b is None:  # the model does not accept another batch: the only axis that can hold it
         candidates = [i for i, n in enumerate(shape) if n != 0 and n % batch == 0]
         return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
     axis = _grown(a, b)
@@ -108,13 +109,14 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
     return BatchAxis(axis) if shape[axis] == batch else None
 
 
-def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """Where the batch lies in an output or a hidden signal; the network may say it itself (`Network.signal_axes`).
+def batch_axis(net: Network, name: str, a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
+    """Where the batch lies in an output or a hidden signal; `Network.signal_axes` may give the axis.
 
     Args:
       net: the network.
       name: of the hidden signal, or `"outputs"`.
-      a, b: the value in the network's graph, and in that of twice the batch (see `doubled`), if there is one.
+      a: the value, in the network's graph.
+      b: the same value at twice the batch, from `doubled`; None if there is none.
       batch: how many examples there are.
 
     Returns:
@@ -126,14 +128,14 @@ def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -
       >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
       >>> graph = net.graph(params, x)
       >>> twice = doubled(net, params, x, graph)
-      >>> batch_axis(net, "outputs", graph.outs[0], twice.outs[0], 5).axis
+      >>> batch_axis(net, "outputs", graph.outs[0], twice(graph.outs[0]), 5).axis
       0
     """
     stated = net.stated_axis(name, a.aval.shape, batch)
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
 
-def _grown(a: Value, b: Value) -> int | None:
+def _grown(a: Value, b: Twin) -> int | None:
     """The one axis that doubles with the batch."""
     if len(a.aval.shape) != len(b.aval.shape):
         return None
@@ -141,11 +143,11 @@ def _grown(a: Value, b: Value) -> int | None:
     return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
 
 
-def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
-    """`(before, after)`, the sizes merged with the batch in front of it and behind; None where it cannot be told.
+def _order(a: Value, b: Twin, axis: int, batch: int) -> tuple[int, int] | None:
+    """`(before, after)`, the sizes merged with the batch before and after it; None if not known.
 
     Raises:
-      Moved: the examples do not lie in the order of the inputs.
+      Moved: the examples are not in the order of the inputs.
     """
     way: list[tuple[Value, int, tuple[int, int]]] = []  # from the value to where it is known
     while (known := (a.order_of_batch or {}).get(axis)) is None:
@@ -169,24 +171,24 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
     return known if isinstance(known, tuple) else None
 
 
-def _step(a: Value, b: Value, axis: int) -> Step | None:
-    """One step back: the operand that holds the axis, in both traces, its axis there, and what was merged with it."""
+def _step(a: Value, b: Twin, axis: int) -> Step | None:
+    """One step back: the operand that holds the axis, in both traces, its axis there, and the merged sizes."""
     if a.producer is not None:
         return _back(a.producer, a, b, axis)
     if not a.operands:
         return None
-    u, v = a.operands[0], b.operands[0]  # a slice of what is scanned, the start of a carry, a shard_map's operand
+    u, v = a.operands[0], b.operands[0]  # a slice of a scanned value, the start of a carry, a shard_map's operand
     outer = axis + len(u.aval.shape) - len(a.aval.shape)
     return (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
 
 
-def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
+def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
     """The same through an equation."""
     if len(a.operands) != len(b.operands):
         return None
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
 
-    def to(u: Value, v: Value, i: int, front: Any = 1, behind: Any = 1) -> Any:
+    def to(u: Value, v: Twin, i: int, front: Any = 1, behind: Any = 1) -> Any:
         return (u, v, i, (front, behind)) if _grown(u, v) == i else None
 
     row = of(eqn)
@@ -218,8 +220,8 @@ def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
     return None
 
 
-def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
-    """Through a view: the axis holds one of the operand's, or several, of which the one that grows is the batch."""
+def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Twin) -> Any:
+    """Through a view: the axis holds one axis of the operand, or several; the axis that grows is the batch."""
     held, i = axes[axis], _grown(u, v)
     if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
         return None
@@ -227,41 +229,50 @@ def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u:
     return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))
 
 
-def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
-    """The network traced at twice the batch: the axes that hold the batch are twice as long there.
+def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Callable[[Value], Twin] | None:
+    """Each value at twice the batch: there the axes that hold the batch are twice as long.
 
     Args:
       net, params, inputs: the network and what it takes.
       graph: the network traced on these.
 
     Returns:
-      The graph; None where the model does not trace so.
+      A function from a value of the graph to the same value at twice the batch; None if the model cannot be traced so.
 
     Raises:
-      ValueError: it traces, and comes out as another network.
+      ValueError: the trace is another network.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
       >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
       >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> doubled(net, params, x, net.graph(params, x)).outs[0].aval.shape
+      >>> graph = net.graph(params, x)
+      >>> doubled(net, params, x, graph)(graph.outs[0]).aval.shape
       (10, 2)
     """
 
-    def trace() -> Graph | None:
+    def trace() -> Callable[[Value], Twin] | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return net.graph(params, inputs, double=True)
+                if write_shapes(graph, net.jaxpr_at_twice(params, inputs), net.input_batch_axes(inputs)):
+                    return AtTwice
+                twice = net.graph(params, inputs, double=True)  # written differently, as it may be for one example
         except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
             return None
+        if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
+            raise ValueError(
+                "the network has other layers at another batch size, so direct feedback cannot tell the examples "
+                "apart: write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
+            )
+        pairs = {id(a): b for a, b in zip(_found(graph), _found(twice), strict=False)}
+        return lambda value: pairs[id(value)]
 
-    twice = graph.once("doubled", trace)
-    if twice is None:
-        return None
-    if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
-        raise ValueError(
-            "the network has other layers at another batch size, so direct feedback cannot tell the examples apart: "
-            "write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
-        )
-    return twice
+    return graph.once("doubled", trace)
+
+
+def _found(graph: Graph) -> list[Value]:
+    """The values of which one may ask where their batch lies."""
+    values = [*graph.outs, *(v for h in graph.hidden for v in (h.reader, h.root))]
+    values += [v for layer in graph.layers for v in (layer.operand, layer.output) if v is not None]
+    return values + [affine.output for affine in graph.affines]

@@ -1,13 +1,14 @@
-"""Products of weights and data that a model sums by hand, in place of a dot product: layers that no rule would see.
+"""Products of weights and data that a model sums by hand, not by a dot product: rules would not see these layers.
 
-A product is *outer* if the weight varies where the data were broadcast, as in `h[:, :, None] * w`, and a *scale* if
-not, as in `h * gamma`. Both are followed through all that is linear. Outer products are refused where they are summed.
-Scales are ordinary; they are refused only where the scaled values are summed over the scale's own axes into a neuron,
-where they multiply other data as a matrix, or where slices of one parameter scale what is then added up (a convolution
-written as shifts). *Distances* are nonlinear functions of outer sums, differences and products, as in
-`(h[:, None] - m) ** 2`: they are refused where they are summed into one number for each row of the weight.
+A product is *outer* if the weight varies where the data were broadcast, as in `h[:, :, None] * w`. Otherwise it is a
+*scale*, as in `h * gamma`. This file follows both through linear operations. Outer products are refused where they are
+summed. Scales are usual, and are refused only in three cases: the scaled values are summed over the axes of the scale
+into a neuron, they multiply other data as a matrix, or slices of one parameter scale values that are then added (a
+convolution written as shifts). *Distances* are nonlinear functions of outer sums, differences and products, as in
+`(h[:, None] - m) ** 2`. They are refused where they are summed into one number for each row of the weight.
 
-The *output* of a layer whose weight has several axes of outputs may be a matrix for each example; `analysis.py` asks.
+If the weight of a layer has several axes of outputs, the *output* may be a matrix for each example; `analysis.py` uses
+this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from lrules.engine.jaxprs import JITS, Equation, open_jaxpr
 from lrules.engine.operations import is_product, of
 
-MOST = 8  # so many products are followed in one value
+MOST = 8  # the number of products that are followed in one value
 
 BY_HAND = (
     "the parameter {name} is multiplied by data elementwise and the product is summed, a layer written by hand: write "
@@ -36,13 +37,13 @@ DISTANCES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """Where a value holds a product of `weight` and data: `dims` are the axes along which the weight varies.
+    """A product of `weight` and data in a value: `dims` are the axes along which the weight varies.
 
     Attributes:
       kind: `"product"`, `"sum"` of the two, `"distance"`, `"output"` of a layer, or `"base"`: a matrix added to data.
-      rank: along how many axes the weight varied in the beginning.
-      bare: it has only been moved, cut and multiplied by numbers since.
-      key: of the equation that made it.
+      rank: the number of axes along which the weight varied at first.
+      bare: whether the product has since only been moved, cut and multiplied by numbers.
+      key: the key of the equation that made it.
     """
 
     weight: Any
@@ -72,7 +73,7 @@ class Product:
 
 
 def _cuts(weight: Any) -> set[str]:
-    """Which slices of parameters a weight is computed from."""
+    """The slices of parameters from which a weight is computed."""
     found, stack, seen = set(), [weight], set()
     while stack:
         value = stack.pop()
@@ -92,12 +93,12 @@ def of_layer(layer: Any) -> tuple[Product, ...]:
     """The output of a layer, if it may hold a matrix for each example."""
     members = layer.row.members(layer.eqn, layer.position)
     free = frozenset(o for a, o in layer.output_axes.items() if a not in members)
-    several = len(free) > 1 or any(layer.output.aval.shape[o] != 1 for o in free)  # an axis may be taken apart
+    several = len(free) > 1 or any(layer.output.aval.shape[o] != 1 for o in free)  # an axis may be split
     return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
 def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[Product]:
-    """The product that an equation makes of a weight and data."""
+    """The products of a weight and data that an equation makes."""
     row = of(eqn)
     weighs = [v.pure or _is_weight(v, other) for v, other in zip(ins, ins[::-1], strict=True)]
     if len(ins) != 2 or weighs[0] == weighs[1] or not hasattr(out.aval, "shape"):
@@ -128,7 +129,7 @@ def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[Product]:
 
 
 def _is_weight(value: Any, other: Any) -> bool:
-    """Whether of two values that meet, neither made of parameters alone, this one is the weight."""
+    """Whether this value is the weight, of two values that meet and do not depend on parameters alone."""
     chosen = value.chosen and not other.chosen and other.data
     return chosen or (value.both and not value.batched and other.batched)
 
@@ -144,13 +145,13 @@ def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Produ
     found = []
     for k, value in enumerate(ins):
         for product in value.products:
-            kind, outer, dims = product.kind, product.outer, product.dims
+            kind, dims = product.kind, product.dims
             if not linear or (factors and both):
                 if not bends or len(value.aval.shape) != ndim or (quotient and k == 1):
                     continue  # what data weigh a layer's output by, and sum, are recorded values, as in attention
                 if product.is_matrix and not (quotient and k == 0):  # but a kernel that is normalised remains one
                     continue
-                if not product.is_matrix and not outer:
+                if not product.is_matrix and not product.outer:
                     continue
                 kind = kind if product.is_matrix else "distance"
             if product.is_matrix and row.kind == "reduction":
@@ -164,7 +165,9 @@ def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Produ
             if dims or not product.dims:
                 moved = axes is not None or row.bare or (row.combines == "sum" and not both)
                 bare = product.bare and moved
-                found.append(dataclasses.replace(product, dims=dims, outer=outer, kind=kind, bare=bare))
+                if (dims, kind, bare) != (product.dims, product.kind, product.bare):
+                    product = dataclasses.replace(product, dims=dims, kind=kind, bare=bare)
+                found.append(product)
     return found
 
 
@@ -173,7 +176,7 @@ def _is_where(eqn: Equation) -> bool:
 
 
 def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[Product, str]]:
-    """The products that an equation sums up, and what to say of them."""
+    """The products that an equation sums, each with the message about it."""
     hit: list[tuple[Product, str]] = []
     for k, value in enumerate(ins):
         for product in value.products:
@@ -191,7 +194,7 @@ def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[Product,
 
 
 def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
-    """Along which axes of its operand `k` an equation sums up distances, or multiplies differences by each other."""
+    """The axes of operand `k` along which an equation sums distances, or multiplies differences by each other."""
     row, done = of(eqn), product.kind == "distance"
     if row.kind == "product" and k < 2:
         twice = any(p.kind == product.kind and p.params & product.params for p in ins[1 - k].products)
@@ -203,7 +206,7 @@ def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, 
 
 
 def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
-    """Along which axes of its operand `k` an equation sums up what must not be summed."""
+    """The axes of operand `k` along which an equation sums values that must not be summed."""
     row, axes = of(eqn), frozenset(of(eqn).reduced(eqn, k))
     if row.kind == "product" and k < 2:
         free, other = frozenset(range(len(ins[k].aval.shape))) - axes - set(row.members(eqn, k)), ins[1 - k]
@@ -220,14 +223,16 @@ def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, bl
 
 
 def _is_mean(eqn: Equation, block: Any) -> bool:
-    """Whether a sum is only divided by a number, as a mean is: statistics of scaled values are no neuron."""
-    variables = {eqn.outvars[0]}
-    divided = False
-    for user in block.jaxpr.eqns:
-        if any(v in variables for v in user.invars if not hasattr(v, "val")):
+    """Whether a sum is only divided by a number, as a mean is: statistics of scaled values are not a neuron."""
+    variables, divided = list(eqn.outvars[:1]), False
+    while variables:
+        for index in block.readers.get(variables.pop(), ()):
+            if index < 0:
+                continue
+            user = block.jaxpr.eqns[index]
             row = of(user)
             if row.kind == "view" or row.casts:
-                variables.add(user.outvars[0])
+                variables.append(user.outvars[0])
             elif row.combines in ("product", "quotient") and any(hasattr(v, "val") for v in user.invars):
                 divided = True
             else:

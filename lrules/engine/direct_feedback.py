@@ -1,4 +1,4 @@
-"""Where direct feedback lands, and how large its weights are there."""
+"""Where direct feedback lands, and the shapes of its weights there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lrules.network import Network
 from lrules.rule import Direct
 from lrules.typing import Pytree
 
-SMALLER = {  # what makes direct feedback smaller, by option
+SMALLER = {  # how to make direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",
     "shared_axes": "share it along axes of the outputs (shared_axes=)",
     "rank": "make it of two factors (rank=)",
@@ -43,8 +43,8 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
         if any(isinstance(s, Direct) for s in specs.values()) and len(specs) > 1:
             readers = ", ".join(repr(layer.name) for layer in hidden.readers)
             raise ValueError(
-                f"the layers {readers} read one hidden signal, {hidden.name!r}, under rules that disagree on what "
-                "arrives there: give them the same direct rule, or sequential rules"
+                f"the layers {readers} read the same hidden signal, {hidden.name!r}, and their rules disagree on the "
+                "error that arrives there: give them the same direct rule, or sequential rules"
             )
         (spec,) = list(specs.values())[:1]
         if isinstance(spec, Direct) and (spec.at is None or _matches(spec.at, hidden.name)):
@@ -59,23 +59,23 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                     f"at={pattern!r} matches no hidden signal and no marked tensor; there are {_listed(names)}"
                 )
         for hidden in graph.hidden:
-            landed = any(other.root is hidden.root for other, _ in chosen)  # one feedback for one tensor
+            landed = any(other.root is hidden.root for other, _ in chosen)  # a tensor has one feedback
             if hidden.mark and hidden in graph.live and not landed and _matches(spec.at, hidden.name):
                 if len(directs) > 1:
                     raise ValueError(
-                        f"the mark {hidden.name!r} belongs to no layer, so a partition of several direct rules "
-                        "cannot tell whose feedback lands there: use one direct rule, or name hidden signals in at="
+                        f"the mark {hidden.name!r} does not belong to a layer, so a partition of several direct rules "
+                        "cannot choose the feedback for it: use one direct rule, or name hidden signals in at="
                     )
                 if {"cond", "shard_map"} & set(bare(hidden.root.place[0].scope)):  # type: ignore[index]
                     raise NotImplementedError(
-                        f"the tensor marked {hidden.name!r} lies inside a cond or shard_map, where direct feedback "
-                        "cannot land: mark one outside"
+                        f"the tensor with the mark {hidden.name!r} lies inside a cond or shard_map, where direct "
+                        "feedback cannot land: mark one outside"
                     )
                 chosen.append((hidden, spec))
     names = [hidden.name for hidden, _ in chosen]
     for name in names if len(set(names)) < len(names) else ():
         if names.count(name) > 1:
-            raise ValueError(f"a mark and a layer are both named {name!r}: give the mark another name")
+            raise ValueError(f"a mark and a layer have the same name {name!r}: give the mark another name")
     if all(spec.signal is None for _, spec in chosen):
         plan.direct_feedback = {hidden.name: DirectFeedback(hidden, spec) for hidden, spec in chosen}
         return
@@ -83,17 +83,17 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
     twice = doubled(net, params, inputs, graph)
     outs = range(graph.n_outputs)
     plan.output_axes = [
-        batch_axis(net, "outputs", graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs
+        batch_axis(net, "outputs", graph.outs[i], twice(graph.outs[i]) if twice else None, batch) for i in outs
     ]
     plan.heads = _heads(graph, {spec for _, spec in chosen})
     avals = [graph.outs[i].aval for i in outs]
     for aval, axis in zip(avals, plan.output_axes, strict=True):
         if jnp.issubdtype(aval.dtype, jnp.inexact) and (axis is None or axis.before * axis.after > 1):
             raise ValueError(
-                f"an output of shape {aval.shape} has no batch axis, of {batch} examples in the order of the inputs, "
-                "that can be told: direct feedback needs one error per example, so return outputs [batch, ...], or "
-                "return what has no batch as aux (has_aux=True); where its examples lie in the order of the inputs, as "
-                "the nodes of one graph (segment_sum) do, say so, Network(apply, signal_axes={'outputs': 0})"
+                f"the batch axis of an output of shape {aval.shape} cannot be found, for {batch} examples in the order "
+                "of the inputs: direct feedback needs one error per example, so return outputs [batch, ...], or return "
+                "values without a batch as aux (has_aux=True); if the examples are in the order of the inputs, as the "
+                "nodes of one graph (segment_sum) are, give Network(apply, signal_axes={'outputs': 0})"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
     total = 0
@@ -110,18 +110,17 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
-    twin = dict(zip(graph.hidden, twice.hidden, strict=True)) if twice else {}
     for hidden, spec in chosen:
-        other = twin[hidden].reader if twice else None
+        other = twice(hidden.reader) if twice else None
         batched = hidden.reader.batched
         axis = batch_axis(net, hidden.name, hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:
-            remedy = "write the network so that the batch stays an axis of its own, in the order of the inputs"
+            remedy = "write the network so that the batch is a separate axis, in the order of the inputs"
             if "at" in spec.offers:
                 remedy = "give that layer a sequential rule (partition), or choose with at= where feedback lands"
             raise ValueError(
                 f"the batch axis of the hidden signal {hidden.name!r} of shape {hidden.reader.aval.shape} cannot "
-                f"be told (batch {batch}): {remedy}, or, where its examples lie in the order of the inputs, say so, "
+                f"be found (batch {batch}): {remedy}; or, if its examples are in the order of the inputs, give "
                 f"Network(apply, signal_axes={{'^{hidden.name}$': 0}})"
             )
         axes[hidden] = axis
@@ -134,8 +133,8 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
         shape = (*lengths, sent[spec], *rest)
         if any(map(is_symbolic_dim, shape)):
             raise ValueError(
-                f"direct feedback to {hidden.name!r} would have the symbolic shape {shape}, where the batch alone may "
-                "be symbolic: give the inputs' other axes their sizes, or share feedback along them (shared_axes=)"
+                f"direct feedback to {hidden.name!r} would have the symbolic shape {shape}, and only the batch may be "
+                "symbolic: give the other axes of the inputs their sizes, or share feedback along them (shared_axes=)"
             )
         dtype = _feedback_dtype(graph, hidden)
         landing = DirectFeedback(hidden, spec, axis, shape, lengths, shared, dtype, sizes[spec])
@@ -150,10 +149,10 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
 
 
 def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:
-    """Where the output error is taken below the outputs, by the name under which a run records what is there."""
+    """The places below the outputs where the output error is taken, by the name under which a run records them."""
     where = {spec.error_at for spec in specs if spec.lands}
     if len(where) > 1:
-        raise ValueError('the direct rules of a partition take the output error at one place: give all one error_at=')
+        raise ValueError("direct rules of a partition need one place for the output error: give all the same error_at")
     if where != {"layer"} or any(spec.pullback for spec in specs):
         return {}
     return {f"{head.layer} below output {i}": head for i, head in heads(graph).items()}
@@ -163,18 +162,18 @@ def _shared_sizes(plan: Plan, spec: Direct) -> list[int]:
     """The sizes of the shared axes of the outputs."""
     aval, axis = plan.graph.outs[0].aval, plan.output_axes[0]
     if plan.graph.n_outputs != 1 or axis is None:
-        raise ValueError("shared_axes= wants outputs that are one array: this network returns several, or none")
+        raise ValueError("shared_axes needs outputs that are one array, and this network returns several, or none")
     for out, _ in spec.shared_axes:
         if not 0 <= out < len(aval.shape) or out == axis.axis:
             raise ValueError(
-                f"shared_axes={out} is no axis of the outputs {aval.shape} beside the batch: count from 0, with the "
-                "batch, as in shared_axes=1 for the time of [batch, time, classes]"
+                f"shared_axes must be an axis of the outputs {aval.shape} other than the batch, got {out}: count from "
+                "0, with the batch, as in shared_axes=1 for the time of [batch, time, classes]"
             )
     return [aval.shape[out] for out, _ in spec.shared_axes]
 
 
 def _fitting(hidden: Hidden, axis: BatchAxis, size: int) -> dict[tuple[str, int], int | str]:
-    """What of a hidden signal has the size of a shared axis, and how a pair names it."""
+    """The places in a hidden signal with the size of a shared axis, and the names of these places in a pair."""
     shape = hidden.reader.aval.shape
     axes = [*range(axis.axis), *([axis.axis] * len(axis.merged))]
     axes += range(axis.axis + 1, len(shape))  # the axis that each dimension without the batch comes from
@@ -187,7 +186,7 @@ def _fitting(hidden: Hidden, axis: BatchAxis, size: int) -> dict[tuple[str, int]
 def _shared_places(
     plan: Plan, hidden: Hidden, spec: Direct, landings: dict[Hidden, BatchAxis]
 ) -> tuple[tuple[str, int], ...]:
-    """Where the shared axes of the outputs lie in a hidden signal; `landings` are all signals of its rule."""
+    """The places of the shared axes of the outputs in a hidden signal; `landings` are all signals of its rule."""
     if not spec.shared_axes:
         return ()
     places: list[tuple[str, int]] = []
@@ -213,14 +212,14 @@ def _shared_places(
                 raise ValueError(
                     f"the hidden signal {hidden.name!r} of shape {shape} has no axis that corresponds to axis {out} of "
                     f"the outputs, of size {sizes[out]}: "
-                    + (f"if another place does, name it, {remedy}, else " if remedy else "")
+                    + (f"if another place corresponds, name it, {remedy}, else " if remedy else "")
                     + "leave that signal out (at=)"
                 )
             where = " and ".join(name if isinstance(name, str) else f"axis {name}" for name in map(fits.get, rivals))
             raise ValueError(
-                f"axis {out} of the outputs has size {sizes[out]}, as have {where} of the hidden signal "
+                f"axis {out} of the outputs has size {sizes[out]}, and so have {where} of the hidden signal "
                 f"{hidden.name!r} of shape {shape}: "
-                + (f"say which it is, {remedy}" if remedy else "leave that signal out (at=), or take its axes apart")
+                + (f"say which it is, {remedy}" if remedy else "leave that signal out (at=), or split its axes")
             )
         places.append(likely[0])
     return tuple(places)
@@ -229,10 +228,10 @@ def _shared_places(
 def _settled(
     spec: Direct, sizes: dict[int, int], landings: dict[Hidden, BatchAxis], hidden: Hidden, out: int, name: int | str
 ) -> list[tuple[int, int | str]]:
-    """`shared_axes=` as pairs in which `name` is where axis `out` of the outputs lies in a hidden signal."""
+    """`shared_axes=` as pairs, where `name` is the place of axis `out` of the outputs in a hidden signal."""
     pairs = {o: list(given) for o, given in spec.shared_axes}
     pairs[out].append(name)
-    for signal in (hidden, *landings):  # what is left open is said too, so that following this settles the others
+    for signal in (hidden, *landings):  # the open pairs are given too, so that one remedy settles all
         for o, size in sizes.items():
             fits = list(_fitting(signal, landings[signal], size).values())
             taken = {n for other, names in pairs.items() if other != o for n in names}

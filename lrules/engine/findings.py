@@ -1,4 +1,4 @@
-"""Findings: the layers, hidden signals, activations, biases and scales of a network, and what cannot be served."""
+"""Findings: the layers, hidden signals, activations, biases and scales of a network, and its refusals."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import jax.numpy as jnp
 
 from lrules.engine.activations import Doubt
 from lrules.engine.jaxprs import Equation, varying_axes
+from lrules.engine.layers import Multiplication
 from lrules.engine.operations import of
-from lrules.engine.products import Multiplication
 from lrules.engine.records import Affine, Block, Hidden, Layer, Names, Refusal, Value, want
 
 REMEDIES = {
-    "while loop": " (a loop with numbers as bounds is served: lax.fori_loop, or lax.scan)",
+    "while loop": " (rules serve a loop with numbers as bounds: lax.fori_loop, or lax.scan)",
     "loop inside a custom_vjp function": " (for diffrax.diffeqsolve, sequential rules serve adjoint=DirectAdjoint())",
 }
 
 
 class Findings:
-    """What a walk over a network writes down (see `analysis.py`).
+    """The results of a walk over a network (see `analysis.py`).
 
     Args:
-      names, ndims: of the parameters.
+      names, ndims: the names and the numbers of axes of the parameters.
     """
 
     def __init__(self, names: Sequence[str], ndims: Sequence[int]) -> None:
@@ -32,11 +32,11 @@ class Findings:
         self.hidden: list[Hidden] = []
         self.affines: list[Affine] = []
         self.refusals: list[Refusal] = []
-        self.noted: list[Block | Doubt] = []  # where activations may be, and marks that are on none
-        self.silent = 0  # walking a scan's body only to find the classes of its carry
+        self.noted: list[Block | Doubt] = []  # blocks with possible activations, and misplaced marks
+        self.silent = 0  # > 0 while a walk over a scan's body only looks for the classes of its carry
         self.unmarked = False  # inside lrules.not_activation
         self.sealed: str | None = None  # inside a construct where no layer can be served
-        self.inner: list[tuple[Multiplication, str]] | None = None  # the products in a function with its own derivative
+        self.inner: list[tuple[Multiplication, str]] | None = None  # products inside a custom derivative
 
     def refuse(self, params: frozenset[int], what: str) -> None:
         if not self.silent:
@@ -53,14 +53,14 @@ class Findings:
         if self.sealed:
             self.refuse(
                 sources,
-                f"the parameter {{name}} is multiplied by data inside a {self.sealed}, where no rule can reach it: "
-                f"take the multiplication out of the {self.sealed}{REMEDIES.get(self.sealed, '')}",
+                f"the parameter {{name}} is multiplied by data inside a {self.sealed}, and rules cannot act there: "
+                f"move the multiplication out of the {self.sealed}{REMEDIES.get(self.sealed, '')}",
             )
             return
         if w.carried:
             self.refuse(
                 sources,
-                "the parameter {name} passes through a scan's carry before it multiplies data: scan over it (xs) or "
+                "the parameter {name} passes through a scan's carry before it multiplies data: scan over it (xs), or "
                 "use it from outside the loop",
             )
             return
@@ -113,7 +113,7 @@ class Findings:
         return root.hidden
 
     def finish(self, outs: Sequence[Value]) -> None:
-        """Settles which lookups are layers, names all that was found, and says where feedback has to ride along."""
+        """Decides which lookups are layers, names all that was found, and marks the values that need feedback."""
         for out in outs:
             for lookup in out.lookups:
                 lookup.uses.add("data")
@@ -137,7 +137,7 @@ class Findings:
             hidden.name = taken[hidden.mark].unique(hidden.name if hidden.mark else hidden.readers[0].name)
 
     def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
-        """Notes where a bias or scale meets data; a `custom_jvp` body walked only to look for layers has no place."""
+        """Records where a bias or scale meets data, except in a `custom_jvp` body, which has no place of its own."""
         pure = [k for k, v in enumerate(ins) if v.pure]
         if len(pure) == 1 and not self.sealed and jnp.issubdtype(out.aval.dtype, jnp.inexact):
             affine = Affine(f"affine {len(self.affines)}", pure[0], ins[pure[0]], out)
@@ -150,7 +150,9 @@ class Findings:
 
 
 def _owned_axes(w: Value) -> frozenset[Any]:
-    """Mesh axes along which a `shard_map` of the network splits what the weight is made of."""
+    """Mesh axes along which a `shard_map` of the network splits the values from which the weight is made."""
+    if not varying_axes(w.aval):
+        return frozenset()
     found: set[str] = set()
     seen: set[int] = set()
     stack = [w]

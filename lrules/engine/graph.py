@@ -187,7 +187,8 @@ class _Runner:
         def run_pending() -> None:
             eqns = [block.jaxpr.eqns[i] for i in pending]
             made = [v for e in eqns for v in e.outvars]
-            wanted = [v for v in made if self.is_noted(block, v) or not block.readers.get(v, set()) <= pending.keys()]
+            read_later = {v for v in made if any(i not in pending for i in block.readers.get(v, ()))}
+            wanted = [v for v in made if v in read_later or self.is_noted(block, v)]
             run = Together(eqns, list(pending.values()), wanted)
             pending.clear()
             shared = (self.pieces if run.programs else EVERYWHERE).shared(run.key, run)

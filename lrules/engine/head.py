@@ -1,8 +1,8 @@
-"""The end of a network that has no parameters: softmax, log_softmax, sigmoid or the like of a layer's outputs.
+"""The end of a network without parameters: softmax, log_softmax, sigmoid or the like of the outputs of a layer.
 
-Direct rules take the output error below it, at the layer's outputs, where it is T - O for softmax or sigmoid with their
-cross-entropies, as the papers have it. So the network is run up to there as one function with a derivative of its own,
-and the rest as it stands.
+Direct rules take the output error below this end, at the outputs of the layer. There it is T - O for softmax or sigmoid
+with their cross-entropies, as in the papers. So the network runs up to there as one function with a custom derivative,
+and the end runs unchanged.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from lrules.engine.activations import ALIASES, FORMULAS
 from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import CONSTRUCTS, INLINED, SCAN, Atom, bind, is_literal
 from lrules.engine.operations import Row, of
-from lrules.engine.records import Block, Value
+from lrules.engine.records import Block, Layer, Value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """One output that is a function without parameters of a layer's outputs.
+    """One output that is a function without parameters of the outputs of a layer.
 
     Attributes:
-      output: its number.
-      value: the layer's outputs.
-      layer: the layer's name.
-      function: what lies in between, `softmax` for example.
-      views: the casts, reshapes and transposes after the function, which the error has to follow.
+      output: the number of the output.
+      value: the outputs of the layer.
+      layer: the name of the layer.
+      function: the name of the function, `softmax` for example.
+      views: the casts, reshapes and transposes after the function; the error follows them.
     """
 
     output: int
@@ -39,20 +39,21 @@ class Head:
     views: tuple[Any, ...] = ()
 
     def arranged(self, error: jax.Array) -> jax.Array:
-        """The error at the layer's outputs in the arrangement of the output."""
+        """The error at the outputs of the layer, arranged as the output."""
         for eqn in self.views:
             (error,) = bind(eqn, [error])
         return error
 
 
 def heads(graph: Graph) -> dict[int, Head]:
-    """The outputs that are nonlinear functions, without parameters, of a layer's outputs of their shape."""
+    """The outputs that are nonlinear functions, without parameters, of outputs of a layer with the same shape."""
     return {i: head for i in range(graph.n_outputs) if (head := _head(graph, i)) is not None}
 
 
 def _head(graph: Graph, i: int) -> Head | None:
     out, views = graph.outs[i].root()
     found: dict[int, Value] = {}
+    known: dict[int, Layer | None] = {}
     seen: set[int] = set()
     passed: list[tuple[str, Row]] = []
     stack, bends = [out], False
@@ -61,7 +62,7 @@ def _head(graph: Graph, i: int) -> Head | None:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if _layer_of(value) is not None:
+        if _layer_of(value, known) is not None:
             found[id(value)] = value
             continue
         eqn = value.producer
@@ -75,20 +76,21 @@ def _head(graph: Graph, i: int) -> Head | None:
         stack += moving
     (value, *others) = found.values() or (out,)
     block = value.place[0] if value.place is not None else None
-    if others or not bends or block is None or block.scope or value.aval.shape != out.aval.shape:
+    layer = _layer_of(value, known)
+    if others or not bends or block is None or block.scope or layer is None or value.aval.shape != out.aval.shape:
         return None
-    return Head(i, value, _layer_of(value).name, _named(passed), views)
+    return Head(i, value, layer.name, _named(passed), views)
 
 
 def _bends(row: Row) -> bool:
-    """Whether a primitive bends what goes through it, or chooses in it."""
+    """Whether a primitive is nonlinear, or selects from its operand."""
     if row.combines in ("quotient", "select"):
         return False
     return row.nonlinear or row.curve == "rows" or row.kind == "call"
 
 
 def _named(passed: Sequence[tuple[str, Row]]) -> str:
-    """What the primitives, or calls, between a layer and an output are called together."""
+    """One name for all primitives and calls between a layer and an output."""
     names = [name for name, _ in passed]
     for formula, called in FORMULAS.items():
         if set(formula.split("_")) <= set(names):
@@ -97,33 +99,42 @@ def _named(passed: Sequence[tuple[str, Row]]) -> str:
     return ALIASES.get(bent[0], bent[0]) if len(bent) == 1 else " ".join(dict.fromkeys(reversed(bent)))
 
 
-def _layer_of(value: Value) -> Any:
-    """The layer whose outputs these are, with its bias, or the first of several that add up; None: they are none's.
+def _layer_of(value: Value, known: dict[int, Layer | None]) -> Layer | None:
+    """The layer whose outputs these are, with its bias, or the first of several that add up; None if there is none.
 
-    What is brought along the edges of a graph, by constants, is still the layer's.
+    Values that constants bring along the edges of a graph still count as the outputs of the layer.
     """
-    while True:
-        if value.layer is not None:
-            return value.layer
-        row = None if value.producer is None else of(value.producer)
-        moving = [v for v in value.operands if v.both]
-        adds = row is not None and row.combines == "sum"
-        if adds and len(moving) == 2:
-            first, second = map(_layer_of, moving)
-            return first if second is not None else None
-        biased = adds and len(moving) == 1 and all(v.pure for v in value.operands if v not in moving)
-        brought = row is not None and row.brings and not any(v.pure or v.chosen for v in value.operands)
-        looped = row is not None and row.name == SCAN
-        if value.source is not None:
-            value = value.source
-        elif biased or ((brought or looped) and len(moving) == 1):
-            (value,) = moving
-        else:
-            return None
+    stack = [value]
+    while stack:  # a chain of residual blocks is too long for recursion
+        at = stack[-1]
+        same = [] if at.layer is not None else _same_layer(at)
+        waiting = [v for v in same if id(v) not in known]
+        if waiting:
+            stack += waiting
+            continue
+        layers = [known[id(v)] for v in same]
+        known[id(at)] = at.layer if not layers else None if None in layers else layers[0]
+        stack.pop()
+    return known[id(value)]
+
+
+def _same_layer(value: Value) -> list[Value]:
+    """The values that are outputs of a layer if this one is."""
+    row = None if value.producer is None else of(value.producer)
+    moving = [v for v in value.operands if v.both]
+    adds = row is not None and row.combines == "sum"
+    if adds and len(moving) == 2:
+        return moving
+    if value.source is not None:
+        return [value.source]
+    biased = adds and all(v.pure for v in value.operands if v not in moving)
+    brought = row is not None and row.brings and not any(v.pure or v.chosen for v in value.operands)
+    looped = row is not None and row.name == SCAN
+    return moving if len(moving) == 1 and (biased or brought or looped) else []
 
 
 def finish(graph: Graph, given: Mapping[int, Any], params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """The outputs, from the values (by id) that are given in place of what makes them."""
+    """The outputs, computed from the given values (by id)."""
     wanted = graph.block.jaxpr.outvars[: graph.n_outputs]
     env = dict(zip(graph.block.jaxpr.invars, [*params, *inputs], strict=True))
     env |= dict(zip(graph.block.jaxpr.constvars, graph.consts, strict=True))
@@ -132,7 +143,7 @@ def finish(graph: Graph, given: Mapping[int, Any], params: Sequence[Any], inputs
 
 
 def _needed(block: Block, wanted: Sequence[Any], given: Mapping[int, Any]) -> tuple[dict[int, list[Any]], set[Any]]:
-    """Which equations give the wanted variables, with what is wanted of each, and which variables they begin with."""
+    """The equations that give the wanted variables, what is wanted of each, and the variables where they begin."""
     makers = {v: i for i, eqn in enumerate(block.jaxpr.eqns) for v in eqn.outvars}
     equations: dict[int, list[Any]] = {}
     seen: set[Any] = set()
@@ -154,7 +165,7 @@ def _needed(block: Block, wanted: Sequence[Any], given: Mapping[int, Any]) -> tu
 
 
 def _operands(block: Block, index: int, asked: Sequence[Any], given: Mapping[int, Any]) -> list[Any]:
-    """The operands of an equation that what is asked of it needs."""
+    """The operands that an equation needs for the results that are asked of it."""
     eqn = block.jaxpr.eqns[index]
     if index not in block.children or of(eqn).name not in INLINED:
         return list(eqn.invars)

@@ -1,4 +1,4 @@
-"""Changing each example's own weight gradient before the sum over the batch."""
+"""Changing the weight gradient of each example, before the sum over the batch."""
 
 from __future__ import annotations
 
@@ -56,16 +56,15 @@ class PerExample(Handler):
                 continue
             if whole := sorted(spec.asks_for & {"rng", "state", "targets", "h", "slope"}):
                 raise NotImplementedError(
-                    f"quantize_update takes updates one example at a time, and the rule of the layer {site!r} asks for "
-                    f"{whole[0]!r}, which belongs to the whole batch: use another rule for it, or another modifier"
+                    f"quantize_update computes updates one example at a time, and the rule of the layer {site!r} asks "
+                    f"for {whole[0]!r}, which belongs to the whole batch: use another rule for it, or another modifier"
                 )
             self.holds |= spec.holds
             if spec.gain is not None:
                 self.gains[site] = spec.bound("gain", self.names[site])
-        values = [_meeting(g) for g in (graph, twice or graph)]
         self.axes = {
-            site: [find_batch_axis(a, b if twice else None, batch) for a, b in zip(ends, values[1][site], strict=True)]
-            for site, ends in values[0].items()
+            site: [find_batch_axis(end, twice(end) if twice else None, batch) for end in ends]
+            for site, ends in _meeting(graph).items()
         }
 
     def check(self, numbers: Sequence[ByName[Any]]) -> None:
@@ -87,13 +86,13 @@ class PerExample(Handler):
 
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
         x_axis, y_axis = self.axes[layer.site]
-        # Where one example's rows alone would be multiplied otherwise, its error alone goes back through all of them.
+        # If the rows of one example cannot be multiplied alone, its error alone goes back through the whole batch.
         whole = layer.weight.batched or not layer.row.by_example
         if y_axis is None or not (whole or (x_axis is not None and len(jax.tree.leaves(x)) == 1)):
             raise NotImplementedError(
-                f"quantize_update: where the batch lies in what the layer {layer.name!r} reads or makes cannot be "
-                "told, so its updates cannot be taken one example at a time: write the network so that the batch stays "
-                "an axis of its own, in the order of the inputs"
+                f"quantize_update: the batch axis in the input or output of the layer {layer.name!r} cannot be found, "
+                "so its updates cannot be computed one example at a time: write the network so that the batch is a "
+                "separate axis, in the order of the inputs"
             )
         product, fed = op.product, b is not w
         called = self.gains.get(layer.site), op.run
@@ -164,13 +163,13 @@ class PerExample(Handler):
 
 
 def _meeting(graph: Graph) -> dict[str, list[Any]]:
-    """What meets parameters and what comes of it, by site."""
+    """The values that meet parameters, and the results, by site."""
     layers = {layer.site: [layer.operand, layer.output] for layer in graph.layers}
     return layers | {affine.site: [affine.output] for affine in graph.affines}
 
 
 def _nothing(x: jax.Array) -> Any:
-    """Zeros like x, on the devices where x is, to sum up in."""
+    """Zeros like x, on the devices of x, to begin a sum."""
     return placed_as(jnp.zeros(x.shape, at_least_float32(x.dtype)), jax.typeof(x))
 
 
@@ -182,7 +181,7 @@ def _to_front(x: jax.Array, axis: BatchAxis) -> jax.Array:
 
 
 def _whole(x: jax.Array, axis: int) -> Any:
-    """The array, not split over explicit mesh axes along this one: loops run over nothing that is."""
+    """The array, not split over explicit mesh axes along this axis: loops cannot run over a split axis."""
     sharding = jax.typeof(x).sharding
     if sharding.spec[axis] is None:
         return x
@@ -203,5 +202,5 @@ def _alone(x: jax.Array, i: int, axis: BatchAxis) -> jax.Array:
 
 
 def scaled(error: jax.Array, scale: float) -> jax.Array:
-    """The error times the batch, which half precision might not hold."""
+    """The error times the batch, in float32 at least: half precision might not hold it."""
     return error.astype(at_least_float32(error.dtype)) * scale

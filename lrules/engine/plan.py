@@ -1,7 +1,7 @@
-"""Plans: what a rule does at each layer and each hidden signal of one traced network, settled before it runs.
+"""Plans: what a rule does at each layer and each hidden signal of one traced network. They are made before it runs.
 
-What a rule does at a layer is a `LayerRule` (see `rule.py`): `Backprop`, `Sequential` or `Direct`. Feedback weights
-follow from it: a `SequentialFeedback` for each parameter that sequential feedback stands in for, a `DirectFeedback` for
+At a layer, the plan has a `LayerRule` (see `rule.py`): `Backprop`, `Sequential` or `Direct`. The feedback weights
+follow from it: a `SequentialFeedback` for each parameter that sequential feedback replaces, and a `DirectFeedback` for
 each place where direct feedback arrives.
 """
 
@@ -91,7 +91,7 @@ class Plan:
         return shapes
 
     def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
-        """Draws the feedback weights, each from a key of its own name."""
+        """Draws the feedback weights, each with a key made from its name."""
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
@@ -116,23 +116,23 @@ class Plan:
         return states
 
     def check(self, feedback: Feedback) -> None:
-        """Feedback must have been made for this rule, network and shapes."""
+        """Refuses feedback that was not made for this rule, network and shapes."""
         given = {**feedback.fixed, **feedback.learned}
         wanted = self.feedback_shapes()
-        remedy = "make it anew with rule.init(key, net, params, inputs)"
+        remedy = "make new feedback with rule.init(key, net, params, inputs)"
         if missing := sorted(set(wanted) - set(given)):
             raise ValueError(
-                f"the feedback has no entry {missing[0]!r}, so it is not of this rule and network: {remedy}"
+                f"the feedback has no entry {missing[0]!r}, so it was made for another rule or network: {remedy}"
             )
         if extra := sorted(set(given) - set(wanted)):
             raise ValueError(
-                f"the feedback has an entry {extra[0]!r} for which this rule and network have no use: {remedy}"
+                f"the feedback has an entry {extra[0]!r} that this rule and network do not use: {remedy}"
             )
         for name, (shape, _, learned) in wanted.items():
             if name in (feedback.fixed if learned else feedback.learned):
                 raise ValueError(
                     f"the feedback {name!r} is {'fixed' if learned else 'learned'}, and this rule "
-                    f"{'learns it' if learned else 'keeps it as it is'}, so it is another rule's: {remedy}"
+                    f"{'learns it' if learned else 'keeps it fixed'}, so it was made for another rule: {remedy}"
                 )
             if jnp.shape(given[name]) != tuple(shape):
                 raise ValueError(
@@ -143,7 +143,7 @@ class Plan:
             given, wanted_state = jax.eval_shape(lambda: (feedback.state, self._begin(jax.random.key(0))))
             if _described(given) != _described(wanted_state):
                 raise ValueError(
-                    "feedback.state is not that of this rule and network: make it with rule.init, and continue with "
+                    "feedback.state was made for another rule or network: make it with rule.init, and continue with "
                     "feedback._replace(state=grads.state)"
                 )
 
@@ -153,14 +153,14 @@ def _described(tree: Pytree) -> Any:
 
 
 class Refused(NotImplementedError):
-    """A network holds what the rule cannot serve.
+    """A network has parameters that the rule cannot serve.
 
     Args:
-      found: parameters, and what stands in the way.
+      found: parameters, each group with the reason and the remedy.
       offered: the parameters to which a partition can give backprop().
 
     Attributes:
-      refusals: what stands in the way, by parameter.
+      refusals: the reason and the remedy, by parameter.
     """
 
     def __init__(self, found: Sequence[tuple[Sequence[str], str]], offered: Sequence[str]) -> None:
@@ -172,7 +172,7 @@ class Refused(NotImplementedError):
         sentences = list(dict.fromkeys(sentence for _, sentence in found))
         message = sentences[0]
         if len(sentences) > 1:
-            message = f"{len(sentences)} things cannot be served: "
+            message = f"the rule cannot serve {len(sentences)} things: "
             message += "; ".join(f"({i}) {sentence}" for i, sentence in enumerate(sentences, 1))
         if offered:
             message += f", or give {', '.join(map(repr, dict.fromkeys(offered)))} backprop() in a partition"

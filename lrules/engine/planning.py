@@ -1,4 +1,4 @@
-"""Making a plan: settling what a rule does where in a traced network, and refusing what it cannot serve."""
+"""Making a plan: what a rule does at each place of a traced network, and refusals of what it cannot serve."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def make_plan(
     *,
     partition: bool = True,
 ) -> Plan:
-    """Settles what a rule does where, and refuses what it cannot serve.
+    """Decides what a rule does at each place, and refuses what it cannot serve.
 
     Args:
-      net, graph, params, inputs: the network, traced on these.
-      choose: the rule of a layer, by name.
+      net, graph, params, inputs: the network, and its trace on these parameters and inputs.
+      choose: a function from the name of a layer to its rule.
       partition: whether a partition can give single layers another rule.
 
     Returns:
       The plan.
 
     Raises:
-      ValueError: no layer was found, or the rules of one hidden signal disagree.
-      Refused: constructs cannot be served; a NotImplementedError that names them all.
+      ValueError: the network has no layer, or the rules of one hidden signal disagree.
+      Refused: the rule cannot serve some parameters; a NotImplementedError that names all of them.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
@@ -59,8 +59,8 @@ def make_plan(
         raise Refused(found, [name for names, _ in found for name in names if partition and name not in stuck])
     if not graph.layers and not graph.refusals:
         raise ValueError(
-            "no layer found: the network never multiplies something that depends on its inputs by a parameter "
-            "(dot_general or conv_general_dilated); check that the parameters and inputs are the function's arguments "
+            "no layer found: the network never multiplies a value that depends on its inputs by a parameter "
+            "(dot_general or conv_general_dilated); check that the parameters and inputs are arguments of the function "
             "and not closed over"
         )
     entries: dict[str, SequentialFeedback] = {}
@@ -72,8 +72,8 @@ def make_plan(
                     name = graph.names[entry.index]
                     if entries.setdefault(name, entry).spec is not spec:
                         raise ValueError(
-                            f"the parameter {name!r} is used by layers under two rules with feedback, of which each "
-                            f"would draw its own: give the layer {layer.name!r} the rule of the other"
+                            f"the parameter {name!r} is used by layers under two rules with feedback, and each rule "
+                            f"would draw its own feedback: give the layer {layer.name!r} the rule of the other layer"
                         )
     plan = Plan(graph, specs, entries, {})
     add_direct_feedback(plan, net, params, inputs)
@@ -82,7 +82,7 @@ def make_plan(
 
 
 def _check_numbers(plan: Plan) -> None:
-    """Every layer or hidden signal finds its numbers, and every pattern is of use."""
+    """Checks that every layer or hidden signal has its numbers, and that every pattern is used."""
     for spec in {spec: None for spec in plan.specs.values() if isinstance(spec, Sequential | Direct) and spec.numbers}:
         if isinstance(spec, Direct):
             names = [name for name, landing in plan.direct_feedback.items() if landing.spec is spec]
@@ -100,7 +100,7 @@ def _not_served(layer: Layer, spec: LayerRule, partition: bool) -> Iterator[str]
         construct = next(c for c in bare(layer.scope) if c in ("cond", "shard_map"))
         yield (
             f"the layer {layer.name!r} lies inside a {construct}, where direct feedback cannot land: use a sequential "
-            f"rule{' for it' if partition else ''}, or take the layer out of the {construct}"
+            f"rule{' for it' if partition else ''}, or move the layer out of the {construct}"
         )
     if isinstance(spec, Sequential) and {"state", "targets"} & spec.asks_for and "shard_map" in bare(layer.scope):
         what = "state" if "state" in spec.asks_for else "targets"
@@ -112,16 +112,16 @@ def _not_served(layer: Layer, spec: LayerRule, partition: bool) -> Iterator[str]
         return
     if "shard_map unchecked" in layer.scope:
         yield (
-            f"the layer {layer.name!r} lies inside a shard_map with check_vma=False, where it cannot be seen over "
-            "which devices the batch is spread: set check_vma=True, or use another rule for it"
+            f"the layer {layer.name!r} lies inside a shard_map with check_vma=False, where the rule cannot find the "
+            "devices over which the batch is spread: set check_vma=True, or use another rule for it"
         )
     if layer.owned:
         yield (
             f"the parameter {layer.name!r} is itself split over the mesh axes {sorted(layer.owned)} inside a "
-            "shard_map, so its neurons' norms would need a sum that depends on how: use another rule for it"
+            "shard_map, so the norms of its neurons would need a sum over devices: use another rule for it"
         )
     if layer.weight.chosen and layer.weight.batched:
         yield (
-            f"the weight of the layer {layer.name!r} is chosen for each example, so that its neurons have no gradient "
-            "of the whole batch: multiply by every choice and select among the products, or use another rule for it"
+            f"the weight of the layer {layer.name!r} is chosen for each example, so its neurons have no gradient of "
+            "the whole batch: multiply by every choice and select among the products, or use another rule for it"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -137,6 +138,13 @@ class Activation:
     output: Value | None = dataclasses.field(default=None, repr=False)
 
 
+_NONE: Mapping[int, Any] = MappingProxyType({})
+
+
+def _no_axes() -> Mapping[int, Any]:
+    return _NONE  # one for all, since there are many
+
+
 @dataclasses.dataclass(eq=False)
 class Value:
     """What is known of one value of the jaxpr, at one place in the call tree.
@@ -158,8 +166,9 @@ class Value:
     view: Any = None
     producer: Any = None
     operands: tuple[Value, ...] = ()
-    place: tuple[Block, Any] | None = None  # the block and variable where it is defined
-    axes: dict[int, tuple[tuple[tuple[int, ...], ...], frozenset[int]]] = dataclasses.field(default_factory=dict)
+    block: Block | None = None  # where it is defined
+    variable: Any = None
+    axes: Mapping[int, tuple[tuple[tuple[int, ...], ...], frozenset[int]]] = dataclasses.field(default_factory=_no_axes)
     varies: frozenset[int] | None = None
     loops: frozenset[Any] = frozenset()
     carried: bool = False
@@ -171,11 +180,17 @@ class Value:
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    at_twice: Aval | None = None  # what it is at twice the batch (see twice.py)
     order_of_batch: dict[int, Any] | None = None  # what the batch is merged with in an axis (see batch.py)
     arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
     layer: Layer | None = None  # the layer whose output this is
     split: frozenset[Any] = frozenset()  # mesh axes along which a shard_map of the network splits it
+
+    @property
+    def place(self) -> tuple[Block, Any] | None:
+        """The block and the variable where it is defined."""
+        return None if self.block is None else (self.block, self.variable)
 
     @property
     def pure(self) -> bool:
@@ -194,9 +209,7 @@ class Value:
     @property
     def spread(self) -> frozenset[int]:
         """The dimensions along which it is not merely broadcast."""
-        if self.varies is not None:
-            return self.varies
-        return frozenset(i for i, n in enumerate(getattr(self.aval, "shape", ())) if n != 1)
+        return spread_of(self.aval) if self.varies is None else self.varies
 
     @property
     def shadowed(self) -> bool:
@@ -235,14 +248,13 @@ class Block:
     skipped: frozenset[int] = frozenset()
 
     @functools.cached_property
-    def readers(self) -> dict[Any, set[int]]:
+    def readers(self) -> dict[Any, tuple[int, ...]]:
         """The equations that read each variable, by number; -1: it is a result of the block."""
-        found: dict[Any, set[int]] = {v: {-1} for v in self.jaxpr.outvars if not is_literal(v)}
+        found: dict[Any, list[int]] = {v: [-1] for v in self.jaxpr.outvars if not is_literal(v)}
         for index, eqn in enumerate(self.jaxpr.eqns):
-            for v in eqn.invars:
-                if not is_literal(v):
-                    found.setdefault(v, set()).add(index)
-        return found
+            for v in {v for v in eqn.invars if not is_literal(v)}:
+                found.setdefault(v, []).append(index)
+        return {v: tuple(indices) for v, indices in found.items()}  # which the garbage collector need not look into
 
     def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
@@ -266,9 +278,13 @@ class Block:
 
 def parameter(i: int, aval: Aval) -> Value:
     """The value of a parameter."""
-    axes: dict[int, Any] = {i: (tuple((d,) for d in range(len(aval.shape))), frozenset())}
     own = frozenset([i])
-    return Value(aval, params=own, differentiable=own, axes=axes)
+    return Value(aval, params=own, differentiable=own, axes={i: _own_axes(len(aval.shape))})
+
+
+@functools.lru_cache
+def _own_axes(ndim: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
+    return tuple((d,) for d in range(ndim)), EMPTY
 
 
 def argument(aval: Aval, batched: bool) -> Value:
@@ -367,6 +383,23 @@ def want(weight: Value) -> None:
         if value.params and not value.wanted:
             value.wanted = True
             stack += value.operands if value.pure else ()
+
+
+def spread_of(aval: Aval) -> frozenset[int]:
+    """The dimensions of more than one element."""
+    return frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
+
+
+EMPTY: frozenset[Any] = frozenset()
+
+
+def united(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
+    """The union of sets: one of them where it holds the others, so that many values share one set."""
+    found = EMPTY
+    for own in sets:
+        if own is not found and not own <= found:
+            found = own if found <= own else found | own
+    return found
 
 
 class Names:

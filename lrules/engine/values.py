@@ -6,7 +6,7 @@ from typing import Any
 
 from lrules.engine.jaxprs import Aval, Equation
 from lrules.engine.operations import of
-from lrules.engine.records import Layer, Value, classes_of
+from lrules.engine.records import Layer, Value, classes_of, spread_of, united
 
 
 def slice_of(value: Value, aval: Aval, key: tuple[Any, ...]) -> Value:
@@ -25,17 +25,20 @@ def _through(axes: Any, dims: frozenset[int]) -> frozenset[int]:
     return frozenset(j for j, held in enumerate(axes) if dims & set(held))
 
 
-def varying_dims(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> frozenset[int]:
+def varying_dims(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> frozenset[int] | None:
+    """The dimensions along which a value is not merely broadcast, as `Value.varies`."""
     row = of(eqn)
-    full = frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
+    full = spread_of(aval)
     if axes is not None:
-        return _through(axes, ins[0].spread) & full
-    if row.kind == "view" and row.lies is not None:  # which repeats elements
+        varies = _through(axes, ins[0].spread) & full
+    elif row.kind == "view" and row.lies is not None:  # which repeats elements
         lies = row.lies(eqn, 0)
-        return frozenset(lies[i] for i in ins[0].spread)
-    if row.elementwise:
-        return frozenset().union(*(v.spread for v in ins)) & full
-    return full
+        varies = frozenset(lies[i] for i in ins[0].spread)
+    elif row.elementwise:
+        varies = united(v.spread for v in ins) & full
+    else:
+        return None
+    return None if varies == full else varies
 
 
 def parameter_axes(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> dict[int, Any]:
@@ -51,17 +54,16 @@ def parameter_axes(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> di
     for k, value in enumerate(ins):
         for i, (dims, sliced) in value.axes.items():
             if axes is not None:
-                gone = frozenset().union(*map(frozenset, dims)) if dims else frozenset()
                 kept = tuple(tuple(a for j in held for a in dims[j]) for held in axes)
-                gone -= frozenset(a for d in kept for a in d)
-                add(i, kept, sliced | gone)
+                gone = frozenset(a for d in dims for a in d) - frozenset(a for d in kept for a in d)
+                add(i, kept, sliced | gone if gone else sliced)
             elif row.lies is not None:
                 new: list[tuple[int, ...]] = [()] * ndim
                 lies = row.lies(eqn, k)
                 for j, o in lies.items():
                     new[o] = dims[j]
                 gone = frozenset(a for j, held in enumerate(dims) if j not in lies for a in held)
-                add(i, tuple(new), sliced | gone if row.looks_up and k == 0 else sliced)
+                add(i, tuple(new), sliced | gone if gone and row.looks_up and k == 0 else sliced)
             elif len(dims) == ndim:
                 add(i, dims, sliced)
             else:

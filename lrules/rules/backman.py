@@ -105,7 +105,7 @@ def backman(
     return sequential(backward, whole_batch=True, gain=gain, numbers={"alpha": alpha})
 
 
-@functools.partial(jax.jit, static_argnames=("contracted", "axes"), inline=True)
+@functools.partial(jax.jit, static_argnames=("contracted", "axes"))
 def _coefficients(raw: jax.Array, alpha: Any, size: Any, contracted: tuple[int, ...], axes: tuple[str, ...]) -> Any:
     """The coefficients of the neurons; traced once for all layers of one shape.
 

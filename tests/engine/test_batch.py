@@ -8,10 +8,10 @@ from tests.small import DFA, FA, KEY, W, X, first, mlp, refused
 
 
 def test_batch_axes():
-    refused(lambda p, x: mlp(p, x).sum(0), "no batch axis", "has_aux", rule=DFA, error=ValueError)
+    refused(lambda p, x: mlp(p, x).sum(0), "the batch axis of an output", "has_aux", rule=DFA, error=ValueError)
     refused(lrules.Network(mlp, batch_axes=None), "batch_axes", rule=DFA, error=ValueError)
     refused(lrules.Network(mlp, batch_axes=7), "no batch axis 7", "batch_axes", rule=DFA, error=ValueError)
-    refused(lrules.Network(mlp, batch_axes={"x": 0}), "no prefix", rule=DFA, error=ValueError)
+    refused(lrules.Network(mlp, batch_axes={"x": 0}), "a prefix of", rule=DFA, error=ValueError)
     uneven = lrules.Network(lambda p, x: mlp(p, x[0]) + x[1].sum())
     refused(uneven, "differ in size", "batch_axes", rule=DFA, error=ValueError, inputs=(X, jnp.ones(3)))
 
@@ -73,7 +73,7 @@ def test_a_model_of_one_batch_size():
         return (e @ p["f"]).reshape(4, T, -1).mean(1)
 
     params = {"e": jnp.ones((5, 4)), "f": jnp.ones((4, 2))}
-    refused(fixed, "cannot be told", rule=DFA, error=ValueError, params=params, inputs=SEQUENCES)
+    refused(fixed, "cannot be found", rule=DFA, error=ValueError, params=params, inputs=SEQUENCES)
 
     def microbatches(p, x):
         return jnp.concatenate([first(p, x[i : i + 2]) @ p["c"] for i in range(0, len(x), 2)])

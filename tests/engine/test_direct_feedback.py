@@ -46,7 +46,7 @@ def test_no_remedy_that_the_rule_does_not_have(make):
     def reversed_examples(p, x):
         return jnp.tanh(x @ p["a"]) @ p["b"] @ p["c"] + (jnp.sin(x @ p["a"])[::-1] @ p["b"])[::-1] @ p["c"]
 
-    with pytest.raises(ValueError, match="batch axis .* cannot be told .*: write the network so") as caught:
+    with pytest.raises(ValueError, match="batch axis .* cannot be found .*: write the network so") as caught:
         make().init(KEY, reversed_examples, W, X)
     assert "at=" not in str(caught.value) and "partition" not in str(caught.value)
     refused(reversed_examples, "partition", "at=", rule=DFA, error=ValueError)

@@ -9,8 +9,8 @@ import pytest
 import lrules
 from experiments import adversarial, compare, loop
 from experiments.errors import InputError
+from tests.experiments.programs import fork, results
 from tests.experiments.test_loop import make_run, make_task, tiny
-from tests.experiments.test_programs import results, run
 
 
 def test_closed_form_on_a_linear_model():
@@ -95,12 +95,12 @@ def test_comparison_shows_the_attack():
 
 
 def test_train_under_attack(tmp_path):
-    done = run("train", "--widths=8", "--epochs=1", "--fgsm=0.01", "--attack=0.02", f"--output={tmp_path}")
+    done = fork("train", "--widths=8", "--epochs=1", "--fgsm=0.01", "--attack=0.02", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "the same under attack (%)" in done.stdout and results(tmp_path)["attacked"] > 0
     assert "attacked" in (tmp_path / "curves.csv").read_text().splitlines()[0]
 
 
 def test_negative_flag_is_told_in_a_sentence(tmp_path):
-    done = run("train", "--fgsm=-0.1", f"--output={tmp_path}")
+    done = fork("train", "--fgsm=-0.1", f"--output={tmp_path}")
     assert done.returncode != 0 and "flag --fgsm=-0.1: -0.1 is not" in done.stderr and "Traceback" not in done.stderr

@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,19 +11,11 @@ import pytest
 import lrules
 from experiments import data, loop
 from experiments.papers import observations as obs
+from tests.experiments.programs import fork, run
 
-ROOT = pathlib.Path(__file__).parents[2]
 HIDDEN, MEAN = 4, 0.03
 ENTRIES = obs.entries(HIDDEN, MEAN)
 OBSERVATIONS = obs.observations(HIDDEN, MEAN)
-
-
-def program(*flags):
-    """Runs the program in a process of its own, on the host as it is."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "experiments.papers.observations", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def figures(**tests):
@@ -155,7 +143,7 @@ def test_table_and_figure_show_every_run():
 
 def test_the_program(tmp_path):
     flags = ["--observations=6,4", "--widths=6,6", "--epochs=1", "--seeds=2", "--seed=7", "--batch_size=100"]
-    done = program(*flags, f"--output={tmp_path}")
+    done = run("papers.observations", *flags, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     runs = ["BP", "top layer only", "SRBP", "SRBP, magnitude only", "SRBP, layer 2 fixed"]
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -186,7 +174,7 @@ def test_the_program(tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence_and_a_failure(tmp_path, flag, sentence):
-    done = program(flag, f"--output={tmp_path}/out")
+    done = fork("papers.observations", flag, f"--output={tmp_path}/out")
     assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out/*"))
 
@@ -194,7 +182,7 @@ def test_bad_input_is_one_sentence_and_a_failure(tmp_path, flag, sentence):
 @pytest.mark.slow
 def test_observations_on_digits(tmp_path):
     """The program as it stands. Whether 1, 4 and 5 hold on digits is a matter of some tenths of a percent or no."""
-    done = program(f"--output={tmp_path}")
+    done = run("papers.observations", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert {n for n in "23678" if not found["observations"][n]["holds"]} == set()

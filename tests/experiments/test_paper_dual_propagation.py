@@ -10,7 +10,7 @@ import pytest
 import lrules
 from experiments import data, loop, models
 from experiments.papers import dual_propagation as paper
-from tests.experiments.test_programs import is_png, results, run
+from tests.experiments.programs import fork, is_png, results, run
 
 
 def test_every_run_of_table_one_has_the_papers_figures():
@@ -116,6 +116,6 @@ def test_the_tables_on_digits(tmp_path):
     ],
 )
 def test_what_a_rule_refuses_is_told_before_any_trains(tmp_path, flag, sentence):
-    done = run("papers.dual_propagation", flag, f"--output={tmp_path}")
+    done = fork("papers.dual_propagation", flag, f"--output={tmp_path}")
     assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
     assert "training" not in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import lrules
 from experiments import loop, models
 from experiments.papers import node_perturbation as paper
-from tests.experiments.test_programs import is_png, results, run
+from tests.experiments.programs import is_png, results, run
 
 TOP, MIDDLE = "layers/2/kernel", "layers/1/kernel"
 

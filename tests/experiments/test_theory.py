@@ -5,10 +5,6 @@ Paper 1 is random backpropagation (Baldi, Sadowski, Lu), 2 BackMAN, 3 dual propa
 
 import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +20,9 @@ from experiments.theory import dual_propagation as dp
 from experiments.theory.check import Check
 from experiments.theory.claims import CLAIMS
 from experiments.theory.figures import FIGURES
+from tests.experiments.programs import fork
 from tests.reference import dual_propagation as reference
 from tests.reference import nets
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -309,15 +304,8 @@ def test_strength_of_the_signal(beta):
 # ---------------------------------------------------------------------------------------------------------- the program
 
 
-def run(*flags):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "experiments.theory", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
-
 def test_program(tmp_path):
-    done = run("--only=relaxations,corollary", "--seeds=2", "--nofigures", f"--output={tmp_path}")
+    done = fork("theory", "--only=relaxations,corollary", "--seeds=2", "--nofigures", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "9 of 9 claims hold, 2 seeds" in done.stdout and "| dual propagation, Prop. 4.2 " in done.stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -327,7 +315,7 @@ def test_program(tmp_path):
 
 
 def test_program_names_the_nearest_claim(tmp_path):
-    done = run("--only=chain", f"--output={tmp_path}")
+    done = fork("theory", "--only=chain", f"--output={tmp_path}")
     assert done.returncode == 1 and done.stderr.strip() == "Error: There is no claim 'chain': did you mean 'chains'?"
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import lrules
 from experiments import compare, data, loop, models
+from tests.experiments.programs import fork, results
 from tests.experiments.test_loop import Normalised, learning_feedback, make_run, make_task, tiny
-from tests.experiments.test_programs import results, run
 
 
 def same(a, b):
@@ -101,13 +101,13 @@ def test_compare_counts_epochs_after_the_warm_up():
 
 
 def test_train_says_that_there_is_nothing_to_warm_up(tmp_path):
-    done = run("train", "--widths=8", "--epochs=1", "--warmup_epochs=1", f"--output={tmp_path}")
+    done = fork("train", "--widths=8", "--epochs=1", "--warmup_epochs=1", f"--output={tmp_path}")
     assert done.returncode == 0 and "nothing to warm up" in done.stdout
 
 
 def test_train_with_a_warm_up(tmp_path):
     flags = ["--rule=node_perturbation(std=0.01)", "--widths=8", "--epochs=1", "--warmup_epochs=1"]
-    done = run("train", *flags, "--feedback_learning_rate=0.01", f"--output={tmp_path}")
+    done = fork("train", *flags, "--feedback_learning_rate=0.01", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "warm-up" in done.stderr and "epoch 1/1" in done.stderr
     settings = results(tmp_path)["settings"]
