@@ -82,7 +82,7 @@ class _LayerRule:
             return "the loss"
         return None if self.state is None else "to return its state"
 
-    @property
+    @functools.cached_property
     def plain(self) -> bool:
         """Whether the functions need only the arguments that they always get, and static numbers."""
         return not (self.asks_for or self.holds or getattr(self, "targets", False))

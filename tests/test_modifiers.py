@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrules
+from lrules.engine.quantizer import quantize
 from tests import bridge
 from tests.reference import (
     losses,
@@ -715,3 +716,111 @@ def unread(p, x):
     """What no layer reads is in no doubt, and may be named."""
     h = jnp.tanh(x @ p["a"])
     return (h + jnp.exp(h @ p["b"]) * jnp.arange(3.0)[None]) @ p["b"]
+
+
+# ------------------------------------------------------------------------------------------------- numbers by name
+
+
+def chosen(name):
+    """The first match of the patterns below."""
+    return {"1": 1, "2": 2}.get(name[0], 3)
+
+
+DIRECT = lrules.direct_feedback_alignment()
+
+
+@pytest.mark.parametrize("rule", [lrules.feedback_alignment(), DIRECT])
+@pytest.mark.parametrize("kind", ["bits", "scale", "rate"])
+def test_numbers_by_hidden_signal(rule, kind):
+    """Each hidden signal has its own number: as a modifier that looks at the name."""
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        feedback, _ = draw(rule, net, x)
+        given = {"^1/": 1, "2": 2, ".*": 3}
+        if kind == "rate":
+            rates = {pattern: n / 4 for pattern, n in given.items()}
+            got = pull(net, lrules.drop_error(rule, rates), feedback, x, e, rng=jax.random.key(0))
+            for n, k in ((3, "2"), (1, "0")):  # the layer below a hidden signal; sequential rules add up above it
+                whole = pull(net, lrules.drop_error(rule, n / 4), feedback, x, e, rng=jax.random.key(0))
+                same = np.allclose(got[0][k]["kernel"], whole[0][k]["kernel"])
+                assert same == (n == 3 or rule is DIRECT)
+            return
+        options = {"bits": given, "scale": 0.1} if kind == "bits" else {"bits": 3, "scale": given}
+
+        def by_the_name(signal, name, rng):
+            own = {option: chosen(name) if isinstance(v, dict) else v for option, v in options.items()}
+            return quantize(signal, **own)
+
+        got = pull(net, lrules.quantize_error(rule, options["bits"], scale=options["scale"]), feedback, x, e)
+        bridge.close(got, pull(net, lrules.modify_error(rule, by_the_name), feedback, x, e))
+        uniform = pull(net, lrules.quantize_error(rule, 3, scale=0.1), feedback, x, e)
+        assert not np.allclose(got[0]["0"]["kernel"], uniform[0]["0"]["kernel"])
+
+
+@pytest.mark.parametrize("kind", ["bits", "scale"])
+def test_numbers_by_layer(kind):
+    """The update of a layer, and that of a bias, by its own number: as with that number for all."""
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        numbers = {"0/bias": 4, "1": 1, ".*": 2}
+        make_rule = {
+            "bits": lambda n: lrules.quantize_update(lrules.backprop(), n),
+            "scale": lambda n: lrules.quantize_update(lrules.backprop(), 2, scale=n),
+        }[kind]
+        got = pull(net, make_rule(numbers), NONE, x, e)[0]
+        whole = {n: pull(net, make_rule(n), NONE, x, e)[0] for n in (1, 2, 4)}
+        for k in range(4):
+            for part in ("kernel", "bias"):
+                n = 4 if (k, part) == (0, "bias") else 1 if k == 1 else 2
+                bridge.close(got[str(k)][part], whole[n][str(k)][part])
+        assert not np.allclose(whole[1]["1"]["kernel"], whole[2]["1"]["kernel"])
+
+
+def test_both_quantisers_of_updates_have_their_numbers():
+    with jax.enable_x64(True):
+        net, x, e = make("shallow")
+        inner = lrules.quantize_update(lrules.backprop(), 3, scale=0.5)
+        got = pull(net, lrules.quantize_update(inner, {"0": 1, ".*": 2}), NONE, x, e)[0]
+        for k, bits in enumerate((1, 2)):
+            bridge.close(got[str(k)], pull(net, lrules.quantize_update(inner, bits), NONE, x, e)[0][str(k)])
+
+
+@pytest.mark.parametrize(
+    ("make_rule", "match"),
+    [
+        (lambda r: lrules.drop_error(r, {"0/": 0.5, ".*": 0.1}), "rate: '0/' matches no hidden signal; .*'1/kernel'"),
+        (lambda r: lrules.quantize_error(r, {"1/": 3}), "bits: no pattern matches the hidden signal '2/kernel'"),
+        (lambda r: lrules.quantize_update(r, {"head": 3, ".*": 2}), "bits: 'head' matches no layer; .* are '0/kernel'"),
+        (lambda r: lrules.quantize_update(r, 3, scale={"0": 0.1}), "scale: no pattern matches the layer '1/kernel'"),
+        (lambda r: lrules.quantize_update(lrules.quantize_update(r, 3), {"head": 3, ".*": 2}), "'head' matches no"),
+    ],
+)
+def test_patterns_of_modifiers(make_rule, match):
+    net, x, e = make("deep")
+    rule = make_rule(lrules.backprop())
+    with pytest.raises(ValueError, match=match):
+        pull(net, rule, NONE, x, e, **({"rng": jax.random.key(0)} if rule.stochastic else {}))
+
+
+def test_numbers_at_the_output_are_one():
+    with pytest.raises(ValueError, match='at="output"'):
+        lrules.quantize_error(lrules.backprop(), {".*": 3}, at="output")
+
+
+def test_a_mark_without_a_pattern():
+    """Where feedback lands at a mark, the modifier acts there too, and needs a number."""
+
+    def net(p, x):
+        return jnp.tanh(lrules.hidden(jnp.tanh(x @ p["a"]) + 1, "middle") * 2 @ p["b"]) @ p["c"]
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2))}
+    rule = lrules.direct_feedback_alignment(at="middle")
+    feedback = rule.init(jax.random.key(0), net, params, jnp.ones((5, 3)))
+
+    def grads(rates):
+        f = lrules.transform(net, lrules.drop_error(rule, rates))
+        return jax.grad(lambda p: f(p, feedback, jnp.ones((5, 3)), rng=jax.random.key(0)).sum())(params)
+
+    with pytest.raises(ValueError, match="no pattern matches the mark 'middle'"):
+        grads({"b": 0.5, "c": 0.5})
+    assert not np.any(grads({"middle": 1 - 2**-20, ".*": 0.0})["a"]) and np.any(grads({"middle": 0.0, ".*": 0.0})["a"])

@@ -71,6 +71,8 @@ class PerExample(Handler):
         """Every pattern matches a layer, a bias or a scale."""
         for number in numbers:
             number.check(self.names.values())
+            for name in self.names.values():
+                number.of(name)
 
     def then(self, fn: Callable[..., Any], numbers: Sequence[ByName[Any]]) -> PerExample:
         """The same with one more function, inside the others."""

@@ -53,3 +53,30 @@ def test_backman_inside_a_shard_map_of_the_network(check_vma, weight, words, fac
 
     refused(apply, "'b'", words, "partition", rule=BACKMAN)
     FA.init(KEY, apply, W, X)
+
+
+def test_alpha_by_layer():
+    """Each layer has its own norm: as in a partition."""
+    with jax.enable_x64(True):
+        net, x, e = make("deep")
+        got = pull(net, lrules.backman({"0": 0.5, "[12]/": 2.0, ".*": 1.0}), NOTHING, x, e)
+        each = {"0": lrules.backman(0.5), "[12]/": lrules.backman(2.0), ".*": lrules.backman()}
+        agrees_with = pull(net, lrules.partition(each), NOTHING, x, e)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(agrees_with), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+        norms = np.linalg.norm(got[0]["1"]["kernel"], axis=0)
+        np.testing.assert_allclose(norms, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        ({"head": 1.0, ".*": 2.0}, "alpha: 'head' matches no layer; the layers are 'a', 'b', 'c'"),
+        ({"a": 1.0}, "alpha: no pattern matches the layer 'b'"),
+    ],
+)
+def test_patterns_that_do_not_fit(alpha, words):
+    with pytest.raises(ValueError, match=words):
+        lrules.backman(alpha).init(KEY, lambda p, x: first(p, x) @ p["b"] @ p["c"], W, X)
+    with pytest.raises(ValueError, match="alpha must be a finite number >= 0"):
+        lrules.backman({"a": -1.0})

@@ -437,3 +437,29 @@ def test_refusals():
             feedback = rule.init(jax.random.key(0), branching, params, jnp.ones((5, 3)))
             fn = lrules.value_and_grad(branching, half_squared, rule)
             fn(params, feedback, jnp.ones((5, 3)), jnp.ones((5, 2)), rng=jax.random.key(0))
+
+
+def test_noise_by_hidden_signal():
+    """lambda = (L(xi) - L(0)) xi / std, each with its own std: as noise of those sizes, divided by their squares."""
+    net, x = dense()
+    stds = {"1/": 0.1, "2/": 0.3}
+    widths = {5: 0.1, 6: 0.3}
+
+    def sized(key, shape, dtype):
+        return widths[shape[1]] * jax.random.normal(key, shape, dtype)
+
+    def gradients(std, **options):
+        rule = lrules.node_perturbation(std, channel="direct", **options)
+        feedback = rule.init(KEY, bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x))
+        step = lrules.value_and_grad(bridge.apply_of(net), half_squared, rule)
+        return step(bridge.parameters(net), feedback, jnp.asarray(x), jnp.ones((7, 3)), rng=KEY)[1].feedback
+
+    silent = gradients(1.0, noise=lambda key, shape, dtype: jnp.zeros(shape, dtype))  # what is left without lambda
+    own, scaled = gradients(stds), gradients(1.0, noise=sized)
+    for name, std in (("1/kernel", 0.1), ("2/kernel", 0.3)):
+        bridge.close(silent[name] - own[name], (silent[name] - scaled[name]) / std**2)
+    bridge.close(gradients({".*": 0.2}), gradients(0.2))
+    with pytest.raises(ValueError, match="std: '0/' matches no hidden signal; .* are '1/kernel', '2/kernel'"):
+        gradients({"0/": 0.1, ".*": 0.2})
+    with pytest.raises(ValueError, match="std must be a finite number > 0, got 0"):
+        lrules.node_perturbation({"a": 0})

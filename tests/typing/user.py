@@ -163,8 +163,17 @@ def what_is_returned(net: lrules.Network, rule: lrules.Rule) -> tuple[lrules.Tra
 def backward(
     op: Any, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: Any
 ) -> tuple[jax.Array, jax.Array, None]:
-    dw, dx = jax.vjp(op, w, x)[1](d)
+    dw, _ = jax.vjp(op, w, x)[1](d)
+    _, dx = jax.vjp(op, b, x)[1](d)
     return dw, 0.5 * dx, None
+
+
+def asking(
+    op: Any, w: jax.Array, b: Any, x: jax.Array, d: jax.Array, layer: lrules.extend.Layer,
+    *, rng: jax.Array, state: jax.Array, y: jax.Array, rate: float,
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:  # fmt: skip
+    dw, dx = jax.vjp(op, w, x)[1](d)
+    return rate * dw, dx * jax.random.bernoulli(rng, 0.9, dx.shape), None, 0.9 * state + 0.1 * y.mean()
 
 
 def signal(e: jax.Array, b: jax.Array, targets: jax.Array | None, name: str) -> jax.Array:
@@ -172,11 +181,29 @@ def signal(e: jax.Array, b: jax.Array, targets: jax.Array | None, name: str) -> 
 
 
 halved: lrules.Rule = lrules.sequential(backward, init=lrules.feedback.binary(), learned=False, whole_batch=True)
+asked = lrules.sequential(asking, state=lambda layer: jnp.zeros(()), numbers={"rate": {"first": 0.1, ".*": 1.0}})
 sent = lrules.direct(signal, init=lrules.feedback.sparse(2), at=["first", "second"], rank=2, error_at="outputs")
 
 
 def conforms() -> None:
     lrules.testing.check_rule(halved)
+
+
+class Recorded(lrules.extend.Handler):
+    def layer(
+        self, layer: lrules.extend.Layer, op: lrules.extend.Operation, w: jax.Array, b: Any, x: Any,
+        frame: lrules.extend.Frame,
+    ) -> Any:  # fmt: skip
+        frame.records[layer.at_output] = y = op(w, x)
+        return y
+
+
+def with_a_handler_and_a_state() -> dict[str, Any]:
+    _, _, records = lrules.extend.run(mlp, weights, x, [Recorded()])
+    feedback = asked.init(key, mlp, weights, x)
+    grads = lrules.value_and_grad(mlp, loss, asked)(weights, feedback, x, y, rng=key)[1]
+    feedback._replace(state=grads.state)
+    return records
 
 
 # ------------------------------------------------------------------------------------------------------- what remains
@@ -197,6 +224,7 @@ def every_rule() -> list[lrules.Rule]:
         lrules.kolen_pollack(init),
         lrules.random_target_projection(init),
         lrules.backman(alpha=0.1),
+        lrules.backman({"last": 0.1, ".*": 1.0}),
         lrules.backman(alpha="gradient_norm", axis_name=("data", "model")),
         lrules.monotone_dfa(error_at="outputs"),
         lrules.dual_propagation(beta=0.01, iterations=3, order="forward", output="refreshed"),
@@ -205,9 +233,10 @@ def every_rule() -> list[lrules.Rule]:
         lrules.node_perturbation(0.01, channel="direct", solver="sgd", noise=jax.random.normal),
         lrules.partition({"last": lrules.backprop(), ".*": fa}),
         lrules.modify_error(fa, lambda s, name, rng: 0.5 * s),
+        lrules.modify_error(fa, lambda s, name, rng, factor: factor * s, numbers={"factor": {"last": 0.5, ".*": 1.0}}),
         lrules.quantize_error(fa, 3, at="output"),
         lrules.quantize_update(fa, bits=3, scale=2**-6),
-        lrules.drop_error(fa, 0.5),
+        lrules.drop_error(fa, {"last": 0.5, ".*": 0.0}),
         lrules.sign_error(fa, axis_name="data"),
         lrules.magnitude_error(fa),
         lrules.replace_derivative(fa, jnp.cos),
