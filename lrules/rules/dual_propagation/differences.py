@@ -20,7 +20,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal, placed_as
 from lrules.engine.operations import of
 from lrules.engine.records import Activation, Block, Value
-from lrules.engine.regions import Region, RegionProgram
+from lrules.engine.regions import Region
 
 FAR = np.asarray([-1e4, 1e4])
 NEAR = np.asarray([-0.03, -0.01, -0.003, 0.003, 0.01, 0.03])
@@ -42,7 +42,7 @@ def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
         site = region.activation.site
         if site not in sites:
             continue
-        what = region if region.others else RegionProgram(region).key or region
+        what = region if region.others else region.program.key or region
         if what in served:
             continue
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]
