@@ -29,10 +29,10 @@ class Pieces:
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Hashable, Callable[..., Any]] = collections.OrderedDict()
 
-    def shared(self, key: Hashable, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, or the function that was first given under this key: it must compute the same, and hold no tracer."""
+    def shared(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """The function that `make` gives, or gave first under this key: it computes the same, and holds no tracer."""
         with self._lock:
-            known = self._kept.pop(key, None) or jax.jit(fn, inline=True)
+            known = self._kept.pop(key, None) or jax.jit(make(), inline=True)
             self._kept[key] = known
             if len(self._kept) > MOST:
                 self._kept.popitem(last=False)
