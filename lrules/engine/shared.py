@@ -52,7 +52,12 @@ def equation_key(eqn: Equation) -> Hashable | None:
             params = ("relu",)
         elif of(eqn).name not in JITS:  # whose programs JAX keeps: they are the same if they are one
             return None
-    return (eqn.primitive, params, eqn.ctx, tuple(v.aval for v in eqn.invars))
+    key = (eqn.primitive, params, eqn.ctx, tuple(v.aval for v in eqn.invars))
+    try:
+        hash(key)
+    except TypeError:  # parameters of a primitive that JAX does not know, such as arrays
+        return None
+    return key
 
 
 def _is_program(param: Any) -> bool:
