@@ -145,7 +145,7 @@ def _no_axes() -> Mapping[int, Any]:
     return _NONE  # one for all, since there are many
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Value:
     """What is known of one value of the jaxpr, at one place in the call tree.
 

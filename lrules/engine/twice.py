@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import COND, INLINED, SCAN, SHARD_MAP, Aval, Equation, Jaxpr, is_literal, open_jaxpr
+from lrules.engine.operations import of
 from lrules.engine.records import Block, Value
 
 
@@ -102,7 +103,7 @@ def _same(a: Sequence[Any], b: Sequence[Any], twins: Mapping[Any, Any]) -> bool:
 
 def _programs(eqn: Equation) -> list[Any]:
     """The programs inside an equation."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params = of(eqn).name, eqn.params
     if name == COND:
         return list(params["branches"])
     return [params["jaxpr"] if name in (SCAN, SHARD_MAP) else params[INLINED[name]]]
