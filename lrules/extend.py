@@ -1,28 +1,26 @@
-"""What a rule needs that `sequential` and `direct` cannot say: the parts of which the library's own rules are made.
+"""The parts for rules that `sequential` and `direct` cannot make. The rules of the library use the same parts.
 
-A *site* is a place in a network where something happens to the error: a layer, a hidden signal, an activation, a bias
-or a scale. A *handler* says what happens at the sites while the network runs. A *frame* is what it reads and writes
-there. A *plan* is what a rule does at each site of one network; `make_plan` also refuses what the rule cannot serve.
+A *site* is a place in a network where something happens to the error: a layer, a hidden signal (see docs/terms.md), an
+activation, a bias or a scale. A *handler* decides what happens at the sites while the network runs. It reads and writes
+a *frame*. A *plan* is what a rule does at each site of one network; `make_plan` also refuses what the rule cannot
+serve.
 
-| to | use |
-| --- | --- |
-| see what is in a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`, `activations`, `affines` |
-| run it with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for noise, `all_zeros_at` for probes |
-| say what a rule does where | `Sequential`, `Direct`, `Backprop`; `make_plan`, `Plan`; `layerwise` makes a rule of it |
-| run a network as a plan says | `evaluate`; with direct feedback `run_to_heads` and `from_heads` |
-| send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and `correlate` |
-| tell activations apart | `treated`, `passing_names` |
-| find the batch in a tensor | `batch_axis`, `doubled`, `BatchAxis` |
-| put a value where another is | `placed_as`, `split_as` (devices), `at_least_float32` (precision) |
-| check what users give | `as_network`, `check_params`, `mean_loss` |
+| to | use | | --- | --- | | list the sites of a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`,
+`activations`, `affines` | | run a network with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for
+noise, `all_zeros_at` for probes | | decide what a rule does at each site | `Sequential`, `Direct`, `Backprop`;
+`make_plan`, `Plan`; `layerwise` | | run a network under a plan | `evaluate`; with direct feedback `run_to_heads` and
+`from_heads` | | send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and
+`correlate` | | find the activations that a rule treats | `treated`, `passing_names` | | find the batch in a tensor |
+`batch_axis`, `doubled`, `BatchAxis` | | place a value like another | `placed_as`, `split_as` (devices),
+`at_least_float32` (precision) | | check the arguments of users | `as_network`, `check_params`, `mean_loss` |
 
-A rule of its own, with two forward passes. Noise xi is added to what each layer computes, and the weights follow the
-effect that it has on each example's loss (REINFORCE, Williams 1992): dW_l = (L(xi) - L(0)) / std xi_l x_l^T.
+An example: a rule with two forward passes. It adds noise xi to the output of each layer, and the weights follow the
+effect of the noise on the loss of each example (REINFORCE, Williams 1992): dW_l = (L(xi) - L(0)) / std xi_l x_l^T.
 
     >>> import jax, jax.numpy as jnp, lrules
     >>> from lrules import extend
     >>> class Noise(extend.Handler):
-    ...     arrays = ("key",)  # its attributes that hold arrays
+    ...     arrays = ("key",)  # the attributes that hold arrays
     ...     def __init__(self, std, key):
     ...         self.std, self.key = std, key
     ...     def layer(self, layer, op, w, b, x, frame):
@@ -35,7 +33,7 @@ effect that it has on each example's loss (REINFORCE, Williams 1992): dW_l = (L(
     ...     def __init__(self, gain):
     ...         self.gain = gain
     ...     def layer(self, layer, op, w, b, x, frame):
-    ...         y = op(w, jax.lax.stop_gradient(x))  # nothing goes down
+    ...         y = op(w, jax.lax.stop_gradient(x))  # no error goes down
     ...         frame.records[layer.at_output] = jnp.vdot(self.gain[:, None] * frame.inputs[layer.at_output], y)
     ...         return y
     >>> def perturbed(std):
@@ -49,7 +47,7 @@ effect that it has on each example's loss (REINFORCE, Williams 1992): dW_l = (L(
     ...         raise ValueError("perturbed needs the loss: use lrules.value_and_grad(net, loss, rule)")
     ...     def value_and_grad(net, loss):
     ...         def step(params, feedback, inputs, targets, *, rng):
-    ...             plan(net, params, inputs)  # which refuses what has no layers that can be served
+    ...             plan(net, params, inputs)  # refuses networks that it cannot serve
     ...             clean, _, _ = extend.run(net, params, inputs)
     ...             noisy, _, xi = extend.run(net, params, inputs, [Noise(std, rng)])
     ...             gain = (loss(noisy, targets) - loss(clean, targets)) / std
@@ -67,9 +65,9 @@ effect that it has on each example's loss (REINFORCE, Williams 1992): dW_l = (L(
     >>> grads.params["a"].shape
     (3, 4)
 
-Sequential feedback rides along with the weights: `b` is what stands in the place of `w`, after the same casts, reshapes
-and slices. A handler that changes the error at a site is an identity with a derivative of its own (`jax.custom_vjp`),
-which takes all arrays as arguments: inside a loop it must not close over any.
+Sequential feedback goes with the weights: `b` replaces `w`, after the same casts, reshapes and slices. A handler that
+changes the error at a site is an identity with a custom derivative (`jax.custom_vjp`). Give it all arrays as arguments:
+inside a loop it must not close over arrays.
 """
 
 from __future__ import annotations
@@ -157,14 +155,15 @@ def run(
     """Runs a network with handlers at its sites.
 
     Args:
-      net, params, inputs: the network and what it takes.
-      handlers: the first one acts nearest to the layers. The network's own (`net.handlers`, those of modifiers) are not
-        among them unless they are given.
-      given: arrays by site, which handlers find in `frame.inputs`; those of sites inside a loop have its length in
+      net, params, inputs: the network, and what it takes.
+      handlers: the handlers; the first acts nearest to the layers. Those of modifiers (`net.handlers`) act only if you
+        give them too.
+      given: arrays by site; handlers find them in `frame.inputs`. Arrays of sites inside a loop have its length in
         front, see `zeros_at`.
 
     Returns:
-      `(outputs, aux, records)`; records are what handlers put into `frame.records`, stacked over the loops.
+      `(outputs, aux, records)`; the records are the arrays that handlers wrote into `frame.records`, stacked over
+      loops.
 
     Example:
       >>> import jax.numpy as jnp, lrules
@@ -173,7 +172,7 @@ def run(
       ...         frame.records[layer.at_output] = y = op(w, x)
       ...         return y
       >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> outputs, aux, records = run(net, params, jnp.ones((5, 3)), [Widths()])
+      >>> outputs, aux, records = lrules.extend.run(net, params, jnp.ones((5, 3)), [Widths()])
       >>> {site: value.shape for site, value in records.items()}
       {'a output': (5, 4), 'b output': (5, 2)}
     """
@@ -196,8 +195,8 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
       The signal, `[batch, *hidden]`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.extend.project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
     e = e if e.dtype == b.dtype else e.astype(b.dtype)
@@ -205,11 +204,11 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def correlate(e: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:
-    """The product of the output error and a hidden signal, summed over the batch.
+    """Multiplies the output error by a hidden signal, and sums over the batch.
 
     dB = sum over examples of e h^T
 
-    It is the transpose of `project`, in which JAX itself sees to a batch that lies on several devices.
+    It is the transpose of `project`, so JAX itself sums over devices if the batch lies on several.
 
     Args:
       e: the output error, `[batch, outputs]`.
@@ -220,8 +219,8 @@ def correlate(e: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:
       An array like b.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> correlate(jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.zeros((2, 3))).tolist()
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.extend.correlate(jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.zeros((2, 3))).tolist()
       [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
     """
     return jax.vjp(lambda b: project(e, b), b)[1](h)[0]

@@ -183,7 +183,19 @@ NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # a function
 
 
 def as_network(net: NetworkLike) -> Network:
-    """The network; a bare function becomes one."""
+    """Returns a network: a bare function becomes one.
+
+    Args:
+      net: a `Network`, or a function `apply(params, inputs)`.
+
+    Returns:
+      The network.
+
+    Example:
+      >>> import lrules
+      >>> isinstance(lrules.extend.as_network(lambda w, x: x @ w), lrules.Network)
+      True
+    """
     return net if isinstance(net, Network) else Network(net)
 
 

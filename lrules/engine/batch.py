@@ -28,7 +28,18 @@ from lrules.typing import Pytree
 
 @dataclasses.dataclass(frozen=True)
 class BatchAxis:
-    """Where the batch lies in a tensor: axis `axis`, of size `before * batch * after` if merged with others."""
+    """The place of the batch in a tensor: axis `axis`, with the size `before * batch * after` if it is merged.
+
+    Args:
+      axis: the axis.
+      before, after: the sizes that are merged with the batch, before and after it.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> axis = lrules.extend.BatchAxis(0, after=4)  # [batch * time, features], with 4 steps
+      >>> axis.in_front(jnp.ones((20, 3)), (20, 3), 5).shape
+      (5, 4, 3)
+    """
 
     axis: int
     before: int = 1
@@ -109,7 +120,29 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
 
 
 def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
-    """The same for an output or a hidden signal; `Network.signal_axes` may give the axis."""
+    """Finds the batch axis of an output or a hidden signal.
+
+    Args:
+      net: the network; its `signal_axes` may give the axis.
+      name: the name of the hidden signal, or `"outputs"`.
+      a, b: the value in the trace at the batch, and in the trace at twice the batch (see `doubled`; None: there is
+        none).
+      batch: the number of examples.
+
+    Returns:
+      The axis; None if it cannot be found.
+
+    Raises:
+      ValueError: the axis in `signal_axes` does not have the size of the batch.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, w, x = lrules.Network(lambda w, x: (x @ w).T), jnp.ones((3, 4)), jnp.ones((5, 3))
+      >>> graph = net.graph(w, x)
+      >>> twice = lrules.extend.doubled(net, w, x, graph)
+      >>> lrules.extend.batch_axis(net, "outputs", graph.outs[0], twice.outs[0], 5)
+      BatchAxis(axis=1, before=1, after=1)
+    """
     stated = net.stated_axis(name, a.aval.shape, batch)
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
@@ -209,10 +242,23 @@ def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u:
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
-    """The network traced at twice the batch; None if the model cannot be traced like this.
+    """Traces a network at twice the batch.
+
+    Args:
+      net, params, inputs: the network, and what it takes.
+      graph: its trace at the batch.
+
+    Returns:
+      The other trace; None if the model cannot be traced like this.
 
     Raises:
       ValueError: the trace is another network.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, w, x = lrules.Network(lambda w, x: x @ w), jnp.ones((3, 4)), jnp.ones((5, 3))
+      >>> lrules.extend.doubled(net, w, x, net.graph(w, x)).outs[0].aval.shape
+      (10, 4)
     """
 
     def trace() -> Graph | None:

@@ -33,9 +33,22 @@ def make_plan(
       choose: a function from the name of a layer to its rule.
       partition: whether a partition can give single layers another rule.
 
+    Returns:
+      The plan.
+
     Raises:
       ValueError: the network has no layer, or the rules of one hidden signal disagree.
       Refused: the rule cannot serve some parameters; a NotImplementedError that names all of them.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> choose = lambda name: extend.Direct(None) if name == "b" else extend.Backprop()
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, choose)
+      >>> list(plan.direct_feedback)
+      ['b']
     """
     specs = {layer.site: choose(layer.name) for layer in graph.layers}
     refused = [r for r in graph.refusals if any(not isinstance(choose(graph.names[i]), Backprop) for i in r.parameters)]
