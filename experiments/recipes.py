@@ -1,6 +1,8 @@
 """Learning channels made of the public constructors, each in a few lines: take one, change it, make your own.
 
-They are variants of which Baldi, Sadowski and Lu (2018) speak in passing (sections 3, 4.2, 6.1). Each returns a rule.
+The first ones are variants that Baldi, Sadowski and Lu (2018) mention in sections 3, 4.2 and 6.1. The others show what
+a rule's functions can ask for (see `lrules.constructors`): keys, targets, the hidden signal, a layer's output, numbers
+by layer. Each returns a rule.
 """
 
 import zlib
@@ -135,3 +137,114 @@ def weight_by_weight() -> lrules.Rule:
         raise ValueError("weight_by_weight is for lrules.value_and_grad(net, loss, rule)")
 
     return lrules.Rule(init, transform, value_and_grad)
+
+
+def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
+    """Backpropagation with a learning rate of its own for each layer: dW_l <- rate_l dW_l.
+
+    Args:
+      by_layer: rates by regular expression on the names of layers; the first match holds. One that matches no layer is
+        an error that names the layers.
+    """
+
+    def backward(op, w, b, x, d, layer, rate):
+        dw, dx = jax.vjp(op, w, x)[1](d)
+        return rate * dw, dx, None
+
+    return lrules.sequential(backward, numbers={"rate": by_layer})
+
+
+def weight_mirror(
+    std: float = 1.0, decay: float = 1.0, noise: Callable[..., jax.Array] = jax.random.normal
+) -> lrules.Rule:
+    """Feedback alignment whose feedback weights come to mirror the forward weights (Akrout et al. 2019, section 3).
+
+    B_l <- B_l + eta (xi y^T - decay B_l),  y = W_l xi,  with noise xi in the place of what layer l reads
+
+    The mean of xi y^T over the noise is std^2 W_l (as the parameter lies), so B_l comes to std^2 / decay W_l, and no
+    weight is carried from one place to the other. `grads.feedback` is minus what is in brackets, a mean over the batch:
+    plain `optax.sgd(eta)` makes this update of it. (The paper lets the noise pass at times of its own, not at every
+    step.)
+
+    Args:
+      std: the standard deviation of the noise.
+      decay: of the feedback weights.
+      noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1.
+    """
+
+    def backward(op, w, b, x, d, layer, *, rng, h):
+        dw, _ = jax.vjp(op, w, x)[1](d)
+        (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
+        if h is None:  # a first layer has no feedback
+            return dw, dx, jnp.zeros_like(b)
+        xi = std * noise(rng, x.shape, x.dtype)
+        (mirrored,) = jax.vjp(lambda v: op(v, xi), w)[1](op(w, xi) / len(x))
+        return dw, dx, decay * b - mirrored
+
+    return lrules.sequential(backward, init=jax.nn.initializers.glorot_normal(), learned=True)
+
+
+def difference_target_propagation(
+    step: float = 0.1,
+    std: float = 0.1,
+    decoder: Callable[[jax.Array], jax.Array] = jnp.tanh,
+    noise: Callable[..., jax.Array] = jax.random.normal,
+) -> lrules.Rule:
+    """Difference target propagation (Lee et al. 2015), from layer output to layer output.
+
+    y_l = W_l x_l is what layer l computes of what it reads, g_l(y) = decoder(B_l^T y) the learned way back. With the
+    target of y_l a step against the error of the example, the target of x_l is corrected by the difference of two ways:
+
+        y'_l = y_l - step d_l,   x'_l = x_l + g_l(y'_l) - g_l(y_l)                            (Eq. 15)
+        dW_l descends |y_l - y'_l|^2 / (2 step),   dB_l descends |g_l(W_l (x_l + noise)) - (x_l + noise)|^2 / 2
+
+    Between x_l and the output of the layer below lie its bias and its activation. The error x_l - x'_l, divided by the
+    step, goes down through these by their derivatives. (The paper's layers hold the activation, and have a target
+    behind it.) The last layer has the true gradient.
+
+    Args:
+      step: how far targets lie from what is there, on the scale of one example's error.
+      std: the standard deviation of the noise with which the way back is learned.
+      decoder: an elementwise function.
+      noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1.
+    """
+
+    def backward(op, w, b, x, d, layer, *, rng, y, h, elements):
+        dw, dx = jax.vjp(op, w, x)[1](d)
+        if h is None:
+            return dw, dx, jnp.zeros_like(b)
+        back = lambda b, y: decoder(jax.vjp(lambda x: op(b, x), x)[1](y)[0])  # noqa: E731
+        size = step * elements  # d is the error of a mean over so many losses
+        dx = (back(b, y) - back(b, y - size * d)) / size
+        noisy = x + std * noise(rng, x.shape, x.dtype)
+        lost = lambda b: jnp.sum((back(b, op(w, noisy)) - noisy) ** 2) / (2 * elements)  # noqa: E731
+        return dw, dx, jax.grad(lost)(b)
+
+    return lrules.sequential(backward, init=jax.nn.initializers.glorot_normal(), learned=True)
+
+
+def local_classifiers(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
+    """Every hidden signal has a linear classifier of its own, and learns from its loss (Nokland and Eidnes 2019).
+
+    L_h = softmax cross-entropy of C_h h with the classes,  s_h = C_h^T (p_h - t),  dC_h = (p_h - t) h^T
+
+    Nothing comes down from above: the layers between two hidden signals learn from the classifier at the upper one, the
+    last layer from the network's own loss. The classifiers C_h `[classes, *hidden]` are in `feedback.learned`.
+
+    Args:
+      init: of the classifiers, drawn as `[hidden size, classes]`.
+    """
+
+    def error(h, b, targets, elements):
+        logits = jnp.tensordot(h, b, axes=(tuple(range(1, h.ndim)),) * 2)
+        wanted = jax.nn.one_hot(targets, len(b)) if targets.ndim < 2 else targets
+        return (jax.nn.softmax(logits) - wanted.astype(logits.dtype)) / elements
+
+    def signal(e, b, targets, name, *, h, elements):
+        return lrules.extend.project(error(h, b, targets, elements), b)
+
+    def learn(e, h, b, *, targets, elements):
+        return lrules.extend.correlate(error(h, b, targets, elements), h, b)
+
+    draw = init or jax.nn.initializers.glorot_normal()
+    return lrules.direct(signal, init=draw, learn=learn, targets=True)

@@ -176,10 +176,9 @@ def _shapes(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> list[
         batch, twice = net.batch_size(inputs), doubled(net, params, inputs, graph)
     except ValueError:  # there is no batch, or another batch size makes another network
         return shapes
-    others = [h.reader for h in twice.hidden] if twice else [None] * len(shapes)
     axes = [
-        batch_axis(net, h.name, h.reader, other, batch) if h.reader.batched else None
-        for h, other in zip(graph.hidden, others, strict=True)
+        batch_axis(net, h.name, h.reader, twice(h.reader) if twice else None, batch) if h.reader.batched else None
+        for h in graph.hidden
     ]
     return [axis.rest(shape) if axis else shape for axis, shape in zip(axes, shapes, strict=True)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Handler
+from lrules.engine.jaxprs import Jaxpr
 from lrules.engine.traces import Traces
 from lrules.options import first_match
 from lrules.typing import Pytree
@@ -99,6 +100,25 @@ class Network:
 
         (With `double`, the axes that grow with the batch have twice the size.)
         """
+        key, flat, args = self._flat(params, inputs, double)
+        axes = self.input_batch_axes(inputs)
+
+        def build(closed: Any, out_tree: Any, aux_tree: Any) -> Graph:
+            # Inputs without a batch (state, keys, masks) are not data: a weight that they change stays a weight.
+            batched = [a is not None or all(other is None for other in axes) for a in axes]
+            return Graph(closed, parameter_names((params, self.frozen)), batched, out_tree, aux_tree)
+
+        return self.traces.graph(self.apply, key, flat, args, build)
+
+    def jaxpr_at_twice(self, params: Pytree, inputs: Pytree) -> Jaxpr:
+        """The program of the network on the batch followed by itself."""
+        _, flat, args = self._flat(params, inputs, True)
+        return jax.make_jaxpr(flat)(*args)
+
+    def _flat(
+        self, params: Pytree, inputs: Pytree, double: bool
+    ) -> tuple[Hashable, Callable[..., Any], tuple[list[Any], list[Any]]]:
+        """What `jax.make_jaxpr` traces, on which lists of arrays, and a key for it."""
         leaves, params_tree = jax.tree.flatten((params, self.frozen))
         input_leaves, inputs_tree = jax.tree.flatten(inputs)
         axes = self.input_batch_axes(inputs)
@@ -114,14 +134,8 @@ class Network:
             out = apply(*given, jax.tree.unflatten(inputs_tree, input_leaves))
             return _split_aux(out) if has_aux else (out, None)
 
-        def build(closed: Any, out_tree: Any, aux_tree: Any) -> Graph:
-            # Inputs without a batch (state, keys, masks) are not data: a weight that they change stays a weight.
-            batched = [a is not None or all(other is None for other in axes) for a in axes]
-            return Graph(closed, parameter_names((params, self.frozen)), batched, out_tree, aux_tree)
-
         apply, has_aux = self.apply, self.has_aux  # not the network: traces are kept, and must not keep the network
-        key = (params_tree, inputs_tree, double)
-        return self.traces.graph(apply, key, flat, (leaves, input_leaves), build)
+        return (params_tree, inputs_tree, double), flat, (leaves, input_leaves)
 
     def input_batch_axes(self, inputs: Pytree) -> list[int | None]:
         """The batch axis of each leaf of `inputs`; a None among the inputs is not a leaf."""

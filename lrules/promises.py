@@ -162,7 +162,9 @@ def check_transform(trial: Trial) -> None:
 
         got = jax.jit(jax.grad(objective, (0, 1)))(trial.params, trial.feedback.learned)
         for name, g in learned(Gradients(*got)).items():
-            assert off(g / factor, wanted[name], 1e-3 * largest(wanted)) < 2e-3, complaint.format(name=name)
+            scales = (factor, 1) if name.startswith("feedback ") else (factor,)  # feedback may learn without the error
+            gap = min(off(g / scale, wanted[name], 1e-3 * largest(wanted)) for scale in scales)
+            assert gap < 2e-3, complaint.format(name=name)
 
     if rule.value_and_grad is not None:
         compare("mean", 1, "transform and value_and_grad give two gradients of {name!r}: compute both in the same way")

@@ -21,6 +21,7 @@ from jax import lax
 
 import lrules
 from tests.bridge import close
+from tests.sampling import mostly_slow
 
 pytestmark = pytest.mark.foreign  # models as people write them, with JAX's ordinary promotion
 
@@ -122,7 +123,29 @@ def by_hand(oracle, params, inputs, feedback, rule):
 def fed(net, rule, params, inputs, feedback):
     """The gradients under a rule with this feedback."""
     f = lrules.transform(net, rule)
-    return jax.grad(lambda p: objective(outputs(net, f(p, feedback, inputs))))(params)
+    return learned(net, lambda p: f(p, feedback, inputs), params)[1]
+
+
+def learned(net, f, params):
+    """What `f(params)` returns, and the gradient of the objective."""
+
+    def run(p):
+        out = f(p)
+        return objective(outputs(net, out)), out
+
+    gradients, out = jax.grad(run, has_aux=True)(params)
+    return out, gradients
+
+
+def beside(net, rule, params, inputs):
+    """A function of feedback, compiled: what the network returns and learns under a rule, and without it."""
+
+    @jax.jit
+    def both(p, feedback):
+        f = lrules.transform(net, rule)
+        return learned(net, lambda p: f(p, feedback, inputs), p), learned(net, lambda p: net(p, inputs), p)
+
+    return lambda feedback: both(params, feedback)
 
 
 FA, DFA, LAST = lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.last_layer_only()
@@ -693,22 +716,24 @@ def test_sequential(name, spelling):
     feedback = FA.init(KEY, net, params, inputs)
     assert set(feedback.fixed) == kind.feedback and not feedback.learned
 
-    @jax.jit
-    def everything(p, fb):
-        return lrules.transform(net, FA)(p, fb, inputs), fed(net, FA, p, inputs, fb)
-
-    plain_y, plain = jax.jit(lambda p: (net(p, inputs), jax.grad(lambda p: objective(net(p, inputs)))(p)))(params)
-    y, random = everything(params, feedback)
+    both = beside(net, FA, params, inputs)
+    (y, random), (plain_y, plain) = both(feedback)
     np.testing.assert_array_equal(y, plain_y)
     close(random, oracle_of(name, "sequential")(params, feedback.fixed))
     for n in kind.below.split():
         assert np.max(np.abs(random[n] - plain[n])) > 1e-3 * np.max(np.abs(plain[n])) > 0, n
-    close(everything(params, feedback._replace(fixed={n: params[n] for n in feedback.fixed}))[1], plain)
-    silent = everything(params, zeros(feedback))[1]
+    close(both(feedback._replace(fixed={n: params[n] for n in feedback.fixed}))[0][1], plain)
+    silent = both(zeros(feedback))[0][1]
     for n in params:
         assert np.any(silent[n]) == (np.any(plain[n]) and n not in kind.below.split()), n
-    if spelling == next(iter(kind.spellings)) and not kind.brief:
-        close(fed(net, FA, params, inputs, feedback), random)
+
+
+@pytest.mark.parametrize("name", mostly_slow([n for n, kind in KINDS.items() if not kind.brief], ["masked", "trunk"]))
+def test_without_jit(name):
+    """Step by step the numbers are the same."""
+    kind, net, params, inputs = built(name, next(iter(KINDS[name].spellings)))
+    feedback = FA.init(KEY, net, params, inputs)
+    close(fed(net, FA, params, inputs, feedback), oracle_of(name, "sequential")(params, feedback.fixed))
 
 
 @pytest.mark.parametrize("name, spelling", cases(brief=False))
@@ -776,11 +801,12 @@ def test_computed_weights(name):
 
     feedback = FA.init(KEY, net, params, x)
     assert set(feedback.fixed) == {"c", *feedback_of.split()}
-    wanted = by_hand(oracle, params, x, feedback.fixed, "sequential")
-    got = jax.jit(lambda p, fb: fed(net, FA, p, x, fb))
-    close({n: got(params, feedback)[n] for n in "ac"}, {n: wanted[n] for n in "ac"})
-    same = feedback._replace(fixed={n: params[n] for n in feedback.fixed})
-    close(got(params, same), jax.grad(lambda p: objective(net(p, x)))(params))
+    wanted = jax.jit(lambda p, fb: by_hand(oracle, p, x, fb, "sequential"))(params, feedback.fixed)
+    both = beside(net, FA, params, x)
+    got = both(feedback)[0][1]
+    close({n: got[n] for n in "ac"}, {n: wanted[n] for n in "ac"})
+    (_, got), (_, plain) = both(feedback._replace(fixed={n: params[n] for n in feedback.fixed}))
+    close(got, plain)
     lrules.audit(net, FA, params, x)
 
 
@@ -879,7 +905,8 @@ def test_a_distance_with_a_dot_product():
     for rule, how in ((FA, "sequential"), (DFA, "direct")):
         feedback = rule.init(KEY, net, params, x)
         assert set(feedback.fixed) == {"m", "c"}
-        close(fed(net, rule, params, x, feedback), by_hand(oracle, params, x, feedback.fixed, how))
+        wanted = jax.jit(lambda p, fb, how=how: by_hand(oracle, p, x, fb, how))(params, feedback.fixed)
+        close(jax.jit(lambda p, fb, r=rule: fed(net, r, p, x, fb))(params, feedback), wanted)
 
 
 BY_HAND = {
@@ -1071,10 +1098,9 @@ def test_served(name):
     feedback = FA.init(KEY, net, params, inputs)
     assert set(feedback.fixed) == set(feedback_of.split())
     same = feedback._replace(fixed={n: params[n] for n in feedback.fixed})
-    run = jax.jit(lambda p: (lrules.transform(net, FA)(p, same, inputs), fed(net, FA, p, inputs, same)))
-    y, plain = jax.jit(lambda p: (net(p, inputs), jax.grad(lambda p: objective(net(p, inputs)))(p)))(params)
-    np.testing.assert_array_equal(run(params)[0], y)
-    close(run(params)[1], plain)
+    (y, got), (plain_y, plain) = beside(net, FA, params, inputs)(same)
+    np.testing.assert_array_equal(y, plain_y)
+    close(got, plain)
     lrules.audit(net, FA, params, inputs)
 
 

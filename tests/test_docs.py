@@ -91,6 +91,20 @@ def test_a_public_docstring(name):
     ), "its sections are not in the usual order"
 
 
+@pytest.mark.parametrize("name", [n for n in lrules.extend.__all__ if inspect.isclass(getattr(lrules.extend, n))])
+def test_a_class_of_extend(name):
+    """What the engine is made of: one sentence, and what a rule can use, as attributes that are there or as methods."""
+    value = getattr(lrules.extend, name)
+    first, *rest = inspect.cleandoc(value.__doc__).splitlines()
+    assert first.endswith(".") and (not rest or not rest[0])
+    explained = names_of(section(value.__doc__, "Attributes") or [])
+    there = {*inspect.signature(value).parameters, *dir(value), *value.__annotations__}
+    assert set(explained) <= there or name == "Graph", set(explained) - there
+    methods = [m for m, f in vars(value).items() if inspect.isfunction(f) and not m.startswith("_")]
+    assert explained or methods or name in ("Backprop", "Product"), "nothing is said of it"
+    assert all(inspect.getdoc(getattr(value, m)) for m in methods), "a method says nothing"
+
+
 def test_the_check_of_public_docstrings():
     """It sees every part that is missing."""
     docstring = "Does it.\n\nArgs:\n  a, b: two.\n    Note: more.\n  **rest: the rest.\n\nExample:\n  >>> 1\n  1\n"
@@ -99,7 +113,7 @@ def test_the_check_of_public_docstrings():
     assert {"describe", "Feedback", "ValueAndGrad", "feedback.sparse", "testing.check_rule"} <= set(PUBLIC)
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/writing_rules.md"])
 def test_page(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     assert blocks

@@ -44,7 +44,7 @@ def test_the_worked_rule():
     for name in P:
         a, b = np.ravel(mean[name]), np.ravel(wanted[name])
         assert a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b), name
-    assert all(len(np.unique(np.round(g, 9), axis=0)) == 3 for g in [found["b"][0]])  # each iteration its own noise
+    assert all(not np.allclose(found["b"][0, 0], found["b"][0, i]) for i in (1, 2))  # each iteration its own noise
     by_hand = lambda p, x: jnp.sum(x[:, :, None] * p["w"][None], 1)  # noqa: E731
     with pytest.raises(NotImplementedError, match="'w'"):
         rule.init(KEY, by_hand, {"w": jnp.ones((4, 2))}, X)

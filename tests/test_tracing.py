@@ -90,7 +90,7 @@ def test_a_compilation_traces_the_network_once_or_twice(monkeypatch, rule, times
     run = lrules.value_and_grad(counted.net, loss, rule)
     key = {"rng": KEY} if rule.stochastic else {}
     jax.jit(lambda *args: run(*args, **key)).trace(PARAMS, feedback, X, Y)
-    assert counted.taken() == (times, times)
+    assert counted.taken() == (times, 1)
 
 
 @every_rule
@@ -100,7 +100,7 @@ def test_the_second_call_without_jit_traces_nothing(monkeypatch, rule, times):
     run = lrules.value_and_grad(counted.net, loss, rule)
     key = {"rng": KEY} if rule.stochastic else {}
     first = run(PARAMS, feedback, X, Y, **key)
-    assert counted.taken() == (times, times)
+    assert counted.taken() == (times, 1)
     second = run(PARAMS, feedback, X, Y, **key)
     assert counted.taken() == (0, 0)
     chex.assert_trees_all_equal(first, second)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
+from lrules.engine.twice import AtTwice, Twin, write_shapes
 from lrules.network import Network
 from lrules.typing import Pytree
 
@@ -71,7 +72,7 @@ class BatchAxis:
 
 
 def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> jax.Array:
-    """`jnp.moveaxis`, which costs nothing where nothing moves."""
+    """`jnp.moveaxis`, without an operation if nothing moves."""
     order = [i for i in range(x.ndim) if i not in source]
     for at, i in sorted(zip(destination, source, strict=True)):
         order.insert(at, i)
@@ -98,10 +99,10 @@ class Moved(Exception):
     """The network puts the examples into another order."""
 
 
-Step = tuple[Value, Value, int, tuple[int, int]]
+Step = tuple[Value, Twin, int, tuple[int, int]]
 
 
-def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
+def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
     """The batch axis of a value, from its traces `a` at the batch and `b` at twice the batch; None if not known."""
     shape = a.aval.shape
     if b is None:  # the model does not accept another batch: the only axis that can hold it
@@ -119,14 +120,14 @@ def find_batch_axis(a: Value, b: Value | None, batch: int) -> BatchAxis | None:
     return BatchAxis(axis) if shape[axis] == batch else None
 
 
-def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -> BatchAxis | None:
+def batch_axis(net: Network, name: str, a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
     """Finds the batch axis of an output or a hidden signal.
 
     Args:
       net: the network; its `signal_axes` may give the axis.
       name: the name of the hidden signal, or `"outputs"`.
-      a, b: the value in the trace at the batch, and in the trace at twice the batch (see `doubled`; None: there is
-        none).
+      a: the value in the graph of the network.
+      b: the same value at twice the batch, from `doubled`; None if there is none.
       batch: the number of examples.
 
     Returns:
@@ -138,16 +139,16 @@ def batch_axis(net: Network, name: str, a: Value, b: Value | None, batch: int) -
     Example:
       >>> import jax.numpy as jnp, lrules
       >>> net, w, x = lrules.Network(lambda w, x: (x @ w).T), jnp.ones((3, 4)), jnp.ones((5, 3))
-      >>> graph = net.graph(w, x)
-      >>> twice = lrules.extend.doubled(net, w, x, graph)
-      >>> lrules.extend.batch_axis(net, "outputs", graph.outs[0], twice.outs[0], 5)
+      >>> (out,) = net.graph(w, x).outs
+      >>> twice = lrules.extend.doubled(net, w, x, net.graph(w, x))
+      >>> lrules.extend.batch_axis(net, "outputs", out, twice(out), 5)
       BatchAxis(axis=1, before=1, after=1)
     """
     stated = net.stated_axis(name, a.aval.shape, batch)
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
 
-def _grown(a: Value, b: Value) -> int | None:
+def _grown(a: Value, b: Twin) -> int | None:
     """The one axis that doubles with the batch."""
     if len(a.aval.shape) != len(b.aval.shape):
         return None
@@ -155,7 +156,7 @@ def _grown(a: Value, b: Value) -> int | None:
     return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
 
 
-def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
+def _order(a: Value, b: Twin, axis: int, batch: int) -> tuple[int, int] | None:
     """`(before, after)`, the sizes merged with the batch before and after it; None if not known.
 
     Raises:
@@ -183,7 +184,7 @@ def _order(a: Value, b: Value, axis: int, batch: int) -> tuple[int, int] | None:
     return known if isinstance(known, tuple) else None
 
 
-def _step(a: Value, b: Value, axis: int) -> Step | None:
+def _step(a: Value, b: Twin, axis: int) -> Step | None:
     """One step back: the operand that holds the axis, in both traces, its axis there, and the merged sizes."""
     if a.producer is not None:
         return _back(a.producer, a, b, axis)
@@ -194,13 +195,13 @@ def _step(a: Value, b: Value, axis: int) -> Step | None:
     return (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
 
 
-def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
+def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
     """The same through an equation."""
     if len(a.operands) != len(b.operands):
         return None
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
 
-    def to(u: Value, v: Value, i: int, front: Any = 1, behind: Any = 1) -> Any:
+    def to(u: Value, v: Twin, i: int, front: Any = 1, behind: Any = 1) -> Any:
         return (u, v, i, (front, behind)) if _grown(u, v) == i else None
 
     row = of(eqn)
@@ -232,7 +233,7 @@ def _back(eqn: Equation, a: Value, b: Value, axis: int) -> Any:
     return None
 
 
-def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Value) -> Any:
+def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Twin) -> Any:
     """Through a view: the axis holds one axis of the operand, or several; the axis that grows is the batch."""
     held, i = axes[axis], _grown(u, v)
     if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
@@ -241,15 +242,16 @@ def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u:
     return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))
 
 
-def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph | None:
-    """Traces a network at twice the batch.
+def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Callable[[Value], Twin] | None:
+    """Traces a network at twice the batch: there the axes that hold the batch are twice as long.
 
     Args:
       net, params, inputs: the network, and what it takes.
       graph: its trace at the batch.
 
     Returns:
-      The other trace; None if the model cannot be traced like this.
+      A function from a value of the graph to the same value at twice the batch; None if the model cannot be traced like
+      this.
 
     Raises:
       ValueError: the trace is another network.
@@ -257,24 +259,33 @@ def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Graph
     Example:
       >>> import jax.numpy as jnp, lrules
       >>> net, w, x = lrules.Network(lambda w, x: x @ w), jnp.ones((3, 4)), jnp.ones((5, 3))
-      >>> lrules.extend.doubled(net, w, x, net.graph(w, x)).outs[0].aval.shape
+      >>> graph = net.graph(w, x)
+      >>> lrules.extend.doubled(net, w, x, graph)(graph.outs[0]).aval.shape
       (10, 4)
     """
 
-    def trace() -> Graph | None:
+    def trace() -> Callable[[Value], Twin] | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return net.graph(params, inputs, double=True)
+                if write_shapes(graph, net.jaxpr_at_twice(params, inputs), net.input_batch_axes(inputs)):
+                    return AtTwice
+                twice = net.graph(params, inputs, double=True)  # it has other operations, as may be for one example
         except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
             return None
+        if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
+            raise ValueError(
+                "the network has other layers at another batch size, so direct feedback cannot find the single "
+                "examples: write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
+            )
+        pairs = {id(a): b for a, b in zip(_found(graph), _found(twice), strict=False)}
+        return lambda value: pairs[id(value)]
 
-    twice = graph.once("doubled", trace)
-    if twice is None:
-        return None
-    if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
-        raise ValueError(
-            "the network has other layers at another batch size, so direct feedback cannot find the single examples: "
-            "write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
-        )
-    return twice
+    return graph.once("doubled", trace)
+
+
+def _found(graph: Graph) -> list[Value]:
+    """The values whose batch axis may be asked for."""
+    values = [*graph.outs, *(v for h in graph.hidden for v in (h.reader, h.root))]
+    values += [v for layer in graph.layers for v in (layer.operand, layer.output) if v is not None]
+    return values + [affine.output for affine in graph.affines]

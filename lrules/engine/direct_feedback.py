@@ -83,7 +83,7 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
     twice = doubled(net, params, inputs, graph)
     outs = range(graph.n_outputs)
     plan.output_axes = [
-        batch_axis(net, "outputs", graph.outs[i], twice.outs[i] if twice else None, batch) for i in outs
+        batch_axis(net, "outputs", graph.outs[i], twice(graph.outs[i]) if twice else None, batch) for i in outs
     ]
     plan.heads = _heads(graph, {spec for _, spec in chosen})
     avals = [graph.outs[i].aval for i in outs]
@@ -110,9 +110,8 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
             total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
-    twin = dict(zip(graph.hidden, twice.hidden, strict=True)) if twice else {}
     for hidden, spec in chosen:
-        other = twin[hidden].reader if twice else None
+        other = twice(hidden.reader) if twice else None
         batched = hidden.reader.batched
         axis = batch_axis(net, hidden.name, hidden.reader, other, batch) if batched else Unbatched()
         if axis is None:

@@ -25,7 +25,7 @@ from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_liter
 from lrules.engine.operations import of
 from lrules.engine.product import Product
 from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value, argument, parameter, reach
-from lrules.engine.regions import Region, RegionFunction, RegionProgram, find_activations, moved
+from lrules.engine.regions import Region, RegionFunction, find_activations, moved
 from lrules.engine.shared import EVERYWHERE, Pieces, Together, equation_key
 from lrules.typing import Pytree
 
@@ -193,11 +193,11 @@ class _Runner:
         def run_pending() -> None:
             eqns = [block.jaxpr.eqns[i] for i in pending]
             made = [v for e in eqns for v in e.outvars]
-            left = {v for v in made if any(i not in pending for i in block.readers.get(v, ()))}  # others read them
-            wanted = [v for v in made if v in left or self.is_noted(block, v)]
+            read_later = {v for v in made if any(i not in pending for i in block.readers.get(v, ()))}
+            wanted = [v for v in made if v in read_later or self.is_noted(block, v)]
             run = Together(eqns, list(pending.values()), wanted)
             pending.clear()
-            shared = (self.pieces if run.programs else EVERYWHERE).shared(run.key, run)
+            shared = (self.pieces if run.programs else EVERYWHERE).shared(run.key, lambda: run)
             for v, value in zip(wanted, shared(*(read(v)[0] for v in run.given)), strict=True):
                 write(v, (value, None))
 
@@ -241,7 +241,7 @@ class _Runner:
 
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
-        program = RegionProgram(region)
+        program = region.program
         x = moved(root[0], region.axes)
         fn = RegionFunction(program, [value for value, _ in others], self.pieces if self.staged else None)
         run: Callable[[jax.Array], Any] = fn

@@ -62,10 +62,9 @@ class PerExample(Handler):
             self.holds |= spec.holds
             if spec.gain is not None:
                 self.gains[site] = spec.bound("gain", self.names[site])
-        values = [_meeting(g) for g in (graph, twice or graph)]
         self.axes = {
-            site: [find_batch_axis(a, b if twice else None, batch) for a, b in zip(ends, values[1][site], strict=True)]
-            for site, ends in values[0].items()
+            site: [find_batch_axis(end, twice(end) if twice else None, batch) for end in ends]
+            for site, ends in _meeting(graph).items()
         }
 
     def check(self, numbers: Sequence[ByName[Any]]) -> None:

@@ -71,4 +71,4 @@ class Product:
 
     def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:
         key = equation_key(self.eqn)
-        return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), pull)
+        return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), lambda: pull)

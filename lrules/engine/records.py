@@ -175,7 +175,7 @@ def _no_axes() -> Mapping[int, Any]:
     return _NONE  # all values share one, because there are many values
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Value:
     """The facts about one value of the jaxpr, at one place in the call tree.
 
@@ -210,6 +210,7 @@ class Value:
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
+    at_twice: Aval | None = None  # its type at twice the batch (see twice.py)
     order_of_batch: dict[int, Any] | None = None  # the sizes merged with the batch in an axis (see batch.py)
     arranged: Any = False  # how its operands lie in it, if it is elementwise (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands have smaller numbers
@@ -279,11 +280,11 @@ class Block:
     @functools.cached_property
     def readers(self) -> dict[Any, tuple[int, ...]]:
         """The equations that read each variable, by number; -1: it is a result of the block."""
-        found: dict[Any, tuple[int, ...]] = {v: (-1,) for v in self.jaxpr.outvars if not is_literal(v)}
+        found: dict[Any, list[int]] = {v: [-1] for v in self.jaxpr.outvars if not is_literal(v)}
         for index, eqn in enumerate(self.jaxpr.eqns):
             for v in {v for v in eqn.invars if not is_literal(v)}:
-                found[v] = (*found.get(v, ()), index)
-        return found
+                found.setdefault(v, []).append(index)
+        return {v: tuple(indices) for v, indices in found.items()}  # which the garbage collector need not look into
 
     def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """The keys in frames of all sites in this block and below: hidden signals, activations, `<layer> output`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ class Region:
     indices: list[int]
     axes: Axes
     activation: Any = None
+
+    @functools.cached_property
+    def program(self) -> RegionProgram:
+        return RegionProgram(self)
 
 
 class RegionProgram:

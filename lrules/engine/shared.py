@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrules.engine.jaxprs import CALLS, Atom, Equation, bind, is_literal
+from lrules.engine.jaxprs import JITS, Atom, Equation, bind, is_literal
+from lrules.engine.operations import of
 
 MOST = 4096
 
@@ -28,10 +29,10 @@ class Pieces:
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Hashable, Callable[..., Any]] = collections.OrderedDict()
 
-    def shared(self, key: Hashable, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, or the function that was first given under this key: it must compute the same, and hold no tracer."""
+    def shared(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """The function that `make` gives, or gave first under this key: it computes the same, and holds no tracer."""
         with self._lock:
-            known = self._kept.pop(key, None) or jax.jit(fn, inline=True)
+            known = self._kept.pop(key, None) or jax.jit(make(), inline=True)
             self._kept[key] = known
             if len(self._kept) > MOST:
                 self._kept.popitem(last=False)
@@ -47,9 +48,9 @@ def equation_key(eqn: Equation) -> Hashable | None:
         return None
     params: tuple[Any, ...] = tuple(eqn.params.items())
     if any(map(_is_program, eqn.params.values())):
-        if eqn.primitive.name == "custom_jvp_call" and _source(eqn) == _source_of_relu():
+        if eqn.primitive is _relu().primitive and _source(eqn) == _source(_relu()):
             params = ("relu",)
-        elif eqn.primitive.name not in ("jit", "pjit"):  # whose programs JAX keeps: they are the same if they are one
+        elif of(eqn).name not in JITS:  # whose programs JAX keeps: they are the same if they are one
             return None
     return (eqn.primitive, params, eqn.ctx, tuple(v.aval for v in eqn.invars))
 
@@ -66,9 +67,9 @@ def _source(eqn: Equation) -> Any:
 
 
 @functools.cache
-def _source_of_relu() -> Any:
+def _relu() -> Equation:
     (eqn,) = jax.make_jaxpr(jax.nn.relu)(np.float32(0)).eqns
-    return _source(eqn)
+    return eqn
 
 
 def _literal_key(atom: Atom) -> Hashable:
@@ -87,7 +88,7 @@ class Together:
 
     def __init__(self, eqns: Sequence[Equation], keys: Sequence[Hashable], wanted: Sequence[Atom]) -> None:
         self.eqns, self.wanted = eqns, wanted
-        self.programs = any(eqn.primitive.name in CALLS for eqn in eqns)
+        self.programs = any(of(eqn).kind == "call" for eqn in eqns)
         numbers: dict[Any, int] = {}
         self.given: list[Any] = []
         steps: list[Hashable] = []

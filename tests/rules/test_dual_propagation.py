@@ -23,12 +23,15 @@ from tests.rules.dual_propagation.common import (
     targets_of,
     transformed,
 )
+from tests.sampling import mostly_slow, pairs
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
-@pytest.mark.parametrize("adjoint,alpha,iterations", [(True, 0.25, 3), (False, 0.0, 1), (True, 0.5, 2)])
-@pytest.mark.parametrize("case", [dense, conv])
+@pytest.mark.parametrize(
+    "case,adjoint,alpha,iterations",
+    [(dense, True, 0.25, 3), (conv, False, 0.0, 1), (dense, True, 0.5, 2)],
+)
 def test_transform(case, adjoint, alpha, iterations):
     net, x = case()
     options = {"alpha": alpha, "beta": 0.4, "adjoint": adjoint, "iterations": iterations}
@@ -43,8 +46,8 @@ def test_transform_of_a_sum():
     rule = lrules.dual_propagation(alpha=0.2, beta=0.4)
     means, sums = (lrules.transform(bridge.apply_of(net), rule, reduction=r) for r in ("mean", "sum"))
     params = bridge.parameters(net)
-    mean = jax.grad(lambda p: half_squared(means(p, NO_FEEDBACK, jnp.asarray(x)), y).mean())(params)
-    total = jax.grad(lambda p: half_squared(sums(p, NO_FEEDBACK, jnp.asarray(x)), y).sum())(params)
+    mean = jax.jit(jax.grad(lambda p: half_squared(means(p, NO_FEEDBACK, jnp.asarray(x)), y).mean()))(params)
+    total = jax.jit(jax.grad(lambda p: half_squared(sums(p, NO_FEEDBACK, jnp.asarray(x)), y).sum()))(params)
     bridge.close(jax.tree.map(lambda g: g / len(x), total), mean)
 
 
@@ -117,7 +120,7 @@ def test_describe_lists_activations():
 
 def test_error_modifiers_compose():
     """At weak feedback a modified dual propagation is the modified backprop."""
-    net, x = conv(activation="tanh")
+    net, x = dense(activations=("tanh", "tanh"))
     y, params = jnp.asarray(targets_of(net, x)), bridge.parameters(net)
 
     def grads(rule, **rng):
@@ -154,8 +157,13 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARDED)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "name,check_vma",
+    mostly_slow(
+        pairs(SHARDED, [True, False]),
+        [("one sweep", True), ("until settled", True), ("inputs too", True), ("sweeps", False)],
+    ),
+)
 def test_shard_map(name, check_vma):
     """A mean over all devices' examples, each device with its share of it: gradients sum to that of the batch."""
     params, x, y = residual_case()

@@ -19,7 +19,7 @@ import numpy as np
 from lrules.engine.jaxprs import OWN_DERIVATIVE, Jaxpr, bind, call_body, is_literal
 from lrules.engine.operations import of
 from lrules.engine.records import Block, Value
-from lrules.engine.regions import Region, RegionProgram
+from lrules.engine.regions import Region
 from lrules.extend import Activation, Graph, placed_as
 
 FAR = np.asarray([-1e4, 1e4])
@@ -42,7 +42,7 @@ def check_differences(graph: Graph, activations: Sequence[Activation]) -> None:
         site = region.activation.site
         if site not in sites:
             continue
-        what = region if region.others else RegionProgram(region).key or region
+        what = region if region.others else region.program.key or region
         if what in served:
             continue
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (region.root, region.output)]

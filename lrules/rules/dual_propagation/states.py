@@ -134,12 +134,12 @@ class Dyads(Handler):
             frame.records[site] = {"plus": plus, "minus": minus, "arriving": old["arriving"]}
             return unit.mean(plus, minus)
         if isinstance(fn, RegionFunction):  # one for all activations that compute the same
-            captured, key, pieces = fn.captured, fn.program.key, fn.pieces
-            if pieces is None or key is None:
-                run = _dyad(unit, self.mode, fn.program, first)
+            program, captured = fn.program, fn.captured
+            if fn.pieces is None or program.key is None:
+                run = _dyad(unit, self.mode, program, first)
             else:
-                run = _dyad(unit, self.mode, fn.program, first, shared=True)
-                run = pieces.shared(("dyad", unit, self.mode, first, key), run)
+                key = ("dyad", unit, self.mode, first, program.key)
+                run = fn.pieces.shared(key, lambda: _dyad(unit, self.mode, program, first, shared=True))
         else:
             converted, captured = jax.closure_convert(fn, x)
             run = _dyad(unit, self.mode, converted, first)
@@ -162,11 +162,11 @@ def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool, *, shared:
         zero = jnp.zeros(())
         if mode == "clean":
             y = fn(x, *captured)
-            return (y, zero), (x, y, y, old, damping, captured)
+            return (y, zero), (x, y, y, damping, captured)
         plus, minus = old["plus"], old["minus"]
         if mode == "sweep" and not first:  # nothing below the inputs has changed since the way down
             plus, minus = unit.settle(lambda z: fn(z, *captured), x, old["arriving"], damping, plus, minus)
-        return (unit.mean(plus, minus), zero), (x, plus, minus, old, damping, captured)
+        return (unit.mean(plus, minus), zero), (x, plus, minus, damping, captured)
 
     def renew(arriving: jax.Array, x: jax.Array, plus: Any, minus: Any, damping: Any, captured: Any) -> tuple[Any, Any]:
         new_plus, new_minus = unit.settle(lambda z: fn(z, *captured), x, arriving, damping, plus, minus)
@@ -174,11 +174,10 @@ def _dyad(unit: Unit, mode: str, fn: Callable[..., Any], first: bool, *, shared:
         new = {"plus": new_plus, "minus": new_minus, "arriving": arriving}
         return (arriving if first and mode == "still" else down.astype(x.dtype)), new
 
-    renewed = jax.jit(renew, inline=True) if shared else renew
+    renewed = jax.jit(renew) if shared else renew
 
     def backward(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
-        x, plus, minus, _, damping, captured = residuals
-        return *renewed(cotangent[0], x, plus, minus, damping, captured), None, None
+        return *renewed(cotangent[0], *residuals), None, None
 
     dyad.defvjp(forward, backward)
     return dyad

@@ -78,7 +78,7 @@ class Experiment:
         difference = jnp.mean((losses[0] - losses[1]).reshape(batch, -1), axis=1)
         found = {}
         for h in self.hidden:
-            other = twice.hidden[graph.hidden.index(h)].root if twice else None
+            other = twice(h.root) if twice else None
             axis = batch_axis(net, h.name, h.root, other, batch)
             if axis is None:
                 raise NotImplementedError(

@@ -23,12 +23,18 @@ from tests.rules.dual_propagation.common import (
     residual_net,
     targets_of,
 )
+from tests.sampling import mostly_slow, pairs
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
-@pytest.mark.parametrize("input_nudge", [None, 0.7])
-@pytest.mark.parametrize("order", ["forward_backward", "forward", "parallel"])
+@pytest.mark.parametrize(
+    "order,input_nudge",
+    mostly_slow(
+        pairs(["forward_backward", "forward", "parallel"], [None, 0.7]),
+        [("forward_backward", None), ("forward", 0.7), ("parallel", None)],
+    ),
+)
 def test_damped(order, input_nudge):
     net, x = conv(activation="relu")
     options = {"alpha": 1.0, "beta": 0.5, "adjoint": False, "iterations": 5, "order": order, "output": "squared_error"}
@@ -58,8 +64,13 @@ def norms(net, x):
     return estimates, exact
 
 
-@pytest.mark.parametrize("pool,input_nudge", [("max", None), ("max", 0.7), ("average", 0.7)])
-@pytest.mark.parametrize("damping", ["spectral", "contracting"])
+@pytest.mark.parametrize(
+    "damping,pool,input_nudge",
+    mostly_slow(
+        [(d, *p) for d in ("spectral", "contracting") for p in (("max", None), ("max", 0.7), ("average", 0.7))],
+        [("spectral", "max", 0.7), ("contracting", "average", 0.7)],
+    ),
+)
 def test_damping_by_power_iterations(damping, pool, input_nudge):
     net, x = conv(activation="relu", pool=pool)
     estimates, exact = norms(net, x)

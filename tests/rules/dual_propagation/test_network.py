@@ -18,14 +18,20 @@ from tests.rules.dual_propagation.common import (
     residual_net,
     transformed,
 )
+from tests.sampling import mostly_slow, pairs
 from tests.zoo import ZOO
 from tests.zoo import loss as zoo_loss
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
-@pytest.mark.parametrize("order", ["forward_backward", "forward", "odd_even"])
-@pytest.mark.parametrize("adjoint", [True, False])
+@pytest.mark.parametrize(
+    "order,adjoint",
+    mostly_slow(
+        pairs(["forward_backward", "forward", "odd_even"], [True, False]),
+        [("forward_backward", True), ("forward", False), ("odd_even", True)],
+    ),
+)
 def test_inputs_as_states(order, adjoint):
     net, x = dense()
     options = {"alpha": 0.3, "beta": 0.5, "adjoint": adjoint, "order": order, "iterations": 3, "input_nudge": 0.7}
@@ -43,8 +49,9 @@ BEHIND = {
 }
 
 
-@pytest.mark.parametrize("order", ALL_ORDERS)
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize(
+    "name,order", mostly_slow(pairs(BEHIND, ALL_ORDERS), list(zip(BEHIND, ALL_ORDERS, strict=True)))
+)
 def test_states_that_no_error_reaches(name, order):
     """They stay as they come from below, and what reads them learns as ever."""
     params, x, y = residual_case()
@@ -70,7 +77,7 @@ def test_nudged_inputs_that_no_error_reaches():
         f(params, NO_FEEDBACK, jnp.asarray([0, 1]))
 
 
-@pytest.mark.parametrize("order", ALL_ORDERS)
+@pytest.mark.parametrize("order", mostly_slow(ALL_ORDERS, ["forward_backward", "odd_even", "random"]))
 def test_skip_connections(order):
     """Weak feedback gives the gradient; strong feedback the same fixed point in every order."""
     params, x, y = residual_case()
@@ -89,7 +96,11 @@ def test_skip_connections(order):
 
 @pytest.mark.foreign
 @pytest.mark.parametrize(
-    "name", ["nnx_lenet5", "nnx_transformer", "linen_lstm", "weight_normalisation", "vmapped_batch_last", "fori_loop"]
+    "name",
+    mostly_slow(
+        ["nnx_lenet5", "nnx_transformer", "linen_lstm", "weight_normalisation", "vmapped_batch_last", "fori_loop"],
+        ["linen_lstm", "weight_normalisation", "vmapped_batch_last", "fori_loop"],
+    ),
 )
 def test_models_of_the_zoo(name):
     """In float32, at beta 1/100: the gradient to a per cent."""

@@ -1,0 +1,109 @@
+"""The shapes that the values of a network have at twice the batch, from its program there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from lrules.engine.graph import Graph
+from lrules.engine.jaxprs import COND, INLINED, SCAN, SHARD_MAP, Aval, Equation, Jaxpr, is_literal, open_jaxpr
+from lrules.engine.operations import of
+from lrules.engine.records import Block, Value
+
+
+class Twin(Protocol):
+    """What is asked of a value at twice the batch."""
+
+    @property
+    def aval(self) -> Aval: ...
+
+    @property
+    def producer(self) -> Equation | None: ...
+
+    @property
+    def operands(self) -> Sequence[Twin]: ...
+
+
+class AtTwice:
+    """A value at twice the batch, by the shapes that are noted in the values of the network."""
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+    @property
+    def aval(self) -> Aval:
+        return self.value.aval if self.value.at_twice is None else self.value.at_twice
+
+    @property
+    def producer(self) -> Equation | None:
+        """The equation that makes it, as views are asked: of what shape is the result."""
+        eqn = self.value.producer
+        if eqn is None:
+            return None
+        return SimpleNamespace(primitive=eqn.primitive, params=eqn.params, invars=eqn.invars, outvars=[self])
+
+    @property
+    def operands(self) -> tuple[AtTwice, ...]:
+        return tuple(map(AtTwice, self.value.operands))
+
+
+def write_shapes(graph: Graph, at_twice: Jaxpr, axes: Sequence[int | None]) -> bool:
+    """Notes in each value what it is at twice the batch; False if the program there is not the same but for sizes.
+
+    Args:
+      graph: the network.
+      at_twice: its program on inputs that it puts after themselves, before all else.
+      axes: the batch axis of each input.
+    """
+    jaxpr, _ = open_jaxpr(at_twice)
+    twins = dict(zip(graph.block.jaxpr.invars, jaxpr.invars, strict=True))
+    inputs = graph.block.jaxpr.invars[len(graph.parameters) :]
+    doubled = {twins[v]: v for v, axis in zip(inputs, axes, strict=True) if axis is not None}
+    first = 0
+    for eqn in jaxpr.eqns[: len(doubled)]:
+        if not all(v is eqn.invars[0] for v in eqn.invars) or is_literal(eqn.invars[0]):
+            break
+        if eqn.invars[0] not in doubled:
+            break
+        twins[doubled[eqn.invars[0]]] = eqn.outvars[0]
+        first += 1
+    return _write(graph.block, jaxpr, jaxpr.eqns[first:], twins)
+
+
+def _write(block: Block, at_twice: Any, eqns: Sequence[Equation], twins: dict[Any, Any]) -> bool:
+    jaxpr = block.jaxpr
+    if len(eqns) != len(jaxpr.eqns) or len(at_twice.constvars) != len(jaxpr.constvars):
+        return False
+    twins |= dict(zip(jaxpr.constvars, at_twice.constvars, strict=True))
+    for index, (a, b) in enumerate(zip(jaxpr.eqns, eqns, strict=True)):
+        if a.primitive is not b.primitive or len(a.outvars) != len(b.outvars) or not _same(a.invars, b.invars, twins):
+            return False
+        twins.update(zip(a.outvars, b.outvars, strict=True))
+        inner = _programs(b) if index in block.children else []
+        for child, program in zip(block.children.get(index, ()), inner, strict=True):
+            opened, _ = open_jaxpr(program)
+            if len(opened.invars) != len(child.jaxpr.invars):
+                return False
+            if not _write(child, opened, opened.eqns, dict(zip(child.jaxpr.invars, opened.invars, strict=True))):
+                return False
+    if not _same(jaxpr.outvars, at_twice.outvars, twins):
+        return False
+    for variable, twin in twins.items():
+        block.values[variable].at_twice = twin.aval
+    return True
+
+
+def _same(a: Sequence[Any], b: Sequence[Any], twins: Mapping[Any, Any]) -> bool:
+    """Whether an equation reads the same of the two programs."""
+    return len(a) == len(b) and all(
+        is_literal(w) if is_literal(v) else twins.get(v) is w for v, w in zip(a, b, strict=True)
+    )
+
+
+def _programs(eqn: Equation) -> list[Any]:
+    """The programs inside an equation."""
+    name, params = of(eqn).name, eqn.params
+    if name == COND:
+        return list(params["branches"])
+    return [params["jaxpr"] if name in (SCAN, SHARD_MAP) else params[INLINED[name]]]

@@ -1,0 +1,71 @@
+"""A layer's multiplication as rules get it: its two transposes are those of jax.vjp, for layers of any kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lrules
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (5, 3))
+IMAGES = jax.random.normal(KEY, (2, 6, 6, 3))
+LAYERS = {
+    "dense": (lambda w, x: x @ w, (3, 4), X),
+    "weight first": (lambda w, x: jnp.einsum("oi,bi->bo", w, x), (4, 3), X),
+    "members": (lambda w, x: jnp.einsum("bmi,mio->bmo", jnp.stack([x, 2 * x], 1), w), (2, 3, 4), X),
+    "conv": (
+        lambda w, x: lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        (3, 3, 3, 4), IMAGES,
+    ),
+    "embedding": (lambda w, x: w[x], (7, 4), jnp.array([0, 3, 3, 6, 1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transposes(name):
+    apply, shape, x = LAYERS[name]
+    seen = []
+
+    def backward(op, w, b, x, d, layer):
+        seen.append(layer.name)
+        dw = op.weight_gradient(w, x, d)
+        dx = op.passed_down(w, x, d)
+        wanted_w, wanted_x = jax.vjp(op, w, x)[1](d)
+        assert jax.tree.structure(dx) == jax.tree.structure(wanted_x)
+        np.testing.assert_allclose(dw, wanted_w, rtol=1e-6, atol=1e-6)
+        for got, wanted in zip(jax.tree.leaves(dx), jax.tree.leaves(wanted_x), strict=True):
+            assert got.dtype == wanted.dtype
+            if got.dtype != jax.dtypes.float0:
+                np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+        return dw, dx, None
+
+    w = jax.random.normal(jax.random.key(1), shape)
+    f = lrules.transform(lambda p, x: apply(p["w"], x), lrules.sequential(backward))
+    grads = jax.grad(lambda p: (f(p, lrules.Feedback({}, {}), x) ** 2).sum())({"w": w})
+    assert seen == ["w"]
+    wanted = jax.grad(lambda w: (apply(w, x) ** 2).sum())(w)
+    np.testing.assert_allclose(grads["w"], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_one_shape_share_what_they_trace_and_not_their_numbers():
+    """Two layers of one shape, and a third of another stride: each gets its own numbers."""
+    def apply(p, x):
+        strided = lax.conv_general_dilated(x, p["c"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        plain = lambda x, w: lax.conv_general_dilated(  # noqa: E731
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return plain(jnp.tanh(plain(jnp.tanh(strided), p["a"])), p["b"])
+
+    keys = jax.random.split(KEY, 3)
+    params = {name: jax.random.normal(k, (3, 3, 3, 3)) for name, k in zip("abc", keys, strict=True)}
+
+    def backward(op, w, b, x, d, layer):
+        return op.weight_gradient(w, x, d), op.passed_down(w, x, d), None
+
+    f = lrules.transform(apply, lrules.sequential(backward))
+    got = jax.grad(lambda p: (f(p, lrules.Feedback({}, {}), IMAGES) ** 2).sum())(params)
+    wanted = jax.grad(lambda p: (apply(p, IMAGES) ** 2).sum())(params)
+    for name in params:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,64 @@
+"""The recipes' rules for chains of dense layers, from the papers' equations; layers are counted from 0, as in `nets`.
+
+r_k is what layer k reads, z_k = r_k W_k + b_k, d_k the error at z_k; signals s_k arrive at r_k for k >= 1. Feedback is
+[None, B_1, ...], B_k of the shape of W_k, or for classifiers C_k [classes, size of r_k].
+"""
+
+import numpy as np
+
+from . import feedback_alignment, nets
+
+
+def weight_mirror(net, feedback, x, e, noises, decay):
+    """Feedback alignment, and with noise xi in the place of r_k: dB_k = decay B_k - 1/n sum xi (xi W_k)^T."""
+    found = feedback_alignment.gradients(net, feedback, x, e)
+    learned = [None]
+    for k in range(1, len(net)):
+        xi = noises[k]
+        learned.append(decay * feedback[k] - xi.T @ (xi @ net[k].kernel) / len(xi))
+    return found._replace(feedback=learned)
+
+
+def difference_target_propagation(net, feedback, x, e, noises, step, decoder, slope):
+    """Targets y'_k = y_k - step n d_k and r'_k = r_k + g_k(y'_k) - g_k(y_k), with g_k(y) = decoder(y B_k^T).
+
+    y_k = r_k W_k; s_k = (r_k - r'_k) / (step n); dB_k is the gradient of 1/2n sum |g_k((r_k + xi) W_k) - (r_k + xi)|^2.
+    """
+    trace, n = nets.forward(net, x), len(x)
+    kernels, biases, learned = ([None] * len(net) for _ in range(3))
+    d = np.asarray(e, dtype=np.float64)  # the last layer is linear
+    for k in reversed(range(len(net))):
+        reads, w, b = trace.reads[k], net[k].kernel, feedback[k]
+        kernels[k], biases[k] = reads.T @ d, d.sum(0)
+        if k == 0:
+            signal = d @ w.T
+            break
+        y = reads @ w
+        target = y - step * n * d
+        corrected = reads + decoder(target @ b.T) - decoder(y @ b.T)
+        signal = (reads - corrected) / (step * n)
+        noisy = reads + noises[k]
+        up = noisy @ w
+        lost = (decoder(up @ b.T) - noisy) * slope(up @ b.T) / n
+        learned[k] = lost.T @ up
+        d = signal * nets.slope(net[k - 1].activation, trace.pre[k - 1])
+    return nets.Gradients(kernels, biases, signal, learned)
+
+
+def local_classifiers(net, classifiers, x, e, targets):
+    """p_k = softmax(r_k C_k^T), s_k = (p_k - t) C_k / n and dC_k = (p_k - t)^T r_k / n; the last layer learns by e."""
+    trace, n = nets.forward(net, x), len(x)
+    kernels, biases, learned = ([None] * len(net) for _ in range(3))
+    last = len(net) - 1
+    for k in range(len(net)):
+        d = np.asarray(e, dtype=np.float64)
+        if k < last:
+            above, c = trace.reads[k + 1], classifiers[k + 1]
+            powers = np.exp(above @ c.T)
+            error = (powers / powers.sum(1, keepdims=True) - targets) / n
+            learned[k + 1] = error.T @ above
+            d = error @ c * nets.slope(net[k].activation, trace.pre[k])
+        kernels[k], biases[k] = trace.reads[k].T @ d, d.sum(0)
+        if k == 0:
+            signal = d @ net[0].kernel.T
+    return nets.Gradients(kernels, biases, signal, learned)
