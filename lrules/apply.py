@@ -179,24 +179,24 @@ def grad_of_transform(f: Callable[..., Any], net: Network, loss: Callable[..., A
 
 
 def mean_loss(net: Network, loss: Callable[..., Any], outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:
-    """The mean over all elements of `loss(outputs, targets)`.
+    """Computes the objective: the mean over all elements of `loss(outputs, targets)`.
 
     Args:
       net: the network.
       loss: `(outputs, targets) -> [batch]` or `[batch, ...]`.
-      outputs, inputs, targets: what the network gives, what it takes, and what the loss takes besides.
+      outputs, inputs, targets: the outputs, the inputs and the targets.
 
     Returns:
-      The objective.
+      A scalar.
 
     Raises:
       ValueError: the first axis of the loss is not the batch of the inputs.
 
     Example:
       >>> import jax.numpy as jnp, lrules
-      >>> net = lrules.Network(lambda w, x: x @ w)
-      >>> float(mean_loss(net, lambda y, t: (y - t).sum(-1), jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.zeros((5, 2))))
-      2.0
+      >>> net, loss, y = lrules.Network(lambda w, x: x @ w), lrules.testing.half_squared_error, jnp.ones((5, 2))
+      >>> float(lrules.extend.mean_loss(net, loss, y, jnp.ones((5, 3)), 0 * y))
+      1.0
     """
     batch = net.batch_size(inputs)
     losses = loss(outputs, targets)

@@ -44,22 +44,24 @@ from lrules.typing import Initializer, Loss, Pytree
 def layerwise(
     choose_for: Callable[[Graph], Callable[[str], LayerRule]], layers: Iterable[LayerRule], *, layer: LayerRule | None
 ) -> Rule:
-    """A rule that acts layer by layer.
+    """Makes a rule that acts layer by layer.
 
     Args:
       choose_for: a function from a traced network to a function from the name of a layer to its rule.
       layers: the rules that a layer may have.
-      layer: the rule where it is the same for all, so that `partition` takes it; else None.
+      layer: the rule, if it is the same for all layers; else None.
 
     Returns:
       The rule.
 
     Example:
       >>> import lrules
-      >>> halved = lrules.extend.Sequential(lambda op, w, b, x, d, layer: (op.weight_gradient(w, x, d) / 2, None, None))
-      >>> def choose_for(graph):  # the first layer that is found is halved, and sends nothing down
-      ...     return lambda name: halved if name == graph.layers[0].name else lrules.extend.Backprop()
-      >>> rule = layerwise(choose_for, [halved], layer=None)
+      >>> from lrules import extend
+      >>> stop, pass_on = extend.Direct(None), extend.Backprop()
+      >>> choose_for = lambda graph: lambda name: stop if name == graph.layers[-1].name else pass_on
+      >>> rule = extend.layerwise(choose_for, [stop, pass_on], layer=None)
+      >>> rule.stochastic, rule.additive
+      (False, True)
     """
     specs = [spec for spec in layers if isinstance(spec, Sequential | Direct)]
     needs_loss = next((spec.needs_loss for spec in specs if spec.needs_loss is not None), None)

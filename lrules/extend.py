@@ -1,25 +1,21 @@
-"""What a rule needs that `sequential` and `direct` cannot say: the parts of which the library's own rules are made.
+"""The parts for rules that `sequential` and `direct` cannot make. The rules of the library use the same parts.
 
-A *site* is a place in a network where something happens to the error: a layer, a hidden signal, an activation, a bias
-or a scale. A *handler* says what happens at the sites while the network runs. A *frame* is what it reads and writes
-there. A *plan* is what a rule does at each site of one network; `make_plan` also refuses what the rule cannot serve.
+A *site* is a place in a network where something happens to the error: a layer, a hidden signal (see docs/terms.md), an
+activation, a bias or a scale. A *handler* decides what happens at the sites while the network runs. It reads and writes
+a *frame*. A *plan* is what a rule does at each site of one network; `make_plan` also refuses what the rule cannot
+serve.
 
-| to | use |
-| --- | --- |
-| see what is in a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`, `activations`, `affines` |
-| run it with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for noise, `all_zeros_at` for probes |
-| say what a rule does where | `Sequential`, `Direct`, `Backprop`; `make_plan`, `Plan`; `layerwise` makes a rule of it |
-| run a network as a plan says | `evaluate`; with direct feedback `run_to_heads` and `from_heads` |
-| send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and `correlate` |
-| tell activations apart | `treated`, `passing_names` |
-| find the batch in a tensor | `batch_axis`, `doubled`, `BatchAxis` |
-| put a value where another is | `placed_as`, `split_as` (devices), `at_least_float32` (precision) |
-| check what users give | `as_network`, `check_params`, `mean_loss` |
+| to | use | | --- | --- | | list the sites of a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`,
+`activations`, `affines` | | run a network with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for
+noise, `all_zeros_at` for probes | | decide what a rule does at each site | `Sequential`, `Direct`, `Backprop`;
+`make_plan`, `Plan`; `layerwise` | | run a network under a plan | `evaluate`; with direct feedback `run_to_heads` and
+`from_heads` | | send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and
+`correlate` | | find the activations that a rule treats | `treated`, `passing_names` | | find the batch in a tensor |
+`batch_axis`, `doubled`, `BatchAxis` | | place a value like another | `placed_as`, `split_as` (devices),
+`at_least_float32` (precision) | | check the arguments of users | `as_network`, `check_params`, `mean_loss` |
 
-A rule of its own, with two forward passes: node perturbation without feedback weights. Noise xi_l is added to all
-hidden signals at once, and each learns from the effect on the example's loss: s_l = (L(xi) - L(0)) / std xi_l arrives
-at hidden signal l, and goes through the activation and the layer below it, and no further. The last layer has its true
-gradient.
+An example: a rule with two forward passes. It adds noise xi to the output of each layer, and the weights follow the
+effect of the noise on the loss of each example (REINFORCE, Williams 1992): dW_l = (L(xi) - L(0)) / std xi_l x_l^T.
 
     >>> import jax, jax.numpy as jnp, lrules
     >>> from lrules import extend
@@ -27,45 +23,41 @@ gradient.
     ...     arrays = ("key",)  # the attributes that hold arrays
     ...     def __init__(self, std, key):
     ...         self.std, self.key = std, key
-    ...     def hidden(self, hidden, value, frame):
-    ...         xi = jax.random.normal(extend.key_at(self.key, hidden.name, value, frame), value.shape, value.dtype)
-    ...         frame.records[hidden.name] = xi  # inside a loop, records come out stacked
-    ...         return value + self.std * xi
-    >>> class Local(extend.Handler):
+    ...     def layer(self, layer, op, w, b, x, frame):
+    ...         y = op(w, x)
+    ...         xi = jax.random.normal(extend.key_at(self.key, layer.at_output, y, frame), y.shape, y.dtype)
+    ...         frame.records[layer.at_output] = xi  # inside a loop, records come out stacked
+    ...         return y + self.std * xi
+    >>> class Credit(extend.Handler):
     ...     arrays = ("gain",)
     ...     def __init__(self, gain):
     ...         self.gain = gain
-    ...     def hidden(self, hidden, value, frame):
-    ...         xi = frame.inputs[hidden.name]
-    ...         gain = self.gain.reshape(-1, *[1] * (xi.ndim - 1)).astype(xi.dtype)
-    ...         frame.records[hidden.name] = jnp.sum(gain * xi * value)  # gain * xi arrives here
-    ...         return jax.lax.stop_gradient(value)  # and nothing from above
+    ...     def layer(self, layer, op, w, b, x, frame):
+    ...         y = op(w, jax.lax.stop_gradient(x))  # no error goes down
+    ...         frame.records[layer.at_output] = jnp.vdot(self.gain[:, None] * frame.inputs[layer.at_output], y)
+    ...         return y
     >>> def perturbed(std):
-    ...     own = extend.Sequential(lambda *_: (None, None, None))  # at every layer something else than backpropagation
-    ...     def plan(net, graph, params, inputs):  # which refuses what has no layers that can be served
-    ...         return extend.make_plan(net, graph, params, inputs, lambda name: own, partition=False)
+    ...     own = extend.Sequential(lambda *_: (None, None, None))  # at every layer: not backpropagation
+    ...     def plan(net, params, inputs):
+    ...         return extend.make_plan(net, net.graph(params, inputs), params, inputs, lambda name: own)
     ...     def init(key, net, params, inputs):
     ...         net = extend.as_network(net)
-    ...         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
+    ...         return plan(net, params, inputs).init(key, net.parameters(params))
     ...     def transform(net, *, reduction="mean"):
     ...         raise ValueError("perturbed needs the loss: use lrules.value_and_grad(net, loss, rule)")
     ...     def value_and_grad(net, loss):
     ...         def step(params, feedback, inputs, targets, *, rng):
-    ...             plan(net, net.graph(params, inputs), params, inputs)
-    ...             clean, aux, _ = extend.run(net, params, inputs)
+    ...             plan(net, params, inputs)  # refuses networks that it cannot serve
+    ...             clean, _, _ = extend.run(net, params, inputs)
     ...             noisy, _, xi = extend.run(net, params, inputs, [Noise(std, rng)])
-    ...             effect = (loss(noisy, targets) - loss(clean, targets)) / std
-    ...             def objective(params):
-    ...                 handlers = [Local(effect / effect.size), *net.handlers]  # modifiers act on what arrives
-    ...                 outputs, _, sent = extend.run(net, params, inputs, handlers, given=xi)
-    ...                 return extend.mean_loss(net, loss, outputs, inputs, targets) + sum(map(jnp.sum, sent.values()))
-    ...             head = extend.mean_loss(net, loss, clean, inputs, targets), clean
-    ...             grads = lrules.Gradients(jax.grad(objective)(params), {})
-    ...             return ((*head, aux) if net.has_aux else head), grads
+    ...             gain = (loss(noisy, targets) - loss(clean, targets)) / std
+    ...             def credit(params):
+    ...                 _, _, found = extend.run(net, params, inputs, [Credit(gain / gain.size)], given=xi)
+    ...                 return sum(map(jnp.sum, found.values()))
+    ...             value = extend.mean_loss(net, loss, clean, inputs, targets)
+    ...             return (value, clean), lrules.Gradients(jax.grad(credit)(params), {})
     ...         return step
-    ...     return lrules.Rule(
-    ...         init, transform, value_and_grad, stochastic=True, description=extend.RuleDescription(plan)
-    ...     )
+    ...     return lrules.Rule(init, transform, value_and_grad, stochastic=True)
     >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
     >>> x, y, rule = jnp.ones((5, 3)), jnp.zeros((5, 2)), perturbed(1e-3)
     >>> step = lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)
@@ -73,9 +65,9 @@ gradient.
     >>> grads.params["a"].shape
     (3, 4)
 
-Sequential feedback rides along with the weights: `b` is what stands in the place of `w`, after the same casts, reshapes
-and slices. A handler that changes the error at a site is an identity with a derivative of its own (`jax.custom_vjp`),
-which takes all arrays as arguments: inside a loop it must not close over any.
+Sequential feedback goes with the weights: `b` replaces `w`, after the same casts, reshapes and slices. A handler that
+changes the error at a site is an identity with a custom derivative (`jax.custom_vjp`). Give it all arrays as arguments:
+inside a loop it must not close over arrays.
 """
 
 from __future__ import annotations
@@ -163,14 +155,15 @@ def run(
     """Runs a network with handlers at its sites.
 
     Args:
-      net, params, inputs: the network and what it takes.
-      handlers: the first one acts nearest to the layers. The network's own (`net.handlers`, those of modifiers) are not
-        among them unless they are given.
-      given: arrays by site, which handlers find in `frame.inputs`; those of sites inside a loop have its length in
+      net, params, inputs: the network, and what it takes.
+      handlers: the handlers; the first acts nearest to the layers. Those of modifiers (`net.handlers`) act only if you
+        give them too.
+      given: arrays by site; handlers find them in `frame.inputs`. Arrays of sites inside a loop have its length in
         front, see `zeros_at`.
 
     Returns:
-      `(outputs, aux, records)`; records are what handlers put into `frame.records`, stacked over the loops.
+      `(outputs, aux, records)`; the records are the arrays that handlers wrote into `frame.records`, stacked over
+      loops.
 
     Example:
       >>> import jax.numpy as jnp, lrules
@@ -179,7 +172,7 @@ def run(
       ...         frame.records[layer.at_output] = y = op(w, x)
       ...         return y
       >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> outputs, aux, records = run(net, params, jnp.ones((5, 3)), [Widths()])
+      >>> outputs, aux, records = lrules.extend.run(net, params, jnp.ones((5, 3)), [Widths()])
       >>> {site: value.shape for site, value in records.items()}
       {'a output': (5, 4), 'b output': (5, 2)}
     """
@@ -202,8 +195,8 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
       The signal, `[batch, *hidden]`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.extend.project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
     e = e if e.dtype == b.dtype else e.astype(b.dtype)
@@ -211,11 +204,11 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def correlate(e: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:
-    """The product of the output error and a hidden signal, summed over the batch.
+    """Multiplies the output error by a hidden signal, and sums over the batch.
 
     dB = sum over examples of e h^T
 
-    It is the transpose of `project`, in which JAX itself sees to a batch that lies on several devices.
+    It is the transpose of `project`, so JAX itself sums over devices if the batch lies on several.
 
     Args:
       e: the output error, `[batch, outputs]`.
@@ -226,8 +219,8 @@ def correlate(e: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:
       An array like b.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> correlate(jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.zeros((2, 3))).tolist()
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.extend.correlate(jnp.ones((5, 2)), jnp.ones((5, 3)), jnp.zeros((2, 3))).tolist()
       [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
     """
     return jax.vjp(lambda b: project(e, b), b)[1](h)[0]

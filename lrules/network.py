@@ -197,17 +197,18 @@ NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # a function
 
 
 def as_network(net: NetworkLike) -> Network:
-    """The network; a bare function becomes one.
+    """Returns a network: a bare function becomes one.
 
     Args:
-      net: a network, or a function `apply(params, inputs)`.
+      net: a `Network`, or a function `apply(params, inputs)`.
 
     Returns:
-      A network.
+      The network.
 
     Example:
-      >>> as_network(lambda w, x: x @ w).has_aux
-      False
+      >>> import lrules
+      >>> isinstance(lrules.extend.as_network(lambda w, x: x @ w), lrules.Network)
+      True
     """
     return net if isinstance(net, Network) else Network(net)
 

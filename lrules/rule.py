@@ -23,7 +23,13 @@ from lrules.typing import Initializer, Pytree
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backprop:
-    """Backpropagation at this layer."""
+    """Backpropagation at this layer.
+
+    Example:
+      >>> import lrules
+      >>> lrules.backprop().description.layer
+      Backprop()
+    """
 
 
 # What the functions of a rule may ask for by name, besides the rule's own numbers; `sequential` and `direct` define it.
@@ -123,6 +129,12 @@ class Sequential(_LayerRule):
       gain: `(op, w, x, d, layer) -> c`, if the weight gradient is c times that of backprop; None for 1.
       state: `(layer) -> pytree`, the first state of a layer; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
+
+    Example:
+      >>> import lrules
+      >>> spec = lrules.feedback_alignment(adaptive=True).description.layer
+      >>> isinstance(spec, lrules.extend.Sequential), spec.learned
+      (True, True)
     """
 
     backward: Callable[..., tuple[Any, ...]]
@@ -170,6 +182,12 @@ class Direct(_LayerRule):
       offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
+
+    Example:
+      >>> import lrules
+      >>> spec = lrules.direct_feedback_alignment(at="c").description.layer
+      >>> isinstance(spec, lrules.extend.Direct), spec.at
+      (True, ('c',))
     """
 
     signal: Callable[..., Any] | None
@@ -288,6 +306,11 @@ class RuleDescription:
       plan: `(net, graph, params, inputs) -> Plan`.
       layer: what the rule does at one layer, for `partition`; None if the rule acts on the network as a whole.
       modified: a modifier acts around the rule, and `plan` does not include it.
+
+    Example:
+      >>> import lrules
+      >>> lrules.sign_error(lrules.backprop()).description.modified
+      True
     """
 
     plan: Callable[..., Any]
@@ -348,23 +371,23 @@ class Rule:
 
 
 def require_description(rule: Rule, who: str, which: str = "this rule") -> RuleDescription:
-    """The description of a rule.
+    """Returns the description of a rule.
 
     Args:
       rule: the rule.
-      who: who needs it, for the message.
-      which: which rule it is, for the message.
+      who: the name of the function that needs it, for the message.
+      which: the words for the rule in the message.
 
     Returns:
-      What the rule does where.
+      The description.
 
     Raises:
-      ValueError: the rule has none; the message says `who` needs it and `which` rule it is.
+      ValueError: the rule has none.
 
     Example:
       >>> import lrules
-      >>> require_description(lrules.backman(), "my rule").modified
-      False
+      >>> lrules.extend.require_description(lrules.backprop(), "mine").layer
+      Backprop()
     """
     if rule.description is None:
         raise ValueError(
@@ -405,11 +428,11 @@ def check_params(params: Pytree) -> None:
       params: the parameters.
 
     Raises:
-      TypeError: one is not; the message names it.
+      TypeError: a parameter is something else; the message names it.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> check_params({"w": jnp.ones(3)})
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.extend.check_params({"w": jnp.ones(2)})
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)

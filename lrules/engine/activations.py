@@ -2,13 +2,15 @@
 
 Names come first: a `custom_jvp` function (relu) or a named `jit` (silu) with an elementwise body is one activation.
 Otherwise an activation is a maximal run of elementwise equations with one root and one output that holds a nonlinear
-primitive: gelu is one activation, not the tanh inside it. Factors and terms before and after it are none of it, so that
-0.1 * tanh(z / 2) is treated as 0.1 * relu(z / 2) is, unless they may belong to a formula: 1 / (1 + exp(-z)). A lone
-exp, log, root, power or quotient is none (softmax, exp(logvar / 2)), nor is what normalisations do to means and
-variances. What may be meant as an activation and is none by these rules, a square that a layer reads (as it is, scaled,
-normalised or added to something), a maximum of two values, or a bent function of whole rows with a derivative of its
-own, is kept as a `Doubt`, which rules that need activations refuse; `activation` and `not_activation` settle it inside
-the model, an option `passing=` of the rule from outside.
+primitive: gelu is one activation, not the tanh inside it. Factors and terms before and after it do not belong to it, so
+0.1 * tanh(z / 2) is treated like 0.1 * relu(z / 2), unless they may belong to a formula: 1 / (1 + exp(-z)). A single
+exp, log, root, power or quotient is not an activation (softmax, exp(logvar / 2)). The operations of normalisations on
+means and variances are not activations either.
+
+Some functions are not activations by these rules, but may be meant as such: a square that a layer reads (itself,
+scaled, normalised or added to something), a maximum of two values, or a nonlinear function of whole rows with a custom
+derivative. Each is kept as a `Doubt`. Rules that need activations refuse it. `activation` and `not_activation` settle
+it inside the model, and the option `passing=` of the rule settles it from outside.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ NAMED = {"relu", "relu6", "silu", "swish", "elu", "celu", "selu", "gelu", "hard_
 ALIASES = {"integer_pow_tanh_mul": "gelu", "erfc_mul": "gelu", "erf_mul": "gelu", "logistic": "sigmoid",
            "logistic_mul": "silu"}  # fmt: skip
 
-FORMULAS = {"exp_log": "log_softmax", "exp_div": "softmax"}  # with something else in between
+FORMULAS = {"exp_log": "log_softmax", "exp_div": "softmax"}  # with other primitives between them
 
 Axes = tuple[int, ...]  # for each axis of one value, the axis of another that it is
 
@@ -39,18 +41,18 @@ MARK, UNMARK = "lrules_activation_", "lrules_not_activation_"
 
 
 def sampled(fn: Callable[..., Any], like: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Points from -8 to 8 and two far ones, in increasing order, and what an activation makes of them.
+    """Points from -8 to 8 and two far points, in increasing order, and the values of an activation there.
 
     Args:
       fn: the activation, as handlers get it.
-      like: what it acts on, of whose shape and dtype it is asked.
+      like: an array with the shape and dtype of its argument.
 
     Raises:
       jax.errors.JAXTypeError: it uses numbers that are not known when the network is traced.
     """
     grid = np.concatenate([[-1e4], np.linspace(-8, 8, 65), [1e4]])
     size = max(int(np.prod(like.shape)), 1)
-    known = jax.jit(fn)  # without, a custom_jvp under vmap gives a tracer even for known numbers
+    known = jax.jit(fn)  # without jit, a custom_jvp under vmap gives a tracer even for known numbers
     points, values = [], []
     for i in range(0, len(grid), size):
         with jax.ensure_compile_time_eval():
@@ -62,12 +64,12 @@ def sampled(fn: Callable[..., Any], like: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Doubt:
-    """A nonlinearity that is no activation by the rules above, and may be meant as one.
+    """A nonlinearity that is not an activation by the rules above, and may be meant as one.
 
     Attributes:
       name: its primitives.
-      output: the variable that it gives; None if it is one whatever reads it.
-      why: what keeps a marked function from being an activation.
+      output: the variable of its result, if it is a doubt only when a layer reads it; else None.
+      why: the reason why a marked function is not an activation.
     """
 
     name: str
@@ -76,52 +78,53 @@ class Doubt:
 
 
 def passing_names(passing: str | Iterable[str]) -> frozenset[str]:
-    """The names that an option `passing=` gives.
+    """Reads the option `passing=` of a rule.
 
     Args:
-      passing: a name or several, of functions that error shall pass by their derivative.
+      passing: a name, or several names.
 
     Returns:
       The names.
 
     Raises:
-      ValueError: it is neither a name nor several.
+      ValueError: it is not a name or several names.
 
     Example:
-      >>> sorted(passing_names({"tanh", "exp"}))
-      ['exp', 'tanh']
+      >>> import lrules
+      >>> lrules.extend.passing_names("exp")
+      frozenset({'exp'})
     """
     names = [passing] if isinstance(passing, str) else list(passing) if isinstance(passing, Iterable) else [None]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f'passing={passing!r} names no functions: give names, such as {{"exp", "tanh#2"}}')
+        raise ValueError(f'passing must be names of functions, such as {{"exp", "tanh#2"}}, got {passing!r}')
     return frozenset(names)
 
 
 def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
-    """The activations of a network for rules that treat them specially: all but those that `passing` names.
+    """Lists the activations of a network that a rule treats: all but those in `passing`.
 
     Args:
-      graph: the network.
-      passing: what `passing_names` gives.
+      graph: the traced network.
+      passing: names of activations and nonlinearities through which the error passes by their derivative.
 
     Returns:
       The activations.
 
     Raises:
-      NotImplementedError: a nonlinearity is neither recognised as an activation nor said to be none.
-      ValueError: a name in `passing` is that of nothing in the network.
+      NotImplementedError: a nonlinearity is not recognised as an activation, and no mark or `passing` says what it is.
+      ValueError: nothing in the network has a name in `passing`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> [activation.site for activation in treated(net.graph(params, x))]
-      ['tanh']
+      >>> net = lrules.Network(lambda w, x: jax.nn.relu(jnp.tanh(x @ w) @ w))
+      >>> graph = net.graph(jnp.eye(2), jnp.ones((3, 2)))
+      >>> [a.site for a in lrules.extend.treated(graph, frozenset({"tanh"}))]
+      ['relu']
     """
     names = {name for a in graph.activations for name in (a.name, a.site)} | set(graph.nonlinearities)
     for name in sorted(passing - names):
-        there = f"give one of {', '.join(map(repr, sorted(names)))}" if names else "leave it out, it has none"
-        raise ValueError(f"passing: {name!r} is no activation and no nonlinearity of this network: {there}")
+        there = f"give one of {', '.join(map(repr, sorted(names)))}" if names else "leave passing out, it has none"
+        raise ValueError(f"passing: {name!r} is not an activation or a nonlinearity of this network: {there}")
     doubts = {d.name: f"{d.name} ({d.why})" if d.why else d.name for d in graph.doubts if d.name not in passing}
     if doubts:
         named = sorted(doubts)
@@ -129,21 +132,21 @@ def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
         if len(named) == 1:
             what, are, kind = "nonlinearity", "is", "an activation"
         raise NotImplementedError(
-            f"the {what} {', '.join(doubts[name] for name in named)} {are} not recognised as {kind}, "
-            "which this rule needs to know: write it as lrules.activation(f)(x), with f elementwise and "
-            "without parameters, or, if error is to pass through it by its derivative, as lrules.not_activation(f)(x), "
-            f"or give the rule passing={{{', '.join(map(repr, named))}}}"
+            f"the {what} {', '.join(doubts[name] for name in named)} {are} not recognised as {kind}, and this rule "
+            "needs to know: write it as lrules.activation(f)(x), with f elementwise and without parameters; or, if the "
+            "error should pass through it by its derivative, write it as lrules.not_activation(f)(x), or give the rule "
+            f"passing={{{', '.join(map(repr, named))}}}"
         )
     return [a for a in graph.activations if passing.isdisjoint((a.name, a.site))]
 
 
 def arrangement(eqn: Equation, uniform: Sequence[bool], opaque: bool = False) -> dict[int, Axes] | None:
-    """How the operands of an equation that acts on each element alone lie in its output; None if it does not.
+    """How the operands of an elementwise equation lie in its output; None if the equation is not elementwise.
 
-    For each operand, by position, the axis of it that each axis of the output is (`vmap` transposes where batches lie
-    in different places). A call acts on each element alone if all its equations do. `uniform` says which operands are
-    constants that are the same for all elements, and may therefore be broadcast; they have no part in the arrangement.
-    Inside an `opaque` call, whose derivative is its own or which is marked, there may be a `stop_gradient`.
+    For each operand, by position: the axis of the operand that each axis of the output is (`vmap` transposes if batches
+    lie in different places). A call is elementwise if all its equations are. `uniform` says which operands are
+    constants that are the same for all elements; they may be broadcast, and have no part in the arrangement. Inside an
+    `opaque` call, which has a custom derivative or a mark, there may be a `stop_gradient`.
     """
     row = of(eqn)
     moving = [k for k, p in enumerate(uniform) if not p]
@@ -158,7 +161,7 @@ def arrangement(eqn: Equation, uniform: Sequence[bool], opaque: bool = False) ->
         return None
     marked = call_name(eqn).startswith(MARK)
     opaque = opaque or marked or row.name in OWN_DERIVATIVE
-    known: dict[Any, dict[int, Axes]] = {}  # what each value in the body holds of the operands
+    known: dict[Any, dict[int, Axes]] = {}  # how the operands lie in each value of the body
     for k, (v, p) in enumerate(zip(body.invars, uniform, strict=True)):
         known[v] = {} if p or not v.aval.shape else {k: tuple(range(len(v.aval.shape)))}
     for inner in body.eqns:
@@ -186,8 +189,8 @@ def _composed(first: Axes, then: Axes) -> Axes:
 
 
 def arranged(value: Any) -> dict[int, Axes] | None:
-    """The arrangement of the equation that produces a value; None where it is not elementwise."""
-    if value.arranged is False:  # not asked yet: values are shared by many
+    """The arrangement of the equation that produces a value; None if it is not elementwise."""
+    if value.arranged is False:  # not computed yet: many values share their operands
         eqn, operands = value.producer, value.operands
         whole = eqn is not None and len(operands) == len(eqn.invars)  # no loop, no branch
         value.arranged = arrangement(eqn, [_is_uniform(v) for v in operands]) if whole else None
@@ -195,7 +198,7 @@ def arranged(value: Any) -> dict[int, Axes] | None:
 
 
 def is_atom(eqn: Equation, ins: Sequence[Any]) -> bool:
-    """Whether a call is evaluated as it stands: elementwise as a whole, and a function of one value alone."""
+    """Whether a call is evaluated as one: it is elementwise as a whole, and a function of one value alone."""
     held = arrangement(eqn, [_is_uniform(v) for v in ins]) if of(eqn).kind == "call" else None
     if held is None or any(not v.both and not _is_uniform(v) for v in ins):
         return False

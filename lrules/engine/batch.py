@@ -29,7 +29,18 @@ from lrules.typing import Pytree
 
 @dataclasses.dataclass(frozen=True)
 class BatchAxis:
-    """Where the batch lies in a tensor: axis `axis`, of size `before * batch * after` if merged with others."""
+    """The place of the batch in a tensor: axis `axis`, with the size `before * batch * after` if it is merged.
+
+    Args:
+      axis: the axis.
+      before, after: the sizes that are merged with the batch, before and after it.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> axis = lrules.extend.BatchAxis(0, after=4)  # [batch * time, features], with 4 steps
+      >>> axis.in_front(jnp.ones((20, 3)), (20, 3), 5).shape
+      (5, 4, 3)
+    """
 
     axis: int
     before: int = 1
@@ -61,7 +72,7 @@ class BatchAxis:
 
 
 def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> jax.Array:
-    """`jnp.moveaxis`, which costs nothing where nothing moves."""
+    """`jnp.moveaxis`, without an operation if nothing moves."""
     order = [i for i in range(x.ndim) if i not in source]
     for at, i in sorted(zip(destination, source, strict=True)):
         order.insert(at, i)
@@ -110,26 +121,28 @@ def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
 
 
 def batch_axis(net: Network, name: str, a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
-    """Where the batch lies in an output or a hidden signal; `Network.signal_axes` may give the axis.
+    """Finds the batch axis of an output or a hidden signal.
 
     Args:
-      net: the network.
-      name: of the hidden signal, or `"outputs"`.
-      a: the value, in the network's graph.
+      net: the network; its `signal_axes` may give the axis.
+      name: the name of the hidden signal, or `"outputs"`.
+      a: the value in the graph of the network.
       b: the same value at twice the batch, from `doubled`; None if there is none.
-      batch: how many examples there are.
+      batch: the number of examples.
 
     Returns:
-      Where it lies; None if that cannot be found.
+      The axis; None if it cannot be found.
+
+    Raises:
+      ValueError: the axis in `signal_axes` does not have the size of the batch.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph = net.graph(params, x)
-      >>> twice = doubled(net, params, x, graph)
-      >>> batch_axis(net, "outputs", graph.outs[0], twice(graph.outs[0]), 5).axis
-      0
+      >>> import jax.numpy as jnp, lrules
+      >>> net, w, x = lrules.Network(lambda w, x: (x @ w).T), jnp.ones((3, 4)), jnp.ones((5, 3))
+      >>> (out,) = net.graph(w, x).outs
+      >>> twice = lrules.extend.doubled(net, w, x, net.graph(w, x))
+      >>> lrules.extend.batch_axis(net, "outputs", out, twice(out), 5)
+      BatchAxis(axis=1, before=1, after=1)
     """
     stated = net.stated_axis(name, a.aval.shape, batch)
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
@@ -230,25 +243,25 @@ def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u:
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Callable[[Value], Twin] | None:
-    """Each value at twice the batch: there the axes that hold the batch are twice as long.
+    """Traces a network at twice the batch: there the axes that hold the batch are twice as long.
 
     Args:
-      net, params, inputs: the network and what it takes.
-      graph: the network traced on these.
+      net, params, inputs: the network, and what it takes.
+      graph: its trace at the batch.
 
     Returns:
-      A function from a value of the graph to the same value at twice the batch; None if the model cannot be traced so.
+      A function from a value of the graph to the same value at twice the batch; None if the model cannot be traced like
+      this.
 
     Raises:
       ValueError: the trace is another network.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph = net.graph(params, x)
-      >>> doubled(net, params, x, graph)(graph.outs[0]).aval.shape
-      (10, 2)
+      >>> import jax.numpy as jnp, lrules
+      >>> net, w, x = lrules.Network(lambda w, x: x @ w), jnp.ones((3, 4)), jnp.ones((5, 3))
+      >>> graph = net.graph(w, x)
+      >>> lrules.extend.doubled(net, w, x, graph)(graph.outs[0]).aval.shape
+      (10, 4)
     """
 
     def trace() -> Callable[[Value], Twin] | None:
@@ -257,13 +270,13 @@ def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Calla
                 warnings.simplefilter("ignore")
                 if write_shapes(graph, net.jaxpr_at_twice(params, inputs), net.input_batch_axes(inputs)):
                     return AtTwice
-                twice = net.graph(params, inputs, double=True)  # written differently, as it may be for one example
+                twice = net.graph(params, inputs, double=True)  # it has other operations, as may be for one example
         except Exception:  # noqa: BLE001  any failure of the user's model at another batch size
             return None
         if [h.name for h in twice.hidden] != [h.name for h in graph.hidden] or len(twice.outs) != len(graph.outs):
             raise ValueError(
-                "the network has other layers at another batch size, so direct feedback cannot tell the examples "
-                "apart: write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
+                "the network has other layers at another batch size, so direct feedback cannot find the single "
+                "examples: write it so that the batch is only an axis (vmap, scan), or use a sequential rule"
             )
         pairs = {id(a): b for a, b in zip(_found(graph), _found(twice), strict=False)}
         return lambda value: pairs[id(value)]
@@ -272,7 +285,7 @@ def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Calla
 
 
 def _found(graph: Graph) -> list[Value]:
-    """The values of which one may ask where their batch lies."""
+    """The values whose batch axis may be asked for."""
     values = [*graph.outs, *(v for h in graph.hidden for v in (h.reader, h.root))]
     values += [v for layer in graph.layers for v in (layer.operand, layer.output) if v is not None]
     return values + [affine.output for affine in graph.affines]

@@ -14,27 +14,27 @@ def is_inexact(aval: Aval) -> bool:
 
 
 def counts(aval: Aval) -> bool:
-    """Whether its elements are integers, not truth values."""
+    """Whether the elements are integers, not booleans."""
     return jnp.issubdtype(getattr(aval, "dtype", jnp.bool_), jnp.integer)
 
 
 def feedback_dtype(dtype: Any) -> Any:
-    """The dtype of feedback for a weight: float32 where a frozen weight is quantised to integers."""
+    """The dtype of feedback for a weight: float32 if a frozen weight is quantised to integers."""
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The dtype in which sums over a batch are taken.
+    """Returns the dtype for sums over a batch: float32 for a narrower dtype, else the dtype itself.
 
     Args:
-      dtype: of what is summed.
+      dtype: a real or complex floating-point dtype.
 
     Returns:
-      It, or float32 if it is of half precision.
+      The dtype.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> at_least_float32(jnp.dtype("bfloat16")).name
+      >>> import jax.numpy as jnp, lrules
+      >>> str(lrules.extend.at_least_float32(jnp.dtype("bfloat16")))
       'float32'
     """
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

@@ -1,11 +1,11 @@
-"""Graph: a traced network with what was found in it, and the running of it with handlers.
+"""Graph: a traced network with the findings about it, and how it runs with handlers.
 
-`Graph.run` evaluates the jaxpr,
-calling handlers at every layer, hidden signal and activation. The jaxpr itself is never edited, and equations that
-touch none of these run as they stand.
+`Graph.run` evaluates the jaxpr and calls handlers at every layer, hidden signal and activation. It never edits the
+jaxpr. Equations without such a site run unchanged.
 
-Sequential feedback rides along as a *shadow*: every value computed from parameters alone is computed twice, once from
-the parameters and once from the feedback, so that feedback meets its layer after the same casts, reshapes and slices.
+Sequential feedback goes with the weights as a *shadow*: each value that depends on parameters alone is computed twice,
+once from the parameters and once from the feedback. So feedback arrives at its layer after the same casts, reshapes and
+slices.
 """
 
 from __future__ import annotations
@@ -31,17 +31,23 @@ from lrules.typing import Pytree
 
 
 class Graph:
-    """A traced network: its layers, hidden signals and activations, and the running of it.
+    """A traced network, from `net.graph(params, inputs)`: its layers, hidden signals and activations.
 
-    Attributes:
-      layers, hidden, activations, affines: what was found in it, as `Layer`, `Hidden`, `Activation`, `Affine`; `hidden`
-        has the marks of `lrules.hidden`, too.
-      live: the hidden signals from which a way leads to the outputs: none through `stop_gradient`, or to aux alone.
-      names: of the parameters, in the order of `net.parameters(params)`.
-      parameters, arguments: the values that go in.
-      outs, n_outputs: the values that come out, and how many of them are outputs (the others are aux).
-      consts: what the network closes over.
-      refusals: uses of parameters that no rule but backprop can serve.
+    `layers`, `hidden`, `activations` and `affines` are what was found. `parameters` and `arguments` are the values that
+    go in. `live` are the hidden signals with a path to the outputs, not through `stop_gradient` and not to aux alone.
+
+    Args:
+      closed: the jaxpr of the network.
+      names: the names of the parameters.
+      batched: for each input, whether it has a batch.
+      out_tree, aux_tree: the structures of outputs and aux.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> graph = lrules.Network(net).graph(params, jnp.ones((5, 3)))
+      >>> [layer.site for layer in graph.layers], [h.name for h in graph.hidden], [a.site for a in graph.activations]
+      (['a', 'b'], ['b'], ['tanh'])
     """
 
     def __init__(
@@ -67,12 +73,12 @@ class Graph:
         self.affines, self.refusals, self._noted = analysis.affines, analysis.refusals, analysis.noted
         reached = reach(self.outs[:n_outputs])
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
-        self.pieces = Pieces()  # those that hold programs of the user's die with the graph
+        self.pieces = Pieces()  # pieces that hold programs of the user live as long as the graph
         self._made: dict[Hashable, Any] = {}
         self._lock = threading.RLock()
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once; it depends on nothing but the graph, and holds no tracers."""
+        """The result of `make`, which is called once; it must depend on the graph alone, and must not hold tracers."""
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()
@@ -80,24 +86,24 @@ class Graph:
 
     @property
     def activations(self) -> list[Activation]:
-        """The activations, looked for when they are asked for: few rules need them."""
+        """The activations. They are searched at first use, because few rules need them."""
         return self.once("activations", lambda: find_activations(self._noted))[0]
 
     @property
     def nonlinearities(self) -> list[str]:
-        """What may be meant as an activation, and is none."""
+        """The names of nonlinearities that may be meant as activations, and are not recognised."""
         return [doubt.name for doubt, _ in self.once("activations", lambda: find_activations(self._noted))[1]]
 
     @property
     def doubts(self) -> list[Doubt]:
-        """Those among the nonlinearities that a layer reads."""
+        """The nonlinearities, of those, that a layer reads."""
         _, doubts = self.once("activations", lambda: find_activations(self._noted))
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         return [doubt for doubt, value in doubts if value is None or id(value) in read]
 
     @property
     def consts(self) -> list[Any]:
-        """Arrays that the function closed over; they are arguments of `run`, so that gradients reach them."""
+        """Arrays over which the function closes. They are arguments of `run`, so that gradients reach them."""
         return list(self.closed.consts)
 
     def run(
@@ -116,19 +122,19 @@ class Graph:
 
         Args:
           params, inputs: flat lists of arrays.
-          consts: the arrays that the function closed over (default: those it was traced with).
-          feedback: what stands in for each parameter in the shadow (None: no shadow is computed).
-          handlers: called at each site; the first acts last in the forward direction, nearest to the readers.
-          frame: what handlers read and write.
-          marks: which marks are hidden signals to the handlers (of the others they hear nothing).
-          taps: values outside of all loops to record, by name.
+          consts: the arrays over which the function closes (default: those of the trace).
+          feedback: the feedback that replaces each parameter in the shadow (None: there is no shadow).
+          handlers: they are called at each site; the first acts last in the forward direction, nearest to the readers.
+          frame: what the handlers read and write.
+          marks: the marks that count as hidden signals; handlers do not get the others.
+          taps: values outside all loops to record, by name.
 
         Returns:
-          `(outputs, aux)`; records are in `frame.records`.
+          `(outputs, aux)`; the records are in `frame.records`.
         """
         shadows = list(feedback) if feedback is not None else [None] * len(params)
         if any(handler.activations for handler in handlers):
-            self.activations  # noqa: B018  they are looked for
+            self.activations  # noqa: B018  this searches them
         runner = _Runner(self.pieces, handlers, feedback is not None, frozenset(marks), taps or {})
         pairs = [*zip(params, shadows, strict=True), *((x, None) for x in inputs)]
         outs = runner.block(self.block, pairs, frame or Frame(), self.consts if consts is None else consts)

@@ -1,4 +1,4 @@
-"""Handlers: what modifiers and rules do at the sites of a network while it runs."""
+"""Handlers: they decide what happens at the sites of a network while it runs. Modifiers and rules consist of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ import jax.numpy as jnp
 from lrules.engine.jaxprs import placed_as, varying_axes
 from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value
 
-Pair = tuple[Any, Any]  # a value and its shadow (None where there is none)
+Pair = tuple[Any, Any]  # a value and its shadow (None if there is none)
 
 
 class Handler:
-    """What to do where; the base class does nothing.
+    """Decides what happens at the sites of a network; the base class changes nothing.
 
-    Handlers are pytrees, so that a `custom_vjp` around the network can take their arrays as arguments: a subclass names
-    in `arrays` its attributes that hold any.
+    Make a subclass and override `layer`, `affine`, `hidden` or `activation`. Handlers are pytrees, so that a
+    `custom_vjp` around the network can take their arrays as arguments: name the attributes that hold arrays in
+    `arrays`.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> class Doubled(lrules.extend.Handler):
+      ...     def layer(self, layer, op, w, b, x, frame):
+      ...         return 2 * op(w, x)
+      >>> lrules.extend.run(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.ones((1, 2)), [Doubled()])[0].tolist()
+      [[4.0]]
     """
 
     arrays: tuple[str, ...] = ()
@@ -30,7 +39,7 @@ class Handler:
 
     def __init_subclass__(cls) -> None:
         def flatten(handler: Any) -> tuple[tuple[Any, ...], Any]:
-            if "_bare" not in handler.__dict__:  # the same without its arrays: equal for all that are made of it
+            if "_bare" not in handler.__dict__:  # the handler without its arrays: equal for all copies of it
                 handler._bare = copy.copy(handler)
                 handler._bare.__dict__.update(dict.fromkeys(cls.arrays))
             return tuple(getattr(handler, name) for name in cls.arrays), handler._bare
@@ -44,30 +53,36 @@ class Handler:
         jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
     def layer(self, layer: Layer, op: Operation, w: jax.Array, b: Any, x: jax.Array, frame: Frame) -> Any:
-        """The layer's output, `op(w, x)`; `b` is the shadow of `w`."""
+        """The output of the layer, `op(w, x)`; `b` is the feedback that replaces `w`."""
         return op(w, x)
 
     def affine(self, affine: Affine, op: Callable[..., Any], p: Any, others: Any, frame: Frame) -> Any:
-        """What comes of a bias or scale `p` and the data that it meets, `op(p, others)`."""
+        """The result of a bias or scale `p` and the data that it meets, `op(p, others)`."""
         return op(p, others)
 
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
-        """What the readers of a hidden signal (and all other users of that tensor) get."""
+        """The value that the readers of a hidden signal (and all other users of that tensor) get."""
         return value
 
     def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:
-        """The activation's output, `fn(x)`."""
+        """The output of the activation, `fn(x)`."""
         return fn(x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """A layer's multiplication as a handler meets it: `op(w, x)`.
+    """The multiplication of a layer, as a handler gets it: `op(w, x)`.
 
     Attributes:
-      run: `(w, b, x) -> y`, the same with the feedback an argument; its pullback is that of the handlers inside.
+      run: `(w, b, x) -> y`, the same with the feedback as an argument; its pullback is that of the handlers inside.
       product: `(w, x) -> y`, the multiplication itself.
       b: the feedback.
+
+    Example:
+      >>> import lrules
+      >>> op = lrules.extend.Operation(lambda w, b, x: w * x, lambda w, x: w * x, None)
+      >>> op(2.0, 3.0)
+      6.0
     """
 
     run: Callable[..., Any]
@@ -80,13 +95,20 @@ class Operation:
 
 @dataclasses.dataclass(eq=False)
 class Frame:
-    """Where in the run a handler is called: what it may read and write there.
+    """What a handler can read and write where it is called.
 
     Attributes:
-      inputs: arrays by site; those of sites inside a scan are scanned along.
-      records: arrays by site; those written inside a scan come out stacked.
-      index: the iteration number of each scan around the site, the outermost first.
-      slots: by layer, what handlers at its output hand to those further up in the same loop, branch or remat.
+      inputs: arrays by site; arrays of sites inside a scan have its length in front, and are scanned too.
+      records: arrays by site; arrays that are written inside a scan come out stacked.
+      index: the iteration number of each scan around the site, the outermost scan first.
+      slots: by layer, what handlers at its output give to handlers further up in the same loop, branch or remat.
+
+    Example:
+      >>> import lrules
+      >>> frame = lrules.extend.Frame(inputs={"a output": 1.0})
+      >>> frame.records["a output"] = 2 * frame.inputs["a output"]
+      >>> frame.taken()
+      {'a output': 2.0}
     """
 
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -95,32 +117,34 @@ class Frame:
     slots: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def taken(self) -> dict[str, Any]:
-        """The records, which the frame then no longer holds: what handlers have made of it outlives a trace."""
+        """The records. The frame forgets them, because handlers may keep the frame longer than a trace lives."""
         taken, self.records = self.records, {}
         return taken
 
 
 def name_number(name: str) -> int:
-    """A number for a name, to fold into keys: the same in every process, which hash() is not."""
+    """A number for a name, to fold into keys: it is the same in every process (hash() is not)."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 def key_at(key: jax.Array, site: str, value: Any, frame: Frame) -> jax.Array:
-    """A key for this site, this iteration of the loops around it, and this device.
+    """Makes a key for this site, this iteration of the loops around it, and this device.
 
     Args:
       key: the key of the step.
       site: the name of a hidden signal, a layer or an activation.
-      value: what is there, an array or several: they tell over which devices it is spread.
-      frame: where in the run.
+      value: the value there, a pytree of arrays. They show over which devices it is spread.
+      frame: the frame that the handler got.
 
     Returns:
-      A key.
+      The key.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> key_at(jax.random.key(0), "a", jnp.ones(3), Frame()).shape
-      ()
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> key, frame = jax.random.key(0), lrules.extend.Frame()
+      >>> a, b = (lrules.extend.key_at(key, site, jnp.ones(2), frame) for site in "ab")
+      >>> bool(a == b)
+      False
     """
     key = jax.random.fold_in(key, name_number(site))
     for i in frame.index:
@@ -137,21 +161,19 @@ def on_device(key: jax.Array, value: Any) -> jax.Array:
 
 
 def zeros_at(value: Value | None) -> jax.Array:
-    """Zeros in the shape of a value of the network, for `Frame.inputs`.
+    """Makes zeros with the shape of a value, with the axes of the scans around it in front, for `Frame.inputs`.
 
     Args:
-      value: what a layer or activation gives (`output`), or where a hidden signal is made (`root`).
+      value: a value of a network, such as `layer.output` or `hidden.root`.
 
     Returns:
-      Zeros; the lengths of the loops around the value come first.
+      The zeros.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> layer = net.graph(params, x).layers[0]
-      >>> zeros_at(layer.output).shape
-      (5, 4)
+      >>> import jax.numpy as jnp, lrules
+      >>> graph = lrules.Network(lambda w, x: x @ w).graph(jnp.ones((3, 2)), jnp.ones((5, 3)))
+      >>> lrules.extend.zeros_at(graph.layers[0].output).shape
+      (5, 2)
     """
     assert value is not None and value.place is not None
     lengths = [length for _, length in value.place[0].loops]
@@ -160,21 +182,20 @@ def zeros_at(value: Value | None) -> jax.Array:
 
 
 def all_zeros_at(values: Mapping[str, Value | None]) -> dict[str, jax.Array]:
-    """Zeros in the shapes of many values of the network, as `zeros_at` makes them; those that are alike are one array.
+    """Makes zeros as `zeros_at` does, for many values; values of the same kind share one array.
 
     Args:
-      values: by name.
+      values: a dict of values of a network.
 
     Returns:
-      Zeros, by name.
+      A dict with the zeros.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> layers = net.graph(params, x).layers
-      >>> {site: z.shape for site, z in all_zeros_at({layer.at_output: layer.output for layer in layers}).items()}
-      {'a output': (5, 4), 'b output': (5, 2)}
+      >>> import jax.numpy as jnp, lrules
+      >>> graph = lrules.Network(lambda w, x: x @ w).graph(jnp.ones((3, 2)), jnp.ones((5, 3)))
+      >>> zeros = lrules.extend.all_zeros_at({layer.at_output: layer.output for layer in graph.layers})
+      >>> {site: value.shape for site, value in zeros.items()}
+      {'params output': (5, 2)}
     """
     made: dict[Any, jax.Array] = {}
     found = {}

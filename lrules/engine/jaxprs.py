@@ -1,4 +1,4 @@
-"""Jaxprs: reading and evaluating them, and all that changes between versions of JAX."""
+"""Jaxprs: reading and evaluating them, and everything that changes between versions of JAX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-# JAX's own types of these say too little (an `AbstractValue` has no shape) and differ between versions.
+# JAX's types for these say too little (an `AbstractValue` has no shape), and differ between versions.
 Jaxpr: TypeAlias = Any
 Equation: TypeAlias = Any
 Atom: TypeAlias = Any  # a variable or a literal
@@ -25,7 +25,7 @@ OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def call_body(eqn: Equation) -> Any:
-    """The jaxpr that a call equation calls, else None."""
+    """The jaxpr that a call equation calls; None for other equations."""
     key = CALLS.get(eqn.primitive.name)
     if key is None:
         return None
@@ -54,7 +54,7 @@ CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many constants and carries a scan equation has."""
+    """The numbers of constants and carries of a scan equation."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
@@ -62,7 +62,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr and its constants, whichever of the two forms it comes in."""
+    """A jaxpr and its constants, from either of its two forms."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
@@ -73,45 +73,45 @@ def varying_axes(aval: Aval) -> frozenset[Any]:
 
 
 def as_varying(x: jax.Array, axes: Any) -> Any:
-    """The same value, seen as differing between devices along these mesh axes, too (inside a shard_map)."""
+    """The same value, marked as different between devices also along these mesh axes (inside a shard_map)."""
     missing = tuple(sorted(axes - varying_axes(jax.typeof(x))))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def placed_as(x: jax.Array, aval: Aval, lead: int = 0) -> Any:
-    """The same value on the devices where another one lies, so that the two can meet.
+    """Places a value on devices like another value.
 
-    On a mesh with explicit axes it is split as the other one is; inside a shard_map it varies as that one does.
+    On a mesh with explicit axes it is then split like the other; inside a shard_map it varies like the other.
 
     Args:
       x: the value.
-      aval: of the other, as `jax.typeof(other)` gives it.
-      lead: how many axes of the value come before those that correspond to the other's.
+      aval: the type of the other value, such as `jax.typeof(other)`.
+      lead: the number of first axes of x that the other value does not have.
 
     Returns:
-      The value.
+      The same value, on these devices.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> placed_as(jnp.ones((2, 3)), jax.typeof(jnp.zeros(3)), lead=1).shape
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> lrules.extend.placed_as(jnp.ones((2, 3)), jax.typeof(jnp.zeros(3)), lead=1).shape
       (2, 3)
     """
     return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
 
 
 def split_as(x: jax.Array, *spec: Any) -> Any:
-    """The same value, split over other explicit axes of the mesh.
+    """Splits a value over these explicit axes of the mesh, and over no others.
 
     Args:
       x: the value.
-      *spec: the mesh axis, or None, for each of its axes; None for those that are left out.
+      *spec: for each axis of x, the mesh axes, or None; missing ones are None.
 
     Returns:
-      The value; without a mesh as it is.
+      The same value, split like this.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> split_as(jnp.ones((2, 3))).shape
+      >>> import jax.numpy as jnp, lrules
+      >>> lrules.extend.split_as(jnp.ones((2, 3)), None, None).shape
       (2, 3)
     """
     sharding = jax.typeof(x).sharding
@@ -122,12 +122,12 @@ def split_as(x: jax.Array, *spec: Any) -> Any:
 
 
 def is_literal(atom: Atom) -> bool:
-    """Whether an operand is written into the equation."""
+    """Whether an operand is a literal in the equation."""
     return isinstance(atom, Literal)
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands; on a part of the batch, without what it says of the split of the whole."""
+    """Evaluates one equation. For a part of the batch, it ignores the output sharding of the whole batch."""
     params = eqn.params
     if params.get("out_sharding") is not None and any(
         jnp.shape(value) != atom.aval.shape for value, atom in zip(values, eqn.invars, strict=True)

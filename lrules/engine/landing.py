@@ -19,28 +19,28 @@ from lrules.typing import Pytree
 
 
 def _spec(x: jax.Array) -> Any:
-    """Which axes of an array are split over which explicit axes of a mesh."""
+    """The explicit mesh axes over which the axes of an array are split."""
     return jax.typeof(x).sharding.spec
 
 
 def output_error(plan: Plan, errors: Pytree) -> jax.Array:
-    """The output error, flattened per example.
+    """Collects the cotangents of the outputs, flattened per example.
 
     Args:
-      plan: of a direct rule.
-      errors: the error of what `run_to_heads` gives, of its structure.
+      plan: a plan with direct feedback.
+      errors: the cotangents of the outputs, or of the ends of `run_to_heads`.
 
     Returns:
-      `[batch, outputs]`.
+      The output error, `[batch, outputs]`.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
-      >>> plan = rule.description.plan(net, graph, params, x)
-      >>> feedback = rule.init(jax.random.key(0), net, params, x)
-      >>> output_error(plan, jnp.ones((5, 2))).shape
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> spec = extend.Direct(lambda e, b, targets, name: extend.project(e, b), jnp.ones)
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, lambda name: spec)
+      >>> extend.output_error(plan, jnp.ones((5, 2))).shape
       (5, 2)
     """
     flat, leaves = [], jax.tree.leaves(errors)
@@ -48,33 +48,32 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
         leaves[head.output] = head.arranged(leaves[head.output])
     for error, axis in zip(leaves, plan.output_axes, strict=True):
         if axis is not None and jnp.issubdtype(error.dtype, jnp.inexact):
-            error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # whole but for the batch
+            error = split_as(error, *[None] * axis.axis, _spec(error)[axis.axis])  # only the batch stays split
             flat.append(moved(error, [axis.axis], [0]).reshape(plan.batch, -1))
     dtype = jnp.result_type(*[x.dtype for x in flat]) if len({x.dtype for x in flat}) == 1 else jnp.float32
     return jnp.concatenate([x.astype(dtype) for x in flat], axis=1) if len(flat) > 1 else flat[0]
 
 
 def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, Any]) -> jax.Array:
-    """The output error as a direct rule sends it: shared axes come first, and its rank is reduced.
+    """Prepares the output error for sending: with the shared axes in front, and reduced to the rank of the rule.
 
     Args:
-      plan: of a direct rule.
-      spec: the rule of the layers to which it is sent.
-      e: what `output_error` gives.
+      plan: a plan with direct feedback.
+      spec: the direct rule.
+      e: the result of `output_error`.
       feedback: the feedback weights by name.
 
     Returns:
-      `[*shared axes, batch, outputs]`.
+      The error, `[*shared, batch, outputs]`, or `[*shared, batch, rank]`.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
-      >>> plan = rule.description.plan(net, graph, params, x)
-      >>> feedback = rule.init(jax.random.key(0), net, params, x)
-      >>> (landing,) = plan.direct_feedback.values()
-      >>> sent_error(plan, landing.spec, jnp.ones((5, 2)), feedback.fixed).shape
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> spec = extend.Direct(lambda e, b, targets, name: extend.project(e, b), jnp.ones)
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, lambda name: spec)
+      >>> extend.sent_error(plan, spec, extend.output_error(plan, jnp.ones((5, 2))), {}).shape
       (5, 2)
     """
     if spec.shared_axes:
@@ -93,10 +92,10 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
     """The error at the definition of one hidden signal, with the axes of the scans around it in front.
 
     Args:
-      landing: where.
+      landing: the place.
       e: the error that is sent.
       b: the feedback weight.
-      signal: the rule's function, `(e, b) -> [batch, *hidden]`. It is called once for all iterations that share b.
+      signal: the function of the rule, `(e, b) -> [batch, *hidden]`. It is called once for all iterations that share b.
     """
     hidden, shared = landing.hidden, landing.shared
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
@@ -134,15 +133,15 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
 def land_each(
     landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., tuple[Any, Any]], given: Mapping[str, Any]
 ) -> tuple[jax.Array, Pytree]:
-    """The same, where the function is called for each iteration and position.
+    """The same, if the function is called for each iteration and position.
 
     Args:
       landing, e, b: as in `land`.
       signal: `(e, b, given) -> (signal, state)`.
-      given: what it is given, the axes of `landing.calls` in front.
+      given: more arguments, with the axes of `landing.calls` in front.
 
     Returns:
-      The error, and the states, the axes of `landing.calls` in front.
+      The error, and the states with the axes of `landing.calls` in front.
     """
     e = split_as(e, *[None] * len(landing.shared), landing.batch_split)
     b = None if b is None else split_as(b, *landing.split)
@@ -169,31 +168,33 @@ def direct_feedback_gradient(
     learn: Callable[..., Any] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The gradient of one direct feedback weight, summed over the scans and positions that share it.
+    """Computes the gradient of one direct feedback weight, summed over the scans and positions that share it.
 
     Args:
-      landing: where it arrives, one of `plan.direct_feedback`.
-      e: the error that is sent.
+      landing: the place, in `plan.direct_feedback`.
+      e: the result of `sent_error`.
       record: the hidden signal, at its definition.
       b: the feedback weight.
-      learn: `(e, h, b, given) -> db`; None for the rule's own.
-      given: what it is given, the axes of `landing.calls` in front.
+      learn: `(e, h, b, given) -> db`; None for the function of the rule.
+      given: more arguments for it, with the axes of `landing.calls` in front.
 
     Returns:
-      The gradient, of the shape of b.
+      The gradient, like b.
+
+    Raises:
+      TypeError, ValueError: the function does not return an array with the shape of b.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
-      >>> plan = rule.description.plan(net, graph, params, x)
-      >>> feedback = rule.init(jax.random.key(0), net, params, x)
-      >>> ((name, landing),) = plan.direct_feedback.items()
-      >>> e, h = jnp.ones((5, 2)), jnp.ones((5, 4))
-      >>> learn = lambda e, h, b, given: lrules.extend.correlate(e, h, b)
-      >>> direct_feedback_gradient(landing, e, h, feedback.fixed[name], learn).shape
-      (2, 4)
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> spec = extend.Direct(lambda e, b, targets, name: extend.project(e, b), jnp.ones)
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, lambda name: spec)
+      >>> learn = lambda e, h, b, given: extend.correlate(e, h, b)
+      >>> b, landing = jnp.zeros((2, 4)), plan.direct_feedback["b"]
+      >>> extend.direct_feedback_gradient(landing, jnp.ones((5, 2)), jnp.ones((5, 4)), b, learn)[0].tolist()
+      [5.0, 5.0, 5.0, 5.0]
     """
     if learn is None:
         own = landing.spec.bound("learn", landing.hidden.name)

@@ -34,17 +34,39 @@ from lrules.typing import Pytree
 
 @dataclasses.dataclass(eq=False)
 class Plan:
-    """What a rule does at each layer and each hidden signal of one traced network."""
+    """What a rule does at each layer and each hidden signal of one traced network, from `make_plan`.
+
+    Attributes:
+      graph: the traced network.
+      specs: the rule at each layer, by site.
+      sequential_feedback: sequential feedback, by parameter.
+      direct_feedback: direct feedback, by hidden signal.
+      batch: the number of examples; None without direct feedback.
+      output_axes: the batch axis of each output.
+      heads: where the output error is taken below an output, see `head.py`.
+      reduced: the matrices that reduce the error to a rank, see `Direct`.
+      elements: the number of losses in the mean of the objective, if a rule needs it.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> spec = extend.Sequential(lambda op, w, b, x, d, layer: (None, None, None), jnp.ones)
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, lambda name: spec)
+      >>> list(plan.specs), list(plan.sequential_feedback)
+      (['a', 'b'], ['b'])
+    """
 
     graph: Graph
-    specs: dict[str, LayerRule]  # by site
-    sequential_feedback: dict[str, SequentialFeedback]  # sequential feedback, by parameter
-    direct_feedback: dict[str, DirectFeedback]  # direct feedback, by hidden signal
+    specs: dict[str, LayerRule]
+    sequential_feedback: dict[str, SequentialFeedback]
+    direct_feedback: dict[str, DirectFeedback]
     batch: int | None = None
     output_axes: list[BatchAxis | None] = dataclasses.field(default_factory=list)
-    heads: dict[str, Head] = dataclasses.field(default_factory=dict)  # where the output error is taken, see head.py
-    reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)  # see Direct.rank
-    elements: int | None = None  # how many losses the objective is the mean of, where rules need the targets
+    heads: dict[str, Head] = dataclasses.field(default_factory=dict)
+    reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)
+    elements: int | None = None
 
     @property
     def marks(self) -> list[Hidden]:
@@ -53,13 +75,13 @@ class Plan:
 
     @functools.cached_property
     def asking(self) -> list[Sequential | Direct]:
-        """The rules whose functions ask for more than they always get, see `calls.py`."""
+        """The rules whose functions ask for more arguments, see `calls.py`."""
         specs = dict.fromkeys(s for s in self.specs.values() if isinstance(s, Sequential | Direct))
         return [spec for spec in specs if not spec.plain]
 
     @functools.cached_property
     def states(self) -> dict[str, tuple[Sequential | Direct, Any, str, tuple[int, ...]]]:
-        """Whose functions carry a state: the rule, what its first state is made for, a name, and the loops around."""
+        """The states by site: the rule, the argument for its first state, a name, and the loops around it."""
         found: dict[str, tuple[Sequential | Direct, Any, str, tuple[int, ...]]] = {}
         for layer in self.graph.layers:
             spec = self.specs[layer.site]
@@ -68,7 +90,7 @@ class Plan:
         for name, landing in self.direct_feedback.items():
             if landing.spec.state is not None:
                 if name in found:
-                    raise ValueError(f"a mark and a layer with a state are both named {name!r}: rename the mark")
+                    raise ValueError(f"a mark and a layer with a state have the same name {name!r}: rename the mark")
                 found[name] = (landing.spec, landing.signal_shape, name, landing.calls)
         return found
 
@@ -77,7 +99,7 @@ class Plan:
         return any(isinstance(s, Sequential) and s.init is not None for s in self.specs.values())
 
     def feedback_shapes(self, *, redrawn: bool = False) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
-        """Shape, dtype and whether it is learned, of each feedback weight; or of those redrawn at every step."""
+        """For each feedback weight (or each that is redrawn at every step): shape, dtype, and whether it learns."""
         shapes = {}
         for name, e in self.sequential_feedback.items():
             if e.spec.redrawn == redrawn:

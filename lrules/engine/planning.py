@@ -41,13 +41,14 @@ def make_plan(
       Refused: the rule cannot serve some parameters; a NotImplementedError that names all of them.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> rule = lrules.extend.Sequential(lambda op, w, b, x, d, layer: (*jax.vjp(op, w, x)[1](d), None))
-      >>> plan = make_plan(net, net.graph(params, x), params, x, lambda name: rule)
-      >>> sorted(plan.specs)
-      ['a', 'b']
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> choose = lambda name: extend.Direct(None) if name == "b" else extend.Backprop()
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, choose)
+      >>> list(plan.direct_feedback)
+      ['b']
     """
     specs = {layer.site: choose(layer.name) for layer in graph.layers}
     refused = [r for r in graph.refusals if any(not isinstance(choose(graph.names[i]), Backprop) for i in r.parameters)]

@@ -1,4 +1,4 @@
-"""A layer's multiplication as rules get it: `y = op(w, x)`, and its transposes."""
+"""The multiplication of a layer, as rules get it: `y = op(w, x)`, and its transposes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,24 @@ from lrules.typing import Pytree
 
 
 class Product:
-    """The multiplication of a weight `w` and what the layer reads, `x`: an array, or a tuple of the other operands.
+    """The multiplication of a weight `w` and the input `x` of a layer: an array, or a tuple of the other operands.
 
-    `jax.vjp(op, w, x)[1](d)` gives the gradients of both; the two methods give one, and are traced once for all layers
-    of one shape.
+    y = op(w, x)
+
+    `jax.vjp(op, w, x)[1](d)` gives the gradients of both. Each of the two methods gives one of them, and is traced once
+    for all layers of the same shape.
+
+    Args:
+      eqn: the equation of the layer.
+      position: the operand of the equation that is the weight.
+      single: whether x is one array.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> (layer,) = lrules.Network(lambda w, x: x @ w).graph(jnp.ones((3, 2)), jnp.ones((5, 3))).layers
+      >>> op = lrules.extend.Product(layer.eqn, layer.position, single=True)
+      >>> op.weight_gradient(jnp.ones((3, 2)), jnp.ones((5, 3)), jnp.ones((5, 2))).shape
+      (3, 2)
     """
 
     def __init__(self, eqn: Equation, position: int, single: bool) -> None:
@@ -29,7 +43,7 @@ class Product:
         return bind(self.eqn, [*others[: self.position], w, *others[self.position :]])[0]
 
     def weight_gradient(self, w: jax.Array, x: Pytree, d: jax.Array) -> jax.Array:
-        """The gradient of the weight, `d` times what the layer reads."""
+        """The gradient of the weight: the error `d` times the input of the layer."""
 
         def pull(w: jax.Array, x: Pytree, d: jax.Array) -> jax.Array:
             (dw,) = jax.vjp(lambda w: self(w, x), w)[1](d)
@@ -38,7 +52,7 @@ class Product:
         return self._shared("weight", pull)(w, x, d)
 
     def passed_down(self, w: jax.Array, x: Pytree, d: jax.Array) -> Pytree:
-        """What error `d` sends down through the weight, of the structure of `x`."""
+        """The error that goes down from `d` through the weight, with the structure of `x`."""
         leaves, tree = jax.tree.flatten(x)
         floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         found: list[Any] = [np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in leaves]

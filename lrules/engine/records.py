@@ -1,4 +1,4 @@
-"""What the analysis writes down: values, blocks, and the layers, hidden signals and activations found in them."""
+"""The records of the analysis: values, blocks, and the layers, hidden signals and activations found in them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,25 @@ class Layer:
     """A multiplication of data by parameters.
 
     Attributes:
-      name: the name of its parameter (the first of rank >= 2 where its weight is computed from several).
-      parameters: the names of all parameters its weight is computed from.
-      operation: `dot_general`, `conv_general_dilated`, `gather` or `dynamic_slice`.
-      site: unique: the name, with `#2`, `#3`, ... for further uses.
-      contracted: the axes of the weight that are summed over (an embedding's vocabulary).
-      output_axes: for each other axis of the weight, the axis of the layer's output that it becomes.
-      reads: the hidden signal it reads, or None for a first layer.
+      name: the name of its parameter (if the weight is computed from several, the first of rank >= 2).
+      parameters: the names of all parameters from which its weight is computed.
+      operation: the primitive: `dot_general`, `conv_general_dilated`, `gather` and so on.
+      site: the name, unique in the network, with `#2`, `#3`, ... for further uses.
+      contracted: the axes of the weight that are summed over (for an embedding, the vocabulary).
+      output_axes: for each other axis of the weight, the axis of the output that it becomes.
+      weight, operand, output: the values that it multiplies, and the result.
+      reads: the hidden signal that it reads; None for a first layer.
       scope: the constructs around it, as `("scan", "cond")`.
-      sources: the parameters (by index) that its weight is computed from.
-      mixed: its weight is what other layers have made, of the same parameters.
-      owned: mesh axes along which the parameter itself is split, inside a `shard_map` that the network contains.
+      sources: the parameters (by index) from which its weight is computed.
+      position: the operand of the equation that is the weight.
+      mixed: whether other layers have made its weight, from the same parameters.
+      owned: mesh axes along which the parameter itself is split, inside a `shard_map` of the network.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> (layer,) = lrules.Network(lambda w, x: x @ w).graph(jnp.ones((3, 4)), jnp.ones((5, 3))).layers
+      >>> layer.name, layer.operation, layer.contracted, layer.output_axes
+      ('params', 'dot_general', (0,), {1: 1})
     """
 
     name: str
@@ -48,32 +56,39 @@ class Layer:
     owned: frozenset[Any] = frozenset()
     eqn: Any = dataclasses.field(default=None, repr=False)
     sources: frozenset[int] = frozenset()
-    position: int = 0  # which operand of the equation the weight is
+    position: int = 0
     mixed: bool = False
-    place: Any = dataclasses.field(default=None, repr=False)  # the block and the equation's number
-    uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # what becomes of rows that it looks up
+    place: Any = dataclasses.field(default=None, repr=False)  # the block and the number of the equation
+    uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # how the rows that it looks up are used
     output: Value | None = dataclasses.field(default=None, repr=False)
 
     @property
     def row(self) -> Row:
-        """What is known of its operation."""
+        """The facts about its operation."""
         return of(self.eqn)
 
     @property
     def at_output(self) -> str:
-        """The name under which frames hold what belongs to its output."""
+        """The name of its output in frames."""
         return f"{self.site} output"
 
 
 @dataclasses.dataclass(eq=False)
 class Affine:
-    """Where a value made of parameters meets data otherwise than in a layer: a bias, a normalisation's scale.
+    """A bias or a scale: a value made from parameters meets data, but not in a layer.
 
     Attributes:
-      site: unique within the network.
-      position: which operand of the equation it is.
-      value: that operand.
-      output: what comes out.
+      site: the name, unique in the network.
+      position: the operand of the equation that is the bias or scale.
+      value: this operand.
+      output: the result.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((3, 4)), "b": jnp.ones((1, 4))}
+      >>> (affine,) = lrules.Network(net).graph(params, jnp.ones((5, 3))).affines
+      >>> affine.output.aval.shape
+      (5, 4)
     """
 
     site: str
@@ -84,16 +99,23 @@ class Affine:
 
 @dataclasses.dataclass(eq=False)
 class Hidden:
-    """A tensor that layers read, at its definition.
+    """A hidden signal: a tensor that layers read, at its definition.
 
     Attributes:
-      name: that of the first weight that reads it (`#2`, `#3` for further signals of that weight), or its mark.
-      root: the value where it is defined.
-      views: the casts, reshapes and transposes from the definition to what the first reader sees.
-      reader: the value as the first reader sees it.
+      name: the name of the first weight that reads it (`#2`, `#3` for further signals of that weight), or of its mark.
+      root: the value at the definition.
+      views: the casts, reshapes and transposes from the definition to the first reader.
+      reader: the value that the first reader gets.
       readers: the layers that read it.
-      loops: for each scan around the definition, its length and whether the reading weight changes with it.
-      mark: it is there because the model marks it (`lrules.hidden`), not because a layer reads it.
+      loops: for each scan around the definition, its length, and whether the reading weight changes with it.
+      mark: whether the model marks it (`lrules.hidden`); else a layer reads it.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> (hidden,) = lrules.Network(net).graph(params, jnp.ones((5, 3))).hidden
+      >>> hidden.name, hidden.root.aval.shape
+      ('b', (5, 4))
     """
 
     name: str
@@ -105,12 +127,12 @@ class Hidden:
     mark: bool = False
 
     def to_definition(self, signal: jax.Array) -> jax.Array:
-        """Carries a signal of the first reader's shape to the shape and dtype of the definition."""
+        """Brings a signal from the shape of the first reader to the shape and dtype of the definition."""
         return undo_views(self.views, signal.astype(self.reader.aval.dtype))
 
 
 def undo_views(views: Sequence[Equation], x: jax.Array) -> jax.Array:
-    """What was before these casts, reshapes and transposes, of what comes after them."""
+    """Undoes casts, reshapes and transposes."""
     for eqn in reversed(views):
         before, permutes = eqn.invars[0].aval, of(eqn).permutation
         if permutes is not None:
@@ -122,12 +144,20 @@ def undo_views(views: Sequence[Equation], x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(eq=False)
 class Activation:
-    """An elementwise nonlinear function without parameters, evaluated as one.
+    """An elementwise nonlinear function without parameters, evaluated as one function.
 
     Attributes:
-      name: the function's name where it has one (`relu`), else its primitives (`tanh`, `mul_add_tanh`).
-      site: unique within the network.
-      axes: for each axis of the output, the axis of the source that it is.
+      name: the name of the function if it has one (`relu`), else its primitives (`tanh`, `mul_add_tanh`).
+      site: the name, unique in the network.
+      scope: the constructs around it.
+      axes: for each axis of the output, the axis of the source.
+      source, output: the pre-activation and the result.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net = lrules.Network(lambda w, x: jax.nn.relu(jax.nn.relu(x @ w)))
+      >>> [a.site for a in net.graph(jnp.eye(3), jnp.ones((5, 3))).activations]
+      ['relu', 'relu#2']
     """
 
     name: str
@@ -142,18 +172,18 @@ _NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 def _no_axes() -> Mapping[int, Any]:
-    return _NONE  # one for all, since there are many
+    return _NONE  # all values share one, because there are many values
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Value:
-    """What is known of one value of the jaxpr, at one place in the call tree.
+    """The facts about one value of the jaxpr, at one place in the call tree.
 
-    `differentiable` are the parameters, and `smooth` says whether it depends on data, by a derivative: not through
-    integers, booleans or `stop_gradient`. `axes` maps a parameter (by index) to the parameter's axes that each
-    dimension of the value holds, and the axes that were sliced away; it serves fan-in and fan-out. `varies` are the
-    dimensions along which the value is not merely broadcast (None: all). `products` tells of weights times data in it,
-    see `by_hand.py`.
+    `differentiable` are the parameters on which it depends with a derivative (not through integers, booleans or
+    `stop_gradient`), and `smooth` says whether it depends so on data. `axes` maps a parameter (by index) to the axes of
+    the parameter that each dimension of the value holds, and to the axes that were sliced away; this gives fan-in and
+    fan-out. `varies` are the dimensions along which the value is not only broadcast (None: all). `products` are the
+    products of weights and data in it, see `by_hand.py`.
     """
 
     aval: Any
@@ -173,17 +203,17 @@ class Value:
     loops: frozenset[Any] = frozenset()
     carried: bool = False
     products: tuple[Product, ...] = ()
-    lookups: frozenset[Any] = frozenset()  # the layers whose rows a chosen value is made of
-    stage: int = 0  # of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one
-    key: Any = None  # where the product stands that made it
-    wanted: bool = False  # a layer's weight is made of it, so that feedback has to ride along
+    lookups: frozenset[Any] = frozenset()  # the layers whose rows make a chosen value
+    stage: int = 0  # for a value made from parameters: 1 after a product, 2 after a nonlinearity of a product
+    key: Any = None  # the place of the product that made it
+    wanted: bool = False  # a layer's weight depends on it, so feedback must be computed with it
     hidden: Hidden | None = None
     statistic: bool | None = None  # comes elementwise from results of reductions (see activations.py)
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
-    at_twice: Aval | None = None  # what it is at twice the batch (see twice.py)
-    order_of_batch: dict[int, Any] | None = None  # what the batch is merged with in an axis (see batch.py)
-    arranged: Any = False  # how its operands lie in it, where it comes elementwise from them (see activations.py)
-    order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands come before what they make
+    at_twice: Aval | None = None  # its type at twice the batch (see twice.py)
+    order_of_batch: dict[int, Any] | None = None  # the sizes merged with the batch in an axis (see batch.py)
+    arranged: Any = False  # how its operands lie in it, if it is elementwise (see activations.py)
+    order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands have smaller numbers
     layer: Layer | None = None  # the layer whose output this is
     split: frozenset[Any] = frozenset()  # mesh axes along which a shard_map of the network splits it
 
@@ -194,7 +224,7 @@ class Value:
 
     @property
     def pure(self) -> bool:
-        """Depends on parameters and on nothing else."""
+        """Whether it depends on parameters alone."""
         return bool(self.params) and not self.data
 
     @property
@@ -203,22 +233,22 @@ class Value:
 
     @property
     def chosen(self) -> bool:
-        """Depends on parameters, and on data only by what they choose."""
+        """Whether it depends on parameters, and on data only through choices."""
         return bool(self.differentiable) and self.data and not self.smooth
 
     @property
     def spread(self) -> frozenset[int]:
-        """The dimensions along which it is not merely broadcast."""
+        """The dimensions along which it is not only broadcast."""
         return spread_of(self.aval) if self.varies is None else self.varies
 
     @property
     def shadowed(self) -> bool:
-        """Whether it is computed from the feedback, too."""
+        """Whether it is also computed from the feedback."""
         return self.wanted and not self.carried
 
     @property
     def weight_dims(self) -> frozenset[int]:
-        """Of a weight, the dimensions that hold axes of its parameters; all where that cannot be told."""
+        """For a weight, the dimensions that hold axes of its parameters; all dimensions if this is not known."""
         held = frozenset(d for dims, _ in self.axes.values() for d, axes in enumerate(dims) if axes)
         return held or frozenset(range(len(self.aval.shape)))
 
@@ -257,9 +287,9 @@ class Block:
         return {v: tuple(indices) for v, indices in found.items()}  # which the garbage collector need not look into
 
     def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
-        """Keys in frames of all that is in here and below: hidden signals and activations by name, `<layer> output`.
+        """The keys in frames of all sites in this block and below: hidden signals, activations, `<layer> output`.
 
-        Biases and scales too if asked; activations, where they have been looked for, unless asked not to.
+        With `affines` also biases and scales. Activations are in it if they have been searched.
         """
         own = {layer.at_output for layer in self.layers.values()}
         own |= {h.name for hs in self.hidden.values() for h in hs}
@@ -288,7 +318,7 @@ def _own_axes(ndim: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
 
 
 def argument(aval: Aval, batched: bool) -> Value:
-    """The value of an input; what has no batch is a constant."""
+    """The value of an input; an input without a batch is a constant."""
     return Value(aval, data=batched, batched=batched, smooth=batched and is_inexact(aval))
 
 
@@ -298,8 +328,8 @@ class Refusal:
 
     Attributes:
       parameters: their numbers.
-      sentence: what stands in the way, and what to write in its place.
-      differentiable: whether JAX brings error through there, so that backprop() is a way out.
+      sentence: the reason, and the remedy.
+      differentiable: whether JAX can differentiate there, so that backprop() is a remedy.
     """
 
     parameters: frozenset[int]
@@ -308,7 +338,7 @@ class Refusal:
 
 
 def classes_of(value: Value) -> dict[str, Any]:
-    """What a value depends on, and how, as `Value` takes it."""
+    """What a value depends on, and how, as arguments of `Value`."""
     names = ("params", "data", "differentiable", "smooth", "batched", "stage")
     return {name: getattr(value, name) for name in names}
 
@@ -318,7 +348,7 @@ def merged_classes(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def ancestors(value: Value, stop: Callable[[Value], bool]) -> list[Value]:
-    """A value and all that it is made of, back to those at which to stop."""
+    """A value and all values from which it is made, back to those where to stop."""
     found: dict[int, Value] = {}
     stack = [value]
     while stack:
@@ -349,9 +379,10 @@ def reach(outs: Sequence[Value]) -> set[int]:
 
 
 def parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
-    """The values through which feedback has to ride along to a weight, and the parameters that it is made of.
+    """The values through which feedback goes to a weight, and the parameters from which the weight is made.
 
-    They choose it, mix it, or make it without a batch; what depends on a batch otherwise is data, and is left out.
+    These values choose it, mix it, or make it without a batch. Other values that depend on a batch are data, and are
+    left out.
     """
     found: dict[int, Value] = {}
     sources: frozenset[int] = frozenset()
@@ -374,7 +405,7 @@ def parts(weight: Value) -> tuple[list[Value], frozenset[int]]:
 
 
 def want(weight: Value) -> None:
-    """Marks all that a weight is made of."""
+    """Marks all values from which a weight is made."""
     stack, _ = parts(weight)
     stack += [operand for value in stack for operand in value.operands if operand.pure]
     stack += [weight] if weight.pure else []
@@ -386,7 +417,7 @@ def want(weight: Value) -> None:
 
 
 def spread_of(aval: Aval) -> frozenset[int]:
-    """The dimensions of more than one element."""
+    """The dimensions with more than one element."""
     return frozenset(i for i, n in enumerate(getattr(aval, "shape", ())) if n != 1)
 
 
@@ -394,7 +425,7 @@ EMPTY: frozenset[Any] = frozenset()
 
 
 def united(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
-    """The union of sets: one of them where it holds the others, so that many values share one set."""
+    """The union of sets. If one of them holds the others, it is returned itself, so that many values share it."""
     found = EMPTY
     for own in sets:
         if own is not found and not own <= found:
@@ -410,7 +441,7 @@ class Names:
         self.next: dict[str, int] = {}
 
     def unique(self, name: str) -> str:
-        """The name, with `#2`, `#3`, ... where it is taken."""
+        """The name, with `#2`, `#3`, ... if it is taken."""
         new, n = name, self.next.get(name, 2)
         while new in self.taken:
             new, n = f"{name}#{n}", n + 1

@@ -1,6 +1,6 @@
-"""Running a network under a plan: the same outputs, differentiated as the rule says.
+"""Running a network under a plan: the outputs stay the same, and their derivative is that of the rule.
 
-Sequential rules are a `custom_vjp` around each layer, direct ones one `custom_vjp` around the whole network.
+A sequential rule is a `custom_vjp` around each layer. A direct rule is one `custom_vjp` around the whole network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lrules.typing import Pytree
 
 
 class _Layers(Handler):
-    """The rule's own handler at layers, where they have a sequential rule."""
+    """The handler of the rule itself at layers with a sequential rule."""
 
     arrays = ("operands",)
 
@@ -45,7 +45,7 @@ class _Layers(Handler):
 
 
 class _Landings(Handler):
-    """The rule's own handler at hidden signals, where direct feedback lands."""
+    """The handler of the rule itself at hidden signals where direct feedback lands."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -89,14 +89,14 @@ def run_plan(
     calls: Calls | None = None,
     states: Any = None,
 ) -> Any:
-    """Runs the network under a plan; what comes out differentiates as the rule says."""
+    """Runs the network under a plan; the derivative of the outputs is that of the rule."""
     outputs, aux = run_to_heads(plan, net, params, feedback, inputs, rng=rng, calls=calls, states=states)
     outputs = from_heads(plan, net, outputs, params, inputs)
     return (outputs, aux) if net.has_aux else outputs
 
 
 def prepare(plan: Plan, feedback: Feedback, rng: jax.Array | None = None, targets: Pytree = None) -> Calls | None:
-    """What the functions of the rule ask for, if they do; and a look whether the feedback is that of the plan."""
+    """Checks the feedback, and prepares what the functions of the rule ask for (None if they ask for nothing)."""
     plan.check(feedback)
     return Calls(plan, feedback, rng, targets) if plan.asking else None
 
@@ -112,27 +112,31 @@ def run_to_heads(
     calls: Calls | None = None,
     states: Any = None,
 ) -> Any:
-    """Runs a network as a plan says, up to where the output error is taken: a softmax at the end is left out.
+    """Runs a network under a plan, up to the place where a direct rule takes the output error.
+
+    This place is below a softmax or the like (see `head.py`), or the outputs.
 
     Args:
-      plan, net, params, feedback, inputs: what is run on what.
-      rng: a key, for stochastic rules.
-      calls: what `prepare` made; None: it is made here.
-      states: those of `calls`, as arguments of a function that is differentiated.
+      plan: the plan.
+      net, params, feedback, inputs: the network, and what it takes.
+      rng: the key of the step, for stochastic rules.
+      calls: what the functions of the rule ask for, already prepared; None: it is prepared here.
+      states: the states of `calls`, as arguments of a function that is differentiated.
 
     Returns:
-      `(outputs, aux)`; `from_heads` gives the network's own outputs from them. They differentiate as the rule says.
+      `(ends, aux)`: the values at this place, with the structure of the outputs, and the aux.
+
+    Raises:
+      ValueError: the feedback was made for another rule or network.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
-      >>> plan = rule.description.plan(net, graph, params, x)
-      >>> feedback = rule.init(jax.random.key(0), net, params, x)
-      >>> ends, aux = run_to_heads(plan, net, params, feedback, x)
-      >>> from_heads(plan, net, ends, params, x).shape
-      (5, 2)
+      >>> from lrules import extend
+      >>> net, rule = lrules.Network(lambda w, x: jax.nn.softmax(x @ w)), lrules.backprop()
+      >>> w, x, none = jnp.eye(2), jnp.ones((1, 2)), lrules.Feedback({}, {})
+      >>> plan = extend.make_plan(net, net.graph(w, x), w, x, lambda name: extend.Backprop())
+      >>> extend.run_to_heads(plan, net, w, none, x)[0].tolist()  # backprop needs no output error: at the outputs
+      [[0.5, 0.5]]
     """
     calls = prepare(plan, feedback, rng) if calls is None else calls
     weights, leaves = {**feedback.fixed, **feedback.learned}, net.parameters(params)
@@ -146,26 +150,24 @@ def run_to_heads(
 
 
 def from_heads(plan: Plan, net: Network, outputs: Pytree, params: Pytree, inputs: Pytree) -> Pytree:
-    """The network's outputs, from what `run_to_heads` gives in their place.
+    """Continues from the result of `run_to_heads` to the outputs of the network.
 
     Args:
-      plan, net: what has run.
-      outputs: what came out.
-      params, inputs: on what it has run.
+      plan, net: the plan and the network.
+      outputs: the `ends` of `run_to_heads`.
+      params, inputs: what the network takes.
 
     Returns:
       The outputs.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph, rule = net.graph(params, x), lrules.direct_feedback_alignment()
-      >>> plan = rule.description.plan(net, graph, params, x)
-      >>> feedback = rule.init(jax.random.key(0), net, params, x)
-      >>> ends, aux = run_to_heads(plan, net, params, feedback, x)
-      >>> bool((from_heads(plan, net, ends, params, x) == net(params, x)).all())
-      True
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, w, x = lrules.Network(lambda w, x: x @ w), jnp.eye(2), jnp.ones((1, 2))
+      >>> plan = extend.make_plan(net, net.graph(w, x), w, x, lambda name: extend.Backprop())
+      >>> ends, aux = extend.run_to_heads(plan, net, w, lrules.Feedback({}, {}), x)
+      >>> extend.from_heads(plan, net, ends, w, x).tolist()
+      [[1.0, 1.0]]
     """
     if not plan.heads:
         return outputs
@@ -187,30 +189,28 @@ def evaluate(
     calls: Calls | None = None,
     operands: Any = None,
 ) -> tuple[Any, Any]:
-    """Runs a network as a plan says, with more handlers, and with no direct feedback.
+    """Runs a network under a plan, with the handlers of the rule innermost. Arguments are flat lists.
 
     Args:
-      plan: what the rule does.
-      params: the leaves of the parameters, and after them the frozen weights: `net.parameters(params)`.
+      plan: the plan.
+      params: `net.parameters(params)`.
       feedback: the feedback weights by name.
       inputs: the leaves of the inputs.
-      consts: what the network closes over, `plan.graph.consts`.
-      handlers: further ones, outside of the rule's own; those of modifiers are `net.handlers`.
-      frame: what they read and write.
-      calls, operands: for functions that ask for more than they always get; `run_to_heads` makes them.
+      consts: `plan.graph.consts`.
+      handlers: further handlers, such as `net.handlers`.
+      frame: what the handlers read and write.
+      calls, operands: as `run_to_heads` makes them, for rules that ask for more.
 
     Returns:
-      `(outputs, aux)`, the outputs up to where the output error is taken. Records are in the frame.
+      `(outputs, aux)`; the records are in `frame.records`.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph, rule = net.graph(params, x), lrules.backman()
-      >>> plan, frame = rule.description.plan(net, graph, params, x), lrules.extend.Frame()
-      >>> outputs, aux = evaluate(plan, net.parameters(params), {}, [x], graph.consts, net.handlers, frame)
-      >>> outputs.shape
-      (5, 2)
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, w, x = lrules.Network(lambda w, x: x @ w), jnp.eye(2), jnp.ones((1, 2))
+      >>> plan = extend.make_plan(net, net.graph(w, x), w, x, lambda name: extend.Backprop())
+      >>> extend.evaluate(plan, [w], {}, [x], plan.graph.consts, (), extend.Frame())[0].tolist()
+      [[1.0, 1.0]]
     """
     shadow: list[Any] | None = None
     if plan.shadows:

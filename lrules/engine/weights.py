@@ -23,17 +23,27 @@ from lrules.rule import Direct, Sequential
 
 @dataclasses.dataclass(frozen=True)
 class DirectFeedback:
-    """One place where direct feedback arrives.
+    """One place where direct feedback arrives, in `plan.direct_feedback`.
 
     Attributes:
       hidden: the hidden signal.
-      spec: what the rule brings there.
-      axis: the batch axis, as the reader sees it.
-      shape: of the feedback weights, `[*lengths, outputs, *hidden]`.
-      outputs: how many numbers the error has before it is brought to `Direct.rank`.
-      lengths: of the scans whose iterations have feedback weights of their own.
-      shared: where the shared axes of the outputs lie in the hidden signal: its axis without the batch, or the loop.
-      dtype: of the feedback weights.
+      spec: the rule there.
+      axis: the batch axis in the value that the reader gets.
+      shape: the shape of the feedback weights, `[*lengths, outputs, *hidden]`.
+      lengths: the lengths of the scans whose iterations have separate feedback weights.
+      shared: the places of the shared axes of the outputs in the hidden signal: axes without the batch, or loops.
+      dtype: the dtype of the feedback weights.
+      outputs: the number of values of the error before `Direct.rank` reduces it.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> spec = extend.Direct(lambda e, b, targets, name: extend.project(e, b), jnp.ones)
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, lambda name: spec)
+      >>> plan.direct_feedback["b"].shape
+      (2, 4)
     """
 
     hidden: Hidden
@@ -61,14 +71,14 @@ class DirectFeedback:
 
     @property
     def batch_split(self) -> Any:
-        """Those over which its batch is split; None where it is merged with other axes."""
+        """The mesh axes over which its batch is split; None if the batch is merged with other axes."""
         assert self.axis is not None
         unsplit = self.axis.merged or isinstance(self.axis, Unbatched)
         return None if unsplit else self.lies[self.axis.axis]
 
     @property
     def split(self) -> tuple[Any, ...]:
-        """Those over which the feedback weights are split, as the hidden signal's features are."""
+        """The mesh axes over which the feedback weights are split, as the features of the hidden signal are."""
         assert self.axis is not None
         positions = {place for kind, place in self.shared if kind == "axis"}
         axis = self.axis.axis
@@ -78,35 +88,35 @@ class DirectFeedback:
 
     @property
     def own(self) -> list[int]:
-        """The loops around the hidden signal whose iterations have feedback weights of their own."""
+        """The loops around the hidden signal whose iterations have separate feedback weights."""
         return [i for i, (_, own) in enumerate(self.hidden.loops) if own]
 
     @property
     def others(self) -> list[int]:
-        """The loops that all iterations share the feedback weights in, but for those that are a shared axis."""
+        """The loops whose iterations share the feedback weights, except those that are a shared axis."""
         turns = [place for kind, place in self.shared if kind == "loop"]
         return [i for i, (_, own) in enumerate(self.hidden.loops) if not own and i not in turns]
 
     @property
     def where(self) -> list[int]:
-        """Where own loops, others and shared axes lie in `[*loops, batch, *hidden]`."""
+        """The places of own loops, other loops and shared axes in `[*loops, batch, *hidden]`."""
         behind = len(self.hidden.loops) + 1
         return [*self.own, *self.others, *(i if kind == "loop" else behind + i for kind, i in self.shared)]
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """How often a function that is called for each iteration and position is, along each of `where`."""
+        """The number of calls of a function that is called for each iteration and position, along each of `where`."""
         assert self.axis is not None
         sizes = [*(n for n, _ in self.hidden.loops), 1, *self.axis.rest(self.hidden.reader.aval.shape)]
         return tuple(sizes[i] for i in self.where)
 
     @property
     def signal_shape(self) -> tuple[int, ...]:
-        """The shape of the hidden signal without batch and shared axes, as the rule's functions see it."""
+        """The shape of the hidden signal without batch and shared axes, for the functions of the rule."""
         return self.shape[len(self.lengths) + 1 :]
 
     def read(self, value: Any, batch: int) -> jax.Array:
-        """From the definition of the hidden signal to what its reader sees, the batch in front."""
+        """Brings the hidden signal from its definition to its reader, with the batch in front."""
         assert self.axis is not None
         for eqn in self.hidden.views:
             (value,) = bind(eqn, [value])
@@ -116,10 +126,10 @@ class DirectFeedback:
         return self.axis.in_front(value, self.hidden.reader.aval.shape, batch)
 
     def defined(self, signal: jax.Array) -> jax.Array:
-        """The way back, of an error."""
+        """Brings an error from the reader back to the definition."""
         assert self.axis is not None
         if self.axis.merged or not all(of(eqn).same_shape for eqn in self.hidden.views):
-            signal = split_as(signal, self.batch_split)  # reshapes take few axes that are split
+            signal = split_as(signal, self.batch_split)  # JAX can reshape few axes that are split
         return self.hidden.to_definition(self.axis.restore(signal, self.hidden.reader.aval.shape))
 
     @property
@@ -129,14 +139,24 @@ class DirectFeedback:
 
 @dataclasses.dataclass(frozen=True)
 class SequentialFeedback:
-    """One sequential feedback weight: it stands in for a parameter.
+    """One sequential feedback weight, in `plan.sequential_feedback`: it replaces a parameter.
 
     Attributes:
-      index: of the parameter among the leaves.
-      shape, dtype: those of the parameter.
+      index: the number of the parameter among the leaves.
+      shape, dtype: the shape and dtype of the parameter.
       spec: the rule of the layer.
-      fan_in, fan_out, sliced: the parameter's axes that are summed over, that are not, and that a loop runs over.
-      spatial: the axes of a convolution's window.
+      fan_in, fan_out, sliced: the axes of the parameter that are summed over, that are not, and that a loop runs over.
+      spatial: the axes of the window of a convolution.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> spec = extend.Sequential(lambda op, w, b, x, d, layer: (None, None, None), jnp.ones)
+      >>> plan = extend.make_plan(net, net.graph(params, x), params, x, lambda name: spec)
+      >>> {name: (entry.fan_in, entry.fan_out) for name, entry in plan.sequential_feedback.items()}
+      {'b': ((0,), (1,))}
     """
 
     index: int
@@ -149,7 +169,7 @@ class SequentialFeedback:
     spatial: tuple[int, ...] = ()
 
     def draw(self, key: jax.Array, weight: Any) -> jax.Array:
-        """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), loops apart.
+        """Draws it as the layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), for each loop iteration.
 
         Initializers with an argument `weight` get the parameter, in the same layout.
         """
@@ -175,9 +195,9 @@ class SequentialFeedback:
 
 
 def draw_direct(landing: DirectFeedback, key: jax.Array) -> jax.Array:
-    """Draws `[hidden size, outputs]`, of which feedback of a rank keeps so many outputs, as good as any others.
+    """Draws `[hidden size, outputs]`; with a rank, feedback keeps only `rank` of these outputs.
 
-    Where such a matrix would be larger than all feedback may be, of as many outputs as fit.
+    If such a matrix would be larger than all feedback may be, it is drawn for as many outputs as fit.
     """
     n = len(landing.lengths)
     sent, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
@@ -194,10 +214,10 @@ def draw_direct(landing: DirectFeedback, key: jax.Array) -> jax.Array:
 
 
 def draw_reduction(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The matrix `[outputs, rank]` that brings errors to a rank: random rows of length one that sum to one.
+    """The matrix `[outputs, rank]` that reduces errors to a rank: random rows of length one that sum to one.
 
-    Independent numbers have the same mean and variance after it as before. Fewer than three numbers of length one
-    cannot sum to one at random: there the rows are normal, of squares that sum to one on average.
+    Independent numbers keep their mean and variance. Fewer than three numbers of length one cannot sum to one at
+    random. Then the rows are normal, and their squares sum to one on average.
     """
     wide, rank = at_least_float32(dtype), shape[1]
     rows = jax.random.normal(key, shape, wide)
@@ -209,32 +229,31 @@ def draw_reduction(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Ar
 
 
 def _feedback_parameters(graph: Graph, layer: Layer) -> list[int]:
-    """The parameters of a layer's weight that get feedback: matrices, or vectors where there are only those."""
+    """The parameters of a layer's weight that get feedback: matrices, or vectors if there are no matrices."""
     indices = sorted(layer.sources)
     ranks = {i: len(graph.param_avals[i].shape) - len(layer.weight.axes.get(i, ((), ()))[1]) for i in indices}
     return [i for i in indices if ranks[i] >= 2] or indices
 
 
 def sequential_feedback_of(graph: Graph, layer: Layer, spec: Sequential) -> list[SequentialFeedback]:
-    """What sequential feedback there is to a layer: one entry per parameter matrix of its weight.
+    """Lists the sequential feedback of a layer: one entry per parameter matrix of its weight.
 
     Args:
-      graph: the network.
-      layer: one of its layers.
-      spec: the layer's rule, which has the initializer.
+      graph: the traced network.
+      layer: the layer.
+      spec: its rule.
 
     Returns:
-      The entries; each draws its feedback weight.
+      The entries.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lrules
-      >>> net, x = lrules.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]), jnp.ones((5, 3))
-      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-      >>> graph = net.graph(params, x)
-      >>> rule = lrules.extend.Sequential(lambda *_: None, jax.nn.initializers.glorot_normal())
-      >>> (entry,) = sequential_feedback_of(graph, graph.layers[1], rule)
-      >>> entry.draw(jax.random.key(0), params["b"]).shape
-      (4, 2)
+      >>> import jax.numpy as jnp, lrules
+      >>> from lrules import extend
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> net, x = lrules.Network(net), jnp.ones((5, 3))
+      >>> graph, spec = net.graph(params, x), extend.Sequential(lambda op, w, b, x, d, layer: (None, None, None))
+      >>> [entry.shape for entry in extend.sequential_feedback_of(graph, graph.layers[1], spec)]
+      [(4, 2)]
     """
     return [_entry(graph, layer, i, spec) for i in _feedback_parameters(graph, layer)]
 
@@ -244,11 +263,11 @@ def _entry(graph: Graph, layer: Layer, i: int, spec: Sequential) -> SequentialFe
     dims, sliced = layer.weight.axes.get(i, ((), frozenset()))
     contracted = {a for d in layer.contracted if d < len(dims) for a in dims[d]}
     free = {a for d, held in enumerate(dims) if d not in layer.contracted for a in held} - contracted
-    matrices = layer.row.members(layer.eqn, layer.position)  # an ensemble, heads, experts: each a matrix of its own
+    matrices = layer.row.members(layer.eqn, layer.position)  # an ensemble, heads, experts: each is a separate matrix
     members = {a for d in matrices if d < len(dims) for a in dims[d]} - contracted
     free, sliced = free - members, sliced | members
     lost = [a for a in range(len(aval.shape)) if a not in contracted | free | sliced]
-    if lost:  # an axis summed away on the way (a factorised weight): it faces the side that is not seen
+    if lost:  # an axis that was summed on the way (a factorised weight): it counts to the other side
         (contracted if free and not contracted else free).update(lost)
     spatial: tuple[int, ...] = ()
     window = layer.row.window(layer.eqn, layer.position)
