@@ -7,10 +7,11 @@ BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
+WHEEL := .wheel
 PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench lint format test test-slow test-floor clean
+.PHONY: help install demo bench lint format test test-slow test-floor wheel-test clean
 
 help:
 	@echo "make install     create .venv with the package, the experiments and the tools, in the versions of constraints.txt"
@@ -20,6 +21,7 @@ help:
 	@echo "make format      let ruff sort imports and mend what it can"
 	@echo "make test-slow   the slow tests"
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
+	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
 	@echo "make bench       time and memory of every rule (an hour on two cores; BENCH_ARGS=--quick: minutes)"
 	@echo "make clean       remove the environments and caches"
 
@@ -62,6 +64,14 @@ test-slow: install
 test-floor: $(FLOOR)/.installed
 	JAX_ENABLE_COMPILATION_CACHE=false $(FLOOR)/bin/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
+# The wheel is built from the sdist, so both are whole; the script runs where no file of the checkout can be imported.
+wheel-test: install
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --outdir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
+	$(WHEEL)/venv/bin/python -I tests/wheel.py
+
 clean:
-	rm -rf $(VENV) $(FLOOR) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(WHEEL) .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lrules tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

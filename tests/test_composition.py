@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lrules
 from tests import bridge
+from tests.sampling import mostly_slow, pairs
 
 NONE = lrules.Feedback({}, {})
 SIZES = [("a", (5, 8)), ("b", (8, 8)), ("c", (8, 3))]
@@ -38,18 +39,18 @@ def half_square(y, t):
     return 0.5 * jnp.sum((y - t) ** 2, -1)
 
 
+@functools.cache
+def of_the_batch(name):
+    """A rule's feedback, and its gradients of the whole batch."""
+    feedback = RULES[name].init(jax.random.key(1), mlp, W, X)
+    step = lrules.value_and_grad(mlp, half_square, RULES[name])
+    return feedback, jax.jit(step)(W, feedback, X, Y)[1].params
+
+
 @pytest.fixture(params=RULES)
 def case(request):
     """A rule with its feedback and its gradients of the whole batch."""
-    rule = RULES[request.param]
-    feedback = rule.init(jax.random.key(1), mlp, W, X)
-    step = lrules.value_and_grad(mlp, half_square, rule)
-    return request.param, rule, feedback, jax.jit(step)(W, feedback, X, Y)[1].params
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_check_rule(name):
-    lrules.testing.check_rule(RULES[name])
+    return request.param, RULES[request.param], *of_the_batch(request.param)
 
 
 def test_sharded_batch(case):
@@ -76,7 +77,12 @@ EXPLICIT = RULES | {
 }
 
 
-@pytest.mark.parametrize("name", EXPLICIT)
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        EXPLICIT, ["feedback_alignment", "backman", "skipped_backprop", "adaptive", "dual_propagation", "least_squares"]
+    ),
+)
 def test_explicit_mesh(name):
     """Under `jax.set_mesh` with explicit axes, as `jax.make_mesh` gives them, in a scan over layers too."""
 
@@ -169,10 +175,17 @@ def test_scan_with_donation(case):
     np.testing.assert_allclose(values, jnp.stack(wanted), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(case, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    mostly_slow(
+        pairs(RULES, ["bfloat16", "float16"]),
+        [*((name, "bfloat16") for name in RULES), ("backman", "float16"), ("direct_feedback_alignment", "float16")],
+    ),
+)
+def test_half_precision(name, dtype):
     """Parameters in half precision: gradients keep the dtype; float32 parameters with half-precision compute do too."""
-    _, rule, _, reference = case
+    rule, dtype = RULES[name], jnp.dtype(dtype)
+    *_, reference = of_the_batch(name)
     params = jax.tree.map(lambda p: p.astype(dtype), W)
     feedback = rule.init(jax.random.key(1), mlp, params, X.astype(dtype))
     f = lrules.transform(mlp, rule)
@@ -210,7 +223,7 @@ def test_inside_a_larger_model(case):
     def whole(m):
         return half_square(f(W, feedback, X @ m), Y).mean()
 
-    down = jax.grad(lambda x: half_square(f(W, feedback, x), Y).mean())(X @ before)
+    down = jax.jit(jax.grad(lambda x: half_square(f(W, feedback, x), Y).mean()))(X @ before)
     bridge.close(jax.jit(jax.grad(whole))(before), X.T @ down, 1e-5)
 
 
@@ -284,7 +297,8 @@ def test_data_without_a_reverse_mode():
     for rule in (lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lrules.backman()):
         feedback = rule.init(jax.random.key(1), apply, W, X)
         grads = jax.jit(lrules.value_and_grad(apply, half_square, rule))(W, feedback, X, Y)[1].params
-        again = lrules.value_and_grad(mlp, half_square, rule)(W, feedback, jnp.sin(jnp.sin(jnp.sin(X))), Y)[1].params
+        prepared = jnp.sin(jnp.sin(jnp.sin(X)))
+        again = jax.jit(lrules.value_and_grad(mlp, half_square, rule))(W, feedback, prepared, Y)[1].params
         bridge.close(grads, again, 1e-5)
 
 
@@ -301,7 +315,7 @@ def test_frozen_weights_that_are_quantised(rule):
     f = lrules.transform(net, rule)
 
     def gradient(feedback):
-        return jax.grad(lambda p: jnp.sum(jnp.sin(f(p, feedback, x))))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(f(p, feedback, x)))))(params)
 
     assert feedback.fixed["q"].dtype == jnp.float32 and jnp.any(gradient(feedback)["a"])
     silent = feedback._replace(fixed=feedback.fixed | {"q": jnp.zeros_like(feedback.fixed["q"])})

@@ -11,6 +11,7 @@ import lrules
 from lrules import monotone
 from tests import bridge
 from tests.rules.common import make
+from tests.sampling import mostly_slow
 
 INCREASING = ["tanh", "sigmoid", "relu", "softplus", "elu", "leaky_relu", "hard_tanh", "relu6"]
 
@@ -66,12 +67,29 @@ def nets_of_a_kind(kind):
     return net, params, jnp.asarray([0, 3]), ["one/kernel", "two/kernel"]
 
 
+OPTIMIZERS = {"sgd": optax.sgd(1.0), "adam": optax.adam(0.3), "rmsprop": optax.rmsprop(0.3)}
+RULES = {
+    "monotone_dfa": lrules.monotone_dfa(),
+    "feedback_alignment": lrules.feedback_alignment(),
+    "backprop": lrules.backprop(),
+}
+
+
 @pytest.mark.foreign
-@pytest.mark.parametrize("kind", ["dense", "conv", "embedding"])
-@pytest.mark.parametrize("optimizer", [optax.sgd(1.0), optax.adam(0.3), optax.rmsprop(0.3)], ids=["sgd", "adam", "rms"])
-@pytest.mark.parametrize("rule", [lrules.monotone_dfa(), lrules.feedback_alignment(), lrules.backprop()])
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "rule"),
+    mostly_slow(
+        [(k, o, r) for k in ("dense", "conv", "embedding") for o in OPTIMIZERS for r in RULES],
+        [
+            ("dense", "sgd", "monotone_dfa"),
+            ("conv", "adam", "feedback_alignment"),
+            ("embedding", "rmsprop", "backprop"),
+        ],
+    ),
+)
 def test_constraint(kind, optimizer, rule):
     """After any optimizer, under any rule: weights of all layers but the first stay at the bound or above."""
+    optimizer, rule = OPTIMIZERS[optimizer], RULES[rule]
     net, params, x, names = nets_of_a_kind(kind)
     mask = monotone.constrained(net, params, x)
     flat = jax.tree_util.tree_leaves_with_path(mask)

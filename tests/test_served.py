@@ -40,7 +40,7 @@ def gradients(net, rule, params, feedback, inputs):
 
 def slope(net, params, inputs):
     """The error at the outputs, in float64."""
-    return np.asarray(jax.grad(objective)(net(params, inputs)), np.float64)
+    return np.asarray(jax.jit(lambda p: jax.grad(objective)(net(p, inputs)))(params), np.float64)
 
 
 def check(net, params, inputs, layers, below):
@@ -48,16 +48,19 @@ def check(net, params, inputs, layers, below):
     assert [row["layer"] for row in lrules.describe(net, FA, params, inputs).layers] == layers
     feedback = FA.init(KEY, net, params, inputs)
     f = lrules.transform(net, FA)
-    ours, plain = jax.jit(f)(params, feedback, inputs), jax.jit(net)(params, inputs)
+
+    @jax.jit
+    def learn(p, b):
+        def run(f):
+            return jax.grad(lambda p: (objective(y := f(p)), y), has_aux=True)(p)
+
+        return run(lambda p: f(p, feedback._replace(fixed=b), inputs)), run(lambda p: net(p, inputs))
+
+    (grads, ours), (true, plain) = learn(params, feedback.fixed)
     np.testing.assert_array_equal(ours, plain)
-    gradient = jax.grad(lambda p, b: objective(f(p, feedback._replace(fixed=b), inputs)))
-    compiled = jax.jit(gradient)
-    true = jax.jit(jax.grad(lambda p: objective(net(p, inputs))))(params)
-    bridge.close(compiled(params, {name: params[name] for name in feedback.fixed}), true, 1e-4)
-    grads = compiled(params, feedback.fixed)
     assert all(not np.allclose(grads[name], true[name], rtol=0.01) for name in below)
-    bridge.close(grads, gradient(params, feedback.fixed), 1e-4)
-    zero = compiled(params, jax.tree.map(jnp.zeros_like, feedback.fixed))
+    bridge.close(learn(params, {name: params[name] for name in feedback.fixed})[0][0], true, 1e-4)
+    zero = learn(params, jax.tree.map(jnp.zeros_like, feedback.fixed))[0][0]
     assert {name for name, g in zero.items() if not jnp.any(g)} == set(below)
     lrules.audit(net, FA, params, inputs)
 
@@ -145,7 +148,7 @@ def test_experts_by_hand(name, rule):
     if feedback.learned:
         f = lrules.transform(net, rule)
         fn = lambda b: objective(f(EXPERTS, feedback._replace(learned=b), TOKENS))  # noqa: E731
-        bridge.close(jax.grad(fn)(feedback.learned), {k: wanted[k] for k in feedback.learned}, 1e-4)
+        bridge.close(jax.jit(jax.grad(fn))(feedback.learned), {k: wanted[k] for k in feedback.learned}, 1e-4)
 
 
 def test_experts_of_which_each_token_reads_one_under_direct_feedback():
@@ -254,7 +257,7 @@ def test_experts_that_another_network_makes():
         feedback = rule.init(KEY, ragged, params, TOKENS)
         made = [gradients(f, rule, params, feedback, TOKENS) for f in (ragged, dispatched)]
         bridge.close(*made, 1e-4)
-    plain = jax.grad(lambda p: objective(ragged(p, TOKENS)))(params)
+    plain = jax.jit(jax.grad(lambda p: objective(ragged(p, TOKENS))))(params)
     assert not np.allclose(made[0]["a"], plain["a"], rtol=0.01)
     lrules.audit(ragged, FA, params, TOKENS)
 
@@ -276,7 +279,7 @@ def test_quantised_updates_of_experts():
         targets = jnp.arange(1.0, 11).reshape(5, 2)
         step = lrules.value_and_grad(net, loss, rule)
         grads = jax.jit(step)(p, feedback, inputs, targets)[1].params
-        plain = lrules.value_and_grad(net, loss, FA)
+        plain = jax.jit(lrules.value_and_grad(net, loss, FA))
         each = [plain(p, feedback, one(i), targets[i : i + 1])[1].params for i in range(5)]
         wanted = {k: sum(quantise(g[k], 4, 2**-6) for g in each) / 5 for k in p}
         bridge.close(grads, wanted, 1e-4)

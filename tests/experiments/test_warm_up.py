@@ -10,6 +10,7 @@ import lrules
 from experiments import compare, data, loop, models
 from tests.experiments.programs import fork, results
 from tests.experiments.test_loop import Normalised, learning_feedback, make_run, make_task, tiny
+from tests.sampling import mostly_slow
 
 
 def same(a, b):
@@ -25,7 +26,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", mostly_slow(RULES, ["rls", "adaptive"]))
 def test_only_the_feedback_moves(name):
     """Bit for bit: forward weights, their optimizer's state and the model's state; the optimizer has a memory."""
     run = make_run(RULES[name], optimizer=optax.sgd(1e-2, momentum=0.9), seeds=(3, 4))
@@ -73,7 +74,7 @@ def test_feedback_has_a_rate_of_its_own():
     np.testing.assert_allclose(run.carry.feedback.learned["c"], 1 - 4 * 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["sgd", "rls"])
+@pytest.mark.parametrize("solver", mostly_slow(["sgd", "rls"], ["sgd"]))
 def test_node_perturbation_aligns_with_the_weights_on_digits(solver):
     """Before the warm-up the top layer's B and W stand at right angles, more or less; after it they do not."""
     rule = lrules.node_perturbation(1e-3, solver=solver)

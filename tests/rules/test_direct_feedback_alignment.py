@@ -13,6 +13,7 @@ import lrules
 from tests import bridge
 from tests.reference import direct_feedback_alignment
 from tests.rules.common import ALL_NETS, NETS, agrees, by_name, draw, make, pull
+from tests.sampling import mostly_slow, pairs
 
 
 @pytest.mark.parametrize("name", ALL_NETS)
@@ -24,7 +25,7 @@ def test_fixed(name):
         agrees(pull(net, rule, feedback, x, e), direct_feedback_alignment.gradients(net, listed, x, e))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_adaptive(name):
     with jax.enable_x64(True):
         net, x, e = make(name)
@@ -174,7 +175,8 @@ def gradients_of(apply, params, x, e, b, **options):
     rule = lrules.direct_feedback_alignment(**options)
     drawn = rule.init(jax.random.key(0), apply, params, x).fixed
     fixed = {k: b[:, : v.shape[-1]] if v.ndim == 2 else v for k, v in drawn.items()}
-    return jax.vjp(lambda p: lrules.transform(apply, rule)(p, lrules.Feedback(fixed, {}), x), params)[1](e)[0]
+    f = lrules.transform(apply, rule)
+    return jax.jit(lambda p, b, e: jax.vjp(lambda p: f(p, lrules.Feedback(b, {}), x), p)[1](e)[0])(params, fixed, e)
 
 
 def offered(apply, params, x, **options):
@@ -217,7 +219,10 @@ def deep_by_hand(params, x, e, b):
 
 @pytest.mark.parametrize(
     ("steps", "features", "transposed", "pair"),
-    [(4, 5, False, 1), (5, 5, False, 1), (4, 4, False, 1), (4, 5, True, 2), (5, 5, True, 2), (4, 4, True, 2)],
+    mostly_slow(
+        [(4, 5, False, 1), (5, 5, False, 1), (4, 4, False, 1), (4, 5, True, 2), (5, 5, True, 2), (4, 4, True, 2)],
+        [(5, 5, False, 1), (4, 4, True, 2)],
+    ),
 )
 def test_shared_axes_where_several_places_fit(steps, features, transposed, pair):
     """The depth of a loop, the features: refused, and each pair that is offered is served, the right one rightly."""
@@ -358,8 +363,13 @@ INITIALISERS = {
 }
 
 
-@pytest.mark.parametrize("name", INITIALISERS)
-@pytest.mark.parametrize("rank", [3, 40])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    mostly_slow(
+        pairs(INITIALISERS, [3, 40]),
+        [("glorot_normal", 3), ("sparse", 40), ("all ones", 3), ("shifted", 40), ("averaged", 40)],
+    ),
+)
 def test_low_rank_has_the_mean_and_variance_of_full_feedback(name, rank):
     params = {"a": jnp.zeros((2, 400)), "b": jnp.zeros((400, 300))}
     apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731

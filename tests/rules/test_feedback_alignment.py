@@ -10,6 +10,7 @@ import lrules
 from tests import bridge
 from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, modifiers
 from tests.rules.common import ALL_NETS, NETS, agrees, by_name, draw, make, pull
+from tests.sampling import mostly_slow
 
 
 @pytest.mark.parametrize("name", ALL_NETS)
@@ -22,7 +23,7 @@ def test_fixed(name):
         agrees(pull(net, rule, feedback, x, e), feedback_alignment.gradients(net, listed, x, e))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_adaptive(name):
     with jax.enable_x64(True):
         net, x, e = make(name)

@@ -10,9 +10,10 @@ import lrules
 from tests import bridge
 from tests.reference import kolen_pollack
 from tests.rules.common import NETS, agrees, by_name, draw, make, pull
+from tests.sampling import mostly_slow
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_reference(name):
     with jax.enable_x64(True):
         net, x, e = make(name)

@@ -13,6 +13,7 @@ from lrules import diagnostics
 from tests import bridge
 from tests.reference import losses, nets
 from tests.reference import node_perturbation as reference
+from tests.sampling import mostly_slow, pairs
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -71,11 +72,23 @@ def run(net, x, rule, feedback, key):
     return jax.jit(fn)(*arguments, rng=key)
 
 
-@pytest.mark.parametrize("noise", [jax.random.normal, jax.random.rademacher])
-@pytest.mark.parametrize("direct", [False, True])
-@pytest.mark.parametrize("case", [dense, conv, lambda: conv("average")])
+CASES = {"dense": dense, "conv": conv, "average": lambda: conv("average")}
+
+
+@pytest.mark.parametrize(
+    ("case", "direct", "noise"),
+    mostly_slow(
+        [(c, d, n) for c in CASES for d in (False, True) for n in ("normal", "rademacher")],
+        [
+            ("dense", False, "rademacher"),
+            ("dense", True, "normal"),
+            ("conv", False, "normal"),
+            ("average", True, "normal"),
+        ],
+    ),
+)
 def test_reference(case, direct, noise):
-    net, x = case()
+    (net, x), noise = CASES[case](), getattr(jax.random, noise)
     key, std, feedback = jax.random.key(5), 0.2, draw_feedback(net, x, direct)
     lambdas, e = estimates(net, x, noise_of(net, x, key, noise), std)
     gradients = reference.direct_gradients if direct else reference.gradients
@@ -215,7 +228,7 @@ def test_theorem_1():
     )
 
 
-@pytest.mark.parametrize("solver", ["sgd", "rls"])
+@pytest.mark.parametrize("solver", mostly_slow(["sgd", "rls"], ["rls"]))
 def test_theorem_2(solver):
     """In linear networks all feedback converges to the weights, if hidden layers are no wider than the output."""
     net = linear((8, 3, 3, 4), ["identity", "identity"])
@@ -226,7 +239,7 @@ def test_theorem_2(solver):
     assert max(found.values()) < 0.05, found
 
 
-@pytest.mark.parametrize("solver", ["sgd", "rls"])
+@pytest.mark.parametrize("solver", mostly_slow(["sgd", "rls"], ["sgd"]))
 def test_corollary_1(solver):
     """In linear networks direct feedback converges to the product of the weights above."""
     net = linear((8, 3, 3, 4), ["identity", "identity"])
@@ -349,8 +362,10 @@ MODIFIERS = {
 }
 
 
-@pytest.mark.parametrize("name", MODIFIERS)
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("name", "direct"),
+    mostly_slow(pairs(MODIFIERS, [False, True]), [(name, bool(i % 2)) for i, name in enumerate(MODIFIERS)]),
+)
 def test_modified_weights_are_those_of_fixed_feedback(direct, name):
     """The forward weights learn as under (direct) feedback alignment with the same feedback and modifier."""
     net, x = conv()
@@ -369,8 +384,9 @@ def test_modified_weights_are_those_of_fixed_feedback(direct, name):
     assert all(bool(jnp.isfinite(g).all() and jnp.any(g)) for g in jax.tree.leaves(learned.feedback))
 
 
-@pytest.mark.parametrize("solver", ["sgd", "rls"])
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("direct", "solver"), mostly_slow(pairs([False, True], ["sgd", "rls"]), [(False, "sgd"), (True, "rls")])
+)
 def test_shard_map(direct, solver):
     """Feedback that all devices share learns from the examples of all of them."""
     net, _ = dense()
@@ -388,7 +404,7 @@ def test_shard_map(direct, solver):
 
     specs = {"in_specs": (spec("data"), spec("data")), "out_specs": spec()}
     *sums, state = jax.jit(jax.shard_map(shared, mesh=mesh, **specs))(jnp.asarray(x), y)
-    _, grads = step(params, feedback, jnp.asarray(x), y, rng=KEY)
+    _, grads = jax.jit(step)(params, feedback, jnp.asarray(x), y, rng=KEY)
     bridge.close(jax.tree.map(lambda g: g / 4, sums), [grads.params, grads.feedback])
     bridge.close(state, grads.state)
 

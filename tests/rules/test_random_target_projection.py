@@ -10,6 +10,7 @@ import lrules
 from tests import bridge
 from tests.reference import direct_feedback_alignment, losses, nets, random_target_projection
 from tests.rules.common import BATCH, NETS, draw, make, one_hot_mean
+from tests.sampling import mostly_slow
 
 LABELS = np.array([0, 2, 1, 1, 0])
 CLASSES = optax.softmax_cross_entropy_with_integer_labels
@@ -21,7 +22,7 @@ def gradients(net, x, rule, targets, loss):
     return step(bridge.parameters(net), feedback, jnp.asarray(x), targets)[1].params, listed
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_reference(name):
     with jax.enable_x64(True):
         net, x, _ = make(name)

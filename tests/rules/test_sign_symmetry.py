@@ -9,6 +9,7 @@ import lrules
 from tests import bridge
 from tests.reference import feedback_alignment, sign_symmetry
 from tests.rules.common import NETS, agrees, draw, make, pull
+from tests.sampling import mostly_slow
 
 
 def magnitudes(net, x, key):
@@ -16,7 +17,7 @@ def magnitudes(net, x, key):
     return draw(lrules.feedback_alignment(), net, x, key)[1]
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 @pytest.mark.parametrize("magnitude", ["unit", "random", "fixed"])
 def test_reference(name, magnitude):
     with jax.enable_x64(True):
@@ -31,7 +32,7 @@ def test_reference(name, magnitude):
         agrees(got, sign_symmetry.gradients(net, drawn, x, e))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_scaled_by_the_deviation_of_the_weights_at_the_start(name):
     """The scale stays when the weights move, the signs follow them."""
     with jax.enable_x64(True):
@@ -97,7 +98,7 @@ def test_within_a_partition():
         agrees(pull(net, rule, feedback, x, e, rng=jax.random.key(3)), feedback_alignment.gradients(net, listed, x, e))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_congruent_feedback(name):
     with jax.enable_x64(True):
         net, x, e = make(name)

@@ -9,9 +9,10 @@ import lrules
 from tests import bridge
 from tests.reference import direct_feedback_alignment, skipped_backprop
 from tests.rules.common import NETS, agrees, draw, make, pull
+from tests.sampling import mostly_slow
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["deep", "conv_max"]))
 def test_reference(name):
     with jax.enable_x64(True):
         net, x, e = make(name)
