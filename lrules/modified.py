@@ -1,4 +1,4 @@
-"""A rule with a modifier around it: the handlers of `modifiers.py`, and how they come into the network."""
+"""A rule with a modifier around it: the handlers of `modifiers.py`, and how they act in the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lrules.typing import AxisName, Loss, Pytree
 
 
 def modified(rule: Rule, push: Callable[..., Any], *, stochastic: bool = False, axis_name: AxisName = None) -> Rule:
-    """The rule on another network, `push(net, params, inputs, scale, key)`, which has one more handler."""
+    """The rule on another network, `push(net, params, inputs, scale, key)`, with one more handler."""
     require_rule(rule)
     mesh_axes(axis_name)
 

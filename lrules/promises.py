@@ -1,4 +1,4 @@
-"""What `lrules.testing.check_rule` asks of the learning, and of a batch as the sum of its parts."""
+"""The checks of `lrules.testing.check_rule` on the learning, and on a batch as the sum of its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calling the functions of a rule with what they ask for by name."""
+"""Calls the functions of a rule with the arguments that they ask for by name."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lrules.engine.weights import DirectFeedback
 from lrules.rule import Direct, Feedback, Sequential
 from lrules.typing import Pytree
 
-PER_CALL = ("rng", "state", "h", "y", "slope")  # what differs between iterations and positions
+PER_CALL = ("rng", "state", "h", "y", "slope")  # these differ between iterations and positions
 
 Operands = Mapping[str, Any]
 
 
 class Calls:
-    """What the functions of a rule get in one run, beyond what they always get.
+    """The further arguments of a rule's functions in one run, which they ask for by name.
 
-    `operands` are the arrays among it. They are arguments of whatever has a derivative of its own.
+    `operands` are the arrays among them. Every function with a custom derivative takes them as arguments.
     """
 
     def __init__(self, plan: Plan, feedback: Feedback, rng: Any, targets: Pytree) -> None:
@@ -54,7 +54,7 @@ class Calls:
         self.operands: dict[str, Any] = {
             "held": {name: values for name, (values, _) in values.items() if values},
             "states": states,
-            "rng": jax.random.key_data(rng) if "rng" in asked else None,  # plain numbers, as custom_vjp takes them
+            "rng": jax.random.key_data(rng) if "rng" in asked else None,  # numbers, because custom_vjp needs them
             "targets": targets if wants_targets else None,
         }
         self.kind = jax.random.key_impl(rng) if "rng" in asked else None
@@ -64,11 +64,11 @@ class Calls:
         return jax.random.wrap_key_data(operands["rng"], impl=self.kind)
 
     def function(self, operands: Operands, name: str) -> Callable[..., Any]:
-        """A function of the rule, as it is under these operands."""
+        """A function of the rule, with these operands."""
         return self.remade[name](operands["held"].get(name, []))
 
     def inputs(self, operands: Operands) -> dict[str, Any]:
-        """The states of layers, as a frame takes them."""
+        """The states of layers, as inputs of a frame."""
         return {f"{site} output": s for site, s in operands["states"].items() if site not in self.plan.direct_feedback}
 
     def new_states(self, states: Mapping[str, Any], cotangents: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Calls:
         return found
 
     def slopes(self) -> list[Handler]:
-        """The handler that brings slopes where they are asked for, if they are."""
+        """The handler that brings slopes to the functions that ask for them, if any do."""
         layers: dict[str, list[tuple[str, tuple[Any, ...]]]] = defaultdict(list)
         for site, (activation, views) in self.above.items():
             spec = self.plan.specs[site]
@@ -110,7 +110,7 @@ class Calls:
         x: Any,
         frame: Frame,
     ) -> Any:
-        """The layer's output, whose derivative is the rule's."""
+        """The output of the layer, with the derivative of the rule."""
         site, asks = layer.site, spec.asks["backward"]
         given: dict[str, Any] = {}
         if "rng" in asks:
@@ -132,7 +132,7 @@ class Calls:
     # -- direct rules
 
     def records(self) -> set[str]:
-        """What has to be kept of the hidden signals."""
+        """The records of hidden signals that must be kept."""
         kept: set[str] = set()
         for name, landing in self.plan.direct_feedback.items():
             kept |= {name} if "h" in landing.spec.asks_for else set()
@@ -142,7 +142,7 @@ class Calls:
     def signal(
         self, operands: Operands, landing: DirectFeedback, e: jax.Array, b: Any, records: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """The error at the definition of a hidden signal; and by its name what the old state's cotangent is."""
+        """The error at the definition of a hidden signal, and the cotangent of the old state by its name."""
         spec, name, asks = landing.spec, landing.hidden.name, landing.spec.asks["signal"]
         fn, targets = self.function(operands, f"signal at {name}"), operands["targets"] if spec.targets else None
         if not any(asked in asks for asked in PER_CALL):
@@ -168,7 +168,7 @@ class Calls:
     def learn(
         self, operands: Operands, landing: DirectFeedback, e: jax.Array, records: Mapping[str, Any]
     ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """The function `(e, h, b, given) -> db`, and what it is given."""
+        """The function `(e, h, b, given) -> db`, and its `given`."""
         fn = self.function(operands, f"learn at {landing.hidden.name}")
 
         def learn(e: jax.Array, h: jax.Array, b: Any, given: Mapping[str, Any]) -> Any:
@@ -179,7 +179,7 @@ class Calls:
     def _given(
         self, operands: Operands, landing: DirectFeedback, option: str, e: jax.Array, records: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What one function is given at each iteration and position, these axes in front."""
+        """The further arguments of one function at each iteration and position, with these axes in front."""
         name, asks, calls = landing.hidden.name, landing.spec.asks[option], landing.calls
         given: dict[str, Any] = {}
         if "rng" in asks:
@@ -216,7 +216,7 @@ def _asking(
 ) -> Callable[..., Any]:
     """A layer under a rule that asks for more, `(values, w, b, x, given) -> y`, with a slot for the slope if `sloped`.
 
-    What it closes over lives as long as the program that it becomes part of, so that there must be nothing traced.
+    The values over which it closes live as long as the program of which it becomes a part, so none may be traced.
     """
 
     @jax.custom_vjp
@@ -251,7 +251,7 @@ def _asking(
 
 
 def _definition(layer: Layer, x: Any) -> jax.Array | None:
-    """The hidden signal that a layer reads, at its definition; None where it reads data."""
+    """The hidden signal that a layer reads, at its definition; None if it reads data."""
     if layer.reads is None:
         return None
     if isinstance(x, tuple):

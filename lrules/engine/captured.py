@@ -1,10 +1,10 @@
-"""What a function reads besides its arguments, by which one sees that it is still the function that it was.
+"""The values that a function reads beside its arguments: they show whether it is still the same function.
 
-A network is traced once for each kind of arguments. What its function closes over is part of that trace, so that the
-trace serves only as long as this is the same: an array in a closure may be replaced, a flag of a model set, a helper
-edited in a notebook. So all that can change is looked up, from the function through closures, defaults, the names that
-its code reads in modules, containers and the attributes of objects. Installed packages are taken to stay as they are.
-What the function itself changes while it is traced, as a counter of its calls, is left out.
+A network is traced once for each kind of arguments. The values over which its function closes are part of the trace. So
+the trace is valid only as long as they stay the same: someone may replace an array in a closure, set a flag of a model,
+or edit a helper in a notebook. This file looks up all values that can change, from the function through closures,
+defaults, the names that its code reads in modules, containers and the attributes of objects. It assumes that installed
+packages do not change. It leaves out values that the function itself changes while it is traced, as a counter of calls.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Any
 import jax
 import numpy as np
 
-MOST = 10_000  # places; a function that reads more is traced anew at each call
-LARGE = 2**20  # bytes of a NumPy array that may be written to; so is a function that reads a larger one
+MOST = 10_000  # the largest number of places; a function that reads more is traced again at each call
+LARGE = 2**20  # the largest writable NumPy array, in bytes; a function that reads a larger one is traced again too
 
-STILL = {"jax", "jaxlib", "numpy", "logging"}  # packages whose objects are taken to stay as they are
+STILL = {"jax", "jaxlib", "numpy", "logging"}  # packages whose objects are assumed not to change
 
-LENGTH = "length"  # where this changes, the whole sequence is left out
+LENGTH = "length"  # if this changes, the whole sequence is left out
 
-Place = tuple[int, Any]  # an object, by id, and where in it: the name of an attribute, the key of a dict
+Place = tuple[int, Any]  # an object, by id, and the place in it: the name of an attribute, the key of a dict
 
 CONTAINERS = (dict, list, tuple, set, frozenset, functools.partial, types.MethodType, types.CellType)
 
 
 class _Unclear(Exception):
-    """What a function reads cannot be told."""
+    """The values that a function reads are not known."""
 
 
 class Captured:
-    """What a function reads, by place."""
+    """The values that a function reads, by place."""
 
     def __init__(self, fn: Callable[..., Any], without: Collection[Place] = ()) -> None:
         self.found: dict[Place, Any] = {}
-        self.holders: dict[int, Any] = {}  # so that no two objects have one id
+        self.holders: dict[int, Any] = {}  # so that no two objects have the same id
         stack: list[tuple[Place, Any]] = [((0, "function"), fn)]
         while stack:
             place, value = stack.pop()
@@ -65,7 +65,7 @@ class Captured:
 
 
 def captured(fn: Callable[..., Any], without: Collection[Place] = ()) -> Captured | None:
-    """What a function reads besides its arguments; None where that cannot be told, or belongs to a trace."""
+    """The values that a function reads beside its arguments; None if they are not known, or belong to a trace."""
     try:
         return Captured(fn, without)
     except _Unclear:
@@ -79,7 +79,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _identity(value: Any) -> Any:
-    """By what an object is seen to be the same: itself, the kind of a container, what a NumPy array holds."""
+    """What identifies an object: itself, the kind of a container, or the content of a NumPy array."""
     if isinstance(value, jax.core.Tracer):
         raise _Unclear
     if isinstance(value, np.ndarray) and value.flags.writeable:
@@ -90,7 +90,7 @@ def _identity(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """What an object consists of, as far as that can change, and where."""
+    """The parts of an object that can change, with their places."""
     if isinstance(value, types.FunctionType):
         yield from _attributes(value, "__code__", "__defaults__", "__kwdefaults__")
         yield from vars(value).items()
@@ -100,7 +100,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(value, types.CellType):
         try:
             yield "contents", value.cell_contents
-        except ValueError:  # nothing is in it yet
+        except ValueError:  # it is still empty
             return
     elif isinstance(value, types.MethodType):
         yield from _attributes(value, "__func__", "__self__")
@@ -138,7 +138,7 @@ def _attributes(value: Any, *names: str) -> Iterator[tuple[str, Any]]:
 
 
 def _globals(fn: types.FunctionType) -> Iterator[tuple[Any, Any]]:
-    """What the names in a function's code stand for, in its module and in others that are not installed."""
+    """The values of the names in a function's code, in its module and in other modules that are not installed."""
     names = _names(fn.__code__)
     for name in names:
         value = fn.__globals__.get(name)
@@ -164,7 +164,7 @@ def _stays(module: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _installed(module: str | None) -> bool:
-    """Whether a module comes with Python or in an installed package, or is this library's own."""
+    """Whether a module belongs to Python, to an installed package or to this library."""
     if module is None or module == "__main__" or module not in sys.modules:
         return False
     if module.partition(".")[0] == "lrules":

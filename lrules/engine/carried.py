@@ -1,9 +1,9 @@
-"""State that a rule's functions return, carried out of the backward pass.
+"""Carries the state that a rule's functions return out of the backward pass.
 
-What comes out of a backward pass are cotangents. So a state goes in as an argument, and the new state comes out as its
-cotangent. Cotangents are floats: whole numbers, truth values and keys travel as parts of 16 bits, which float32 holds
-exactly. With each state goes a zero, whose cotangent is one where the function ran. Where it did not, in a branch that
-was not taken or where no error arrives, the old state stays.
+A backward pass returns cotangents. So a state goes in as an argument, and the new state comes out as its cotangent.
+Cotangents are floats: integers, booleans and keys travel as parts of 16 bits, which float32 holds exactly. A zero goes
+with each state, and its cotangent is one if the function ran. If it did not run, in a branch that was not taken or
+because no error arrives, the old state stays.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lrules.typing import Pytree
 def begin(
     make: Callable[..., Pytree], asks: frozenset[str], like: Any, name: str, key: jax.Array, lengths: tuple[int, ...]
 ) -> Pytree:
-    """The first state: what `make` gives, anew for each iteration of the loops around it.
+    """The first state: the result of `make`, separately for each iteration of the loops around it.
 
     Args:
       make: `(like) -> pytree`; it gets `key` and `name` if it asks for them.
-      asks: for what it asks.
+      asks: the arguments that it asks for.
       like: a layer, or the shape of a hidden signal.
-      name: of the layer or hidden signal.
+      name: the name of the layer or hidden signal.
       key: a key for it.
-      lengths: of the loops around it.
+      lengths: the lengths of the loops around it.
     """
     count = 1
     for n in lengths:
@@ -46,7 +46,7 @@ def begin(
 
 
 def encoded(state: Pytree) -> tuple[Pytree, Callable[[Pytree], Pytree]]:
-    """A state as floats, and the function that makes such floats a state again."""
+    """A state as floats, and the function from such floats back to a state."""
     leaves, tree = jax.tree.flatten(state)
     leaves = [jnp.asarray(leaf) if not hasattr(leaf, "dtype") else leaf for leaf in leaves]
     parts = [_floats(leaf) for leaf in leaves]
@@ -74,26 +74,26 @@ def _floats(leaf: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def require_same(new: Pytree, old: Pytree, what: str) -> Pytree:
-    """The new state, of the structure, shapes and dtypes of the old one.
+    """The new state, checked against the structure, shapes and dtypes of the old state.
 
     Raises:
-      TypeError, ValueError: it is not; `what` says whose it is.
+      TypeError, ValueError: it differs; the message begins with `what`.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise TypeError(
-            f"{what} returned a state of the structure {jax.tree.structure(new)}, and was given one of "
+            f"{what} returned a state of the structure {jax.tree.structure(new)}, and got one of the structure "
             f"{jax.tree.structure(old)}: return the state with new values"
         )
     new = jax.tree.map(lambda n, o: n if hasattr(n, "dtype") else jnp.asarray(n, o.dtype), new, old)
     for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
         if apart := sorted(varying_axes(jax.typeof(n)) - varying_axes(jax.typeof(o))):
             raise ValueError(
-                f"{what} returned a state that differs between the devices along {apart[0]!r}, and was given one that "
-                f"they share: make it the same on all, as jax.lax.pmean(state, {apart[0]!r}) does"
+                f"{what} returned a state that differs between the devices along {apart[0]!r}, and got one that they "
+                f"share: make it the same on all, as jax.lax.pmean(state, {apart[0]!r}) does"
             )
         if n.shape != o.shape or n.dtype != o.dtype:
             raise ValueError(
-                f"{what} returned a state of shape {n.shape} and dtype {n.dtype}, and was given one of shape "
-                f"{o.shape} and dtype {o.dtype}: keep both"
+                f"{what} returned a state of shape {n.shape} and dtype {n.dtype}, and got one of shape {o.shape} and "
+                f"dtype {o.dtype}: keep both"
             )
     return jax.tree.map(lambda n, o: as_varying(n, varying_axes(jax.typeof(o))), new, old)

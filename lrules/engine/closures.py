@@ -1,8 +1,8 @@
-"""What functions close over while JAX traces, made an argument of them.
+"""Turns traced values over which a function closes into arguments.
 
-A rule's functions run inside functions with a derivative of their own, and these must not close over what JAX traces:
-inside a loop, `remat` or `vmap` they fail then. A traced hyperparameter, as alpha in `jax.vmap(lambda alpha: ...)`, is
-such a value. So it is taken out of the function, goes in as an argument, and is put back into a copy of the function.
+A rule's functions run inside functions with a custom derivative. These must not close over traced values: inside a
+loop, `remat` or `vmap` they would fail. A traced hyperparameter, as alpha in `jax.vmap(lambda alpha: ...)`, is such a
+value. So it is taken out of the function, goes in as an argument, and is put back into a copy of the function.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ F = TypeVar("F")
 
 
 def held(thing: F) -> tuple[list[Any], Callable[[Sequence[Any]], F]]:
-    """The traced values in what a function closes over, and the function with others in their place.
+    """Finds the traced values over which a function closes, and how to replace them.
 
-    It is looked for in closures, default values, `functools.partial`, methods and pytrees.
+    It searches closures, default values, `functools.partial`, methods and pytrees.
 
     Args:
       thing: a function, or a pytree of functions.
 
     Returns:
-      The values, and a function from such values to the thing that holds them instead. No values: the thing itself.
+      The values, and a function from other values to a copy of the thing with these values. If there are no values, it
+      returns the thing itself.
 
     Example:
       >>> def double(alpha):
@@ -35,12 +36,12 @@ def held(thing: F) -> tuple[list[Any], Callable[[Sequence[Any]], F]]:
       >>> float(jax.jit(double)(3.0))
       6.0
     """
-    found: dict[int, tuple[Any, _Hole]] = {}  # the values by id, which they keep
+    found: dict[int, tuple[Any, _Hole]] = {}  # the values by id; keeping them keeps the ids unique
 
     def hole(value: Any) -> _Hole:
         return found.setdefault(id(value), (value, _Hole(len(found))))[1]
 
-    emptied = _rebuilt(thing, jax.core.Tracer, hole, {})  # which does not keep the values: they end with their trace
+    emptied = _rebuilt(thing, jax.core.Tracer, hole, {})  # it does not keep the values: they end with the trace
     if not found:
         return [], lambda values: thing
 
@@ -51,19 +52,19 @@ def held(thing: F) -> tuple[list[Any], Callable[[Sequence[Any]], F]]:
 
 
 class _Hole:
-    """Where a value was."""
+    """The place of a value that was taken out."""
 
     def __init__(self, number: int):
         self.number = number
 
 
 def _rebuilt(thing: Any, kind: type, swap: Callable[[Any], Any], known: dict[int, Any]) -> Any:
-    """A copy with all that is of this kind swapped; the thing itself where there is nothing."""
+    """A copy in which all values of this kind are swapped; the thing itself if there are none."""
     if isinstance(thing, kind):
         return swap(thing)
     if id(thing) in known:
         return known[id(thing)][1]
-    known[id(thing)] = thing, thing  # which also keeps it, so that no other gets its id
+    known[id(thing)] = thing, thing  # this also keeps it, so that no other object gets its id
     new = thing
     if isinstance(thing, types.FunctionType):
         new = _function(thing, kind, swap, known)
@@ -106,6 +107,6 @@ def _function(fn: types.FunctionType, kind: type, swap: Callable[[Any], Any], kn
 def _filled(cell: types.CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018
-    except ValueError:  # of a name that has no value yet
+    except ValueError:  # the name has no value yet
         return False
     return True

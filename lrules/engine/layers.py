@@ -1,4 +1,4 @@
-"""Which equations are layers: what is the weight in a product or a lookup, and what the operand."""
+"""The equations that are layers: the weight and the operand in a product or a lookup."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lrules.engine.records import Value, parts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Multiplication:
-    """A layer's equation: what is the weight in it, and what the operand.
+    """The equation of a layer, with its weight and its operand.
 
     Attributes:
       position: which operand of the equation the weight is.
@@ -38,7 +38,7 @@ def multiplies(jaxpr: Jaxpr) -> bool:
 
 
 def multiplication(eqn: Equation, ins: list[Value]) -> Multiplication | None:
-    """The layer that an equation is; None if it is none."""
+    """The layer of an equation; None if it is not a layer."""
     row = of(eqn)
     if row.looks_up:
         operand = next((v for v in ins[1:] if v.data), None)
@@ -61,7 +61,7 @@ def _layer(
 
 
 def of_latents(eqn: Equation, ins: list[Value]) -> Multiplication | None:
-    """A product of two parameters with which a network without a batch begins: of learned latents and a weight.
+    """The first product of a network without a batch, of two parameters: learned latents and a weight.
 
     The latents are a vector, or else what stands on the left. Two that are made of one parameter are no layer.
     """
@@ -85,7 +85,7 @@ def transformed(eqn: Equation, ins: list[Value], axes: int) -> Multiplication | 
 
 
 def _one_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None, frozenset[int]]:
-    """The weight of a product that takes it on one side only, and the parameters that it is made of."""
+    """The weight of a product that has it on one side only, and the parameters from which it is made."""
     (side,) = row.weights
     w, x = ins[side], ins[1 - side]
     if x.pure and not any(v.data for v in ins[2:]):
@@ -95,7 +95,7 @@ def _one_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None, fr
 
 
 def _either_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None, frozenset[int]]:
-    """Which of the two operands of a product is the weight, and the parameters that it is made of."""
+    """The operand of a product that is the weight, and the parameters from which it is made."""
     if ins[0].pure != ins[1].pure:
         side = 0 if ins[0].pure else 1
         return side, ins[side].params
@@ -103,7 +103,7 @@ def _either_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None,
         return None, frozenset()
     summed = [frozenset(row.contracted(eqn, k)) for k in (0, 1)]
     chosen = [k for k in (0, 1) if ins[k].chosen and ins[k].weight_dims & summed[k]]
-    if len(chosen) == 2:  # embeddings, of which one may be looked up as a matrix
+    if len(chosen) == 2:  # embeddings; one of them may be looked up as a matrix
         chosen = [k for k in chosen if is_matrix(ins[k].weight_dims, summed[k], row.free(eqn, k))]
     if len(chosen) == 1:
         return chosen[0], ins[chosen[0]].differentiable
@@ -115,8 +115,8 @@ def _either_side(row: Row, eqn: Equation, ins: list[Value]) -> tuple[int | None,
 
 
 def _mixed(row: Row, eqn: Equation, ins: list[Value], side: int) -> frozenset[int]:
-    """The parameters of a weight that layers have made: for each example, where it multiplies a hidden signal as a
-    matrix, or without a batch, where it multiplies what has one."""
+    """The parameters of a weight that layers have made. It is made for each example and multiplies a hidden signal as
+    a matrix, or it is made without a batch and multiplies a value with a batch."""
     w, x = ins[side], ins[1 - side]
     if not (w.both and w.smooth and w.differentiable):
         return frozenset()
@@ -128,12 +128,12 @@ def _mixed(row: Row, eqn: Equation, ins: list[Value], side: int) -> frozenset[in
 
 
 def is_matrix(dims: frozenset[int], contracted: frozenset[int], free: frozenset[int]) -> bool:
-    """Whether a value is a matrix in a product: `dims`, along which its weight varies, are its rows and its columns."""
+    """Whether a value is a matrix in a product: its weight varies along `dims`, and these are its rows and columns."""
     return bool(dims & contracted) and bool(free) and free <= dims
 
 
 def one_layer(eqn: Equation, ins: list[Value], found: list[Multiplication]) -> Multiplication | None:
-    """A function with a derivative of its own as one layer: there is one product in it, of one weight and data."""
+    """A function with a custom derivative as one layer: it holds one product, of one weight and data."""
     pure = [k for k, v in enumerate(ins) if v.pure]
     data = [v for v in ins if v.data]
     if len(found) != 1 or len(pure) != 1 or len(eqn.outvars) != 1 or not data or found[0].mixed:
@@ -157,7 +157,7 @@ def one_layer(eqn: Equation, ins: list[Value], found: list[Multiplication]) -> M
 
 
 def stage(eqn: Equation, ins: list[Value]) -> int:
-    """Of a value made of parameters: 1 after a product, 2 after a nonlinearity that followed one.
+    """For a value made from parameters: 1 after a product, 2 after a nonlinearity that followed a product.
 
     A number by which all is multiplied or divided, as a spectral norm, does not count.
     """

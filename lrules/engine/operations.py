@@ -1,8 +1,8 @@
-"""One row for each primitive of JAX: all that the library knows of it.
+"""One row for each primitive of JAX, with all facts that the library knows about it.
 
-To serve one more primitive, add its row here, and a test. All other files ask the row (`of`); none compares names.
-A primitive without a row is refused by name where a parameter meets data in it. Elsewhere error passes through it by
-its own derivative.
+To serve one more primitive, add its row here, and a test. All other files ask the row (`of`); they do not compare
+names. If a parameter meets data in a primitive without a row, rules refuse it by name. Elsewhere the error passes
+through it by its derivative.
 """
 
 from __future__ import annotations
@@ -36,38 +36,39 @@ def _none(eqn: Equation, k: int) -> Axes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """What one primitive does. Functions take an equation of it, and `k`: which of its operands is meant.
+    """The facts about one primitive. Functions take an equation, and `k`, the number of an operand.
 
     Attributes:
-      name: as JAX calls it.
+      name: the name in JAX.
       kind: what it does with the elements: `"elementwise"` functions; a `"view"` in another shape; a `"placement"` on
         devices; a `"move"`, which cuts, joins or sorts; a `"lookup"` by indices; a `"scatter"`; a `"product"`, which
-        multiplies and sums up; a `"reduction"`; a `"cumulative"` one; a `"window"`, as in pooling; a `"collective"`
-        over a mesh; a `"transform"` between all elements; a `"call"`, a `"loop"`; a `"source"`: no error flows into it.
-      curve: how it bends: `"linear"`; `"bent"`, as tanh; `"formula"`, which alone is no activation, as exp; `"choice"`,
-        as abs; `"comparison"`; `"rows"`, which bends whole rows; empty where no activation holds it.
-      combines: what it makes of two values, elementwise or in a window: a `"sum"`, a `"product"` and so on.
-      power: `eqn -> n`, of what raises to a whole power.
-      view: `(eqn, shape of the operand) -> axes`: for each axis of the output, the axes of its operand that it holds,
-        or None for an equation that is no view.
-      permutation: `eqn -> axes`, where the view puts the elements into another order.
+        multiplies and sums; a `"reduction"`, also `"cumulative"`; a `"window"`, as in pooling; a `"collective"` over a
+        mesh; a `"transform"` between all elements; a `"call"`, a `"loop"`; a `"source"`: no error flows into it.
+      curve: how it is nonlinear: `"linear"`; `"bent"`, as tanh; `"formula"`, which alone is not an activation, as exp;
+        `"choice"`, as abs; `"comparison"`; `"rows"`, nonlinear in whole rows; empty if no activation can hold it.
+      combines: how it combines two values, elementwise or in a window: a `"sum"`, a `"product"` and so on.
+      power: `eqn -> n`, if it raises to an integer power.
+      view: `(eqn, shape of the operand) -> axes`: for each axis of the output, the axes of its operand that it holds;
+        None for an equation that is not a view.
+      permutation: `eqn -> axes`, if the view puts the elements into another order.
       lies: `(eqn, k) -> {axis: axis of the output}` for the axes of an operand that the output holds.
       reorders: `(eqn, axis of the output, which operands are data) -> whether` it may put examples into another order.
-      weights: which operands may be the weight of a layer.
-      contracted: `(eqn, k) -> axes` that a product sums over, a lookup chooses along, or a transform is over.
-      members: `(eqn, k) -> axes` along which lie matrices of their own: members of an ensemble, experts.
-      window: `(eqn, k) -> axes` of a convolution's window.
+      weights: the operands that may be the weight of a layer.
+      contracted: `(eqn, k) -> axes` over which a product sums, along which a lookup chooses, or over which a transform
+        goes.
+      members: `(eqn, k) -> axes` of separate matrices: members of an ensemble, experts.
+      window: `(eqn, k) -> axes` of the window of a convolution.
       reduced: `(eqn, k) -> axes` along which elements are summed, multiplied or compared with each other.
-      by_example: whether the rows of one example alone give what they give among all others.
-      rounds: whether a layer's weight may be rounded in it, so that it cannot be scaled in the error's place.
+      by_example: whether the rows of one example give the same result alone and among all others.
+      rounds: whether it may round the weight of a layer, so that the error must be scaled, not the weight.
       carries: whether a product of weights and data goes through it (see `by_hand.py`).
-      bare: whether such a product has then still only been moved, cut and multiplied by numbers.
-      leads: whether what a layer reads through it is still the nonlinearity below it.
-      statistic: whether it takes a mean, a maximum or the like, as normalisations do.
-      totals: whether that is a sum, which divided by a number is a mean.
-      brings: whether it brings a layer's outputs along, by constants, as along the edges of a graph.
+      bare: whether such a product then has still only been moved, cut and multiplied by numbers.
+      leads: whether a layer still reads the nonlinearity below through it.
+      statistic: whether it computes a mean, a maximum or the like, as normalisations do.
+      totals: whether this is a sum, which is a mean after a division by a number.
+      brings: whether it brings the outputs of a layer along by constants, as along the edges of a graph.
       cuts: whether it takes a part of its operand.
-      same: whether each result is the operand at its place, as it is.
+      same: whether each result equals the operand at the same place.
       casts, stops, marks: whether it casts, stops the error, or gives a name.
     """
 
@@ -125,16 +126,16 @@ class Row:
 
     @functools.cached_property
     def may_mix(self) -> bool:
-        """Whether parameters may meet data in it where it is no layer."""
+        """Whether parameters may meet data in it without a layer."""
         return self.kind in ("elementwise", "placement", "move", "lookup", "scatter", "source") or self.either
 
     @functools.cached_property
     def same_shape(self) -> bool:
-        """Whether it is a view that leaves each element where it is."""
+        """Whether it is a view in which each element keeps its place."""
         return self.view is _as_it_is
 
     def free(self, eqn: Equation, k: int) -> frozenset[int]:
-        """The axes of a product's operand along which lie the rows that are multiplied one by one."""
+        """The axes of a product's operand along which the rows lie that are multiplied one by one."""
         return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()
 
 
@@ -208,7 +209,7 @@ def _reshaped(eqn: Equation, shape: Axes) -> Places | None:
 
 
 def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
-    """Reorders along the axis, or the axes, that a parameter of the equation names."""
+    """It reorders along the axis, or the axes, that a parameter of the equation gives."""
 
     def reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
         along = eqn.params[param]
@@ -243,14 +244,14 @@ def _dot_lies(eqn: Equation, k: int) -> Mapping[int, int]:
 
 
 def _free_last(eqn: Equation, k: int, members: Axes, others: Axes) -> Mapping[int, int]:
-    """The output of a product holds the members, the free axes of the left operand, those of the right one."""
+    """The output of a product holds the members, then the free axes of the left operand, then those of the right."""
     free = [i for i in range(_ndim(eqn, k)) if i not in others]
     start = len(members) if k == 0 else len(eqn.outvars[0].aval.shape) - len(free)
     return dict(zip(members, range(len(members)), strict=True)) | {i: start + o for o, i in enumerate(free)}
 
 
 def _ragged_numbers(eqn: Equation) -> tuple[Any, Any, Axes]:
-    """The contracted axes, those of members, and those of groups; none of the first where rows are no groups'."""
+    """The contracted axes, those of members, and those of groups; no contracted axes if rows have no groups."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted, members = numbers.dot_dimension_numbers
     groups = numbers.rhs_group_dimensions
@@ -287,7 +288,7 @@ def _conv_window(eqn: Equation, k: int) -> Axes:
 
 def _gathered(eqn: Equation, k: int) -> Mapping[int, int]:
     numbers = eqn.params["dimension_numbers"]
-    if k == 1:  # the last axis of the indices is that of their parts
+    if k == 1:  # the last axis of the indices holds their parts
         rest = [o for o in range(len(eqn.outvars[0].aval.shape)) if o not in numbers.offset_dims]
         return dict(enumerate(rest))
     gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
@@ -312,7 +313,7 @@ def _slice_chooses(eqn: Equation, k: int) -> Axes:
 
 
 def _scattered(eqn: Equation, k: int) -> Axes:
-    """Updates may be summed along all axes but those of their windows."""
+    """Updates may be summed along all axes except those of their windows."""
     windows = eqn.params["dimension_numbers"].update_window_dims
     return [i for i in range(_ndim(eqn, k)) if i not in windows] if k == 2 else ()
 
@@ -395,7 +396,7 @@ TABLE = [
     Row("reduce_window", "window", lies=_in_place),
     *_rows("psum psum_invariant", "collective", statistic=True, totals=True),
     *_rows("pmax pmin reduce_scatter", "collective", statistic=True),
-    # Multiplied and summed up.
+    # Multiplied and summed.
     Row("dot_general", "product", weights=(0, 1), contracted=_dot_contracted, members=_dot_members, lies=_dot_lies,
         reduced=_dot_contracted, brings=True),
     Row("conv_general_dilated", "product", weights=(1,), contracted=_conv_contracted, window=_conv_window,
@@ -404,7 +405,7 @@ TABLE = [
         lies=_ragged_lies, reduced=_ragged_contracted, by_example=False),
     Row("bcoo_dot_general", brings=True),
     Row("fft", "transform", contracted=_fft_axes, reduced=_all),
-    # Functions, loops, and what nothing flows into.
+    # Functions, loops, and primitives into which no error flows.
     *(Row(name, "call", by_example=name not in OWN_DERIVATIVE, rounds=name in OWN_DERIVATIVE) for name in CALLS),
     Row(SCAN, "loop", leads=True),
     *_rows("iota threefry2x32 random_bits debug_callback debug_print", "source"),
@@ -425,12 +426,12 @@ def _unknown(name: str) -> Row:
 
 
 def view_axes(eqn: Equation, shape: Axes) -> Places | None:
-    """For each axis of the equation's output, the axes of its operand that it holds; None if it is no view."""
+    """For each axis of the output, the axes of the operand that it holds; None if the equation is not a view."""
     view = of(eqn).view
     return None if view is None else view(eqn, shape)
 
 
 def is_product(eqn: Equation) -> bool:
-    """Whether an equation multiplies and sums up."""
+    """Whether an equation multiplies and sums."""
     row = of(eqn)
     return row.kind == "product" and len(row.contracted(eqn, 1)) > 0

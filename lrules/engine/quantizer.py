@@ -14,7 +14,7 @@ import numpy as np
 from lrules.options import ByName, by_name, is_number, is_whole
 from lrules.typing import Numbers
 
-LEVELS = 2**12  # powers of two below one, of which no float holds as many
+LEVELS = 2**12  # more powers of two below one than any float has
 
 
 def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
@@ -54,7 +54,7 @@ def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
 
 
 def by_parts(fn: Callable[..., Any], x: jax.Array) -> Any:
-    """The function of a real array; of a complex one, of its real and imaginary part."""
+    """The function of a real array; for a complex array, the function of its real and imaginary parts."""
     return jax.lax.complex(fn(x.real), fn(x.imag)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else fn(x)
 
 

@@ -1,4 +1,4 @@
-"""Finding activations in a block of a jaxpr: see `activations.py` for what counts as one."""
+"""Finds activations in a block of a jaxpr; `activations.py` says what counts as an activation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lrules.engine.shared import Pieces, Together, equation_key
 
 @dataclasses.dataclass(eq=False)
 class Region:
-    """An activation's equations, from its root to its output; `axes` says how the root lies in the output."""
+    """The equations of an activation, from its root to its output; `axes` says how the root lies in the output."""
 
     name: str
     root: Any
@@ -49,10 +49,10 @@ class Region:
 
 
 class RegionProgram:
-    """What a region computes, `program(x, *captured)`.
+    """The function that a region computes, `program(x, *captured)`.
 
     Attributes:
-      key: the same for all that compute the same; None if that cannot be told.
+      key: equal for all programs that compute the same; None if this is not known.
     """
 
     def __init__(self, region: Region) -> None:
@@ -73,9 +73,9 @@ class RegionFunction:
     """An activation as handlers get it, `fn(x)`.
 
     Attributes:
-      program: what it computes of `x` and of what else it reads.
-      captured: the latter, which is the same for all elements.
-      pieces: where functions that belong to it can be kept under the program's key; None where nothing is shared.
+      program: the function of `x` and of the other values that it reads.
+      captured: these other values, which are the same for all elements.
+      pieces: the store for functions that belong to it, by the key of the program; None if nothing is shared.
     """
 
     program: RegionProgram
@@ -92,7 +92,7 @@ def moved(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def find_activations(noted: Sequence[Block | Doubt]) -> tuple[list[Activation], list[tuple[Doubt, Value | None]]]:
-    """The activations in all blocks, which learn of theirs, and the doubts, each with the value that it is about."""
+    """The activations in all blocks (written into the blocks too), and the doubts, each with its value."""
     activations: list[Activation] = []
     doubts: list[tuple[Doubt, Value | None]] = []
     sites = Names()
@@ -130,12 +130,12 @@ def _inner(eqn: Equation) -> list[Row]:
 
 
 def _of_formulas(row: Row) -> bool:
-    """Whether a primitive alone is no activation: exp, a root, a quotient or a product."""
+    """Whether a primitive alone is not an activation: exp, a root, a quotient or a product."""
     return row.curve == "formula" or row.combines == "product"
 
 
 def _of_statistics(row: Row) -> bool:
-    """Whether normalisations do this to means and variances."""
+    """Whether normalisations apply this primitive to means and variances."""
     return row.curve in ("formula", "comparison", "choice") or row.combines == "product"
 
 
@@ -146,7 +146,7 @@ def _is_named(eqn: Equation) -> bool:
 
 
 def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
-    """The activations of one block, in program order, and what may be one."""
+    """The activations of one block, in program order, and the doubts."""
     eqns, value = block.jaxpr.eqns, block.value
     users: dict[Any, set[int]] = {}
     for index, eqn in [*enumerate(eqns), (-1, None)]:
@@ -159,7 +159,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
         return of(eqn).stops and all(asks)
 
     def selected(eqn: Equation) -> bool:
-        """Whether an equation is no transpose, or one such as `vmap` makes of what a select of several values reads."""
+        """Whether an equation is not a transpose, or only one that `vmap` makes before a select of several values."""
         if of(eqn).permutation is None:
             return True
         readers = [(of(eqns[i]), eqns[i]) for i in users.get(eqn.outvars[0], ()) if i >= 0]
@@ -173,7 +173,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
     for index, eqn in enumerate(eqns):
         if len(eqn.outvars) != 1 or not value(eqn.outvars[0]).both or not selected(eqn):
             continue
-        if value(eqn.outvars[0]).producer is not eqn:  # a call that is not evaluated as it stands
+        if value(eqn.outvars[0]).producer is not eqn:  # a call that is not evaluated as one
             continue
         operands = [v for v in eqn.invars if value(v).both]
         others = [v for v in eqn.invars if not value(v).both]
@@ -187,7 +187,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
     cuts = {v for i in named for v in (*candidates[i], output(i))}  # where one region ends and another may begin
 
     def grouped() -> dict[Any, list[int]]:
-        """Candidates by their common root; a named one stands alone."""
+        """The candidates by their common root; a named candidate is alone."""
         root: dict[Any, tuple[Any, Axes]] = {}  # and how it lies in the value
         groups: dict[Any, list[int]] = {}
         for index, operands in candidates.items():
@@ -207,7 +207,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
         return groups
 
     def region(key: Any, indices: list[int], last: int) -> Region | Doubt | None:
-        """What ends with this equation."""
+        """The region, or the doubt, that ends with this equation."""
         needed, stack = {last}, [last]
         while stack:
             wanted = [v for v in eqns[stack.pop()].invars if not _is_literal(v)]
@@ -231,7 +231,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
         inner = {output(i) for region in found for i in region.indices[:-1]}
         seen = {v for region in found for v in (region.root, region.output, *region.others)}
         seen |= {v for v, readers in users.items() if readers - inside}
-        shared |= inner & seen  # what a region keeps to itself nobody else reads
+        shared |= inner & seen  # nothing else reads the inner values of a region
         if shared <= cuts:
             break
         cuts |= shared
@@ -247,14 +247,14 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
 
 
 def _steps(block: Block, eqn: Equation) -> list[Axes]:
-    """How each operand of a candidate that depends on parameters and data lies in its output."""
+    """How the operands of a candidate that depend on parameters and data lie in its output."""
     held = arranged(block.value(eqn.outvars[0])) or {}
     same = tuple(range(len(eqn.outvars[0].aval.shape)))
     return [held.get(k, same) for k, v in enumerate(eqn.invars) if block.value(v).both]
 
 
 def _lies(block: Block, eqn: Equation, operands: Any) -> bool:
-    """Whether an equation is elementwise, of operands of its output's shape up to the order of the axes."""
+    """Whether an equation is elementwise, and its operands have the shape of its output up to the order of axes."""
     shape = eqn.outvars[0].aval.shape
     return arranged(block.value(eqn.outvars[0])) is not None and all(
         len(v.aval.shape) == len(shape) and tuple(v.aval.shape[i] for i in step) == shape
@@ -275,12 +275,12 @@ def _trimmed(block: Block, start: Any, indices: list[int], candidates: Any) -> t
     def formula(index: int) -> bool:
         return of(eqns[index]).curve == "formula"
 
-    front, value, readers = 0, start, indices  # how many lead to the first that bends
+    front, value, readers = 0, start, indices  # the number of equations before the first nonlinear one
     while len(readers := [i for i in indices if value in candidates[i]]) == 1 and affine(readers[0]):
         front, value = front + 1, eqns[readers[0]].outvars[0]
         if readers[0] == indices[-1]:
             return start, indices
-    if all(map(formula, readers)):  # but the number by which a mean divides is none of it
+    if all(map(formula, readers)):  # but the divisor of a mean does not belong to it
         producer = block.value(start).producer
         mean = producer is not None and of(producer).totals
         front = int(mean and front > 0 and of(eqns[indices[0]]).combines in ("quotient", "product"))
@@ -320,7 +320,7 @@ def _region(block: Block, start: Any, indices: Any) -> Region | Doubt | None:
 
 
 def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
-    """Whether a function with a derivative of its own, of more than one element, holds what may be an activation."""
+    """Whether a function of several elements, with a custom derivative, holds a possible activation."""
     of_several = of(eqn).name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
     return of_several and any(row.curve == "bent" for row in _inner(eqn))
 
@@ -334,7 +334,7 @@ def _doubted(eqn: Equation) -> str:
 
 
 def _bends(eqn: Equation, value: Callable[..., Value]) -> bool:
-    """Whether an elementwise equation of several values bends one of them, as max and select do."""
+    """Whether an elementwise equation of several values is nonlinear in one of them, as max and select are."""
     mixed = [v for v in eqn.invars if value(v).both]
     if all(is_statistic(value(v)) for v in mixed):
         return False

@@ -1,4 +1,4 @@
-"""Which axes become which when an array is reshaped."""
+"""The axes of an array before and after a reshape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.export import is_symbolic_dim
 
 
 def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Sequence[int] of `a` that become axes of `b` under a reshape, in the smallest groups."""
+    """The axes of the shape `a` that become axes of the shape `b` in a reshape, in the smallest groups."""
     groups, i, j = [], 0, 0
     while i < len(a) or j < len(b):
         left, right = [i] if i < len(a) else [], [j] if j < len(b) else []
@@ -31,7 +31,7 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], 
 
 
 def _smaller(m: Any, n: Any) -> bool:
-    """Whether a product of sizes is the smaller one; of symbolic sizes, which may not compare, the one that divides."""
+    """Whether the first product of sizes is smaller. Symbolic sizes cannot be compared: then, whether it divides."""
     if is_symbolic_dim(m) or is_symbolic_dim(n):
         return n % m == 0
     return m < n

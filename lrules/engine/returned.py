@@ -1,4 +1,4 @@
-"""What the functions of a rule return, checked: one sentence says where and what is wrong."""
+"""Checks the results of a rule's functions: one sentence says where the fault is, and what it is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def called(
     layer: Layer,
     named: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """`(dw, dx, db, new state)` of `backward`, as custom_vjp takes them."""
+    """Calls `backward` and checks its result: `(dw, dx, db, new state)`, as custom_vjp takes them."""
     named = named or {}
     made = fn(op, w, b, x, d, layer, **named)
     at, count = f"at the layer {layer.name!r}", 4 if "state" in named else 3
@@ -56,7 +56,7 @@ def called(
 
 
 def _like(grad: Any, of: Any, name: str, whose: str, at: str) -> Any:
-    """A gradient of the shape and dtype of what it is the gradient of; None for nothing."""
+    """A gradient, checked against the shape and dtype of its value; None for no gradient."""
     if grad is None:
         return None
     if not hasattr(grad, "dtype"):
@@ -64,18 +64,18 @@ def _like(grad: Any, of: Any, name: str, whose: str, at: str) -> Any:
     if grad.shape != of.shape or grad.dtype != of.dtype:
         raise ValueError(
             f"backward returned a {name} of shape {grad.shape} and dtype {grad.dtype} {at}, and {whose} has shape "
-            f"{of.shape} and dtype {of.dtype}: return both as they are there"
+            f"{of.shape} and dtype {of.dtype}: return the same shape and dtype"
         )
     return grad
 
 
 def arriving(landing: DirectFeedback, signal: Any, e: jax.Array) -> jax.Array:
-    """What a direct rule brings to a hidden signal, checked."""
+    """The error that a direct rule brings to a hidden signal, checked."""
     name, wanted = landing.hidden.name, (e.shape[0], *landing.signal_shape)
     if not hasattr(signal, "dtype"):
         raise TypeError(
             f"signal returned {what(signal)} at the hidden signal {name!r}: return an array of shape {wanted}, the "
-            "batch and the hidden signal; lrules.direct(None) brings nothing anywhere"
+            "batch and the hidden signal; lrules.direct(None) brings no error to any hidden signal"
         )
     if signal.shape != wanted:
         raise ValueError(

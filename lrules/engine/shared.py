@@ -1,4 +1,4 @@
-"""Pieces of programs that occur many times, traced once: the equations between two layers, a layer's transposes.
+"""Pieces of programs that occur many times are traced once: the equations between two layers, the transposes of layers.
 
 JAX traces, linearises and transposes what stands in `jax.jit(..., inline=True)` once for each kind of arguments, and
 puts it in place wherever it is called, so that nothing of it is seen in the program. All layers of one shape then cost
@@ -23,14 +23,14 @@ MOST = 4096
 
 
 class Pieces:
-    """Functions by what they compute; the latest used are kept."""
+    """Functions by what they compute; those used last are kept."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Hashable, Callable[..., Any]] = collections.OrderedDict()
 
     def shared(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        """The function that `make` gives, or gave first under this key: it computes the same, and holds no tracer."""
+        """The function that `make` returned first for this key: all of them compute the same, and hold no tracers."""
         with self._lock:
             known = self._kept.pop(key, None) or jax.jit(make(), inline=True)
             self._kept[key] = known
@@ -39,18 +39,18 @@ class Pieces:
             return known
 
 
-EVERYWHERE = Pieces()  # what holds nothing of a user's: no functions, no arrays
+EVERYWHERE = Pieces()  # pieces without functions or arrays of the user
 
 
 def equation_key(eqn: Equation) -> Hashable | None:
-    """What an equation computes; None if that cannot be told, or if it does more than compute."""
+    """A key for what an equation computes; None if this is not known, or if it has effects."""
     if eqn.effects:
         return None
     params: tuple[Any, ...] = tuple(eqn.params.items())
     if any(map(_is_program, eqn.params.values())):
         if eqn.primitive is _relu().primitive and _source(eqn) == _source(_relu()):
             params = ("relu",)
-        elif of(eqn).name not in JITS:  # whose programs JAX keeps: they are the same if they are one
+        elif of(eqn).name not in JITS:  # JAX keeps the programs of jits: equal ones are the same object
             return None
     key = (eqn.primitive, params, eqn.ctx, tuple(v.aval for v in eqn.invars))
     try:
@@ -67,7 +67,7 @@ def _is_program(param: Any) -> bool:
 
 
 def _source(eqn: Equation) -> Any:
-    """Where the function of a call stands."""
+    """The place of a call's function in the source."""
     return eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info
 
 
@@ -85,10 +85,10 @@ class Together:
     """Equations that run as one piece.
 
     Attributes:
-      given: the variables that they read, of those that they do not give themselves.
-      wanted: the variables that they are asked for.
-      key: what they compute.
-      programs: whether there are programs in them, such as a jitted function of the user's.
+      given: the variables that they read and do not compute themselves.
+      wanted: the variables that are asked for.
+      key: a key for what they compute.
+      programs: whether they hold programs, such as a jitted function of the user.
     """
 
     def __init__(self, eqns: Sequence[Equation], keys: Sequence[Hashable], wanted: Sequence[Atom]) -> None:

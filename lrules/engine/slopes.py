@@ -1,7 +1,8 @@
-"""Which activation a layer's output, or a hidden signal, belongs to, for rules that ask for its slope f'(z).
+"""The activation of a layer, or of a hidden signal, for rules that ask for its slope f'(z).
 
-Of a layer, it is the activation f whose pre-activation z is the layer's output y up to what is added to it, factors,
-normalisation, casts, reshapes and transposes. Of a hidden signal, it is the activation whose output that tensor is.
+For a layer, it is the activation f above it: the pre-activation z is the output y of the layer, up to added terms,
+factors, normalisation, casts, reshapes and transposes. For a hidden signal, it is the activation whose output is that
+tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lrules.engine.records import Activation, Hidden, Layer, Value, reach, undo_
 
 
 def activations_of_layers(graph: Graph) -> dict[str, tuple[Activation, tuple[Any, ...]]]:
-    """For each layer (by site) with one activation above it: that activation, and the views from y to z."""
+    """For each layer (by site) with one activation above it: this activation, and the views from y to z."""
     reached = reach(graph.outs[: graph.n_outputs])
     found: dict[str, list[tuple[Activation, tuple[Any, ...]]]] = defaultdict(list)
     for activation in graph.activations:
@@ -48,7 +49,7 @@ def _layers_below(source: Value | None) -> list[tuple[Layer, tuple[Any, ...]]]:
 
 
 def _terms(value: Value) -> list[Value]:
-    """What a value is a sum of, or the one thing that it is a multiple of."""
+    """The terms of a value that is a sum, or the one value of which it is a multiple."""
     if value.producer is None:
         return []
     row, moving = of(value.producer), [v for v in value.operands if v.both and not is_statistic(v)]
@@ -66,8 +67,8 @@ def activation_of_hidden(graph: Graph, hidden: Hidden) -> Activation | None:
 class Slopes(Handler):
     """Brings the slope of activations to layers, and records it for hidden signals.
 
-    It stands outside all other handlers, so that the slope is what error meets there: with `replace_derivative`, g(z).
-    A layer makes zeros beside its output, see `open_slot`. Their cotangent is the slope.
+    It is outside all other handlers, so its slope is the one that the error meets: with `replace_derivative`, g(z). A
+    layer makes zeros beside its output, see `open_slot`. Their cotangent is the slope.
 
     Args:
       layers: for each activation, by site, the layers below it, with the views from y to z.
@@ -95,8 +96,8 @@ class Slopes(Handler):
             if site not in frame.slots:
                 raise NotImplementedError(
                     f"the activation {activation.site!r} lies in another loop, branch or remat than the layer {site!r} "
-                    "below it, so that the rule cannot be given its slope: write both into the same one, or give that "
-                    "layer a rule that does not ask for slope"
+                    "below it, so the rule cannot get its slope: write both into the same one, or give that layer a "
+                    "rule that does not ask for slope"
                 )
             at_root = slope.transpose([activation.axes.index(i) for i in range(slope.ndim)])
             slot = frame.slots.pop(site)
@@ -105,7 +106,7 @@ class Slopes(Handler):
 
 
 def open_slot(y: jax.Array) -> jax.Array:
-    """Zeros beside a layer's output, whose cotangent is going to be the slope of the activation above."""
+    """Zeros beside the output of a layer; their cotangent will be the slope of the activation above."""
     return placed_as(jnp.zeros(y.shape, y.dtype), jax.typeof(y))
 
 

@@ -1,7 +1,7 @@
 """The traces of a network: it is traced and analysed once for each kind of arguments, and both are kept.
 
-JAX itself says which trace serves: it keeps what it has traced by the shapes, dtypes and splits of the arguments and
-by its own settings (precision, meshes, 64 bits), and gives the same jaxpr again. The analysis belongs to that jaxpr.
+JAX itself decides which trace fits: it keeps its traces by the shapes, dtypes and splits of the arguments and by its
+settings (precision, meshes, 64 bits), and returns the same jaxpr again. The analysis belongs to that jaxpr.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ MOST = 32
 
 
 class _Signature:
-    """One kind of arguments: the function that JAX traces, and what came of it."""
+    """One kind of arguments: the function that JAX traces, and the graphs of its traces."""
 
     def __init__(self, apply: Callable[..., Any], flat: Callable[..., Any]) -> None:
         self.apply = apply
         self.trace = jax.make_jaxpr(flat, return_shape=True)
-        self.graphs: collections.deque[Graph] = collections.deque(maxlen=4)  # by JAX's settings
+        self.graphs: collections.deque[Graph] = collections.deque(maxlen=4)  # one for each setting of JAX
         self.writes: frozenset[Place] = frozenset()
         self.reads = captured(apply)
 
     @property
     def serves(self) -> bool:
-        """Whether what the function reads is what it read when it was traced."""
+        """Whether the function still reads the same values as when it was traced."""
         if self.reads is None:
             return False
         now = captured(self.apply, self.writes)
@@ -45,7 +45,7 @@ class _Signature:
         graph = build(closed, *map(jax.tree.structure, shapes))
         self.graphs.append(graph)
         after = captured(self.apply)
-        # Tracers that it has reached unseen, or kept, belong to this call alone.
+        # Tracers that the function reads or keeps belong to this call alone.
         if after is None or any(isinstance(const, jax.core.Tracer) for const in closed.consts):
             self.reads = None
         elif self.reads is not None:
@@ -55,14 +55,14 @@ class _Signature:
 
 
 class Traces:
-    """What one network, with any handlers, has been traced to; the least recently used is forgotten first."""
+    """The traces of one network, with any handlers; the least recently used trace is dropped first."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._signatures: collections.OrderedDict[Hashable, _Signature] = collections.OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Traces, ()  # a copy in another process begins anew
+        return Traces, ()  # a copy in another process starts empty
 
     def graph(
         self,
@@ -76,8 +76,8 @@ class Traces:
 
         Args:
           apply: the function of the network.
-          flat: `flat(*args) -> (outputs, aux)`, which calls it.
-          key: which of all such functions it is.
+          flat: `flat(*args) -> (outputs, aux)`, a function that calls it.
+          key: the key of this function.
           args: lists of arrays.
           build: `(jaxpr, structures of outputs and aux) -> Graph`.
         """
@@ -85,7 +85,7 @@ class Traces:
             try:
                 key = (key, *(tuple(map(jax.typeof, leaves)) for leaves in args))
                 signature = self._signatures.pop(key, None)
-            except TypeError:  # a structure that has no hash, or an argument that JAX will refuse
+            except TypeError:  # a structure without a hash, or an argument that JAX will refuse
                 return _Signature(apply, flat).graph(args, build)
             if signature is None or not signature.serves:
                 signature = _Signature(apply, flat)

@@ -1,4 +1,4 @@
-"""The shapes that the values of a network have at twice the batch, from its program there."""
+"""The shapes of the values of a network at twice the batch, from its program there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrules.engine.records import Block, Value
 
 
 class Twin(Protocol):
-    """What is asked of a value at twice the batch."""
+    """The properties that are needed of a value at twice the batch."""
 
     @property
     def aval(self) -> Aval: ...
@@ -26,7 +26,7 @@ class Twin(Protocol):
 
 
 class AtTwice:
-    """A value at twice the batch, by the shapes that are noted in the values of the network."""
+    """A value at twice the batch, from the shapes that the values of the network hold."""
 
     def __init__(self, value: Value) -> None:
         self.value = value
@@ -37,7 +37,7 @@ class AtTwice:
 
     @property
     def producer(self) -> Equation | None:
-        """The equation that makes it, as views are asked: of what shape is the result."""
+        """The equation that makes it, with the shape of the result that views need."""
         eqn = self.value.producer
         if eqn is None:
             return None
@@ -49,11 +49,11 @@ class AtTwice:
 
 
 def write_shapes(graph: Graph, at_twice: Jaxpr, axes: Sequence[int | None]) -> bool:
-    """Notes in each value what it is at twice the batch; False if the program there is not the same but for sizes.
+    """Writes into each value its type at twice the batch; False if the program there differs in more than sizes.
 
     Args:
       graph: the network.
-      at_twice: its program on inputs that it puts after themselves, before all else.
+      at_twice: its program at twice the batch; it first concatenates each input with itself.
       axes: the batch axis of each input.
     """
     jaxpr, _ = open_jaxpr(at_twice)
@@ -95,7 +95,7 @@ def _write(block: Block, at_twice: Any, eqns: Sequence[Equation], twins: dict[An
 
 
 def _same(a: Sequence[Any], b: Sequence[Any], twins: Mapping[Any, Any]) -> bool:
-    """Whether an equation reads the same of the two programs."""
+    """Whether an equation reads the same variables in the two programs."""
     return len(a) == len(b) and all(
         is_literal(w) if is_literal(v) else twins.get(v) is w for v, w in zip(a, b, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Which dimensions of a value hold which axes of which parameters."""
+"""The axes of parameters that the dimensions of a value hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lrules.engine.records import Layer, Value, classes_of, spread_of, united
 
 
 def slice_of(value: Value, aval: Aval, key: tuple[Any, ...]) -> Value:
-    """One slice of a scanned value: a definition of its own."""
+    """One slice of a scanned value: it counts as a new definition."""
     axes = {}
     for i, (dims, sliced) in value.axes.items():
         axes[i] = (dims[1:], sliced | frozenset(dims[0]))
@@ -26,12 +26,12 @@ def _through(axes: Any, dims: frozenset[int]) -> frozenset[int]:
 
 
 def varying_dims(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> frozenset[int] | None:
-    """The dimensions along which a value is not merely broadcast, as `Value.varies`."""
+    """The dimensions along which a value is not only broadcast, for `Value.varies`."""
     row = of(eqn)
     full = spread_of(aval)
     if axes is not None:
         varies = _through(axes, ins[0].spread) & full
-    elif row.kind == "view" and row.lies is not None:  # which repeats elements
+    elif row.kind == "view" and row.lies is not None:  # it repeats elements
         lies = row.lies(eqn, 0)
         varies = frozenset(lies[i] for i in ins[0].spread)
     elif row.elementwise:
@@ -42,7 +42,7 @@ def varying_dims(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> froz
 
 
 def parameter_axes(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> dict[int, Any]:
-    """Which axes of which parameters the dimensions of a value made of parameters hold."""
+    """The axes of parameters that the dimensions of a value made from parameters hold."""
     row = of(eqn)
     ndim = len(getattr(aval, "shape", ()))
     found: dict[int, Any] = {}
@@ -72,7 +72,7 @@ def parameter_axes(eqn: Equation, ins: list[Value], aval: Aval, axes: Any) -> di
 
 
 def output_parameter_axes(layer: Layer) -> dict[int, Any]:
-    """Which axes of its parameters the dimensions of a layer's output hold."""
+    """The axes of its parameters that the dimensions of a layer's output hold."""
     came_from = {o: a for a, o in layer.output_axes.items()}
     ndim = len(layer.output.aval.shape)  # type: ignore[union-attr]
     return {
