@@ -1,8 +1,8 @@
-"""Learning channels made of the public constructors, each in a few lines: take one, change it, make your own.
+"""Rules made with the public constructors, each in a few lines: take one, change it, make your own.
 
-The first ones are variants that Baldi, Sadowski and Lu (2018) mention in sections 3, 4.2 and 6.1. The others show what
-a rule's functions can ask for (see `lrules.constructors`): keys, targets, the hidden signal, a layer's output, numbers
-by layer. Each returns a rule.
+The first rules are variants that Baldi, Sadowski and Lu (2018) mention in sections 3, 4.2 and 6.1. The others show what
+the functions of a rule can ask for (see `lrules.constructors`): keys, targets, the hidden signal, the output of a
+layer, numbers by layer. Each function returns a rule.
 """
 
 import zlib
@@ -16,26 +16,26 @@ import lrules
 
 
 def mixed_channel(long_range: str) -> lrules.Rule:
-    """The output error comes straight to some layers, and goes on from there by feedback alignment.
+    """The output error comes straight to some layers, and continues from there by feedback alignment.
 
     Args:
-      long_range: a regular expression; layers that match it get direct feedback to the hidden signal that they read.
+      long_range: a regular expression; layers that it matches get direct feedback to the hidden signal that they read.
     """
     return lrules.partition({long_range: lrules.direct_feedback_alignment(), ".*": lrules.feedback_alignment()})
 
 
 def nonlinear_channel(rule: lrules.Rule | None = None, fn: Callable[[jax.Array], jax.Array] = jnp.tanh) -> lrules.Rule:
-    """Neurons of the channel that are not linear: s_l <- fn(s_l), on the scale of a single example's error."""
+    """Nonlinear neurons in the learning channel: s_l <- fn(s_l), on the scale of the error of a single example."""
     return lrules.modify_error(rule or lrules.direct_feedback_alignment(), lambda signal, name, rng: fn(signal))
 
 
 def averaged_matrices(n: int, init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """The signals of n random matrices, averaged, which is the signal of the averaged matrix."""
+    """The average of the signals of n random matrices, which is the signal of the averaged matrix."""
     return lrules.feedback_alignment(init=lrules.feedback.averaged(n, init=init))
 
 
 def redrawn(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """Feedback alignment with other random matrices at every step: trains like the last layer only (observation 1)."""
+    """Feedback alignment with new random matrices at every step: trains like the last layer only (observation 1)."""
 
     def backward(op, w, b, x, d, layer):
         dw, _ = jax.vjp(op, w, x)[1](d)
@@ -46,21 +46,21 @@ def redrawn(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
 
 
 def redrawn_concordant() -> lrules.Rule:
-    """The same with the forward weights' signs, which trains (observation 2); it is `sign_symmetry("random")`."""
+    """The same with the signs of the forward weights, which trains (observation 2); it is `sign_symmetry("random")`."""
     return redrawn(init=lrules.feedback.congruent())
 
 
 def redrawn_direct(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """Direct feedback alignment with other random matrices at every step."""
+    """Direct feedback alignment with new random matrices at every step."""
     signal = lambda e, b, targets, name: jnp.tensordot(e, b, axes=1)  # noqa: E731
     return lrules.direct(signal, init=init or jax.nn.initializers.glorot_normal(), redrawn=True)
 
 
 def cascaded(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """Direct feedback from the output, and besides from every hidden signal to all below it.
+    """Direct feedback from the output, and also from every hidden signal to all hidden signals below it.
 
-    s_h = C_h e + sum over l above h of C_lh s_l. The channel is linear, so this is direct feedback by one matrix
-    `cascade` for each signal. For networks without loops over layers.
+    s_h = C_h e + sum over l above h of C_lh s_l. The channel is linear, so this equals direct feedback by one matrix
+    `cascade` for each signal. It is for networks without loops over layers.
     """
     draw = init or jax.nn.initializers.glorot_normal()
     rule = lrules.direct_feedback_alignment(init)
@@ -84,7 +84,7 @@ def cascaded(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
 def cascade(
     names: list[str], straight: Mapping[str, jax.Array], between: Mapping[tuple[str, str], jax.Array]
 ) -> dict[str, jax.Array]:
-    """What arrives in all: B_h = C_h + sum over l above h of B_l C_lh, `[outputs, *hidden]`; names from below."""
+    """The total matrices: B_h = C_h + sum over l above h of B_l C_lh, `[outputs, *hidden]`; names from below."""
     total: dict[str, jax.Array] = {}
     for i in reversed(range(len(names))):
         total[names[i]] = straight[names[i]]
@@ -95,10 +95,10 @@ def cascade(
 
 
 def weight_by_weight() -> lrules.Rule:
-    """A random weight for the error of each output to each single synapse, which does not train (observation 7).
+    """One random weight for the error of each output at each single synapse. It does not train (observation 7).
 
-    dw_ij = sum over k of c_ijk e_k f'(z_i) h_j. Direct feedback is linear in its matrices, so the part of output k
-    is the gradient under feedback that passes the error of output k alone, to all neurons alike.
+    dw_ij = sum over k of c_ijk e_k f'(z_i) h_j. Direct feedback is linear in its matrices, so the part of output k is
+    the gradient under feedback that passes only the error of output k, equally to all neurons.
     """
     direct = lrules.direct_feedback_alignment(init=jax.nn.initializers.zeros)
 
@@ -134,17 +134,17 @@ def weight_by_weight() -> lrules.Rule:
         return f
 
     def transform(net, *, reduction="mean") -> Any:
-        raise ValueError("weight_by_weight is for lrules.value_and_grad(net, loss, rule)")
+        raise ValueError("transform cannot serve weight_by_weight: use lrules.value_and_grad(net, loss, rule)")
 
     return lrules.Rule(init, transform, value_and_grad)
 
 
 def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
-    """Backpropagation with a learning rate of its own for each layer: dW_l <- rate_l dW_l.
+    """Backpropagation with a separate learning rate for each layer: dW_l <- rate_l dW_l.
 
     Args:
-      by_layer: rates by regular expression on the names of layers; the first match holds. One that matches no layer is
-        an error that names the layers.
+      by_layer: rates by regular expression for the names of layers; the first match holds. If a pattern matches no
+        layer, an error lists the layers.
     """
 
     def backward(op, w, b, x, d, layer, rate):
@@ -157,18 +157,17 @@ def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
 def weight_mirror(
     std: float = 1.0, decay: float = 1.0, noise: Callable[..., jax.Array] = jax.random.normal
 ) -> lrules.Rule:
-    """Feedback alignment whose feedback weights come to mirror the forward weights (Akrout et al. 2019, section 3).
+    """Feedback alignment with feedback weights that learn to mirror the forward weights (Akrout et al. 2019, section 3).
 
-    B_l <- B_l + eta (xi y^T - decay B_l),  y = W_l xi,  with noise xi in the place of what layer l reads
+    B_l <- B_l + eta (xi y^T - decay B_l),  y = W_l xi,  where noise xi replaces the input of layer l
 
-    The mean of xi y^T over the noise is std^2 W_l (as the parameter lies), so B_l comes to std^2 / decay W_l, and no
-    weight is carried from one place to the other. `grads.feedback` is minus what is in brackets, a mean over the batch:
-    plain `optax.sgd(eta)` makes this update of it. (The paper lets the noise pass at times of its own, not at every
-    step.)
+    The mean of xi y^T over the noise is std^2 W_l (with the layout of the parameter). So B_l goes to std^2 / decay W_l,
+    without any copy of a weight. `grads.feedback` is minus the bracket, a mean over the batch; plain `optax.sgd(eta)`
+    makes this update from it. (In the paper, the noise passes in separate phases, not at every step.)
 
     Args:
       std: the standard deviation of the noise.
-      decay: of the feedback weights.
+      decay: the decay of the feedback weights.
       noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1.
     """
 
@@ -192,19 +191,19 @@ def difference_target_propagation(
 ) -> lrules.Rule:
     """Difference target propagation (Lee et al. 2015), from layer output to layer output.
 
-    y_l = W_l x_l is what layer l computes of what it reads, g_l(y) = decoder(B_l^T y) the learned way back. With the
-    target of y_l a step against the error of the example, the target of x_l is corrected by the difference of two ways:
+    Layer l computes y_l = W_l x_l from its input x_l, and g_l(y) = decoder(B_l^T y) is the learned way back. The target
+    of y_l is one step against the error of the example. The target of x_l is corrected by the difference of two ways:
 
         y'_l = y_l - step d_l,   x'_l = x_l + g_l(y'_l) - g_l(y_l)                            (Eq. 15)
         dW_l descends |y_l - y'_l|^2 / (2 step),   dB_l descends |g_l(W_l (x_l + noise)) - (x_l + noise)|^2 / 2
 
-    Between x_l and the output of the layer below lie its bias and its activation. The error x_l - x'_l, divided by the
-    step, goes down through these by their derivatives. (The paper's layers hold the activation, and have a target
-    behind it.) The last layer has the true gradient.
+    Between x_l and the output of the layer below are its bias and its activation. The error x_l - x'_l, divided by the
+    step, goes down through them by their derivatives. (In the paper, layers include the activation, and the target
+    comes after it.) The last layer has the true gradient.
 
     Args:
-      step: how far targets lie from what is there, on the scale of one example's error.
-      std: the standard deviation of the noise with which the way back is learned.
+      step: the distance of targets from the values, on the scale of the error of one example.
+      std: the standard deviation of the noise for learning the way back.
       decoder: an elementwise function.
       noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1.
     """
@@ -214,7 +213,7 @@ def difference_target_propagation(
         if h is None:
             return dw, dx, jnp.zeros_like(b)
         back = lambda b, y: decoder(jax.vjp(lambda x: op(b, x), x)[1](y)[0])  # noqa: E731
-        size = step * elements  # d is the error of a mean over so many losses
+        size = step * elements  # d is the error of a mean over this number of losses
         dx = (back(b, y) - back(b, y - size * d)) / size
         noisy = x + std * noise(rng, x.shape, x.dtype)
         lost = lambda b: jnp.sum((back(b, op(w, noisy)) - noisy) ** 2) / (2 * elements)  # noqa: E731
@@ -224,15 +223,16 @@ def difference_target_propagation(
 
 
 def local_classifiers(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """Every hidden signal has a linear classifier of its own, and learns from its loss (Nokland and Eidnes 2019).
+    """Every hidden signal has its own linear classifier, and learns from its loss (Nokland and Eidnes 2019).
 
     L_h = softmax cross-entropy of C_h h with the classes,  s_h = C_h^T (p_h - t),  dC_h = (p_h - t) h^T
 
-    Nothing comes down from above: the layers between two hidden signals learn from the classifier at the upper one, the
-    last layer from the network's own loss. The classifiers C_h `[classes, *hidden]` are in `feedback.learned`.
+    No error comes down from above. The layers between two hidden signals learn from the classifier at the upper hidden
+    signal, and the last layer learns from the loss of the network. The classifiers C_h `[classes, *hidden]` are in
+    `feedback.learned`.
 
     Args:
-      init: of the classifiers, drawn as `[hidden size, classes]`.
+      init: the initializer of the classifiers; it draws `[hidden size, classes]`.
     """
 
     def error(h, b, targets, elements):

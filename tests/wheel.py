@@ -1,4 +1,4 @@
-"""What a user does first, with the wheel and its declared dependencies alone: run by `make wheel-test`, not by pytest."""
+"""What a user does first, with the wheel and what it declares to need alone: `make wheel-test` runs it, not pytest."""
 
 import importlib.metadata
 import pathlib

@@ -18,30 +18,30 @@ LEVELS = 2**12  # more powers of two below one than any float has
 
 
 def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
-    """The power of two nearest to |x / alpha| on a logarithmic scale, from `2 ** (1 - bits)` to 1, times alpha sign(x).
+    """Rounds numbers to signed powers of two, times alpha.
 
     Q(x) = alpha sign(x) 2^round(clip(log2 |x / alpha|, 1 - bits, 0)),  Q(0) = 0
 
-    So there are `bits` magnitudes, the largest alpha, and whatever is small but not zero becomes the smallest of them.
-    No logarithm is taken: |x / alpha| = m 2^p with 1/2 <= m < 1 rounds to 2^p where m^2 >= 1/2, else to 2^(p - 1),
-    exactly (there is no tie, as no float squares to one half). The quotient is rounded to the precision of x, at least
-    float32; if alpha is a power of two, it is exact. NaN stays NaN. Of complex numbers, real and imaginary part are
-    quantised.
+    So there are `bits` magnitudes, and the largest is alpha. Numbers that are small but not zero get the smallest
+    magnitude. The function does not use a logarithm: |x / alpha| = m 2^p with 1/2 <= m < 1 is rounded to 2^p if
+    m^2 >= 1/2, else to 2^(p - 1). This is exact, and there are no ties, because no float has the square one half. The
+    quotient has the precision of x, at least float32; if alpha is a power of two, it is exact. NaN stays NaN. For
+    complex numbers, the real and the imaginary part are quantised.
 
     Args:
       x: an array.
       bits: the number of magnitudes, at least 1.
-      scale: alpha, the largest of them.
+      scale: alpha, the largest magnitude.
 
     Returns:
-      An array of the shape and dtype of x.
-
-    References:
-      Baldi, Sadowski, Lu (2018), Eq. 19.
+      An array with the shape and dtype of x.
 
     Example:
       >>> quantize(jnp.array([3.0, 0.3, -0.001, 0.0]), bits=3, scale=1.0).tolist()
       [1.0, 0.25, -0.25, 0.0]
+
+    References:
+      Baldi, Sadowski, Lu (2018), Eq. 19.
     """
     if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
         return by_parts(lambda part: quantize(part, bits, scale), jnp.asarray(x))
