@@ -157,7 +157,7 @@ def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
 def weight_mirror(
     std: float = 1.0, decay: float = 1.0, noise: Callable[..., jax.Array] = jax.random.normal
 ) -> lrules.Rule:
-    """Feedback alignment with feedback weights that learn to mirror the forward weights (Akrout et al. 2019, section 3).
+    """Feedback alignment whose feedback weights learn to mirror the forward weights (Akrout et al. 2019, section 3).
 
     B_l <- B_l + eta (xi y^T - decay B_l),  y = W_l xi,  where noise xi replaces the input of layer l
 

@@ -61,7 +61,7 @@ def test_another_state_is_refused():
     assert new["n"].dtype == jnp.int32
     with pytest.raises(TypeError, match="at the layer 'a', returned a state of the structure"):
         require_same({"m": jnp.ones(3)}, old, "backward, at the layer 'a',")
-    with pytest.raises(ValueError, match=r"state of shape \(4,\) and dtype float32, and was given one of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"state of shape \(4,\) and dtype float32, and got one of shape \(3,\)"):
         require_same({"m": jnp.ones(4), "n": 1}, old, "backward, at the layer 'a',")
-    with pytest.raises(ValueError, match="dtype float32, and was given one of shape .* and dtype int32: keep both"):
+    with pytest.raises(ValueError, match="dtype float32, and got one of shape .* and dtype int32: keep both"):
         require_same({"m": jnp.ones(3), "n": jnp.ones(())}, old, "backward, at the layer 'a',")
