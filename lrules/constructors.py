@@ -67,7 +67,7 @@ def layerwise(
     needs_loss = next((spec.needs_loss for spec in specs if spec.needs_loss is not None), None)
 
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
-        return make_plan(net, graph, params, inputs, choose_for(graph))
+        return graph.once_for(choose_for, lambda: make_plan(net, graph, params, inputs, choose_for(graph)))
 
     def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import importlib
 import pickle
 import threading
 import types
@@ -426,3 +427,53 @@ def test_threads_share_a_network():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+PLANNED = SEQUENTIAL | DIRECT | {"node_perturbation": lrules.node_perturbation(0.1)}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_is_made_once_for_each_traced_network(name, monkeypatch):
+    """What a rule does where is settled once, and called again with the same shapes it is there."""
+    rule, made = PLANNED[name], []
+    for module in ("constructors", "rules.node_perturbation", "rules.dual_propagation.network"):
+        held = functools.reduce(getattr, module.split("."), lrules)
+        held = held if isinstance(held, types.ModuleType) else importlib.import_module(f"lrules.{module}")
+        make = held.make_plan
+        monkeypatch.setattr(held, "make_plan", lambda *a, make=make, **k: made.append(1) or make(*a, **k))
+    net = lrules.Network(model)
+    rng = {"rng": KEY} if rule.stochastic else {}
+    feedback = rule.init(KEY, net, PARAMS, X)
+    assert len(made) == 1
+    step = lrules.value_and_grad(net, lambda y, t: ((y - t) ** 2).sum(-1), rule)
+    first = step(PARAMS, feedback, X, Y, **rng)[1].params
+    counted = len(made)
+    second = step(PARAMS, feedback, X, Y, **rng)[1].params
+    assert len(made) == counted <= 2  # the plan of a step may differ from that of init
+    chex.assert_trees_all_equal(first, second)
+
+
+def test_a_plan_is_dropped_with_its_rule():
+    net, graph = lrules.Network(model), None
+    rule = lrules.backman()
+    rule.init(KEY, net, PARAMS, X)
+    graph = net.graph(PARAMS, X)
+    assert len(graph._made_for) == 1
+    del rule
+    gc.collect()
+    assert len(graph._made_for) == 0
+
+
+def test_plans_of_traced_hyperparameters_are_not_mixed_up():
+    net = lrules.Network(model)
+
+    def grads(alpha):
+        f = lrules.transform(net, lrules.backman(alpha))
+        return jax.grad(lambda p: f(p, lrules.Feedback({}, {}), X).sum())(PARAMS)
+
+    one, two = jax.jit(grads)(1.0), jax.jit(grads)(2.0)
+    together = jax.vmap(grads)(jnp.array([1.0, 2.0]))
+    for i, alone in enumerate((one, two)):
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-5, atol=1e-6)
+    with jax.checking_leaks():
+        jax.jit(grads)(3.0)

@@ -11,6 +11,7 @@ slices.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class Graph:
         self.live = {hidden for hidden in self.hidden if id(hidden.root) in reached}
         self.pieces = Pieces()  # pieces that hold programs of the user live as long as the graph
         self._made: dict[Hashable, Any] = {}
+        self._made_for: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -83,6 +85,13 @@ class Graph:
             if key not in self._made:
                 self._made[key] = make()
             return self._made[key]
+
+    def once_for(self, owner: Any, make: Callable[[], Any]) -> Any:
+        """The same for an owner, with whom the result is dropped: so it may hold tracers, but not the owner itself."""
+        with self._lock:
+            if owner not in self._made_for:
+                self._made_for[owner] = make()
+            return self._made_for[owner]
 
     @property
     def activations(self) -> list[Activation]:

@@ -182,10 +182,12 @@ def dual_propagation(
         return f
 
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
+        own = dataclasses.replace(options, axis_name=None)  # its mean runs over the share of one device
+
         def fn(
             params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
         ) -> tuple[tuple[Any, ...], Gradients]:
-            network = DualNetwork(dataclasses.replace(options, axis_name=None), net, params, inputs, "mean")
+            network = DualNetwork(own, net, params, inputs, "mean")
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux, started = begin(network, args)
 

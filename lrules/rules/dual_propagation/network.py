@@ -43,6 +43,11 @@ def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, input
       NotImplementedError: an activation cannot have two states.
       ValueError: the feedback rule is a direct one.
     """
+    made: Plan = graph.once_for(options, lambda: _plan(options, net, graph, params, inputs))
+    return made
+
+
+def _plan(options: Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
     activations = treated(graph, options.passing)
     inside = {a.site: s.split(" ")[0] for a in activations for s in a.scope if s != "scan"}
     if inside:

@@ -34,6 +34,7 @@ from lrules.extend import (
     Direct,
     Graph,
     Layer,
+    LayerRule,
     Plan,
     Product,
     RuleDescription,
@@ -133,8 +134,11 @@ def node_perturbation(
     else:
         spec = Sequential(_backward_learned if learned else _backward, draw, learned)
 
+    def choose(name: str) -> LayerRule:
+        return spec
+
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
-        return make_plan(net, graph, params, inputs, lambda name: spec, partition=False)
+        return graph.once_for(choose, lambda: make_plan(net, graph, params, inputs, choose, partition=False))
 
     def rule_init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
