@@ -22,7 +22,7 @@ help:
 	@echo "make test-slow   the slow tests"
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
 	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
-	@echo "make bench       time and memory of every rule (an hour on two cores; BENCH_ARGS=--quick: minutes)"
+	@echo "make bench       time and memory of every rule, and the time to trace it (an hour on two cores; BENCH_ARGS=--quick: minutes)"
 	@echo "make clean       remove the environments and caches"
 
 # The stamp is made last, so that an interrupted install is done again.
@@ -46,6 +46,7 @@ demo: install
 
 bench: install
 	$(BIN)/python -m experiments.benchmark $(BENCH_ARGS)
+	$(BIN)/python -m experiments.tracing $(filter --quick,$(BENCH_ARGS))
 
 lint: install
 	$(BIN)/ruff check .

@@ -137,6 +137,18 @@ def test_benchmark_program(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 2 and is_png(tmp_path / "benchmark.png")
 
 
+def test_tracing_program(tmp_path):
+    flags = ["--models=mlp 8,transformer in a scan", "--rules=backprop,node_perturbation(std=0.1)", "--repeats=1"]
+    done = fork("tracing", *flags, "--compile", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "Time to trace, over plain" in done.stdout and "Time to compile" in done.stdout
+    found = results(tmp_path)["models"]
+    assert set(found) == {"mlp 8", "transformer in a scan"}
+    assert all(row["trace_seconds"] > 0 and row["compile_seconds"] > 0 for row in found["mlp 8"].values())
+    done = fork("tracing", "--models=mlp", f"--output={tmp_path}")
+    assert done.returncode != 0 and "mlp 8" in done.stderr
+
+
 @pytest.mark.parametrize("size", ["QUICK", "FULL"])
 def test_benchmarked_models_exist(size):
     for name, case in getattr(benchmark, size).items():
