@@ -379,7 +379,7 @@ TABLE = [
         carries=True, brings=True, cuts=True),
     Row("scatter", "scatter", reorders=_anywhere),
     Row("scatter-add", "scatter", reorders=_anywhere, reduced=_scattered, brings=True),
-    *_rows("scatter-mul scatter-max scatter-min", "scatter"),
+    *_rows("scatter-mul scatter-max scatter-min", "scatter", reorders=_anywhere),
     # Reduced.
     Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
     Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),
