@@ -5,17 +5,22 @@ activation, a bias or a scale. A *handler* decides what happens at the sites whi
 a *frame*. A *plan* is what a rule does at each site of one network; `make_plan` also refuses what the rule cannot
 serve.
 
-| to | use | | --- | --- | | list the sites of a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`,
-`activations`, `affines` | | run a network with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for
-noise, `all_zeros_at` for probes | | decide what a rule does at each site | `Sequential`, `Direct`, `Backprop`;
-`make_plan`, `Plan`; `layerwise` | | run a network under a plan | `evaluate`; with direct feedback `run_to_heads` and
-`from_heads` | | send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and
-`correlate` | | find the activations that a rule treats | `treated`, `passing_names` | | find the batch in a tensor |
-`batch_axis`, `doubled`, `BatchAxis` | | place a value like another | `placed_as`, `split_as` (devices),
-`at_least_float32` (precision) | | check the arguments of users | `as_network`, `check_params`, `mean_loss` |
+| to | use |
+| --- | --- |
+| see what is in a network | `net.graph(params, inputs)`, a `Graph`: `layers`, `hidden`, `activations`, `affines` |
+| run it with other arithmetic | `Handler`, `Frame`, `Operation`, `run`; `key_at` for noise, `all_zeros_at` for probes |
+| say what a rule does where | `Sequential`, `Direct`, `Backprop`; `make_plan`, `Plan`; `layerwise` makes a rule of it |
+| run a network as a plan says | `evaluate`; with direct feedback `run_to_heads` and `from_heads` |
+| send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and `correlate` |
+| tell activations apart | `treated`, `passing_names` |
+| find the batch in a tensor | `batch_axis`, `doubled`, `BatchAxis` |
+| put a value where another is | `placed_as`, `split_as` (devices), `at_least_float32` (precision) |
+| check what users give | `as_network`, `check_params`, `mean_loss` |
 
-An example: a rule with two forward passes. It adds noise xi to the output of each layer, and the weights follow the
-effect of the noise on the loss of each example (REINFORCE, Williams 1992): dW_l = (L(xi) - L(0)) / std xi_l x_l^T.
+An example: a rule with two forward passes. It is node perturbation without feedback weights. The second pass adds
+noise xi_l to all hidden signals, and each signal learns from the change of the loss of the example. So the signal
+s_l = (L(xi) - L(0)) / std xi_l arrives at hidden signal l. It goes through the activation and the layer below, and no
+further. The last layer has its true gradient.
 
     >>> import jax, jax.numpy as jnp, lrules
     >>> from lrules import extend
@@ -23,41 +28,45 @@ effect of the noise on the loss of each example (REINFORCE, Williams 1992): dW_l
     ...     arrays = ("key",)  # the attributes that hold arrays
     ...     def __init__(self, std, key):
     ...         self.std, self.key = std, key
-    ...     def layer(self, layer, op, w, b, x, frame):
-    ...         y = op(w, x)
-    ...         xi = jax.random.normal(extend.key_at(self.key, layer.at_output, y, frame), y.shape, y.dtype)
-    ...         frame.records[layer.at_output] = xi  # inside a loop, records come out stacked
-    ...         return y + self.std * xi
-    >>> class Credit(extend.Handler):
+    ...     def hidden(self, hidden, value, frame):
+    ...         xi = jax.random.normal(extend.key_at(self.key, hidden.name, value, frame), value.shape, value.dtype)
+    ...         frame.records[hidden.name] = xi  # inside a loop, records come out stacked
+    ...         return value + self.std * xi
+    >>> class Local(extend.Handler):
     ...     arrays = ("gain",)
     ...     def __init__(self, gain):
     ...         self.gain = gain
-    ...     def layer(self, layer, op, w, b, x, frame):
-    ...         y = op(w, jax.lax.stop_gradient(x))  # no error goes down
-    ...         frame.records[layer.at_output] = jnp.vdot(self.gain[:, None] * frame.inputs[layer.at_output], y)
-    ...         return y
+    ...     def hidden(self, hidden, value, frame):
+    ...         xi = frame.inputs[hidden.name]
+    ...         gain = self.gain.reshape(-1, *[1] * (xi.ndim - 1)).astype(xi.dtype)
+    ...         frame.records[hidden.name] = jnp.sum(gain * xi * value)  # gain * xi arrives here
+    ...         return jax.lax.stop_gradient(value)  # and nothing from above
     >>> def perturbed(std):
     ...     own = extend.Sequential(lambda *_: (None, None, None))  # at every layer: not backpropagation
-    ...     def plan(net, params, inputs):
-    ...         return extend.make_plan(net, net.graph(params, inputs), params, inputs, lambda name: own)
+    ...     def plan(net, graph, params, inputs):  # refuses networks that it cannot serve
+    ...         return extend.make_plan(net, graph, params, inputs, lambda name: own, partition=False)
     ...     def init(key, net, params, inputs):
     ...         net = extend.as_network(net)
-    ...         return plan(net, params, inputs).init(key, net.parameters(params))
+    ...         return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
     ...     def transform(net, *, reduction="mean"):
     ...         raise ValueError("perturbed needs the loss: use lrules.value_and_grad(net, loss, rule)")
     ...     def value_and_grad(net, loss):
     ...         def step(params, feedback, inputs, targets, *, rng):
-    ...             plan(net, params, inputs)  # refuses networks that it cannot serve
-    ...             clean, _, _ = extend.run(net, params, inputs)
+    ...             plan(net, net.graph(params, inputs), params, inputs)
+    ...             clean, aux, _ = extend.run(net, params, inputs)
     ...             noisy, _, xi = extend.run(net, params, inputs, [Noise(std, rng)])
-    ...             gain = (loss(noisy, targets) - loss(clean, targets)) / std
-    ...             def credit(params):
-    ...                 _, _, found = extend.run(net, params, inputs, [Credit(gain / gain.size)], given=xi)
-    ...                 return sum(map(jnp.sum, found.values()))
-    ...             value = extend.mean_loss(net, loss, clean, inputs, targets)
-    ...             return (value, clean), lrules.Gradients(jax.grad(credit)(params), {})
+    ...             effect = (loss(noisy, targets) - loss(clean, targets)) / std
+    ...             def objective(params):
+    ...                 handlers = [Local(effect / effect.size), *net.handlers]  # modifiers act on what arrives
+    ...                 outputs, _, sent = extend.run(net, params, inputs, handlers, given=xi)
+    ...                 return extend.mean_loss(net, loss, outputs, inputs, targets) + sum(map(jnp.sum, sent.values()))
+    ...             head = extend.mean_loss(net, loss, clean, inputs, targets), clean
+    ...             grads = lrules.Gradients(jax.grad(objective)(params), {})
+    ...             return ((*head, aux) if net.has_aux else head), grads
     ...         return step
-    ...     return lrules.Rule(init, transform, value_and_grad, stochastic=True)
+    ...     return lrules.Rule(
+    ...         init, transform, value_and_grad, stochastic=True, description=extend.RuleDescription(plan)
+    ...     )
     >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
     >>> x, y, rule = jnp.ones((5, 3)), jnp.zeros((5, 2)), perturbed(1e-3)
     >>> step = lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)

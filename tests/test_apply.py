@@ -85,9 +85,9 @@ def test_feedback_of_another_network():
 def test_feedback_that_another_rule_would_learn():
     fixed = FA.init(KEY, mlp, W, X)
     learned = lrules.kolen_pollack().init(KEY, mlp, W, X)
-    with pytest.raises(ValueError, match="is fixed, and this rule learns it.*make it anew"):
+    with pytest.raises(ValueError, match="is fixed, and this rule learns it.*make new feedback"):
         lrules.transform(mlp, lrules.kolen_pollack())(W, fixed, X)
-    with pytest.raises(ValueError, match="is learned, and this rule keeps it as it is"):
+    with pytest.raises(ValueError, match="is learned, and this rule keeps it fixed"):
         lrules.transform(mlp, FA)(W, learned, X)
     with pytest.raises(TypeError, match="the feedback is a NoneType, not an lrules.Feedback"):
         lrules.transform(mlp, lrules.backprop())(W, None, X)

@@ -213,6 +213,7 @@ IMPORTED_AS = {
 # What is not imported here, and who needs it.
 NOT_IMPORTED = {
     "importlib_resources": "tensorflow-datasets imports it and does not declare it",
+    "build": "called by the Makefile",
     "basedpyright": "called by tests/typing/test_typing.py",
     "ipykernel": "runs the notebooks",
     "mypy": "called by the Makefile",

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from lrules.engine.jaxprs import Equation, bind
 from lrules.engine.shared import EVERYWHERE, equation_key
@@ -55,7 +56,7 @@ class Product:
         """The error that goes down from `d` through the weight, with the structure of `x`."""
         leaves, tree = jax.tree.flatten(x)
         floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        found: list[Any] = [np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in leaves]
+        found: list[Any] = [None if i in floating else _no_error(leaf) for i, leaf in enumerate(leaves)]
 
         def pull(w: jax.Array, leaves: Sequence[Any], d: jax.Array) -> Any:
             def run(given: Sequence[Any]) -> Any:
@@ -72,3 +73,8 @@ class Product:
     def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:
         key = equation_key(self.eqn)
         return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), lambda: pull)
+
+
+def _no_error(leaf: jax.Array) -> Any:
+    """The cotangent of integers, as JAX writes it. A symbolic shape cannot be that of a NumPy array."""
+    return np.zeros(() if any(map(is_symbolic_dim, leaf.shape)) else leaf.shape, jax.dtypes.float0)

@@ -307,8 +307,8 @@ def test_refusals_of_shared_axes():
         with pytest.raises(ValueError, match=match):
             lrules.direct_feedback_alignment(**options).init(jax.random.key(0), net, params, x)
 
-    refused("no axis of the outputs", apply, shared_axes=3)
-    refused("no axis of the outputs", apply, shared_axes=0)
+    refused("must be an axis of the outputs", apply, shared_axes=3)
+    refused("must be an axis of the outputs", apply, shared_axes=0)
     refused("outputs that are one array", lambda p, x: (apply(p, x), apply(p, x)), shared_axes=1)
     refused("no axis that corresponds", lambda p, x: apply(p, x)[:, :4], shared_axes=1)
     with pytest.raises(ValueError, match="rank must be an integer >= 1 or None, got 0"):

@@ -422,7 +422,7 @@ def test_refusals():
         ({"std": 1.0, "ridge": "a"}, "ridge must be .* got 'a'"),
         ({"std": 1.0, "channel": "straight"}, 'channel must be "sequential" or "direct", got .straight'),
         ({"std": 1.0, "noise": 3}, "noise must be a function .* got a int"),
-        ({"std": 1.0, "init": 3}, "give a function"),
+        ({"std": 1.0, "init": 3}, "init must be a function"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             lrules.node_perturbation(**options)
