@@ -82,6 +82,10 @@ RECIPES = {
     "redrawn_concordant": recipes.redrawn_concordant(),
     "redrawn_direct": recipes.redrawn_direct(),
     "cascaded": recipes.cascaded(),
+    "rates": recipes.rates({"[ab]/": 0.5, ".*": 2.0}),
+    "weight_mirror": recipes.weight_mirror(),
+    "difference_target_propagation": recipes.difference_target_propagation(),
+    "local_classifiers": recipes.local_classifiers(),
 }
 MODIFIERS = {
     "modify_error": lambda rule: lrules.modify_error(rule, lambda s, name, rng: jnp.tanh(s)),
@@ -342,6 +346,10 @@ def learned_without(op, w, b, x, d, layer):
     return pulled(op, w, x, d)[0], pulled(op, b, x, d)[1], None
 
 
+def learned_by_zero(op, w, b, x, d, layer):
+    return *learned_without(op, w, b, x, d, layer)[:2], jnp.zeros_like(b)
+
+
 def averaging(op, w, b, x, d, layer):
     """The mean over the batch of an error that is already that of a mean."""
     dw, dx = pulled(op, w, x, d)
@@ -565,7 +573,7 @@ BROKEN = {
     "other neurons": (lrules.sequential(rows_reversed), "the layer 'a'"),
     "unused feedback": (lrules.sequential(other_feedback, init=GLOROT), "'b/kernel' is drawn and never used"),
     "unused direct feedback": (lrules.direct(fixed_sent, init=GLOROT), "'b/kernel' is drawn and never used"),
-    "no db": (lrules.sequential(learned_without, init=GLOROT, learned=True), "'b/kernel' has no gradient: return it"),
+    "zero db": (lrules.sequential(learned_by_zero, init=GLOROT, learned=True), "'b/kernel' has no gradient: return it"),
     "no direct db": (lrules.direct(sent, init=GLOROT, learn=learned_from_nothing), "'b/kernel' has no gradient"),
     "db of the mean": (lrules.direct(sent, init=GLOROT, learn=learned_by_the_mean), "'feedback b/kernel' is not"),
     "nothing sent": (lrules.direct(nothing_sent, init=GLOROT), "nothing arrives at 'a/bias'.*signal other than zero"),
@@ -609,3 +617,9 @@ def test_broken_rules(name):
     rule, sentence = BROKEN[name]
     with pytest.raises(AssertionError, match=sentence):
         check_rule(rule)
+
+
+def test_what_a_step_refuses():
+    """A learned feedback weight without a gradient: the step itself says so."""
+    with pytest.raises(ValueError, match="backward returned None for db at the layer 'd/kernel'.*learned=True"):
+        check_rule(lrules.sequential(learned_without, init=GLOROT, learned=True))
