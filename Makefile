@@ -3,6 +3,8 @@ PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MODULE ?= lrules/rules/backman.py
+SAMPLE ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +13,7 @@ WHEEL := .wheel
 PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench lint format test test-slow test-floor wheel-test clean
+.PHONY: help install demo bench lint format test test-slow test-floor wheel-test mutate clean
 
 help:
 	@echo "make install     create .venv with the package, the experiments and the tools, in the versions of constraints.txt"
@@ -22,6 +24,7 @@ help:
 	@echo "make test-slow   the slow tests"
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
 	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
+	@echo "make mutate      change operators of MODULE=lrules/..., and show what its tests do not notice"
 	@echo "make bench       time and memory of every rule, and the time to trace it (an hour on two cores; BENCH_ARGS=--quick: minutes)"
 	@echo "make clean       remove the environments and caches"
 
@@ -72,6 +75,11 @@ wheel-test: install
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
 	$(WHEEL)/venv/bin/python -I tests/wheel.py
+
+# Changes operators of one file, on a copy, and shows what its tests do not notice: see tests/mutate.py.
+mutate: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutation]'
+	$(BIN)/python -m tests.mutate $(MODULE) --sample $(SAMPLE)
 
 clean:
 	rm -rf $(VENV) $(FLOOR) $(WHEEL) .hypothesis .mypy_cache .pytest_cache .ruff_cache
