@@ -80,3 +80,39 @@ def test_patterns_that_do_not_fit(alpha, words):
         lrules.backman(alpha).init(KEY, lambda p, x: first(p, x) @ p["b"] @ p["c"], W, X)
     with pytest.raises(ValueError, match="alpha must be a finite number >= 0"):
         lrules.backman({"a": -1.0})
+
+
+def _two_layers(params, x):
+    return (x @ params["a"]) @ params["b"]
+
+
+def _gradients(x, errors):
+    """BackMAN's gradients of two linear layers, for these errors at the outputs."""
+    params = {"a": jnp.eye(2), "b": jnp.asarray([[1.0, 2.0], [3.0, 4.0]])}
+    f = lrules.transform(_two_layers, lrules.backman())
+    objective = lambda p, x: jnp.vdot(f(p, lrules.Feedback({}, {}), x), jnp.asarray(errors))  # noqa: E731
+    return jax.grad(objective, (0, 1))(params, jnp.asarray(x))
+
+
+def test_a_neuron_whose_gradient_cancels_sends_error_by_the_mean_norm():
+    """Of two equal examples with opposite errors the raw gradient of a neuron is zero, and its error is not."""
+    x, errors = np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([[1.0, 1.0], [-1.0, 1.0]])
+    grads, to_inputs = _gradients(x, errors)
+    raw = x.T @ errors  # [inputs, neurons]: the first column is zero
+    norms = np.linalg.norm(raw, axis=0)
+    c = 1 / np.where(norms < 1e-15, norms.mean(), norms)
+    np.testing.assert_allclose(grads["b"], raw * c, rtol=1e-6)
+    down = errors * c @ np.array([[1.0, 2.0], [3.0, 4.0]]).T
+    first = x.T @ down
+    np.testing.assert_allclose(grads["a"], first / np.linalg.norm(first, axis=0), rtol=1e-5)
+    # Of the two examples, the errors that go down differ by what the neuron sends.
+    np.testing.assert_allclose(to_inputs, down / np.linalg.norm(first, axis=0), rtol=1e-5)
+    assert np.any(errors[:, 0]) and norms[0] == 0
+
+
+def test_a_layer_whose_gradients_all_cancel_sends_nothing():
+    """The mean norm is zero, too: c is 0, and no error goes down."""
+    x, errors = np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([[1.0, -3.0], [-1.0, 3.0]])
+    grads, down = _gradients(x, errors)
+    assert not np.any(grads["b"]) and not np.any(grads["a"])
+    assert not np.any(down)
