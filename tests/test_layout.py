@@ -214,6 +214,7 @@ IMPORTED_AS = {
 NOT_IMPORTED = {
     "importlib_resources": "tensorflow-datasets imports it and does not declare it",
     "build": "called by the Makefile",
+    "cosmic-ray": "called by tests/mutate.py",
     "basedpyright": "called by tests/typing/test_typing.py",
     "ipykernel": "runs the notebooks",
     "mypy": "called by the Makefile",
