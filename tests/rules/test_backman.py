@@ -116,3 +116,22 @@ def test_a_layer_whose_gradients_all_cancel_sends_nothing():
     grads, down = _gradients(x, errors)
     assert not np.any(grads["b"]) and not np.any(grads["a"])
     assert not np.any(down)
+
+
+def test_parameters_that_vary_over_the_devices_of_a_named_axis():
+    """The axis is in `axis_name` and in the type of the gradient, and is summed over once."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"a": W["a"], "b": W["b"]}
+    x = jax.random.normal(KEY, (8, W["a"].shape[0]))
+
+    def gradients(params, x, axis_name=None):
+        f = lrules.transform(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lrules.backman(axis_name=axis_name))
+        return jax.grad(lambda p: (f(p, NOTHING, x) ** 2).sum())(params)
+
+    def on_one_device(params, x):
+        params = jax.tree.map(lambda p: jax.lax.pcast(p, ("data",), to="varying"), params)
+        return jax.tree.map(lambda g: jax.lax.psum(g, "data"), gradients(params, x, "data"))
+
+    mapped = jax.jit(jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    for name, wanted in gradients(params, x).items():
+        np.testing.assert_allclose(mapped(params, x)[name], wanted, rtol=1e-4, atol=1e-5)
