@@ -63,7 +63,7 @@ FURTHER = (
     "dual_propagation(iterations=2)",
     "dual_propagation(iterations=5)",
     "node_perturbation(std=0.01)",
-    "node_perturbation(std=0.01, channel='direct')",
+    "node_perturbation(std=0.01, direct=True)",
     "quantize_error(feedback_alignment, bits=5)",
     "drop_error(feedback_alignment, rate=0.5)",
     "sign_error(feedback_alignment)",

@@ -110,7 +110,7 @@ def test_rule_that_needs_the_targets():
     assert all(jnp.any(g) for g in jax.tree.leaves(grads.params))
 
 
-@pytest.mark.parametrize("rule", [FA, DFA, lrules.node_perturbation(0.1, channel="direct", solver="rls")])
+@pytest.mark.parametrize("rule", [FA, DFA, lrules.node_perturbation(0.1, direct=True, solver="rls")])
 def test_feedback_restored_as_a_dict(rule):
     """What a checkpoint gives back without the structure that was saved; the remedy works."""
     feedback = rule.init(KEY, mlp, W, X)

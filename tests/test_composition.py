@@ -72,7 +72,7 @@ EXPLICIT = RULES | {
     "parallel": DP(iterations=4, order="parallel", tolerance=1e-3),
     "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=lrules.feedback_alignment()),
     "node_perturbation": lrules.node_perturbation(0.1),
-    "least_squares": lrules.node_perturbation(0.1, channel="direct", solver="rls"),
+    "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

@@ -32,7 +32,7 @@ RULES = {  # every family
     "skipped": lrules.skipped_backprop(),
     "last_layer_only": lrules.last_layer_only(),
     "nodes": NODES,
-    "direct nodes": lrules.node_perturbation(0.1, channel="direct"),
+    "direct nodes": lrules.node_perturbation(0.1, direct=True),
     "dual": DUAL,
     "dual with feedback": lrules.dual_propagation(feedback_rule=FA),
     "modified": lrules.quantize_error(FA, 3),
@@ -506,9 +506,9 @@ def test_dual_propagation():
 def test_least_squares_of_node_perturbation():
     tied = lambda p, x: jnp.tanh(jnp.tanh(H(p, x) @ p["b"]) @ p["b"]) @ p["c"]  # noqa: E731
     message = refusal(tied, lrules.node_perturbation(0.1, solver="rls"))
-    assert 'give solver="sgd", or channel="direct"' in message
+    assert 'give solver="sgd", or direct=True' in message
     served(tied, lrules.node_perturbation(0.1, solver="sgd"))
-    served(tied, lrules.node_perturbation(0.1, channel="direct", solver="rls"))
+    served(tied, lrules.node_perturbation(0.1, direct=True, solver="rls"))
 
 
 def test_nonlinearities_that_are_no_activations():

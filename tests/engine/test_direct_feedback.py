@@ -33,7 +33,7 @@ def test_feedback_above_the_limit():
     "make",
     [
         lrules.monotone_dfa,
-        lambda **more: lrules.node_perturbation(0.1, channel="direct", **more),
+        lambda **more: lrules.node_perturbation(0.1, direct=True, **more),
         lrules.random_target_projection,
         lambda **more: lrules.direct(lambda e, b, t, n: e @ b, init=GLOROT, offers=(), **more),
     ],

@@ -20,7 +20,7 @@ def same(a, b):
 RULES = {
     "sgd": lrules.node_perturbation(1e-2),
     "rls": lrules.node_perturbation(1e-2, solver="rls"),
-    "direct": lrules.node_perturbation(1e-2, channel="direct"),
+    "direct": lrules.node_perturbation(1e-2, direct=True),
     "adaptive": lrules.direct_feedback_alignment(adaptive=True),
     "kolen_pollack": lrules.kolen_pollack(),
 }

@@ -56,7 +56,7 @@ def estimates(net, x, noise, std):
 
 
 def made(std, direct, **options):
-    return lrules.node_perturbation(std, channel="direct" if direct else "sequential", **options)
+    return lrules.node_perturbation(std, direct=direct, **options)
 
 
 def draw_feedback(net, x, direct):
@@ -144,7 +144,7 @@ def test_least_squares_for_weights_on_the_left_and_for_maps():
     error = jnp.linalg.norm(feedback.state["b"]["b"] - params["b"]) / jnp.linalg.norm(params["b"])
     assert error < 0.1
     net, x = conv()
-    rule = lrules.node_perturbation(0.1, channel="direct", solver="rls")
+    rule = lrules.node_perturbation(0.1, direct=True, solver="rls")
     feedback = rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x)
     _, grads = run(net, x, rule, feedback, jax.random.key(1))
     assert jax.tree.map(jnp.shape, grads.state) == jax.tree.map(jnp.shape, feedback.state)
@@ -244,7 +244,7 @@ def test_corollary_1(solver):
     """In linear networks direct feedback converges to the product of the weights above."""
     net = linear((8, 3, 3, 4), ["identity", "identity"])
     wanted = {"1/kernel": (net[1].kernel @ net[2].kernel).T, "2/kernel": net[2].kernel.T}
-    rule = lrules.node_perturbation(1e-3, channel="direct", solver=solver)
+    rule = lrules.node_perturbation(1e-3, direct=True, solver=solver)
     optimizer = optax.adam(optax.exponential_decay(0.02, 1000, 0.2)) if solver == "sgd" else None
     found = relative_errors(rule, net, wanted, 4000, optimizer)
     assert max(found.values()) < 0.05, found
@@ -420,7 +420,7 @@ def test_refusals():
         ({"std": None}, "std must be .* got None"),
         ({"std": float("inf")}, "std must be .* got inf"),
         ({"std": 1.0, "ridge": "a"}, "ridge must be .* got 'a'"),
-        ({"std": 1.0, "channel": "straight"}, 'channel must be "sequential" or "direct", got .straight'),
+        ({"std": 1.0, "direct": "yes"}, "direct must be True or False, got 'yes'"),
         ({"std": 1.0, "noise": 3}, "noise must be a function .* got a int"),
         ({"std": 1.0, "init": 3}, "init must be a function"),
     ]:
@@ -436,10 +436,10 @@ def test_refusals():
         rule = lrules.node_perturbation(0.1, solver="rls")
         rule.init(jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x)
     with pytest.raises(ValueError, match="keeps its feedback in feedback.state"):
-        sgd = lrules.node_perturbation(0.1, channel="direct").init(
+        sgd = lrules.node_perturbation(0.1, direct=True).init(
             jax.random.key(0), bridge.apply_of(net), bridge.parameters(net), x
         )
-        run(net, x, lrules.node_perturbation(0.1, channel="direct", solver="rls"), sgd, jax.random.key(1))
+        run(net, x, lrules.node_perturbation(0.1, direct=True, solver="rls"), sgd, jax.random.key(1))
     with pytest.raises(ValueError, match="stochastic"):
         run(net, x, lrules.node_perturbation(0.1), lrules.Feedback({}, {}), None)
 
@@ -465,7 +465,7 @@ def test_noise_by_hidden_signal():
         return widths[shape[1]] * jax.random.normal(key, shape, dtype)
 
     def gradients(std, **options):
-        rule = lrules.node_perturbation(std, channel="direct", **options)
+        rule = lrules.node_perturbation(std, direct=True, **options)
         feedback = rule.init(KEY, bridge.apply_of(net), bridge.parameters(net), jnp.asarray(x))
         step = lrules.value_and_grad(bridge.apply_of(net), half_squared, rule)
         return step(bridge.parameters(net), feedback, jnp.asarray(x), jnp.ones((7, 3)), rng=KEY)[1].feedback

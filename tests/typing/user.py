@@ -130,7 +130,7 @@ def train_bare() -> Any:
 
 
 def with_noise() -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
-    rule = lrules.node_perturbation(0.01, channel="direct")
+    rule = lrules.node_perturbation(0.01, direct=True)
     feedback: lrules.Feedback = rule.init(key, mlp, weights, x)
     step = lrules.value_and_grad(mlp, loss, rule)
     (value, _), grads = jax.jit(step, static_argnames=())(weights, feedback, x, y, rng=key)
@@ -230,7 +230,7 @@ def every_rule() -> list[lrules.Rule]:
         lrules.dual_propagation(beta=0.01, iterations=3, order="forward", output="refreshed"),
         lrules.dual_propagation(alpha={"relu": 0.0, ".*": 1.0}, adjoint=False, damping="spectral", feedback_rule=fa),
         lrules.dual_propagation(adjoint=False, damping=0.5, input_nudge=1.0, tolerance=1e-3, passing="tanh"),
-        lrules.node_perturbation(0.01, channel="direct", solver="sgd", noise=jax.random.normal),
+        lrules.node_perturbation(0.01, direct=True, solver="sgd", noise=jax.random.normal),
         lrules.partition({"last": lrules.backprop(), ".*": fa}),
         lrules.modify_error(fa, lambda s, name, rng: 0.5 * s),
         lrules.modify_error(fa, lambda s, name, rng, factor: factor * s, numbers={"factor": {"last": 0.5, ".*": 1.0}}),

@@ -45,20 +45,19 @@ from lrules.extend import (
     project,
 )
 from lrules.network import Network, NetworkLike
-from lrules.options import as_initializer, by_name, is_number
+from lrules.options import as_initializer, by_name, is_number, require_flags
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.node_perturbation.experiment import Experiment
 from lrules.rules.node_perturbation.least_squares import Rows
 from lrules.typing import Initializer, Loss, Numbers, Pytree
 
-Channel = Literal["sequential", "direct"]
 Solver = Literal["sgd", "rls"]
 
 
 def node_perturbation(
     std: Numbers,
     *,
-    channel: Channel = "sequential",
+    direct: bool = False,
     solver: Solver = "sgd",
     init: Initializer | None = None,
     noise: Callable[..., jax.Array] = jax.random.normal,
@@ -82,8 +81,8 @@ def node_perturbation(
     Args:
       std: the standard deviation of the noise; or a dict of such numbers by regular expression (`re.search` on the name
         of the hidden signal, the first match holds).
-      channel: `"sequential"` brings the error down through every layer, as feedback alignment does. `"direct"` brings
-        the output error (see docs/terms.md) straight to every hidden signal, as direct feedback alignment does.
+      direct: True brings the output error (see docs/terms.md) straight to every hidden signal, as direct feedback
+        alignment does. False brings the error down through every layer, as feedback alignment does.
       solver: `"sgd"`, or `"rls"` for recursive least squares. `"rls"` serves dense layers, and direct feedback to every
         layer. Under `jit` with a sharded batch, and under `shard_map`, it uses the examples of all devices. Under
         `pmap`, or with `check_vma=False`, it uses those of one device.
@@ -118,8 +117,7 @@ def node_perturbation(
       9, 11; Theorems 1 and 2, Corollary 1.
     """
     stds = by_name("std", std, lambda s: is_number(s) and 0 < s < math.inf, "a finite number > 0", "hidden signal")
-    if channel not in get_args(Channel):
-        raise ValueError(f'channel must be "sequential" or "direct", got {channel!r}')
+    require_flags(direct=direct)
     if solver not in get_args(Solver):
         raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
     if not (is_number(ridge) and 0 < ridge < math.inf):
@@ -128,7 +126,7 @@ def node_perturbation(
         raise TypeError(f"noise must be a function (key, shape, dtype) -> array, got a {type(noise).__name__}")
     draw = as_initializer(init)
     learned = solver == "sgd"
-    if channel == "direct":
+    if direct:
         learn = (lambda e, h, b: jnp.zeros_like(b)) if learned else None  # the gradient is computed below
         spec: Any = Direct(_arrive, draw, learn, max_feedback_bytes=max_feedback_bytes, offers=())
     else:
@@ -168,7 +166,7 @@ def node_perturbation(
             weights = feedback if learned else Feedback({n: s["b"] for n, s in feedback.state.items()}, {})
             made.check(weights)
             experiment = Experiment(net, graph, made, loss, stds, noise)
-            measure = experiment.direct if channel == "direct" else experiment.sequential
+            measure = experiment.direct if direct else experiment.sequential
             head, grads, db, statistics = measure(params, weights, inputs, targets, rng)
             if learned:
                 return head, Gradients(grads, {name: db[name] for name in feedback.learned}, feedback.state, {})

@@ -38,7 +38,7 @@ class Rows:
                 raise NotImplementedError(
                     f'solver="rls" cannot serve the layer {layer.name!r}: it serves dense layers whose weight is one '
                     "matrix that the network uses once, and whose hidden signal no other layer reads; give "
-                    'solver="sgd", or channel="direct"'
+                    'solver="sgd", or direct=True'
                 )
             self.layers[layer.name] = layer
 
