@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from flax import nnx
 
 
-
 @overload
 def from_nnx(
     model: nnx.Module,

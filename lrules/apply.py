@@ -165,17 +165,27 @@ def grad_of_transform(f: Callable[..., Any], net: Network, loss: Callable[..., A
     def fn(
         params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
     ) -> tuple[tuple[Any, ...], Gradients]:
-        def objective(params: Pytree, learned: Any) -> tuple[jax.Array, Any]:
-            out = f(params, feedback._replace(learned=learned), inputs, rng=rng)
-            outputs = out[0] if net.has_aux else out
-            return mean_loss(net, loss, outputs, inputs, targets), out
+        def run(params: Pytree, learned: Any) -> Any:
+            return f(params, feedback._replace(learned=learned), inputs, rng=rng)
 
-        graded = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-        (value, out), (params_grad, feedback_grad) = graded(params, feedback.learned)
-        head = (value, *out) if net.has_aux else (value, out)
-        return head, Gradients(params_grad, feedback_grad, feedback.state, {})
+        args = params, feedback.learned
+        head, (params_grad, feedback_grad) = graded(net, loss, run, args, inputs, targets)
+        return head, Gradients(params_grad, feedback_grad, feedback.state)
 
     return fn
+
+
+def graded(
+    net: Network, loss: Loss, run: Callable[..., Any], args: tuple[Any, ...], inputs: Pytree, targets: Pytree
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """`(value, outputs[, aux])` of the objective at what `run(*args)` returns, and its gradient for each of `args`."""
+
+    def objective(*args: Any) -> tuple[jax.Array, Any]:
+        out = run(*args)
+        return mean_loss(net, loss, out[0] if net.has_aux else out, inputs, targets), out
+
+    (value, out), grads = jax.value_and_grad(objective, argnums=tuple(range(len(args))), has_aux=True)(*args)
+    return ((value, *out) if net.has_aux else (value, out)), grads
 
 
 def mean_loss(net: Network, loss: Callable[..., Any], outputs: Pytree, inputs: Pytree, targets: Pytree) -> jax.Array:

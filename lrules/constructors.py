@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import jax
 
-from lrules.apply import mean_loss
+from lrules.apply import graded
 from lrules.engine.graph import Graph
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
@@ -97,17 +97,14 @@ def layerwise(
             made = dataclasses.replace(plan(net, graph, params, inputs), elements=elements)
             calls = prepare(made, feedback, rng, targets)
 
-            def objective(params: Pytree, learned: Any, states: Any) -> tuple[jax.Array, Any]:
+            def run(params: Pytree, learned: Any, states: Any) -> Any:
                 weights = feedback._replace(learned=learned)
-                out = run_plan(made, net, params, weights, inputs, rng=rng, calls=calls, states=states)
-                outputs = out[0] if net.has_aux else out
-                return mean_loss(net, loss, outputs, inputs, targets), out
+                return run_plan(made, net, params, weights, inputs, rng=rng, calls=calls, states=states)
 
-            graded = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
             states = {} if calls is None else calls.operands["states"]
-            (value, out), (params_grad, feedback_grad, passed) = graded(params, feedback.learned, states)
+            args = params, feedback.learned, states
+            head, (params_grad, feedback_grad, passed) = graded(net, loss, run, args, inputs, targets)
             state = calls.new_states(states, passed) if calls is not None and states else feedback.state
-            head = (value, *out) if net.has_aux else (value, out)
             return head, Gradients(params_grad, feedback_grad, state)
 
         return fn

@@ -228,6 +228,7 @@ class Direct(_LayerRule):
         """Whether an error arrives."""
         return self.signal is not None or self.pullback is not None
 
+
 LayerRule = Backprop | Sequential | Direct
 
 

@@ -319,9 +319,5 @@ def _check_no_error(trial: Trial, outputs: Pytree) -> None:
             assert not jnp.any(leaf), "an error of zero at the outputs moves the parameters"
 
 
-
-
-
-
 def __dir__() -> list[str]:
     return list(__all__)

@@ -13,8 +13,6 @@ from tests import bridge
 from tests.rules.common import make
 from tests.sampling import mostly_slow
 
-INCREASING = ["tanh", "sigmoid", "relu", "softplus", "elu", "leaky_relu", "hard_tanh", "relu6"]
-
 
 def test_from_sigmoid():
     """A.1: twice the width, the same output."""

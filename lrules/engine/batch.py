@@ -22,6 +22,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
+from lrules.engine.reshapes import moved
 from lrules.engine.twice import AtTwice, Twin, write_shapes
 from lrules.network import Network
 from lrules.typing import Pytree
@@ -69,14 +70,6 @@ class BatchAxis:
             return moved(x, [self.axis], [0])
         x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
         return moved(x, [self.axis + 1], [0]).reshape(-1, *self.rest(shape))
-
-
-def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> jax.Array:
-    """`jnp.moveaxis`, without an operation if nothing moves."""
-    order = [i for i in range(x.ndim) if i not in source]
-    for at, i in sorted(zip(destination, source, strict=True)):
-        order.insert(at, i)
-    return x if order == sorted(order) else jax.lax.transpose(x, order)
 
 
 @dataclasses.dataclass(frozen=True)

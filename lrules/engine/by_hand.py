@@ -36,7 +36,7 @@ DISTANCES = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product:
+class HandProduct:
     """A product of `weight` and data in a value: `dims` are the axes along which the weight varies.
 
     Attributes:
@@ -63,7 +63,7 @@ class Product:
     def params(self) -> frozenset[int]:
         return self.weight.differentiable
 
-    def is_slice_beside(self, other: Product) -> bool:
+    def is_slice_beside(self, other: HandProduct) -> bool:
         """Whether the two hold different slices of one parameter."""
         if self.weight is other.weight or not self.params & other.params:
             return False
@@ -89,15 +89,15 @@ def _cuts(weight: Any) -> set[str]:
     return found
 
 
-def of_layer(layer: Any) -> tuple[Product, ...]:
+def of_layer(layer: Any) -> tuple[HandProduct, ...]:
     """The output of a layer, if it may hold a matrix for each example."""
     members = layer.row.members(layer.eqn, layer.position)
     free = frozenset(o for a, o in layer.output_axes.items() if a not in members)
     several = len(free) > 1 or any(layer.output.aval.shape[o] != 1 for o in free)  # an axis may be split
-    return (Product(layer.weight, free, False, "output", len(free)),) if several else ()
+    return (HandProduct(layer.weight, free, False, "output", len(free)),) if several else ()
 
 
-def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[Product]:
+def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[HandProduct]:
     """The products of a weight and data that an equation makes."""
     row = of(eqn)
     weighs = [v.pure or _is_weight(v, other) for v, other in zip(ins, ins[::-1], strict=True)]
@@ -113,18 +113,18 @@ def made(eqn: Equation, ins: Sequence[Any], out: Any) -> list[Product]:
         dims = frozenset(weight.spread if weight.pure else weight.weight_dims & weight.spread)
         outer = bool(dims - data.spread)
         if row.combines in ("product", "quotient"):
-            return [Product(weight, dims, outer, "product", len(dims))]
+            return [HandProduct(weight, dims, outer, "product", len(dims))]
         linear, differs = row.combines == "sum", outer and bool(dims & data.spread) and bool(data.differentiable)
-        found = [Product(weight, dims, True, "sum" if linear else "distance", len(dims))] if differs else []
+        found = [HandProduct(weight, dims, True, "sum" if linear else "distance", len(dims))] if differs else []
         is_base = len(dims) > 1 and (linear or (row.combines == "extreme" and not data.differentiable))
-        return found + ([Product(weight, dims, False, "base", len(dims))] if is_base else [])
+        return found + ([HandProduct(weight, dims, False, "base", len(dims))] if is_base else [])
     if row.either and row.lies is not None and not is_product(eqn):  # an outer product
         places = []
         for k, v in enumerate(ins):
             lies = row.lies(eqn, k)
             places.append(frozenset(lies[d] for d in v.spread))
         dims = places[side]
-        return [Product(weight, dims, bool(dims - places[1 - side]), "product", len(dims))]
+        return [HandProduct(weight, dims, bool(dims - places[1 - side]), "product", len(dims))]
     return []
 
 
@@ -134,7 +134,7 @@ def _is_weight(value: Any, other: Any) -> bool:
     return chosen or (value.both and not value.batched and other.batched)
 
 
-def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[Product]:
+def passed(eqn: Equation, ins: Sequence[Any], out: Any, axes: Any) -> list[HandProduct]:
     """The products that an equation passes on; `axes` as from `view_axes`."""
     row = of(eqn)
     ndim = len(getattr(out.aval, "shape", ()))
@@ -175,9 +175,9 @@ def _is_where(eqn: Equation) -> bool:
     return of(eqn).name in JITS and all(of(e).carries for e in open_jaxpr(eqn.params["jaxpr"])[0].eqns)
 
 
-def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[Product, str]]:
+def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[HandProduct, str]]:
     """The products that an equation sums, each with the message about it."""
-    hit: list[tuple[Product, str]] = []
+    hit: list[tuple[HandProduct, str]] = []
     for k, value in enumerate(ins):
         for product in value.products:
             if product.kind == "product" and product.dims & _summed_axes(eqn, ins, k, product, block):
@@ -193,7 +193,7 @@ def summed(eqn: Equation, ins: Sequence[Any], block: Any) -> list[tuple[Product,
     return hit
 
 
-def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
+def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: HandProduct, block: Any) -> frozenset[int]:
     """The axes of operand `k` along which an equation sums distances, or multiplies differences by each other."""
     row, done = of(eqn), product.kind == "distance"
     if row.kind == "product" and k < 2:
@@ -205,7 +205,7 @@ def _distance_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, 
     return frozenset(row.reduced(eqn, k)) if summed else frozenset()
 
 
-def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: Product, block: Any) -> frozenset[int]:
+def _summed_axes(eqn: Equation, ins: Sequence[Any], k: int, product: HandProduct, block: Any) -> frozenset[int]:
     """The axes of operand `k` along which an equation sums values that must not be summed."""
     row, axes = of(eqn), frozenset(of(eqn).reduced(eqn, k))
     if row.kind == "product" and k < 2:

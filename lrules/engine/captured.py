@@ -72,8 +72,6 @@ def captured(fn: Callable[..., Any], without: Collection[Place] = ()) -> Capture
         return None
 
 
-
-
 def _is_same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, bytes | str | int) and a == b)
 

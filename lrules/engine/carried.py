@@ -8,6 +8,7 @@ because no error arrives, the old state stays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,17 +32,13 @@ def begin(
       key: a key for it.
       lengths: the lengths of the loops around it.
     """
-    count = 1
-    for n in lengths:
-        count *= n
-
     def one(key: jax.Array) -> Pytree:
         given = {"key": key, "name": name}
         return jax.tree.map(jnp.asarray, make(like, **{what: given[what] for what in asks}))
 
     if not lengths:
         return one(key)
-    states = jax.vmap(one, axis_size=count)(jax.random.split(key, count))
+    states = jax.vmap(one, axis_size=math.prod(lengths))(jax.random.split(key, math.prod(lengths)))
     return jax.tree.map(lambda s: s.reshape(*lengths, *s.shape[1:]), states)
 
 

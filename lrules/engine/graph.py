@@ -26,7 +26,8 @@ from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_liter
 from lrules.engine.operations import of
 from lrules.engine.product import Product
 from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value, argument, parameter, reach
-from lrules.engine.regions import Region, RegionFunction, find_activations, moved
+from lrules.engine.regions import Region, RegionFunction, find_activations
+from lrules.engine.reshapes import in_order
 from lrules.engine.shared import EVERYWHERE, Pieces, Together, equation_key
 from lrules.typing import Pytree
 
@@ -105,7 +106,7 @@ class Graph:
 
     @property
     def doubts(self) -> list[Doubt]:
-        """The nonlinearities, of those, that a layer reads."""
+        """The nonlinearities among them that a layer reads."""
         _, doubts = self.once("activations", lambda: find_activations(self._noted))
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         return [doubt for doubt, value in doubts if value is None or id(value) in read]
@@ -251,7 +252,7 @@ class _Runner:
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]
         program = region.program
-        x = moved(root[0], region.axes)
+        x = in_order(root[0], region.axes)
         fn = RegionFunction(program, [value for value, _ in others], self.pieces if self.staged else None)
         run: Callable[[jax.Array], Any] = fn
         for handler in self.at_activations:  # the rule's own innermost
@@ -259,7 +260,7 @@ class _Runner:
         if not (self.shadows and shadowed):
             return run(x), None
         x_shadow, *rest = (value if shadow is None else shadow for value, shadow in (root, *others))
-        return run(x), program(moved(x_shadow, region.axes), *rest)
+        return run(x), program(in_order(x_shadow, region.axes), *rest)
 
     def equation(self, block: Block, index: int, eqn: Equation, pairs: list[Pair], frame: Frame) -> list[Pair]:
         values = [value for value, _ in pairs]

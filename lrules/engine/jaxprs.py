@@ -43,6 +43,7 @@ def call_name(eqn: Equation) -> str:
         return str(getattr(info, "func_name", None) or eqn.primitive.name)
     return str(eqn.params.get("name", ""))
 
+
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
            "core_closed_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}  # fmt: skip
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrules.engine.batch import moved
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.plan import Plan
+from lrules.engine.reshapes import moved
 from lrules.engine.returned import arriving, learned_by
 from lrules.engine.weights import DirectFeedback
 from lrules.rule import Direct

@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lrules.engine.batch import BatchAxis, doubled, find_batch_axis
 from lrules.engine.closures import held
 from lrules.engine.dtypes import at_least_float32
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import Frame, Handler, Operation
-from lrules.engine.jaxprs import placed_as
+from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.records import Affine, Layer
 from lrules.network import Network
 from lrules.options import ByName
@@ -184,11 +183,8 @@ def _to_front(x: jax.Array, axis: BatchAxis) -> jax.Array:
 
 def _whole(x: jax.Array, axis: int) -> Any:
     """The array, not split over explicit mesh axes along this axis: loops cannot run over a split axis."""
-    sharding = jax.typeof(x).sharding
-    if sharding.spec[axis] is None:
-        return x
-    spec = PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+    spec = jax.typeof(x).sharding.spec
+    return split_as(x, *spec[:axis], None, *spec[axis + 1 :])
 
 
 def _one(x: jax.Array, axis: BatchAxis) -> jax.Array:

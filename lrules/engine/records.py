@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lrules.engine.by_hand import Product
+from lrules.engine.by_hand import HandProduct
 from lrules.engine.dtypes import is_inexact
 from lrules.engine.jaxprs import Atom, Aval, Equation, is_literal
 from lrules.engine.operations import Row, of
@@ -202,7 +202,7 @@ class Value:
     varies: frozenset[int] | None = None
     loops: frozenset[Any] = frozenset()
     carried: bool = False
-    products: tuple[Product, ...] = ()
+    products: tuple[HandProduct, ...] = ()
     lookups: frozenset[Any] = frozenset()  # the layers whose rows make a chosen value
     stage: int = 0  # for a value made from parameters: 1 after a product, 2 after a nonlinearity of a product
     key: Any = None  # the place of the product that made it

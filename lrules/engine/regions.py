@@ -27,6 +27,7 @@ from lrules.engine.activations import (
 from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
 from lrules.engine.records import Activation, Block, Names, Value
+from lrules.engine.reshapes import in_order
 from lrules.engine.shared import Pieces, Together, equation_key
 
 
@@ -64,7 +65,7 @@ class RegionProgram:
 
     def __call__(self, x: jax.Array, *captured: Any) -> Any:
         values = dict(zip(self.region.others, captured, strict=True))
-        values[self.region.root] = moved(x, [int(i) for i in np.argsort(self.region.axes)])
+        values[self.region.root] = in_order(x, [int(i) for i in np.argsort(self.region.axes)])
         return self._run(*(values[v] for v in self._run.given))[0]
 
 
@@ -84,11 +85,6 @@ class RegionFunction:
 
     def __call__(self, x: jax.Array) -> Any:
         return self.program(x, *self.captured)
-
-
-def moved(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The array with its axes in this order."""
-    return x if list(axes) == sorted(axes) else jax.lax.transpose(x, axes)
 
 
 def find_activations(noted: Sequence[Block | Doubt]) -> tuple[list[Activation], list[tuple[Doubt, Value | None]]]:

@@ -1,11 +1,25 @@
-"""The axes of an array before and after a reshape."""
+"""The axes of an array before and after a reshape or a transpose."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.export import is_symbolic_dim
+
+
+def in_order(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The array with its axes in this order, without an operation if they are."""
+    return x if list(axes) == sorted(axes) else jax.lax.transpose(x, tuple(axes))
+
+
+def moved(x: jax.Array, source: Sequence[int], destination: Sequence[int]) -> jax.Array:
+    """`jnp.moveaxis`, without an operation if nothing moves."""
+    order = [i for i in range(x.ndim) if i not in source]
+    for at, i in sorted(zip(destination, source, strict=True)):
+        order.insert(at, i)
+    return in_order(x, order)
 
 
 def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -62,14 +62,3 @@ def test_two_outputs_may_disagree():
     gradient = jax.vjp(lambda p: apply(p, x), params)[1](e)[0]["first"]
     np.testing.assert_array_equal(got, -gradient)
     assert np.all(np.asarray(got)[0] == [1, -1])
-
-
-INCREASING = {
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "softplus": jax.nn.softplus,
-    "selu": jax.nn.selu,
-    "scaled": lambda z: 1.7 * jnp.tanh(0.6 * z) - 1,
-    "by hand": lambda z: 1 / (1 + jnp.exp(-z)),
-}
