@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one run of the tests")
     parser.add_argument("--tests", help="files of tests, if not those that belong to the file")
     args = parser.parse_args()
+    if args.module.parts[:1] != ("lrules",) or not (ROOT / args.module).is_file():
+        parser.error(f"the module must be a file of the library, such as lrules/rules/backman.py, got {args.module}")
     tests = args.tests or tests_of(args.module)
     tools = pathlib.Path(sys.executable).parent
     with tempfile.TemporaryDirectory() as folder:
