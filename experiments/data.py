@@ -28,6 +28,8 @@ class Dataset(NamedTuple):
     y_test: Any
     classes: int
     name: str
+    x_val: Any = None
+    y_val: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,13 +1,17 @@
-"""Training with any rule, many seeds at once: vmap over the seeds, one compiled loop over the steps.
+"""The training loop: it repeats the step of a `Method` over a data set, for many seeds and settings at once.
 
-(On a CPU, a model with convolutions takes its steps one by one: XLA's convolutions are much slower in a loop there.)
-
-    task = loop.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs))
-    run = loop.Run(task, lrules.backman(), data.load("digits"), seeds=range(5), optimizer=optax.adam(1e-3))
+    method = by_rule(tasks.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs)), lrules.backman(), optax.adam(1e-3))
+    run = Run(method, data.load("digits"), seeds=range(5))
     records = [run.epoch() for _ in range(10)]
+
+Each seed with its settings is a *lane*. Lanes train together by vmap, in groups that fit the memory; a lane alone is
+not vmapped. A part of an epoch is one compiled loop. (On a CPU, a model with convolutions takes its steps one by one
+and its lanes one after another: XLA's convolutions are much slower there in a loop, and under vmap.)
 """
 
+import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,338 +19,349 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
-import lrules
-from experiments import adversarial
-from experiments.data import Dataset, scale
+from experiments import memory
+from experiments.data import Dataset
 from experiments.errors import InputError
+from experiments.methods import Method
 
 Array = jax.Array
 PyTree = Any
-Loss = Callable[[Array, Array], Array]
-
-# (logits [batch, classes], labels [batch]) -> [batch]
-cross_entropy: Loss = optax.softmax_cross_entropy_with_integer_labels
-
-
-def squared_error(outputs: Array, labels: Array) -> Array:
-    """Half the squared distance to the one-hot target: (outputs [batch, classes], labels [batch]) -> [batch]."""
-    return 0.5 * jnp.sum(jnp.square(outputs - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)), -1)
-
-
-class Task(NamedTuple):
-    """A model and its loss as pure functions, compiled once for all rules; `[seeds]` means a leading axis of seeds."""
-
-    net: lrules.Network  # (params, (state, x [batch, ...])) -> (logits [batch, classes], new state), in training mode
-    loss: Loss
-    init: Callable[..., tuple[PyTree, PyTree]]  # keys [seeds] -> (params, state) [seeds]
-    # (params, state, x, y, epsilon=0.0) -> (losses, hits) [seeds, batch], under an FGSM attack with the step epsilon
-    evaluate: Callable[..., tuple[Array, Array]]
-    backprop: Callable[..., PyTree]  # (params, state, x, y) -> gradient [seeds]
-    constraint: optax.GradientTransformation = optax.identity()  # comes after the optimizer of the forward weights
-
-
-class Optimizers(NamedTuple):
-    """One optimizer for the forward weights and one for learned feedback; each has its own state."""
-
-    params: optax.GradientTransformation
-    feedback: optax.GradientTransformation
-
-
-class Carry(NamedTuple):
-    """The values that training carries from step to step; in a `Run` every leaf has a leading axis of seeds."""
-
-    params: PyTree
-    state: PyTree  # of the model, such as the statistics of BatchNorm
-    feedback: lrules.Feedback
-    optimizer: tuple[PyTree, PyTree]  # states of the two `Optimizers`
+PARTS = 20  # of an epoch, between which the progress is shown
 
 
 class Record(NamedTuple):
-    """One epoch: figures by seed [seeds], and the seconds that its steps took."""
+    """One epoch: figures by lane [lanes], and the seconds that its steps took."""
 
     epoch: int
     train_loss: np.ndarray
     test_loss: np.ndarray
-    accuracy: np.ndarray
-    angle: np.ndarray  # degrees between the rule's update and backprop's on a fixed batch
-    seconds: float
+    accuracy: np.ndarray | None = None  # of the test set
+    angle: np.ndarray | None = None  # degrees between the rule's update and backprop's on a fixed batch
+    seconds: float = 0.0
     attacked: np.ndarray | None = None  # accuracy under attack, if the run measures it
+    validation_loss: np.ndarray | None = None
+    validation_accuracy: np.ndarray | None = None
 
 
-class Refused(InputError):
-    """A rule cannot train this model."""
+class Diverged(InputError):
+    """A loss became NaN or Inf."""
 
 
-def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entropy) -> Task:
-    """The functions of a model, given the function that builds it."""
-    model = make_model(nnx.Rngs(0))
-    net: lrules.Network = lrules.from_nnx(model, with_state=True)[0]
-    model.eval()
-    evaluating = nnx.graphdef(model)
-    value_and_grad = lrules.value_and_grad(net, loss, lrules.backprop())
+class Placement:
+    """Where arrays lie: here on the one device that JAX uses; `devices.py` has one for many devices."""
 
-    def init(key: Array) -> tuple[PyTree, PyTree]:
-        split: Any = nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))), nnx.Param, ...)
-        return split[1], split[2]
+    def data(self, array: Any) -> Array:
+        """A data set, whole on each device."""
+        return jnp.asarray(array)
 
-    def evaluate(params: PyTree, state: PyTree, x: Array, y: Array, epsilon: float = 0.0) -> tuple[Array, Array]:
-        def one_seed(params: PyTree, state: PyTree) -> tuple[Array, Array]:
-            def model(x: Array) -> Array:
-                return nnx.merge(evaluating, params, state, copy=True)(x)
+    def batch(self, array: Array) -> Array:
+        """A batch of one lane, inside a compiled step."""
+        return array
 
-            outputs = model(adversarial.fgsm(lambda x: loss(model(x), y), scale(x), epsilon))
-            return loss(outputs, y), outputs.argmax(-1) == y
-
-        return jax.vmap(one_seed)(params, state)
-
-    def backprop(params: PyTree, state: PyTree, x: Array, y: Array) -> PyTree:
-        return value_and_grad(params, lrules.Feedback({}, {}), (state, scale(x)), y)[1].params
-
-    return Task(
-        net,
-        loss,
-        jax.jit(jax.vmap(init)),
-        jax.jit(evaluate, static_argnames="epsilon"),
-        jax.jit(jax.vmap(backprop, (0, 0, None, None))),
-    )
+    def carry(self, tree: PyTree) -> PyTree:
+        """What training carries, [lanes, ...]: arrays, or their shapes."""
+        return tree
 
 
-def mono_net(task: Task, shape: Sequence[int], initializer: Callable[..., Array]) -> Task:
-    """The task with a mono-net: weights >= 0 in all layers but the first, at the start and after each step.
+@dataclasses.dataclass
+class _Group:
+    """Lanes that train together by vmap."""
 
-    Args:
-      task: a task whose model has increasing activations.
-      shape: the shape of one input.
-      initializer: the initializer of these weights, as in `lrules.monotone`.
-    """
-    x = jnp.zeros((2, *shape))
-    params, state = jax.tree.map(lambda leaf: leaf[0], task.init(jax.random.key(0)[None]))
-    positive = lrules.monotone.initialize(jax.random.key(0), task.net, params, (state, x))
-    lrules.monotone.check(task.net, positive, (state, x))
+    lanes: slice
+    keys: Array
+    settings: tuple[Array, ...]
+    carry: PyTree = None
 
-    def init(keys: Array) -> tuple[PyTree, PyTree]:
-        params, state = task.init(keys)
-
-        def one_seed(key: Array, params: PyTree, state: PyTree) -> PyTree:
-            key = jax.random.fold_in(key, 4)
-            return lrules.monotone.initialize(key, task.net, params, (state, x), init=initializer)
-
-        return jax.jit(jax.vmap(one_seed))(keys, params, state), state
-
-    return task._replace(init=init, constraint=lrules.monotone.constrain(task.net, params, (state, x)))
-
-
-def check(task: Task, rules: Mapping[str, lrules.Rule], data: Dataset, batch_size: int) -> None:
-    """Trace a step of each rule without computing it, so that a rule refuses before any rule has trained.
-
-    Raises:
-      Refused: a rule cannot train this model; the message names the rule.
-    """
-    x, y = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in (data.x_train, data.y_train))
-
-    def step(key: Array, x: Array, y: Array, rule: lrules.Rule) -> Any:
-        params, state = jax.tree.map(lambda leaf: leaf[0], task.init(key[None]))
-        feedback = rule.init(key, task.net, params, (state, scale(x)))
-        value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
-        return value_and_grad(params, feedback, (state, scale(x)), y, rng=key if rule.stochastic else None)
-
-    for name, rule in rules.items():
-        try:
-            _refusing(jax.eval_shape)(functools.partial(step, rule=rule), jax.random.key(0), x, y)
-        except Refused as error:
-            raise Refused(f"{name}: {error}") from error
-
-
-def make_step(
-    task: Task,
-    rule: lrules.Rule,
-    optimizer: optax.GradientTransformation | Optimizers,
-    *,
-    fgsm: float = 0.0,
-    warmup: bool = False,
-) -> Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]:
-    """One step: (carry, key, x [batch, ...], y [batch]) -> (carry, mean loss); it optimizes learned feedback too.
-
-    Args:
-      task, rule: the model with its loss, and the rule that trains it.
-      optimizer: the same one for forward and learned feedback weights, or `Optimizers`.
-      fgsm: the step of adversarial training, along the plain gradient of the present network.
-      warmup: train only the feedback; everything else keeps its value, also the state of the forward optimizer and the
-        averages of BatchNorm.
-    """
-    optimizers = as_optimizers(optimizer, task)
-    value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
-
-    def step(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Carry, Array]:
-        x = adversarial.fgsm(lambda x: task.loss(task.net(carry.params, (carry.state, x))[0], y), x, fgsm)
-        (value, _, state), grads = value_and_grad(
-            carry.params, carry.feedback, (carry.state, x), y, rng=key if rule.stochastic else None
-        )
-        params, learned = carry.params, carry.feedback.learned
-        forward_state, feedback_state = carry.optimizer
-        updates, feedback_state = optimizers.feedback.update(grads.feedback, feedback_state, learned)
-        feedback = carry.feedback._replace(learned=optax.apply_updates(learned, updates), state=grads.state)
-        if warmup:
-            return carry._replace(feedback=feedback, optimizer=(forward_state, feedback_state)), value
-        updates, forward_state = optimizers.params.update(grads.params, forward_state, params)
-        return Carry(optax.apply_updates(params, updates), state, feedback, (forward_state, feedback_state)), value
-
-    return step
-
-
-def as_optimizers(optimizer: optax.GradientTransformation | Optimizers, task: Task) -> Optimizers:
-    """One optimizer is used for both; the constraint of the task comes after that of the forward weights."""
-    both = optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, optimizer)
-    return both._replace(params=optax.chain(both.params, task.constraint))
+    @property
+    def size(self) -> int:
+        return self.lanes.stop - self.lanes.start
 
 
 class Run:
-    """One rule on one task and data set, for many seeds at once. A seed gives the same result alone or with others."""
+    """A method on a data set, for many lanes at once.
+
+    Attributes:
+      epochs, step: the finished epochs, and the finished steps of the epoch that has begun.
+      curve: records inside the epochs: {"epoch", "step", "train_loss" and what the method measures [lanes]}.
+      compile_seconds: the time that initialising and compiling took.
+    """
 
     def __init__(
         self,
-        task: Task,
-        rule: lrules.Rule,
+        method: Method | Callable[..., Method],
         data: Dataset,
         *,
-        optimizer: optax.GradientTransformation | Optimizers,
         seeds: Sequence[int] = (0,),
-        batch_size: int = 32,
-        augment: Callable[[Array, Array], Array] | None = None,  # (key, x [batch, ...]) -> x
-        fgsm: float = 0.0,
-        attack: float = 0.0,
+        settings: Mapping[str, Sequence[float]] | None = None,
+        batch_size: int = 64,
         check_nan: bool = False,
         probe: int = 256,
+        record_every: int = 0,
+        placement: Placement | None = None,
+        limit: int | None = None,
     ):
-        """Initialise and compile. `probe` training examples measure the angle; with `check_nan` NaN is an error.
+        """Initialises and compiles.
 
-        `fgsm` is the step of adversarial training. `attack` is the step of the attack under which accuracy is measured.
+        Args:
+          method: what to train; with `settings`, a function that takes them by name and returns the method.
+          data: the data set.
+          seeds: the seed of each lane.
+          settings: numbers by name, one for each lane, such as {"learning_rate": [0.1, 0.01]}.
+          batch_size: examples in a step.
+          check_nan: stop with `Diverged` when a loss becomes NaN or Inf.
+          probe: training examples on which the method measures; 0: it does not.
+          record_every: steps between the records of the curve; 0: none inside an epoch.
+          placement: where arrays lie, for many devices.
+          limit: bytes that a group of lanes may take (default: what the device has).
         """
-        for epsilon in (fgsm, attack):
-            adversarial.check(epsilon)
-        self.attack = float(attack)
+        begin = time.perf_counter()
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
-        self.steps, self.epochs = steps_per_epoch(data, batch_size), 0
-        self._task, self._keys = task, jax.vmap(jax.random.key)(jnp.asarray(self.seeds))
-        self._train_set = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
-        self._test_set = jnp.asarray(data.x_test), jnp.asarray(data.y_test)
-        self._probe = self._train_set[0][:probe], self._train_set[1][:probe]
-        self._make_step = functools.partial(make_step, task, rule, optimizer, fgsm=fgsm)
-        self._augment, optimizers = augment, as_optimizers(optimizer, task)
-        value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+        self.record_every, self.curve = record_every, list[dict[str, Any]]()
+        self.steps, self.epochs, self.step = steps_per_epoch(data, batch_size), 0, 0
+        self._seconds, self._losses = 0.0, list[np.ndarray | list[Array]]()
+        self._names = tuple(settings or ())
+        self._make = method if not isinstance(method, Method) else lambda: method
+        self._place = placement or Placement()
+        sets = {"train": data[:2], "test": data[2:4], "validation": (data.x_val, data.y_val)}
+        self._sets = {k: tuple(map(self._place.data, pair)) for k, pair in sets.items() if pair[0] is not None}
+        self._probe = tuple(a[:probe] for a in self._sets["train"])
+        self._functions: dict[tuple[str, int], Any] = {}
+        values = [np.asarray(v, np.float32) for v in (settings or {}).values()]
+        example = self._make(**{name: v[0] for name, v in zip(self._names, values, strict=True)})
+        self._measures, self._attacks = probe > 0 and example.measure is not None, example.attacked is not None
+        self._warms_up = example.warm_up is not None
+        # The loop, and the lanes of a group, are those of one compiled program.
+        self._looped = jax.default_backend() != "cpu" or not example.convolves
+        keys = jax.vmap(jax.random.key)(jnp.asarray(self.seeds))
 
-        def init(key: Array, params: PyTree, state: PyTree, x: Array) -> tuple[lrules.Feedback, PyTree]:
-            feedback = rule.init(jax.random.fold_in(key, 1), task.net, params, (state, scale(x)))
-            return feedback, (optimizers.params.init(params), optimizers.feedback.init(feedback.learned))
+        def group(start: int, stop: int) -> _Group:
+            lanes = slice(start, stop)
+            return _Group(lanes, keys[lanes], tuple(jnp.asarray(v[lanes]) for v in values))
 
-        def to_backprop(carry: Carry, key: Array, truth: PyTree, x: Array, y: Array) -> Array:
-            rng = key if rule.stochastic else None
-            _, grads = value_and_grad(carry.params, carry.feedback, (carry.state, scale(x)), y, rng=rng)
-            return lrules.diagnostics.total_angle(grads.params, truth)
+        lanes = len(self.seeds)
+        size = memory.fitting(lanes, lambda n: self._train(group(0, n)), limit) if self._looped else 1
+        self._groups = [group(i, min(i + size, lanes)) for i in range(0, lanes, size)]
+        for g in self._groups:
+            g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._examples()))
+            self._train(g)
+        self.compile_seconds = time.perf_counter() - begin
 
-        start = time.perf_counter()
-        params, state = task.init(self._keys)
-        feedback, optimizer_state = _refusing(jax.jit(jax.vmap(init, (0, 0, 0, None))))(
-            self._keys, params, state, self._probe[0][:batch_size]
-        )
-        self.carry = Carry(params, state, feedback, optimizer_state)
-        convolves = any(leaf.ndim > 4 for leaf in jax.tree.leaves(params))  # [seeds, height, width, in, out]
-        self._looped = jax.default_backend() != "cpu" or not convolves
-        self._train = self._compile(self._make_step())
-        self._angle = jax.jit(jax.vmap(to_backprop, (0, 0, 0, None, None)))
-        self.compile_seconds = time.perf_counter() - start
+    # The functions of the method, for the lanes of a group
 
-    def _compile(self, step: Callable[[Carry, Array, Array, Array], tuple[Carry, Array]]) -> Callable[..., Any]:
-        """Steps `start` to `stop` of an epoch: (carry, keys, order, start, stop, x, y) -> (carry, summed losses)."""
+    def _method(self, settings: Sequence[Any]) -> Method:
+        return self._make(**dict(zip(self._names, settings, strict=True)))
 
-        def train(carry: Carry, key: Array, order: Array, start: Array, stop: Array, x: Array, y: Array):
-            def body(i: Array, loop: tuple[Carry, Array]) -> tuple[Carry, Array]:
-                carry, total = loop
-                inputs, keys = scale(x[order[i]]), jax.random.split(jax.random.fold_in(key, i))
-                inputs = self._augment(keys[0], inputs) if self._augment else inputs
-                carry, value = step(carry, keys[1], inputs, y[order[i]])
-                return carry, total + value
+    def _call(self, name: str, shared: int, group: _Group, *args: Any) -> Any:
+        """A function of the method for all lanes of a group; the last `shared` arguments are the same for all."""
 
-            begin = carry, jnp.zeros(())
-            return jax.lax.fori_loop(start, stop, body, begin) if self._looped else body(start, begin)
+        def one(settings: Any, *args: Any) -> Any:
+            return getattr(self._method(settings), name)(*args)
 
-        jitted = jax.jit(jax.vmap(train, (0, 0, 0, None, None, None, None)), donate_argnums=0)
-        return _refusing(jitted.lower)(self.carry, *self._shuffle(), 0, self.steps, *self._train_set).compile()
+        if (name, group.size) not in self._functions:
+            self._functions[name, group.size] = jax.jit(_over_lanes(one, group.size, shared))
+        return self._functions[name, group.size](group.settings, *args)
 
-    def _shuffle(self, *, warmup: int | None = None) -> tuple[Array, Array]:
-        """The keys [seeds] and orders of examples [seeds, steps, batch] of this epoch, or of a warm-up epoch."""
-        purpose, epoch = (2, self.epochs) if warmup is None else (3, warmup)
-        return _shuffle(self._keys, purpose, epoch, len(self._train_set[0]), self.steps, self.batch_size)
+    def _train(self, group: _Group, name: str = "step") -> Any:
+        """The compiled loop: (settings, carry, keys, order, start, stop, x, y) -> (carry, losses [lanes, steps])."""
+        key = (f"loop of {name}", group.size)
+        if key in self._functions:
+            return self._functions[key]
 
-    def _steps(self, train: Callable[..., Any], shuffled: tuple[Array, Array], parts: int, advance: Any) -> np.ndarray:
-        """One pass over the training set; returns the summed losses."""
-        size = -(-self.steps // parts) if self._looped else 1
-        sums = []  # added on the host: on the device the first sum would be compiled, and its time counted
-        for start in range(0, self.steps, size):
-            stop = min(start + size, self.steps)
-            self.carry, losses = train(self.carry, *shuffled, start, stop, *self._train_set)
-            sums.append(losses)
+        def train(settings: Any, carry: PyTree, key: Array, order: Array, start: Any, stop: Any, x: Array, y: Array):
+            step = getattr(self._method(settings), name)
+
+            def body(i: Array, loop: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+                carry, losses = loop
+                batch = [self._place.batch(a[order[i]]) for a in (x, y)]
+                carry, loss = step(carry, jax.random.fold_in(key, i), *batch)
+                return carry, losses.at[i - start].set(loss.astype(losses.dtype))
+
+            first = carry, jnp.zeros(self.steps if self._looped else 1)
+            return jax.lax.fori_loop(start, stop, body, first) if self._looped else body(start, first)
+
+        carry = jax.eval_shape(functools.partial(self._call, "init", 2, group), group.keys, *self._examples())
+        arguments = self._place.carry(carry), *self._shuffle(group, 2, 0), 0, self.steps, *self._sets["train"]
+        jitted = jax.jit(_over_lanes(train, group.size, 4), donate_argnums=1)
+        self._functions[key] = jitted.lower(group.settings, *arguments).compile()
+        return self._functions[key]
+
+    def _examples(self) -> tuple[Array, ...]:
+        return tuple(a[: self.batch_size] for a in self._sets["train"])
+
+    # Training
+
+    def _shuffle(self, group: _Group, purpose: int, epoch: int) -> tuple[Array, Array]:
+        """The keys [lanes] and orders of examples [lanes, steps, batch] of an epoch."""
+        return _shuffle(group.keys, purpose, epoch, len(self._sets["train"][0]), self.steps, self.batch_size)
+
+    def _stops(self, parts: int) -> list[int]:
+        """The steps after which the host takes over: those of the progress and of the records, and the last."""
+        if not self._looped:
+            return list(range(1, self.steps + 1))
+        stops = {*range(0, self.steps, math.ceil(self.steps / parts)), self.steps}
+        if self.record_every:
+            stops |= {*range(0, self.steps, self.record_every)}
+        return sorted(stops - {0})
+
+    def _finish(
+        self, name: str, purpose: int, epoch: int, parts: int, advance: Callable[[int], Any] | None
+    ) -> bool:
+        """Trains from the present step to the end of an epoch; False if `advance` stopped it before."""
+        shuffled = jax.block_until_ready([self._shuffle(group, purpose, epoch) for group in self._groups])
+        begin = time.perf_counter()
+        finished = True
+        for stop in self._stops(parts):
+            if stop <= self.step:
+                continue
+            losses = []
+            for group, order in zip(self._groups, shuffled, strict=True):
+                arguments = group.carry, *order, self.step, stop, *self._sets["train"]
+                group.carry, loss = self._train(group, name)(group.settings, *arguments)
+                losses.append(loss[:, : stop - self.step])
+            self._losses.append(losses)
+            done, self.step = stop - self.step, stop
             if self.check_nan:
-                self._check(losses)
+                self._check()
+            if name == "step" and self.record_every and stop % self.record_every == 0 and stop < self.steps:
+                self.curve.append(self._curve_record([keys for keys, _ in shuffled]))
             if advance:
                 jax.block_until_ready(losses)
-                advance(stop - start)
-        return np.sum(jax.block_until_ready(sums), axis=0)
+                if advance(done) and stop < self.steps:
+                    finished = False
+                    break
+        jax.block_until_ready([group.carry for group in self._groups])
+        self._seconds += time.perf_counter() - begin
+        return finished
 
-    @property
-    def learns_feedback(self) -> bool:
-        """Whether there is feedback that a warm-up would train."""
-        return bool(jax.tree.leaves((self.carry.feedback.learned, self.carry.feedback.state)))
+    def warm_up(self, epochs: int, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> None:
+        """Trains only what the method says must be ready before, for some epochs, which do not count as epochs.
 
-    def warm_up(self, epochs: int, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> None:
-        """Train only the feedback for some epochs. They do not count as epochs of the run.
-
-        It does nothing for a rule that does not learn feedback. The later epochs have the same batches as without a
-        warm-up.
+        The later epochs have the same batches as without a warm-up.
         """
-        if epochs and self.learns_feedback:
-            train = self._compile(self._make_step(warmup=True))
-            for epoch in range(epochs):
-                self._steps(train, self._shuffle(warmup=epoch), parts, advance)
+        for epoch in range(epochs if self._warms_up else 0):
+            self._finish("warm_up", 3, epoch, parts, advance)
+            self.step, self._losses = 0, []
+        self._seconds = 0.0
 
-    def epoch(self, *, parts: int = 1, advance: Callable[[int], Any] | None = None) -> Record:
-        """Train one epoch and evaluate; it calls `advance(steps)` after each of about `parts` parts."""
-        keys, order = jax.block_until_ready(self._shuffle())
-        self.epochs += 1
-        begin = time.perf_counter()
-        total = self._steps(self._train, (keys, order), parts, advance)
-        seconds = time.perf_counter() - begin
-        params, state = self.carry.params, self.carry.state
-        test_loss, accuracy = self.evaluate(*self._test_set)
-        angles = self._angle(self.carry, keys, self._task.backprop(params, state, *self._probe), *self._probe)
-        attacked = self.evaluate(*self._test_set, epsilon=self.attack)[1] if self.attack else None
-        return Record(self.epochs, total / self.steps, test_loss, accuracy, np.asarray(angles), seconds, attacked)
+    def epoch(self, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> Record | None:
+        """Trains to the end of the epoch and evaluates.
 
-    def evaluate(
-        self, x: Array, y: Array, *, batch_size: int = 250, epsilon: float = 0.0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean loss and accuracy [seeds] on a set of examples, under an FGSM attack with the step `epsilon`."""
+        It calls `advance(steps)` after each of about `parts` parts. If that returns true, the epoch stops there, the
+        result is None, and the next call goes on from there.
+        """
+        if not self._finish("step", 2, self.epochs, parts, advance):
+            return None
+        measured = self.measure(self.epochs)
+        train_loss = self._epoch_losses().mean(1)
+        self.epochs, self.step, self._losses = self.epochs + 1, 0, []
+        seconds, self._seconds = self._seconds, 0.0
+        test = self.evaluate(*self._sets["test"])
+        held = self.evaluate(*self._sets["validation"]) if "validation" in self._sets else {}
+        attacked = self.evaluate(*self._sets["test"], name="attacked") if self._attacks else {}
+        record = Record(
+            self.epochs,
+            train_loss,
+            test["loss"],
+            test.get("accuracy"),
+            measured.get("angle"),
+            seconds,
+            attacked.get("accuracy"),
+            held.get("loss"),
+            held.get("accuracy"),
+        )
+        self.curve.append({"epoch": self.epochs, "step": self.steps, "train_loss": train_loss} | measured)
+        return record
+
+    def measure(self, epoch: int) -> dict[str, np.ndarray]:
+        """What the method measures on the probe [lanes], with the keys of an epoch."""
+        return self._measured([self._shuffle(group, 2, epoch)[0] for group in self._groups])
+
+    def _measured(self, keys: Sequence[Array]) -> dict[str, np.ndarray]:
+        if not self._measures:
+            return {}
+        return self._joined(
+            self._call("measure", 2, group, group.carry, k, *self._probe)
+            for group, k in zip(self._groups, keys, strict=True)
+        )
+
+    def evaluate(self, x: Array, y: Array, *, batch_size: int = 250, name: str = "evaluate") -> dict[str, np.ndarray]:
+        """Means over a set of examples [lanes], such as "loss" and "accuracy"; `attacked` is the other name."""
         size = min(batch_size, len(x))
         starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps: all have one size
         parts = []
         for i, start in enumerate(starts):
-            batch = slice(start, start + size)
-            known = i * size - start
-            figures = self._task.evaluate(self.carry.params, self.carry.state, x[batch], y[batch], epsilon=epsilon)
-            parts.append([np.asarray(figure)[:, known:] for figure in figures])
-        losses, hits = (np.concatenate(figure, axis=1) for figure in zip(*parts, strict=True))
-        return losses.mean(1), hits.mean(1)
+            batch, known = slice(start, start + size), i * size - start
+            found = self._joined(self._call(name, 2, g, g.carry, x[batch], y[batch]) for g in self._groups)
+            parts.append({figure: values[:, known:] for figure, values in found.items()})
+        return {figure: np.concatenate([part[figure] for part in parts], 1).mean(1) for figure in parts[0]}
 
-    def _check(self, losses: Array) -> None:
-        bad = [seed for seed, value in zip(self.seeds, np.asarray(losses), strict=True) if not np.isfinite(value)]
-        if bad:
-            raise InputError(
-                f"The loss of seed {bad[0]} became NaN or Inf in epoch {self.epochs}: lower the learning rate "
-                "or look for extreme values in the data."
+    def _joined(self, by_group: Any) -> Any:
+        """The results of all groups, as NumPy arrays [lanes, ...]."""
+        return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *by_group)
+
+    def _epoch_losses(self) -> np.ndarray:
+        """The losses of the epoch so far [lanes, steps]."""
+        parts = [p if isinstance(p, np.ndarray) else np.concatenate([np.asarray(a) for a in p]) for p in self._losses]
+        self._losses = [np.concatenate(parts, 1)] if parts else []
+        return self._losses[0] if parts else np.zeros((len(self.seeds), 0), np.float32)
+
+    def _curve_record(self, keys: Sequence[Array]) -> dict[str, Any]:
+        losses = self._epoch_losses()[:, -self.record_every :].mean(1)
+        return {"epoch": self.epochs + 1, "step": self.step, "train_loss": losses} | self._measured(keys)
+
+    def _check(self) -> None:
+        losses = self._epoch_losses()
+        bad = np.argwhere(~np.isfinite(losses.T))
+        if len(bad):
+            step, lane = bad[0]
+            raise Diverged(
+                f"The loss of seed {self.seeds[lane]} became NaN or Inf in epoch {self.epochs + 1}, step {step + 1}: "
+                "lower the learning rate or look for extreme values in the data."
             )
+
+    # What a checkpoint holds
+
+    @property
+    def carry(self) -> PyTree:
+        """What the method carries, every leaf [lanes, ...]."""
+        carries = [group.carry for group in self._groups]
+        return carries[0] if len(carries) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
+
+    @carry.setter
+    def carry(self, carry: PyTree) -> None:
+        for group in self._groups:
+            own = jax.tree.map(lambda leaf, group=group: leaf[group.lanes], carry)
+            group.carry = self._place.carry(own if len(self._groups) > 1 else carry)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on: give it to `restore` of a run that was made the same way."""
+        return {
+            "carry": self.carry,
+            "losses": self._epoch_losses(),
+            "epochs": self.epochs,
+            "step": self.step,
+            "seconds": self._seconds,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state`."""
+        self.carry = state["carry"]
+        self._losses = [np.asarray(state["losses"])]
+        self.epochs, self.step, self._seconds = int(state["epochs"]), int(state["step"]), float(state["seconds"])
+
+
+def _over_lanes(function: Callable[..., Any], size: int, shared: int) -> Callable[..., Any]:
+    """The function for arguments [lanes, ...], but for the last `shared` ones, which all lanes share."""
+
+    def over(*args: Any) -> Any:
+        split = len(args) - shared
+        if size > 1:
+            return jax.vmap(function, (0,) * split + (None,) * shared)(*args)
+        lane = jax.tree.map(lambda leaf: leaf[0], args[:split])
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], function(*lane, *args[split:]))
+
+    return over
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -366,29 +381,3 @@ def steps_per_epoch(data: Dataset, batch_size: int) -> int:
             f"{batch_size}."
         )
     return steps
-
-
-def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """The figures of the last epoch (mean and sd over seeds), and of every epoch by seed: curves [epochs][seeds]."""
-    last = records[-1]
-    figures: dict[str, Any] = {}
-    measured = [name for name in Record._fields if getattr(last, name) is not None and name != "epoch"]
-    for name in (name for name in measured if name != "seconds"):
-        values = getattr(last, name)
-        figures |= {name: values.mean(), f"{name}_sd": values.std(), f"{name}_by_seed": values}
-    curves = {name: [getattr(r, name) for r in records] for name in measured}
-    return figures | {"curves": curves}
-
-
-def _refusing(function: Callable) -> Callable:
-    """The function; if a rule refuses the network, it raises `Refused` with the first line of the message."""
-
-    def guarded(*args):
-        try:
-            return function(*args)
-        except InputError:
-            raise
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise Refused(str(error).splitlines()[0]) from error
-
-    return guarded

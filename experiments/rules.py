@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -89,16 +90,50 @@ def argument_free_rules() -> dict[str, lrules.Rule]:
     return {name: factory() for name, factory in names if not _required(factory)}
 
 
-def parse(expression: str) -> lrules.Rule:
-    """The rule of an expression such as `partition({"fc.*": backman(alpha=0.5), ".*": backprop})`."""
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise InputError(f"The rule {expression!r} is malformed: write it as in backman(alpha=1.0).") from None
-    rule = _value(tree)
+def parse(expression: str, options: Mapping[str, Any] | None = None) -> lrules.Rule:
+    """The rule of an expression such as `partition({"fc.*": backman(alpha=0.5), ".*": backprop})`.
+
+    The `options` replace those of the outermost call that has them; they may be traced numbers.
+    """
+    tree = _tree(expression)
+    given = {id(_owner(tree, option, expression)): {} for option in options or {}}
+    for option, value in (options or {}).items():
+        given[id(_owner(tree, option, expression))][option] = value
+    rule = _value(tree, given)
     if not isinstance(rule, lrules.Rule):
         raise InputError(f"{expression!r} is not a rule: {nearest(expression, rules())}")
     return rule
+
+
+def options(expression: str) -> list[str]:
+    """The options that `parse` can replace: those of every rule and modifier in an expression."""
+    tree = _tree(expression)
+    parse(expression)
+    found = [_options(node) for node in ast.walk(tree)]
+    return list(dict.fromkeys(option for names in found for option in names if option != "rule"))
+
+
+def _tree(expression: str) -> ast.expr:
+    try:
+        return ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise InputError(f"The rule {expression!r} is malformed: write it as in backman(alpha=1.0).") from None
+
+
+def _options(node: ast.AST) -> list[str]:
+    """The options of a call, or of a bare name that is one."""
+    match node:
+        case ast.Call(func=ast.Name(id=name)) | ast.Name(id=name) if name not in FUNCTIONS:
+            return list(inspect.signature(_factory(name)).parameters)
+    return []
+
+
+def _owner(tree: ast.expr, option: str, expression: str) -> ast.AST:
+    """The outermost call with an option; of a bare name inside a call, the call."""
+    for node in ast.walk(tree):
+        if option in _options(node):
+            return node
+    raise InputError(f"The rule {expression!r} has no option '{option}': {nearest(option, options(expression))}")
 
 
 def modified(expression: str) -> str | None:
@@ -124,17 +159,19 @@ def select(expressions: str | None) -> dict[str, lrules.Rule]:
     return {name: parse(name) for name in names}
 
 
-def _value(node: ast.expr) -> Any:
-    """The value of an expression node."""
+def _value(node: ast.expr, given: Mapping[int, dict[str, Any]] = MappingProxyType({})) -> Any:
+    """The value of an expression node; `given` has options for nodes, by their id."""
+    own = given.get(id(node), {})
     match node:
         case ast.Name(id=name):
-            return _named(name)
+            return _call(name, [], own) if own else _named(name)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
-            return _call(name, [_value(a) for a in args], {str(k.arg): _value(k.value) for k in keywords})
+            named = {str(k.arg): _value(k.value, given) for k in keywords}
+            return _call(name, [_value(a, given) for a in args], named | own)
         case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
-            return {ast.literal_eval(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+            return {ast.literal_eval(key): _value(value, given) for key, value in zip(keys, values, strict=True) if key}
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
-            return [_value(element) for element in elements]
+            return [_value(element, given) for element in elements]
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -21,6 +21,7 @@ __all__ = [
     "Agreement",
     "agreement",
     "compare",
+    "dead_units",
     "lipschitz_product",
     "spectral_norms",
     "total_angle",
@@ -91,7 +92,7 @@ def compare(update: jax.Array, reference: jax.Array) -> Agreement:
     ratio = jnp.where(norm_r > 0, norm_u * scale_u / (jnp.where(norm_r > 0, norm_r, 1) * scale_r), jnp.inf)
     ratio = jnp.where((norm_u == 0) & (norm_r == 0), jnp.ones_like(ratio), ratio)
     error = jnp.where(norm_r > 0, jnp.linalg.norm(ratio * u_hat - r_hat), jnp.where(norm_u > 0, jnp.inf, 0.0))
-    finite = jnp.isfinite(largest_u) & jnp.isfinite(largest_r)
+    finite = jnp.all(jnp.isfinite(u)) & jnp.all(jnp.isfinite(r))  # not by the largest: on a CPU it may drop NaN
     found = Agreement(angle, agree.astype(wide), ratio, error.astype(wide))
     return Agreement(*(jnp.where(finite, figure, jnp.nan) for figure in found))
 
@@ -264,6 +265,38 @@ def spectral_norms(net: NetworkLike, params: Pytree, inputs: Pytree, *, iteratio
     handler = _SpectralNorms(iterations)
     graph.run(as_network(net).parameters(params), jax.tree.leaves(inputs), handlers=(handler,), frame=frame)
     return {name.removesuffix(" norm"): norm for name, norm in frame.records.items()}
+
+
+def dead_units(net: NetworkLike, params: Pytree, inputs: Pytree) -> dict[str, jax.Array]:
+    """Measures the fraction of dead units of every activation: those whose output is 0 for each example.
+
+    Args:
+      net: the network.
+      params, inputs: what the network takes; the batch is the first axis of what the activations read.
+
+    Returns:
+      A dict with a scalar for each activation (one per iteration for an activation inside a loop).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> net, params = lambda p, x: jax.nn.relu(x @ p["a"]), {"a": jnp.array([[1.0, -1.0]])}
+      >>> {name: float(f) for name, f in lrules.diagnostics.dead_units(net, params, jnp.ones((3, 1))).items()}
+      {'relu': 0.5}
+    """
+    graph, frame = as_network(net).graph(params, inputs), Frame()
+    graph.run(as_network(net).parameters(params), jax.tree.leaves(inputs), handlers=(_DeadUnits(),), frame=frame)
+    return {name.removesuffix(" dead"): fraction for name, fraction in frame.records.items()}
+
+
+class _DeadUnits(Handler):
+    """Records how many units of an activation are 0 for each example."""
+
+    activations = True
+
+    def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> jax.Array:
+        y = fn(x)
+        frame.records[f"{activation.site} dead"] = jnp.mean(jnp.all(y == 0, axis=0))
+        return y
 
 
 class _LeftOut(Handler):

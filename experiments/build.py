@@ -1,0 +1,91 @@
+"""From a `Config` to what it describes: the data, the task, the method, the run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lrules
+from experiments import augment, data, methods, optimizers, rules, subsets, tasks
+from experiments.config import Config
+from experiments.errors import InputError
+from experiments.loop import Placement, Run, steps_per_epoch
+from experiments.methods import Method
+
+
+def dataset(config: Config, *, data_dir: str | None = None) -> data.Dataset:
+    """The data set of a config, with the validation set that it asks for."""
+    found = data.load(config.dataset, data_dir=data_dir)
+    if config.classes:
+        found = subsets.choose(found, config.classes, seed=config.seed)
+    return data.split_validation(found, config.validation, seed=config.seed) if config.validation else found
+
+
+TRACED = ("learning_rate", "weight_decay", "feedback_learning_rate")  # the fields that lanes of one run may differ in
+
+
+def method(
+    config: Config, task: tasks.Task, steps: int, *, rule: lrules.Rule | None = None, **settings: Any
+) -> Method:
+    """The method of a config; `settings` are traced numbers: fields of the config, or options of its rule.
+
+    Args:
+      config, task: what to train.
+      steps: steps in an epoch.
+      rule: the rule, where it is not that of the config.
+      settings: numbers of `TRACED` by name, and options of the rule as in `{"rule.alpha": 0.5}`.
+    """
+    given = {name.removeprefix("rule."): v for name, v in settings.items() if name.startswith("rule.")}
+    rates = {name: v for name, v in settings.items() if name in TRACED}
+    if rule is None:
+        rule = rules.parse(config.rule, given)
+    return methods.by_rule(
+        task,
+        rule,
+        optimizers.make(config, steps, **rates),
+        augment=augment.parse(config.augmentation) if config.augmentation else None,
+        fgsm=config.fgsm,
+        attack=config.attack,
+        accumulate=config.accumulate,
+        average=config.average,
+        angle=config.probe > 0,
+        layers=config.layers,
+    )
+
+
+def run(
+    config: Config,
+    dataset: data.Dataset,
+    task: tasks.Task | None = None,
+    *,
+    rule: lrules.Rule | None = None,
+    settings: Mapping[str, Sequence[float]] | None = None,
+    placement: Placement | None = None,
+    check_nan: bool = False,
+) -> Run:
+    """The run of a config. Each of the `settings` has a number for each seed of each point, point after point."""
+    task = tasks.build(config, dataset) if task is None else task
+    if config.augmentation and len(dataset.shape) != 3:
+        raise InputError(
+            f"augmentation needs images [height, width, channels], and {dataset.name} has inputs of shape "
+            f"{dataset.shape}: leave augmentation empty."
+        )
+    steps = steps_per_epoch(dataset, config.batch_size)
+    seeds = list(range(config.seed, config.seed + config.seeds))
+    points = len(next(iter(settings.values()))) // len(seeds) if settings else 1
+    make: Method | Callable[..., Method]
+    if settings:
+
+        def make(**given: Any) -> Method:
+            return method(config, task, steps, rule=rule, **given)
+    else:
+        make = method(config, task, steps, rule=rule)
+    return Run(
+        make,
+        dataset,
+        seeds=seeds * points,
+        settings=settings,
+        batch_size=config.batch_size,
+        check_nan=check_nan,
+        probe=config.probe,
+        record_every=config.record_every,
+        placement=placement,
+    )

@@ -1,0 +1,58 @@
+"""A progress bar with rate and time left; plain lines, now and then, where the output is a file."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows how far a long work is, on standard error.
+
+        with Progress(total=100, unit="step") as bar:
+            bar.describe("epoch 1/10")
+            bar.advance(5, "loss 0.3")
+    """
+
+    def __init__(self, total: int, unit: str, *, every: float = 30.0, begin: int = 0):
+        """`every`: seconds between two lines in a file; `begin`: units that are done already."""
+        self.total, self.unit, self.every = total, unit, every
+        self.done, self.begin, self.label, self.note = begin, begin, "", ""
+        self.bar: Any = tqdm(total=total, unit=unit, initial=begin) if sys.stderr.isatty() else None
+        self.start = self.last = time.monotonic()
+        self.lines = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar:
+            self.bar.close()
+        elif self.done > self.begin:
+            self._line()
+
+    def describe(self, label: str) -> None:
+        """The text before the bar."""
+        self.label = label
+        if self.bar:
+            self.bar.set_description(label)
+
+    def advance(self, units: int, note: str | None = None) -> None:
+        """`units` more are done; `note` is the text after the bar."""
+        self.done += units
+        self.note = self.note if note is None else note
+        if self.bar:
+            if note is not None:
+                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(units)
+        elif time.monotonic() - self.last > self.every:
+            self._line()
+
+    def _line(self) -> None:
+        self.last = time.monotonic()
+        meter = tqdm.format_meter(
+            self.done, self.total, self.last - self.start, initial=self.begin, ncols=0, unit=self.unit,
+            prefix=self.label, postfix=self.note or None,
+        )  # fmt: skip
+        print(meter, file=sys.stderr, flush=True)

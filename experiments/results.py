@@ -1,0 +1,135 @@
+"""Results: figures over seeds, tables, files, and all that is needed to repeat them."""
+
+import datetime
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import plots
+from experiments.files import write_csv, write_json
+from experiments.loop import Record
+
+PACKAGES = ("lrules", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def statistics(values: np.ndarray) -> dict[str, Any]:
+    """Mean, sample sd and half the width of the 95% interval of the mean over seeds; None where one seed has none."""
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return {"mean": float(values.mean()), "sd": None, "interval": None}
+    from scipy import stats  # slow to import
+
+    sd = float(values.std(ddof=1))
+    return {"mean": float(values.mean()), "sd": sd, "interval": float(stats.t.ppf(0.975, n - 1) * sd / n**0.5)}
+
+
+def text(values: Mapping[str, Any], unit: float = 1, digits: int = 2) -> str:
+    """Statistics as `97.44 ± 0.49`: the mean and the sd, or the mean alone."""
+    mean = f"{unit * values['mean']:.{digits}f}"
+    return mean if values["sd"] is None else f"{mean} ± {unit * values['sd']:.{digits}f}"
+
+
+def summary(records: Sequence[Record], lanes: slice = slice(None), *, select: str = "last") -> dict[str, Any]:
+    """The figures of the last epoch over seeds, those of each seed, and the curves [epochs][seeds] of some lanes.
+
+    With `select="best_validation"` it also has, under "selected", the figures of the epoch in which each seed had its
+    best validation accuracy.
+    """
+    last = records[-1]
+    measured = [name for name in Record._fields if getattr(last, name) is not None and name not in ("epoch", "seconds")]
+    curves = {name: np.array([getattr(record, name)[lanes] for record in records]) for name in measured}
+    found: dict[str, Any] = {
+        name: statistics(curve[-1]) | {"by_seed": curve[-1]} for name, curve in curves.items()
+    }
+    if select == "best_validation":
+        best = np.nan_to_num(curves["validation_accuracy"]).argmax(0)
+        seeds = np.arange(len(best))
+        found["selected"] = {
+            name: statistics(curve[best, seeds]) | {"by_seed": curve[best, seeds]} for name, curve in curves.items()
+        } | {"epoch_by_seed": best + 1}
+    return found | {"curves": curves | {"seconds": [record.seconds for record in records]}}
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, device, command and time."""
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "device": describe_device(),
+        "platform": device.platform,
+        "processes": jax.process_count(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe_device() -> str:
+    """The name of the accelerator, or of the processor with its number of cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    rows = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = line(["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)])
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def curve_rows(name: str, records: Sequence[Record], seeds: Sequence[int], lanes: slice) -> list[tuple[Any, ...]]:
+    """A row per seed and epoch: name, seed, epoch, and every figure of a `Record` (empty where it was not measured)."""
+
+    def figure(record: Record, field: str, lane: int) -> Any:
+        values = getattr(record, field)
+        return "" if values is None else float(values[lanes][lane])
+
+    return [
+        (name, seed, record.epoch, *(figure(record, field, lane) for field in CURVES))
+        for record in records
+        for lane, seed in enumerate(seeds)
+    ]
+
+
+CURVES = ("train_loss", "test_loss", "accuracy", "angle", "attacked", "validation_loss", "validation_accuracy")
+
+
+def write(
+    folder: pathlib.Path,
+    content: Mapping[str, Any],
+    histories: Mapping[str, tuple[Sequence[Record], slice]],
+    seeds: Sequence[int],
+    title: str,
+) -> None:
+    """Writes metrics.json, curves.csv and curves.png; `histories` has the records of each run and its lanes."""
+    write_json(folder / "metrics.json", {"provenance": provenance()} | dict(content))
+    rows = [row for name, (records, lanes) in histories.items() for row in curve_rows(name, records, seeds, lanes)]
+    write_csv(folder / "curves.csv", ("rule", "seed", "epoch", *CURVES), rows)
+    figure = plots.learning_curves(histories, title)
+    plots.save(figure, folder / "curves.png")
