@@ -1,10 +1,12 @@
-"""Data sets: scikit-learn's `digits` (embedded, the default), `npz:FILE`, or the name of a TFDS set.
+"""Data sets: scikit-learn's `digits` (embedded, the default), `npz:FILE`, `npy:FOLDER`, or the name of a TFDS set.
 
-Images keep their stored dtype, so uint8 stays small on the device; `scale` turns a batch into floats.
+Images keep their stored dtype, so uint8 stays small on the device; `scale` turns a batch into floats. What is too large
+for memory stays on the disk and is read batch by batch (`streaming.py`).
 """
 
 import pathlib
 import zipfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
-from experiments.errors import InputError, nearest
+from experiments import checks
+from experiments.errors import InputError
+from experiments.rows import on_disk, take
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
+OPTIONAL = ("x_val", "y_val")
+IN_MEMORY = 2**31
 
 
 class Dataset(NamedTuple):
-    """Inputs [examples, ...] (images: [examples, height, width, channels]) and integer labels [examples]."""
+    """Inputs [examples, ...] (images: [examples, height, width, channels]) and integer labels [examples].
+
+    The validation examples are there if the set has some of its own, or after `split_validation`. Inputs may be arrays,
+    or rows that are read from the disk where they are asked for.
+    """
 
     x_train: Any
     y_train: Any
@@ -36,14 +45,41 @@ class Dataset(NamedTuple):
         """The shape of one input."""
         return self.x_train.shape[1:]
 
+    @property
+    def parts(self) -> dict[str, tuple[Any, Any]]:
+        """The inputs and labels of `train`, `test` and, where there is one, `val`."""
+        parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
+        return parts if self.x_val is None else parts | {"val": (self.x_val, self.y_val)}
 
-def load(source: str, *, data_dir: str | None = None) -> Dataset:
-    """Load and check a data set: `digits`, `npz:FILE`, or a TFDS name prepared below `data_dir`."""
+    def with_parts(self, parts: Mapping[str, tuple[Any, Any]], **changes: Any) -> "Dataset":
+        """The same set with other inputs and labels."""
+        arrays = {
+            f"{axis}_{part}": value for part, pair in parts.items() for axis, value in zip("xy", pair, strict=True)
+        }
+        return self._replace(**(arrays | changes))
+
+
+def load(source: str, *, data_dir: str | None = None, in_memory: int = IN_MEMORY) -> Dataset:
+    """Load and check a data set: `digits`, `npz:FILE`, `npy:FOLDER`, or a TFDS name prepared below `data_dir`.
+
+    Nothing is downloaded; `tfds_sets.prepare` does that. The arrays of `npy:FOLDER` (x_train.npy, ...) are mapped,
+    never read whole. A TFDS set of more than `in_memory` bytes stays on the disk too.
+
+    Raises:
+      InputError: the set is not there or something is wrong with it; the sentence says what to do.
+
+    Example: `load("npz:mnist.npz").shape` is (28, 28, 1).
+    """
     if source == "digits":
         return _digits()
     if source.startswith("npz:"):
         return _npz(source.removeprefix("npz:"))
-    return _tfds(source, data_dir)
+    if source.startswith("npy:"):
+        return _npy(source.removeprefix("npy:"))
+    from experiments import tfds_sets  # slow to import
+
+    parts, classes = tfds_sets.read(source, data_dir, in_memory)
+    return check(parts, classes, source)
 
 
 def scale(x: jax.Array | np.ndarray) -> jax.Array:
@@ -53,69 +89,85 @@ def scale(x: jax.Array | np.ndarray) -> jax.Array:
 
 def on_device(data: Dataset) -> Dataset:
     """The same set with its arrays on the accelerator, so that several runs share them."""
-    x_train, y_train, x_test, y_test = map(jnp.asarray, data[:4])
-    return Dataset(x_train, y_train, x_test, y_test, data.classes, data.name)
+    return data.with_parts({part: (jnp.asarray(x), jnp.asarray(y)) for part, (x, y) in data.parts.items()})
 
 
 def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
     """The same set with a stratified fraction of the training examples as its test examples, for tuning."""
+    train, held = _stratified(data, fraction, seed)
+    return data.with_parts({"train": train, "test": held, "val": (None, None)})
+
+
+def split_validation(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
+    """The same set with a stratified fraction of the training examples as validation examples; the test set stays.
+
+    Every class that has training examples keeps some, and gets some validation examples.
+
+    Raises:
+      InputError: the fraction is not between 0 and 1 or leaves a class empty, or the set has validation examples
+      already.
+
+    Example: `split_validation(load("digits"), 0.2, seed=1).x_val.shape` is (288, 8, 8, 1).
+    """
+    if data.x_val is not None:
+        raise InputError(
+            f"{data.name} has {len(data.x_val)} validation examples already: use those, and ask for no validation "
+            "fraction."
+        )
+    train, held = _stratified(data, fraction, seed)
+    return data.with_parts({"train": train, "val": held})
+
+
+def _stratified(data: Dataset, fraction: float, seed: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The training examples in two parts: those that stay, and a fraction of each class."""
     if not 0 < fraction < 1:
         raise InputError(f"The validation fraction must be a number between 0 and 1, got {fraction:g}.")
-    return _split(data.x_train, data.y_train, fraction, data.classes, data.name, seed)
-
-
-def check(data: Dataset) -> Dataset:
-    """The set with float32 or uint8 inputs, int32 labels and channels last, or an error that names the fault."""
-    _check_part("train", data.x_train, data.y_train, data)
-    _check_part("test", data.x_test, data.y_test, data)
-    train, test = data.x_train.shape[1:], data.x_test.shape[1:]
-    if train != test:
+    y = np.asarray(data.y_train)
+    if y.ndim != 1:
         raise InputError(
-            f"x_train and x_test of {data.name} hold examples of different shapes, {train} and {test}: make them equal."
+            f"{data.name} has targets in place of labels: split it before it is made an autoencoding task."
         )
-
-    def inputs(x: np.ndarray) -> np.ndarray:
-        x = x if x.dtype == np.uint8 else x.astype(np.float32)
-        return x[..., None] if x.ndim == 3 else x
-
-    y_train, y_test = data.y_train.astype(np.int32), data.y_test.astype(np.int32)
-    return Dataset(inputs(data.x_train), y_train, inputs(data.x_test), y_test, data.classes, data.name)
-
-
-def _check_part(part: str, x: np.ndarray, y: np.ndarray, data: Dataset) -> None:
-    """Checks dtypes, shapes and values of the training or the test examples."""
-    xs, ys = f"x_{part} of {data.name}", f"y_{part} of {data.name}"
-    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
-        raise InputError(f"{xs} has dtype {x.dtype}: save it as uint8 (which is scaled to [0, 1]) or as floats.")
-    if x.ndim < 2 or not x.size:
-        raise InputError(f"{xs} has shape {x.shape}: save it as [examples, ...], with at least one example.")
-    if x.dtype != np.uint8 and not np.isfinite(x).all():
-        raise InputError(f"{xs} holds NaN or Inf: remove or replace those values.")
-    if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
-        raise InputError(f"{ys} has dtype {y.dtype} and shape {y.shape}: save integers of shape [examples].")
-    if len(x) != len(y):
-        raise InputError(f"{xs} holds {len(x)} examples but y_{part} {len(y)} labels: save one label per example.")
-    if len(wrong := y[(y < 0) | (y >= data.classes)]):
+    labels, counts = np.unique(y, return_counts=True)
+    rarest, least = labels[counts.argmin()], counts.min()
+    if least < 2:
         raise InputError(
-            f"{ys} holds the label {wrong[0]}, outside the classes 0 to {data.classes - 1}: number the classes from 0, "
-            "and use only classes that the training labels have."
+            f"Class {rarest} of {data.name} has only one training example, so a validation set would leave the class "
+            "empty: add examples of that class or leave it out."
         )
-
-
-def _split(x: np.ndarray, y: np.ndarray, fraction: float, classes: int, name: str, seed: int) -> Dataset:
-    """Hold out a stratified fraction as the test set."""
     try:
-        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=fraction, stratify=y, random_state=seed)
-    except ValueError as error:
-        raise InputError(f"Holding out {fraction:g} of the training examples of {name} failed: {error}") from None
-    return Dataset(x_train, y_train, x_test, y_test, classes, name)
+        kept, held = train_test_split(np.arange(len(y)), test_size=fraction, stratify=y, random_state=seed)
+    except ValueError:  # fewer examples than classes in one of the parts
+        kept = held = np.arange(0)
+    if any(len(np.unique(y[part])) < len(labels) for part in (kept, held)):
+        raise InputError(
+            f"The validation fraction {fraction:g} leaves a class of {data.name} without examples in one of the "
+            f"parts: give a fraction from {np.ceil(1e3 / least) / 1e3:g} to {np.floor(1e3 - 1e3 / least) / 1e3:g}, as "
+            f"class {rarest} has {least} training examples."
+        )
+    return (take(data.x_train, kept), y[kept]), (take(data.x_train, held), y[held])
+
+
+def check(parts: Mapping[str, tuple[Any, Any]], classes: int, name: str) -> Dataset:
+    """The set with float32 or uint8 inputs, int32 labels and channels last, or an error that names the fault."""
+    ready = {}
+    for part, (x, y) in parts.items():
+        y = np.asarray(y)
+        checks.check_part(part, x, y, name, classes)
+        checks.check_alike(part, parts["train"][0], x, name)
+        if not on_disk(x) and x.dtype != np.uint8:
+            x = x.astype(np.float32)
+        ready[part] = x[..., None] if x.ndim == 3 else x, y.astype(np.int32)
+    return Dataset(*ready["train"], *ready["test"], classes, name, *ready.get("val", ()))
 
 
 def _digits() -> Dataset:
     """1,797 real handwritten digits of 8x8 pixels; a fifth of them (always the same) is the test set."""
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)[..., None]
-    return check(_split(images, digits.target, 0.2, 10, "digits", seed=0))
+    x_train, x_test, y_train, y_test = train_test_split(
+        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
+    return check({"train": (x_train, y_train), "test": (x_test, y_test)}, 10, "digits")
 
 
 def _npz(file: str) -> Dataset:
@@ -128,51 +180,41 @@ def _npz(file: str) -> Dataset:
             missing = [name for name in NAMES if name not in arrays]
             if missing:
                 raise InputError(f"{path} has no array {missing[0]}: save {', '.join(NAMES)} with numpy.savez.")
-            x_train, y_train, x_test, y_test = (arrays[name] for name in NAMES)
+            found = {name: arrays[name] for name in (*NAMES, *OPTIONAL) if name in arrays}
     except InputError:
         raise
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile):
         raise InputError(
             f"{path} is not an npz file of plain arrays: save {', '.join(NAMES)} with numpy.savez."
         ) from None
-    classes = int(y_train.max()) + 1 if y_train.size and np.issubdtype(y_train.dtype, np.integer) else 0
-    return check(Dataset(x_train, y_train, x_test, y_test, classes, path.name))
+    return _of_arrays(found, path.name)
 
 
-def _tfds(name: str, data_dir: str | None) -> Dataset:
-    """A prepared TFDS set, read without TensorFlow. The test set is its test split, or else its validation split."""
-    import tensorflow_datasets as tfds  # slow to import
+def _npy(folder: str) -> Dataset:
+    """The arrays of a folder, x_train.npy and so on, mapped into memory: only what is used is read."""
+    path = pathlib.Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"There is no folder {path}: give --dataset=npy:FOLDER with {', '.join(NAMES)}, each as .npy.")
+    found = {}
+    for name in (*NAMES, *OPTIONAL):
+        file = path / f"{name}.npy"
+        if not file.is_file():
+            if name in NAMES:
+                raise InputError(f"{path} has no file {name}.npy: save {', '.join(NAMES)} there with numpy.save.")
+            continue
+        try:
+            found[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError):
+            raise InputError(f"{file} is not an npy file of a plain array: save it with numpy.save.") from None
+    return _of_arrays(found, path.name)
 
-    known = ["digits", "npz:FILE", *tfds.list_builders(with_community_datasets=False)]
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        raise InputError(f"There is no data set '{name}': {nearest(name, known, most=2)}") from None
-    except ValueError as error:
-        raise InputError(f"There is no data set '{name}': {str(error).splitlines()[0]}") from None
-    try:
-        sources: Any = builder.as_data_source()
-    except (NotImplementedError, AssertionError, ValueError, OSError):
-        where = f", data_dir={data_dir!r}" if data_dir else ""
-        raise InputError(
-            f"The data set '{name}' is not prepared in {builder.data_dir}: run python -c \"import tensorflow_datasets "
-            f"as tfds; tfds.data_source('{name}'{where})\" once (some sets need tensorflow-cpu)."
-        ) from None
-    keys = builder.info.supervised_keys
-    if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
-        raise InputError(
-            f"The data set '{name}' does not have labelled classes: use one that has, such as mnist or cifar10."
-        )
-    test = "test" if "test" in sources else "validation"
-    if "train" not in sources or test not in sources:
-        raise InputError(f"The data set '{name}' has the splits {', '.join(sources)}: use one with train and test.")
-    arrays: list[np.ndarray] = []
-    for split in ("train", test):
-        rows = [
-            (row[keys[0]], row[keys[1]]) for row in tqdm(sources[split], desc=f"reading {name} {split}", leave=False)
-        ]
-        if len({np.shape(x) for x, _ in rows}) != 1:
-            raise InputError(f"The data set '{name}' holds examples of several shapes: resize them and use npz:FILE.")
-        arrays += [np.stack([x for x, _ in rows]), np.array([y for _, y in rows])]
-    x_train, y_train, x_test, y_test = arrays
-    return check(Dataset(x_train, y_train, x_test, y_test, builder.info.features[keys[1]].num_classes, name))
+
+def _of_arrays(arrays: Mapping[str, Any], name: str) -> Dataset:
+    """The set of arrays by their names."""
+    for given, other in (OPTIONAL, OPTIONAL[::-1]):
+        if given in arrays and other not in arrays:
+            raise InputError(f"{name} has {given} but not {other}: save both or neither.")
+    parts = {
+        part: (arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test", "val") if f"x_{part}" in arrays
+    }
+    return check(parts, checks.count_classes(np.asarray(arrays["y_train"]), name), name)
