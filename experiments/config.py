@@ -101,7 +101,7 @@ class Config:
     layers: bool = option(False, "Record angle, norm ratio, alignment and dead units of each layer, too.")
 
     def __post_init__(self) -> None:
-        for field, kind in zip(dataclasses.fields(self), _kinds(), strict=True):
+        for field, kind in zip(dataclasses.fields(self), kinds(), strict=True):
             object.__setattr__(self, field.name, _checked(field, kind, getattr(self, field.name)))
         if self.select == "best_validation" and not self.validation:
             raise InputError("select is best_validation and validation is 0: keep a part, as in validation=0.1.")
@@ -157,7 +157,8 @@ def _names() -> list[str]:
     return [field.name for field in dataclasses.fields(Config)]
 
 
-def _kinds() -> list[Any]:
+def kinds() -> list[Any]:
+    """The annotated types of the fields, in order."""
     hints = typing.get_type_hints(Config)
     return [hints[name] for name in _names()]
 

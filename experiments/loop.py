@@ -234,12 +234,18 @@ class Run:
         self._seconds += time.perf_counter() - begin
         return finished
 
+    @property
+    def learns_feedback(self) -> bool:
+        """Whether there is feedback that a warm-up would train."""
+        feedback = getattr(self._groups[0].carry, "feedback", None)
+        return feedback is not None and bool(jax.tree.leaves((feedback.learned, feedback.state)))
+
     def warm_up(self, epochs: int, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> None:
         """Trains only what the method says must be ready before, for some epochs, which do not count as epochs.
 
         The later epochs have the same batches as without a warm-up.
         """
-        for epoch in range(epochs if self._warms_up else 0):
+        for epoch in range(epochs if self._warms_up and self.learns_feedback else 0):
             self._finish("warm_up", 3, epoch, parts, advance)
             self.step, self._losses = 0, []
         self._seconds = 0.0

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import plots
-from experiments.files import write_csv, write_json
+from experiments.files import savefig, write_csv, write_json
 from experiments.loop import Record
 
 PACKAGES = ("lrules", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -125,11 +124,13 @@ def write(
     content: Mapping[str, Any],
     histories: Mapping[str, tuple[Sequence[Record], slice]],
     seeds: Sequence[int],
-    title: str,
+    title: str | None,
 ) -> None:
-    """Writes metrics.json, curves.csv and curves.png; `histories` has the records of each run and its lanes."""
+    """Writes metrics.json, curves.csv and, with a title, curves.png; `histories` has each run's records and lanes."""
     write_json(folder / "metrics.json", {"provenance": provenance()} | dict(content))
     rows = [row for name, (records, lanes) in histories.items() for row in curve_rows(name, records, seeds, lanes)]
     write_csv(folder / "curves.csv", ("rule", "seed", "epoch", *CURVES), rows)
-    figure = plots.learning_curves(histories, title)
-    plots.save(figure, folder / "curves.png")
+    if title:
+        from experiments import plots  # matplotlib is slow to import
+
+        savefig(plots.learning_curves(histories, title), folder / "curves.png")

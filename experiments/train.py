@@ -6,97 +6,199 @@
     python -m experiments.train --rule='partition({"layers/0/.*": backman, ".*": backprop})'
     python -m experiments.train --rule="node_perturbation(std=0.01)" --warmup_epochs=1 --feedback_learning_rate=0.01
     python -m experiments.train --fgsm=0.01 --attack=0.05                  # adversarial training, accuracy under attack
+    python -m experiments.train --seeds=5 --validation=0.2 --sweep="learning_rate=0.001,0.003,0.01" --sweep="weight_decay=0,1e-4"
+    python -m experiments.train --config=results/train/metrics.json        # the same run again, in full
 
-The program writes metrics.json (final figures, curves, settings, versions, device and command), curves.csv and
-curves.png.
-"""
+The program writes metrics.json (figures, curves, config, versions, device and command), curves.csv and curves.png after
+each epoch, and a checkpoint. The same command goes on from there if it was stopped. docs/training.md has more.
+"""  # noqa: E501
 
+import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from experiments import cli, loop, rules
-from experiments.data import Dataset
+from experiments import build, cli, devices, files, results, rules, signals, sweep
+from experiments.checkpoints import Checkpoints
+from experiments.config import Config
 from experiments.loop import Record
+from experiments.progress import Progress
+from experiments.trial import Trial
 
 FLAGS = flags.FLAGS
 
 
-def train(run: loop.Run, epochs: int, warmup_epochs: int = 0) -> list[Record]:
-    """Train for some epochs after a warm-up of learned feedback, and show the progress and the latest figures."""
-    records: list[Record] = []
-    if warmup_epochs and not run.learns_feedback:
+def main() -> int:
+    config = cli.config()
+    rules.parse(config.rule)  # a wrong rule is refused before the data are read
+    grid = sweep.parse(FLAGS.sweep or [], config)
+    devices.initialize_processes()
+    placement = devices.placement(FLAGS.devices, FLAGS.mesh)
+    described = describe(config, grid)
+    claim = files.claim(FLAGS.output, described)
+    if claim.notice:
+        print(claim.notice)
+    dataset = build.dataset(config, data_dir=FLAGS.data_dir)
+    trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan)
+    title = f"{config.model} on {dataset.name}"
+    with claim.lock, signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
+        train(trial, claim.folder, described, title, stop, keep=FLAGS.keep, resume=FLAGS.resume)
+    if not trial.records:
+        print(f"{stop.sentence} No epoch was finished.")
+        return stop.exit_code
+    final = trial.result()
+    print(table(final, config))
+    for sentence in remarks(trial, final):
+        print(f"\n{sentence}")
+    print(f"\nResults: {claim.folder}/metrics.json, curves.csv, curves.png")
+    if stop.requested and not trial.finished:
+        print(f"{stop.sentence} {trial.epochs} of {config.epochs} epochs are done; the same command goes on from there.")
+        return stop.exit_code
+    return 0
+
+
+def describe(config: Config, grid: sweep.Grid) -> dict[str, Any]:
+    """What makes a run another one than others, for its folder and its checkpoints."""
+    swept = {name: list(values) for name, values in (grid.fields | grid.options).items()}
+    return {"config": config.to_dict()} | ({"sweep": swept} if swept else {})
+
+
+def train(
+    trial: Trial,
+    folder: Any,
+    described: Mapping[str, Any],
+    title: str,
+    stop: signals.Stop,
+    *,
+    keep: int,
+    resume: bool,
+) -> None:
+    """Trains to the end or to a stop; writes checkpoints, and results after each epoch."""
+    keeper = Keeper(trial, folder / "checkpoints", described, keep=keep, resume=resume) if keep else None
+    if trial.config.warmup_epochs and not trial.warms_up:
         print("This rule does not learn feedback: there is nothing to warm up.")
-    elif warmup_epochs:
-        with tqdm(total=warmup_epochs * run.steps, unit="step", desc="warm-up") as bar:
-            run.warm_up(warmup_epochs, parts=20, advance=bar.update)
-    with tqdm(total=epochs * run.steps, unit="step") as bar:
-        for epoch in range(1, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}")
-            records.append(run.epoch(parts=20, advance=bar.update))
-            bar.set_postfix_str(describe(records[-1]))
-    return records
+    elif not trial.warmed_up:
+        trial.warm_up()
+    total = trial.config.epochs * trial.steps
+    with Progress(total, "step", begin=trial.steps_done) as bar:
+        note = None
+
+        def advance(steps: int) -> bool:
+            bar.advance(steps, note)
+            return stop.requested
+
+        while not trial.finished and not stop.requested:
+            bar.describe(f"epoch {trial.epochs + 1}/{trial.config.epochs}")
+            record = trial.epoch(advance=advance)
+            if record is not None:
+                note = brief(record)
+                write(trial, folder, title, picture=False)
+            if keeper and (record is not None or stop.requested):
+                keeper.save(now=trial.finished or stop.requested)
+    if trial.records:
+        write(trial, folder, title)
+    if keeper:
+        keeper.close()
 
 
-def describe(record: Record) -> str:
-    """One epoch in a few words, means over the seeds."""
-    loss, accuracy, angle = record.train_loss.mean(), record.accuracy.mean(), record.angle.mean()
-    return f"loss {loss:.4f}, test accuracy {accuracy:.2%}, angle {angle:.1f}°"
+class Keeper:
+    """Saves checkpoints of a trial, and goes on from the last one."""
+
+    EVERY = 10.0  # seconds between two checkpoints, at least; the last epoch is always saved
+
+    def __init__(self, trial: Trial, folder: Any, described: Mapping[str, Any], *, keep: int, resume: bool):
+        if not resume and folder.exists():
+            shutil.rmtree(folder)
+        self.trial, self.last = trial, time.monotonic()
+        self.saved = Checkpoints(folder, described, keep=keep, best="max" if trial.config.validation else None)
+        found = self.saved.restore(trial.state()[0])
+        if found is not None:
+            trial.restore(found.state, found.extra)
+            at = f", step {trial.runs[-1].step}" if trial.runs[-1].step else ""
+            again = " The run is finished: --noresume trains it again." if trial.finished else ""
+            print(f"Goes on after epoch {trial.epochs}{at}, from the checkpoint in {folder}.{again}")
+
+    def save(self, *, now: bool) -> None:
+        """Saves if it is time, or `now`."""
+        if now or time.monotonic() - self.last > self.EVERY:
+            state, extra = self.trial.state()
+            accuracy = self.trial.records[-1].validation_accuracy if self.trial.records else None
+            metric = None if accuracy is None else float(accuracy.mean())
+            self.saved.save(self.trial.steps_done, state, extra, metric=metric)
+            self.last = time.monotonic()
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self.saved.wait()
+        self.saved.close()
 
 
-def make_run(dataset: Dataset) -> loop.Run:
-    """The run that the flags choose."""
-    return loop.Run(
-        cli.task_from_flags(dataset),
-        rules.parse(FLAGS.rule),
-        dataset,
-        optimizer=cli.optimizer_from_flags(FLAGS.learning_rate, dataset),
-        **cli.run_options(),
-    )
+def write(trial: Trial, folder: Any, title: str, *, picture: bool = True) -> None:
+    """Writes the results so far."""
+    config, chosen = trial.config, trial.chosen()
+    name = ", ".join(filter(None, (config.rule, trial.points[chosen].text())))
+    content = {"rule": config.rule} | trial.result()
+    seeds = range(config.seed, config.seed + config.seeds)
+    results.write(folder, content, {name: (trial.records, trial.lanes(chosen))}, seeds, title if picture else None)
 
 
-def main() -> None:
-    rules.parse(FLAGS.rule)  # reports a wrong rule before the data are read
-    folder = cli.output_folder()
-    dataset = cli.dataset_from_flags()
-    run = make_run(dataset)
-    records = train(run, FLAGS.epochs, FLAGS.warmup_epochs)
-    final = loop.summary(records)
-    seconds = sum(record.seconds for record in records) / (run.steps * len(records))
-    final |= {"step_seconds": seconds, "compile_seconds": run.compile_seconds}
-    cli.write_results(folder, {"rule": FLAGS.rule} | final, {FLAGS.rule: records}, f"{FLAGS.model} on {dataset.name}")
-    print(table(final))
-    if not np.isfinite(final["train_loss"]):
-        print("\nThe loss became NaN or Inf: lower --learning_rate, and use --check_nan to stop at that step.")
-    print(f"\nResults: {folder}/metrics.json, curves.csv, curves.png")
+def brief(record: Record) -> str:
+    """One epoch in a few words, means over the lanes."""
+    words = [f"loss {record.train_loss.mean():.4f}"]
+    if record.validation_accuracy is not None:
+        words.append(f"validation accuracy {record.validation_accuracy.mean():.2%}")
+    if record.accuracy is not None:
+        words.append(f"test accuracy {record.accuracy.mean():.2%}")
+    if record.angle is not None:
+        words.append(f"angle {record.angle.mean():.1f}°")
+    return ", ".join(words)
 
 
-def table(final: Mapping[str, Any]) -> str:
-    """The figures of the last epoch as a Markdown table."""
-    figures = (
-        ("test accuracy (%)", "accuracy", 100, 2),
-        ("the same under attack (%)", "attacked", 100, 2),
-        ("test loss", "test_loss", 1, 4),
-        ("training loss", "train_loss", 1, 4),
-        ("angle to backprop (°)", "angle", 1, 1),
-    )
-    rows = [
-        (label, f"{unit * final[name]:.{digits}f}", f"{unit * final[f'{name}_sd']:.{digits}f}")
-        for label, name, unit, digits in figures
-        if name in final
-    ]
-    rows.append(("step (ms)", f"{1e3 * final['step_seconds']:.2f}", ""))
-    return cli.table(("after the last epoch", "mean", "sd over seeds"), rows)
+FIGURES = (
+    ("test accuracy (%)", "accuracy", 100, 2),
+    ("validation accuracy (%)", "validation_accuracy", 100, 2),
+    ("test accuracy under attack (%)", "attacked", 100, 2),
+    ("test loss", "test_loss", 1, 4),
+    ("validation loss", "validation_loss", 1, 4),
+    ("training loss", "train_loss", 1, 4),
+    ("angle to backprop (°)", "angle", 1, 1),
+)
+
+
+def table(final: Mapping[str, Any], config: Config) -> str:
+    """The figures of the selected epoch as a Markdown table."""
+    where = f"after epoch {final['epochs']}"
+    if "selected" in final:
+        final, where = final | final["selected"], "epoch with the best validation accuracy"
+    rows = []
+    for label, name, unit, digits in FIGURES:
+        if name in final:
+            values = final[name]
+            spread = ["-" if values[key] is None else f"{unit * values[key]:.{digits}f}" for key in ("sd", "interval")]
+            rows.append((label, f"{unit * values['mean']:.{digits}f}", spread[0], f"± {spread[1]}".replace("± -", "-")))
+    rows.append(("step (ms)", f"{1e3 * final['step_seconds']:.2f}", "-", "-"))
+    return results.table((where, "mean", f"sd of {config.seeds} seeds", "95% interval of the mean"), rows)
+
+
+def remarks(trial: Trial, final: Mapping[str, Any]) -> list[str]:
+    """What the user should know of a result."""
+    found = []
+    if "chosen" in final:
+        chosen = ", ".join(f"{name}={value}" for name, value in final["chosen"].items())
+        found.append(f"Chosen of {len(trial.points)} points on the validation set: {chosen}.")
+        if final["at_edge"]:
+            found.append(f"The best {', '.join(final['at_edge'])} is at the edge of the grid: try values beyond it.")
+    if not np.isfinite(final["train_loss"]["mean"]):
+        found.append("The loss became NaN or Inf: lower --learning_rate, and use --check_nan to stop at that step.")
+    return found
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "rule", "backprop", 'A learning rule, such as "backman(alpha=1.0)"; modifiers are nested the same way.'
-    )
-    flags.DEFINE_float("learning_rate", 3e-3, "The optimizer's learning rate.", lower_bound=0)
-    cli.define_training_flags(epochs=30, seeds=1, output="results/train")
+    cli.define_config_flags()
+    cli.define_execution_flags(output="results/train")
+    flags.DEFINE_multi_string("sweep", None, "A setting and its values, such as learning_rate=0.01,0.1; give it again for a grid.")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -1,0 +1,204 @@
+"""A config trained to its end, perhaps over a grid of settings: epoch by epoch, with its records and its state.
+
+    trial = Trial(config, dataset, grid=sweep.parse(["learning_rate=0.01,0.1"], config))
+    while not trial.finished:
+        trial.epoch()
+    trial.result()  # the figures of the best point, chosen on the validation set, and those of all points
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import lrules
+from experiments import build, results, rules, sweep, tasks
+from experiments.config import Config
+from experiments.data import Dataset
+from experiments.errors import InputError
+from experiments.loop import PARTS, Placement, Record, Run
+
+
+class Trial:
+    """The runs of a config: one, or as many as its grid needs.
+
+    Attributes:
+      config, grid, points: what is trained; the lanes of `records` are those of the points, each with every seed.
+      runs: the `loop.Run`s.
+      records: one for each finished epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        *,
+        grid: sweep.Grid = sweep.NO_GRID,
+        rule: lrules.Rule | None = None,
+        task: tasks.Task | None = None,
+        placement: Placement | None = None,
+        check_nan: bool = False,
+    ):
+        """Initialises and compiles; `rule` and `task` are given where they are not those of the config.
+
+        Raises:
+          Refused: the rule cannot train the model.
+        """
+        self.config, self.grid, self.records = config, grid, list[Record]()
+        self._parts: dict[int, Record] = {}  # of the epoch that some runs have finished and others not
+        self.runs: list[Run] = []
+        self.points: list[sweep.Point] = []
+        if len(grid.points()) > 1 and not config.validation and dataset.x_val is None:
+            raise InputError(
+                "A sweep chooses on the validation set, and there is none: keep a part of the training set, as in "
+                "--validation=0.2."
+            )
+        for points in grid.runs():
+            fixed = {name: value for name, value in points[0].fields.items() if name not in grid.traced}
+            options = {name: value for name, value in points[0].options.items() if name not in grid.traced}
+            own = config.replace(**fixed)
+            given = sweep.settings(points, grid.traced, config.seeds)
+            # A rule with traced options is made anew inside the step; any other one is made once.
+            traces_rule = any(name.startswith("rule.") for name in given)
+            own_rule = rule if rule is not None or traces_rule else rules.parse(own.rule, options)
+            if traces_rule and options:
+                raise InputError(
+                    f"The options {', '.join(options)} and {', '.join(n for n in given)} of a rule cannot be swept "
+                    "together: the first need a run each."
+                )
+            own_task = task if task is not None and not fixed else tasks.build(own, dataset)
+            self.points += points
+            self.runs.append(
+                build.run(
+                    own, dataset, own_task, rule=own_rule, settings=given, placement=placement, check_nan=check_nan
+                )
+            )
+        self.compile_seconds = sum(run.compile_seconds for run in self.runs)
+        self.warmed_up = not config.warmup_epochs or not self.warms_up
+
+    @property
+    def epochs(self) -> int:
+        """The finished epochs."""
+        return len(self.records)
+
+    @property
+    def steps(self) -> int:
+        """The steps of an epoch of all runs."""
+        return sum(run.steps for run in self.runs)
+
+    @property
+    def steps_done(self) -> int:
+        """The finished steps of all epochs."""
+        return self.epochs * self.steps + sum(
+            run.step if run.epochs == self.epochs else run.steps for run in self.runs
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs of the config are trained."""
+        return self.epochs >= self.config.epochs
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether there is feedback that a warm-up would train."""
+        return any(run.learns_feedback for run in self.runs)
+
+    def warm_up(self, *, advance: Callable[[int], Any] | None = None) -> None:
+        """The warm-up of the config, where it has one and the rule learns feedback."""
+        if not self.warmed_up:
+            for run in self.runs:
+                run.warm_up(self.config.warmup_epochs, advance=advance)
+            self.warmed_up = True
+
+    def epoch(self, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> Record | None:
+        """One epoch of all runs, or the rest of one; None if `advance` stopped it (see `Run.epoch`)."""
+        for i, run in enumerate(self.runs):
+            if run.epochs == self.epochs:  # otherwise it has trained this epoch already, before a stop
+                record = run.epoch(parts=parts, advance=advance)
+                if record is None:
+                    return None
+                self._parts[i] = record
+        self.records.append(_joined([self._parts[i] for i in range(len(self.runs))]))
+        self._parts.clear()
+        return self.records[-1]
+
+    def lanes(self, point: int) -> slice:
+        """The lanes of a point."""
+        return slice(point * self.config.seeds, (point + 1) * self.config.seeds)
+
+    def chosen(self) -> int:
+        """The point with the best mean validation accuracy, at the epochs that the config selects."""
+        if len(self.points) == 1:
+            return 0
+        figure = "validation_accuracy" if self.records[-1].validation_accuracy is not None else "validation_loss"
+        sign = 1 if figure == "validation_accuracy" else -1
+        means = []
+        for i in range(len(self.points)):
+            found = self.summary(i)
+            mean = found.get("selected", found)[figure]["mean"]
+            means.append(sign * mean if np.isfinite(mean) else -np.inf)
+        return int(np.argmax(means))
+
+    def summary(self, point: int) -> dict[str, Any]:
+        """The figures of a point."""
+        return results.summary(self.records, self.lanes(point), select=self.config.select)
+
+    def result(self) -> dict[str, Any]:
+        """What metrics.json has of this trial: the figures of the chosen point, and those of every point of a grid."""
+        chosen = self.chosen()
+        content = {"config": self.config.to_dict(), "hash": self.config.hash()} | self.summary(chosen)
+        content |= {"epochs": self.epochs, "compile_seconds": self.compile_seconds}
+        content["step_seconds"] = sum(r.seconds for r in self.records) / (self.steps * self.epochs)
+        if len(self.points) > 1:
+            point = self.points[chosen]
+            content["chosen"] = point.fields | point.options
+            content["at_edge"] = self.grid.at_edge(point)
+            content["points"] = [
+                {"settings": p.fields | p.options} | {k: v for k, v in self.summary(i).items() if k != "curves"}
+                for i, p in enumerate(self.points)
+            ]
+        if self.config.record_every:
+            content["records"] = [record for run in self.runs for record in run.curve]
+        return content
+
+    # What a checkpoint holds
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that the next step depends on: arrays, and what JSON holds."""
+        arrays = {str(i): run.state() for i, run in enumerate(self.runs)}
+        extra = {
+            "records": [_to_json(record) for record in self.records],
+            "parts": {str(i): _to_json(record) for i, record in self._parts.items()},
+            "curves": [[_to_json(record) for record in run.curve] for run in self.runs],
+            "warmed_up": self.warmed_up,
+        }
+        return arrays, extra
+
+    def restore(self, arrays: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Goes on from a `state`."""
+        for i, run in enumerate(self.runs):
+            run.restore(arrays[str(i)])
+            run.curve = [_from_json(record) for record in extra["curves"][i]]
+        self.records = [Record(**_from_json(record)) for record in extra["records"]]
+        self._parts.update({int(i): Record(**_from_json(record)) for i, record in extra["parts"].items()})
+        self.warmed_up = extra["warmed_up"]
+
+
+def _joined(records: Sequence[Record]) -> Record:
+    """The records of one epoch of several runs as one, with all lanes."""
+    joined = {
+        name: None if getattr(records[0], name) is None else np.concatenate([getattr(r, name) for r in records])
+        for name in Record._fields
+        if name not in ("epoch", "seconds")
+    }
+    return Record(epoch=records[0].epoch, seconds=sum(r.seconds for r in records), **joined)
+
+
+def _to_json(record: Record | Mapping[str, Any]) -> dict[str, Any]:
+    fields = record._asdict() if isinstance(record, Record) else record
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+
+
+def _from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures as they were: float32 arrays survive JSON to the last bit."""
+    return {name: np.asarray(v, np.float32) if isinstance(v, list) else v for name, v in fields.items()}
