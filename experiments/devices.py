@@ -1,0 +1,297 @@
+"""Training on many devices: a mesh of them, what lies where, and several processes.
+
+The mesh has two axes. The batch is split over `data`. Wide layers are split over `model`: the last axis of their
+parameters, of the feedback that belongs to them, and of the optimizer's state. Everything else is whole on every
+device. The axis of seeds in front is never split. XLA adds the communication, so a step needs no change:
+
+    >>> import jax, jax.numpy as jnp, lrules, optax
+    >>> from experiments import devices
+    >>> mesh = devices.make_mesh("all", "data=1") if jax.device_count() == 1 else devices.make_mesh("all")
+    >>> net, rule = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lrules.feedback_alignment()
+    >>> params, x, y = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((16, 3)), jnp.zeros((16, 2))
+    >>> feedback = rule.init(jax.random.key(0), net, params, x)
+    >>> gradients = lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)
+    >>> def step(carry, key, x, y):
+    ...     params, feedback = carry
+    ...     (value, _), grads = gradients(params, feedback, x, y)
+    ...     return (jax.tree.map(lambda p, g: p - 0.1 * g, params, grads.params), feedback), value
+    >>> carry = devices.place((params, feedback), mesh)
+    >>> x, y = devices.place_batch((x, y), mesh)
+    >>> train = jax.jit(devices.shard_step(step, mesh), donate_argnums=0)
+    >>> carry, value = train(carry, jax.random.key(1), x, y)
+    >>> devices.gather(value).shape
+    ()
+
+What a training loop does:
+
+1. It calls `initialize_processes` first, before any other use of JAX, and then `make_mesh` and `check_batch`.
+2. It places what it carries (parameters, feedback, optimizer state: `place(carry, mesh, lead=1)` with an axis of seeds
+   in front), and also keys and data sets (`place(keys, mesh, lead=1)`): with several processes, no array may lie on the
+   devices of one process alone.
+3. It trains with `shard_step(step, mesh)`, which splits the batch inside of the step. This may be under `jax.vmap` over
+   seeds and in a loop over steps. `jax.jit(..., out_shardings=(layout(carry, mesh, lead=1), None))` keeps the carry
+   where it is: `shard_step` asks for this, but under `vmap` XLA may still choose for the axis of seeds.
+4. Every process calls `gather` on what it reads. Only the process for which `is_first()` is True writes files.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from experiments.errors import InputError, nearest
+
+PyTree = Any
+DATA, MODEL = AXES = ("data", "model")
+WIDE = 256  # a shorter last axis stays whole: its parts would cost more communication than they save
+PROCESS_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+
+
+def make_mesh(devices: str | int = "all", mesh: str | None = None) -> Mesh:
+    """The mesh with the axes `data` and `model`.
+
+    Args:
+      devices: the number of devices, or `"all"`.
+      mesh: the sizes of the axes, such as `"data=4,model=2"`. A missing model is 1; a missing data is the rest.
+
+    Raises:
+      InputError: there are fewer devices, or the text or the sizes are wrong.
+    """
+    count = _number_of_devices(devices)
+    sizes = _sizes(mesh)
+    model = sizes.get(MODEL, 1)
+    data = sizes.get(DATA, max(count // model, 1))
+    if data * model != count:
+        text = mesh or f"{DATA}={data}"
+        have = f"{count} devices" if count > 1 else "one device"
+        raise InputError(
+            f"The mesh '{text}' does not divide {have}, it takes {data * model}: give sizes whose product is {count}, "
+            f"such as {DATA}={count}, or give {data * model} devices."
+            if data * model <= jax.device_count()
+            else f"The mesh '{text}' takes {data * model} devices, and there are {count}: give sizes whose product is "
+            f"{count}, such as {DATA}={count}."
+        )
+    return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
+
+
+def _number_of_devices(devices: str | int) -> int:
+    there = jax.device_count()
+    text = str(devices).strip()
+    if text == "all":
+        return there
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise InputError(f"The number of devices must be a positive integer or all, got '{devices}'.")
+    if int(text) > there:
+        remedy = f"give at most {there}" if there > 1 else "give 1"
+        emulated = " (XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 of one CPU)"
+        raise InputError(
+            f"There {'are' if there > 1 else 'is'} only {there} device{'s' * (there > 1)}, got {text}: {remedy}"
+            f"{emulated if jax.default_backend() == 'cpu' else ''}."
+        )
+    if jax.process_count() > 1 and int(text) != there:
+        raise InputError(
+            f"With several processes, all {there} devices take part, got {text}: give {there} or all, or start fewer "
+            "processes."
+        )
+    return int(text)
+
+
+def _sizes(mesh: str | None) -> dict[str, int]:
+    """The sizes in a text such as `data=4,model=2`."""
+    sizes: dict[str, int] = {}
+    for part in [] if mesh is None else mesh.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9]+)\s*", part)
+        if found is None or int(found[2]) < 1:
+            raise InputError(f"The mesh '{mesh}' is malformed: write names with sizes >= 1, as in data=4,model=2.")
+        name, size = found[1], int(found[2])
+        if name not in AXES:
+            raise InputError(f"The mesh has no axis '{name}': {nearest(name, AXES)}")
+        if name in sizes:
+            raise InputError(f"The mesh '{mesh}' gives the axis '{name}' twice: give it once.")
+        sizes[name] = size
+    return sizes
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Refuses a batch that the axis `data` does not divide."""
+    parts = mesh.shape[DATA]
+    if batch_size < 1 or batch_size % parts:
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        use = f"{below} or {above}" if below > 0 else f"{above}"
+        raise InputError(
+            f"A batch of {batch_size} examples cannot be split over {parts} devices in equal parts: use a batch size "
+            f"of {use}, or a mesh with another size of data."
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch lies: its first axis is split over `data`."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def layout(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTree:
+    """Where the leaves of a pytree lie, as shardings: whole, but for wide last axes, which are split over `model`.
+
+    The rule looks at shapes only. So what has the shape of a parameter (its feedback, momentum) lies as the parameter.
+
+    Args:
+      tree: arrays, or `jax.ShapeDtypeStruct`s.
+      mesh: from `make_mesh`.
+      lead: the number of first axes that are never split, such as that of seeds.
+      wide: shorter last axes are not split.
+    """
+
+    def of(leaf: Any) -> NamedSharding:
+        shape, parts = jnp.shape(leaf)[lead:], mesh.shape[MODEL]
+        floats = jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jnp.inexact)
+        if parts > 1 and floats and shape and shape[-1] >= wide and shape[-1] % parts == 0:
+            return NamedSharding(mesh, PartitionSpec(*[None] * (lead + len(shape) - 1), MODEL))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(of, tree)
+
+
+def place(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTree:
+    """The arrays, placed as `layout` says. With several processes, each must give the same values."""
+    return _put(tree, layout(tree, mesh, lead=lead, wide=wide))
+
+
+def place_batch(batch: PyTree, mesh: Mesh, *, shares: bool = False) -> PyTree:
+    """The arrays `[batch, ...]`, split over `data`.
+
+    Args:
+      batch: arrays with the batch as their first axis.
+      mesh: from `make_mesh`.
+      shares: True if each process gives its own part of the batch, in the order of the processes. False if each gives
+        the whole batch.
+
+    Raises:
+      InputError: the axis `data` does not divide the batch.
+    """
+    sharding = batch_sharding(mesh)
+    for leaf in jax.tree.leaves(batch):
+        check_batch(mesh, len(leaf) * (jax.process_count() if shares else 1))
+    if shares:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    return _put(batch, jax.tree.map(lambda _: sharding, batch))
+
+
+def _put(tree: PyTree, shardings: PyTree) -> PyTree:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # it lies on the devices of all already
+            return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def shard_step(
+    step: Callable[[PyTree, jax.Array, jax.Array, jax.Array], tuple[PyTree, PyTree]], mesh: Mesh, *, wide: int = WIDE
+) -> Callable[[PyTree, jax.Array, jax.Array, jax.Array], tuple[PyTree, PyTree]]:
+    """A step `(carry, key, x, y) -> (carry, value)` that splits its batch over `data`, and keeps the carry in place.
+
+    Use it under `jax.jit`, also below `jax.vmap` over seeds and in a loop over steps.
+    """
+
+    def sharded(carry: PyTree, key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
+        x, y = jax.lax.with_sharding_constraint((x, y), batch_sharding(mesh))
+        carry, value = step(carry, key, x, y)
+        return jax.lax.with_sharding_constraint(carry, layout(carry, mesh, wide=wide)), value
+
+    return sharded
+
+
+def gather(tree: PyTree) -> PyTree:
+    """The whole arrays, as NumPy arrays. With several processes, every process must call it."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def initialize_processes(asked: bool = False, *, timeout: int = 300) -> bool:
+    """Joins the processes of one program, and returns whether there are several. Call it before any other use of JAX.
+
+    It does so if the variables COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID are set, if SLURM (`srun`) started
+    several tasks, if a TPU pod lists several workers, or if it is asked to; then `jax.distributed` finds the others.
+
+    Args:
+      asked: join also where no other process shows in the environment, as on a Cloud TPU pod.
+      timeout: seconds to wait for the other processes.
+
+    Raises:
+      InputError: the variables are wrong, there are no others to be found, or JAX is in use already.
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
+    options = _explicit_processes()
+    if not (options or asked or _several_are_detected()):
+        return False
+    try:
+        jax.distributed.initialize(**options, initialization_timeout=timeout)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "before any JAX calls" in reason:
+            raise InputError("JAX is in use already: call initialize_processes before anything else.") from error
+        raise InputError(
+            f"The processes cannot find one another ({reason}): set {', '.join(PROCESS_VARIABLES[:2])} and "
+            f"{PROCESS_VARIABLES[2]} for each process."
+        ) from error
+    return jax.process_count() > 1
+
+
+def _explicit_processes() -> dict[str, Any]:
+    """The options of `jax.distributed.initialize` from the three variables; none if they are not set."""
+    given = {name: os.environ[name].strip() for name in PROCESS_VARIABLES if os.environ.get(name, "").strip()}
+    if not given:
+        return {}
+    if missing := [name for name in PROCESS_VARIABLES if name not in given]:
+        raise InputError(f"{' and '.join(given)} is set, but not {missing[0]}: set all three, or none.")
+    address, count, index = given.values()
+    if not re.fullmatch(r".+:[0-9]+", address):
+        raise InputError(f"COORDINATOR_ADDRESS must be host:port of process 0, as in 10.0.0.1:1234, got '{address}'.")
+    numbers = [int(n) if n.isascii() and n.isdecimal() else -1 for n in (count, index)]
+    if numbers[0] < 1:
+        raise InputError(f"NUM_PROCESSES must be a positive integer, got '{count}'.")
+    if not 0 <= numbers[1] < numbers[0]:
+        raise InputError(f"PROCESS_ID must be an integer from 0 to {numbers[0] - 1}, got '{index}'.")
+    return {"coordinator_address": address, "num_processes": numbers[0], "process_id": numbers[1]}
+
+
+def _several_are_detected() -> bool:
+    """Whether the environment says that several processes belong together."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return (tasks.isdecimal() and int(tasks) > 1) or len(workers.split(",")) > 1
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """The number of operations of each kind by which devices communicate in a compiled program (a loop's count once).
+
+    Args:
+      compiled: such as `jax.jit(step).lower(carry, key, x, y).compile()`.
+    """
+    kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+    text = compiled.as_text() or ""
+    return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
