@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lrules
-from experiments import augment, data, methods, optimizers, rules, subsets, tasks
+from experiments import data, methods, optimizers, rules, tasks
 from experiments.config import Config
 from experiments.errors import InputError
 from experiments.loop import Placement, Run, steps_per_epoch
@@ -15,6 +15,8 @@ def dataset(config: Config, *, data_dir: str | None = None) -> data.Dataset:
     """The data set of a config, with the validation set that it asks for."""
     found = data.load(config.dataset, data_dir=data_dir)
     if config.classes:
+        from experiments import subsets
+
         found = subsets.choose(found, config.classes, seed=config.seed)
     return data.split_validation(found, config.validation, seed=config.seed) if config.validation else found
 
@@ -37,11 +39,16 @@ def method(
     rates = {name: v for name, v in settings.items() if name in TRACED}
     if rule is None:
         rule = rules.parse(config.rule, given)
+    augment = None
+    if config.augmentation:
+        from experiments import augment as augmentations  # dm-pix is slow to import
+
+        augment = augmentations.parse(config.augmentation)
     return methods.by_rule(
         task,
         rule,
         optimizers.make(config, steps, **rates),
-        augment=augment.parse(config.augmentation) if config.augmentation else None,
+        augment=augment,
         fgsm=config.fgsm,
         attack=config.attack,
         accumulate=config.accumulate,

@@ -1,4 +1,4 @@
-"""Flags of the programs, and errors without a traceback. No other file reads a flag, but for the programs' own `main`."""
+"""Flags of the programs, and errors without a traceback. No other file reads a flag, but for a program's `main`."""
 
 import dataclasses
 import math
@@ -27,13 +27,14 @@ def define_config_flags(*, omit: Sequence[str] = (), **defaults: Any) -> None:
     for field, kind in zip(dataclasses.fields(Config), configs.kinds(), strict=True):
         if field.name in omit:
             continue
-        base, optional, choices = configs.kind_of(kind)
+        base, _, choices = configs.kind_of(kind)
         default = defaults.get(field.name, field.default)
         text = field.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
-        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, tuple: flags.DEFINE_list}
+        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
         if base is tuple:
-            default = [str(value) for value in default]
-        define.get(base, flags.DEFINE_string)(field.name, default, text)
+            flags.DEFINE_list(field.name, [str(value) for value in default], text)
+        else:
+            define.get(base, flags.DEFINE_string)(field.name, default, text)
     flags.DEFINE_string("config", None, "A JSON file with a config, or the metrics.json of a run; flags come on top.")
 
 

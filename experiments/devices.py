@@ -46,6 +46,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import InputError, nearest
+from experiments.loop import Placement
 
 PyTree = Any
 DATA, MODEL = AXES = ("data", "model")
@@ -295,3 +296,39 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
     text = compiled.as_text() or ""
     return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
+
+
+class MeshPlacement(Placement):
+    """Where the arrays of a run lie on a mesh: the data sets and the carry as `layout` says, batches over `data`."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def whole(self, array: Any) -> jax.Array:
+        return _put(array, NamedSharding(self.mesh, PartitionSpec()))
+
+    def batch(self, array: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, batch_sharding(self.mesh))
+
+    def carry(self, tree: PyTree) -> PyTree:
+        return place(tree, self.mesh, lead=1)
+
+    def layout(self, tree: PyTree) -> PyTree:
+        return layout(tree, self.mesh, lead=1)
+
+    def gather(self, tree: PyTree) -> PyTree:
+        return gather(tree)
+
+
+def placement(devices: str | int, mesh: str | None, batch_size: int) -> Placement:
+    """Where the arrays of a run lie: on one device, or on a mesh of many, whose `data` axis divides the batch.
+
+    Of "all" devices without a mesh it takes as many as divide the batch, in one process.
+    """
+    if mesh is None and devices == "all" and jax.process_count() == 1:
+        devices = max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+        if devices < jax.device_count():
+            print(f"Computes on {devices} of {jax.device_count()} devices, which a batch of {batch_size} divides into.")
+    made = make_mesh(devices, mesh)
+    check_batch(made, batch_size)
+    return MeshPlacement(made) if made.size > 1 else Placement()

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
-from matplotlib.figure import Figure
 
 from experiments.errors import InputError
 
@@ -87,7 +86,7 @@ def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterabl
     write_atomic(path, text.getvalue())
 
 
-def savefig(figure: Figure, path: str | os.PathLike[str]) -> None:
+def savefig(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure; the end of the name says in which format, as for `Figure.savefig`."""
     content = io.BytesIO()
     figure.savefig(content, format=pathlib.Path(path).suffix.removeprefix(".") or "png")

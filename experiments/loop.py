@@ -51,8 +51,8 @@ class Diverged(InputError):
 class Placement:
     """Where arrays lie: here on the one device that JAX uses; `devices.py` has one for many devices."""
 
-    def data(self, array: Any) -> Array:
-        """A data set, whole on each device."""
+    def whole(self, array: Any) -> Array:
+        """An array that each device has: data sets, keys, settings."""
         return jnp.asarray(array)
 
     def batch(self, array: Array) -> Array:
@@ -60,8 +60,16 @@ class Placement:
         return array
 
     def carry(self, tree: PyTree) -> PyTree:
-        """What training carries, [lanes, ...]: arrays, or their shapes."""
-        return tree
+        """What training carries, [lanes, ...]."""
+        return jax.tree.map(jnp.asarray, tree)
+
+    def layout(self, tree: PyTree) -> PyTree | None:
+        """The shardings of a carry; None where JAX chooses."""
+        return None
+
+    def gather(self, tree: PyTree) -> PyTree:
+        """The arrays as NumPy arrays."""
+        return jax.tree.map(np.asarray, tree)
 
 
 @dataclasses.dataclass
@@ -124,7 +132,7 @@ class Run:
         self._make = method if not isinstance(method, Method) else lambda: method
         self._place = placement or Placement()
         sets = {"train": data[:2], "test": data[2:4], "validation": (data.x_val, data.y_val)}
-        self._sets = {k: tuple(map(self._place.data, pair)) for k, pair in sets.items() if pair[0] is not None}
+        self._sets = {k: tuple(map(self._place.whole, pair)) for k, pair in sets.items() if pair[0] is not None}
         self._probe = tuple(a[:probe] for a in self._sets["train"])
         self._functions: dict[tuple[str, int], Any] = {}
         values = [np.asarray(v, np.float32) for v in (settings or {}).values()]
@@ -133,11 +141,11 @@ class Run:
         self._warms_up = example.warm_up is not None
         # The loop, and the lanes of a group, are those of one compiled program.
         self._looped = jax.default_backend() != "cpu" or not example.convolves
-        keys = jax.vmap(jax.random.key)(jnp.asarray(self.seeds))
+        keys = self._place.whole(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
 
         def group(start: int, stop: int) -> _Group:
             lanes = slice(start, stop)
-            return _Group(lanes, keys[lanes], tuple(jnp.asarray(v[lanes]) for v in values))
+            return _Group(lanes, keys[lanes], tuple(self._place.whole(v[lanes]) for v in values))
 
         lanes = len(self.seeds)
         size = memory.fitting(lanes, lambda n: self._train(group(0, n)), limit) if self._looped else 1
@@ -181,8 +189,11 @@ class Run:
             return jax.lax.fori_loop(start, stop, body, first) if self._looped else body(start, first)
 
         carry = jax.eval_shape(functools.partial(self._call, "init", 2, group), group.keys, *self._examples())
-        arguments = self._place.carry(carry), *self._shuffle(group, 2, 0), 0, self.steps, *self._sets["train"]
-        jitted = jax.jit(_over_lanes(train, group.size, 4), donate_argnums=1)
+        layout = self._place.layout(carry)
+        if layout is not None:
+            carry = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), carry, layout)
+        arguments = carry, *self._shuffle(group, 2, 0), 0, self.steps, *self._sets["train"]
+        jitted = jax.jit(_over_lanes(train, group.size, 4), donate_argnums=1, out_shardings=(layout, None))
         self._functions[key] = jitted.lower(group.settings, *arguments).compile()
         return self._functions[key]
 
@@ -304,11 +315,11 @@ class Run:
 
     def _joined(self, by_group: Any) -> Any:
         """The results of all groups, as NumPy arrays [lanes, ...]."""
-        return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *by_group)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *map(self._place.gather, by_group))
 
     def _epoch_losses(self) -> np.ndarray:
         """The losses of the epoch so far [lanes, steps]."""
-        parts = [p if isinstance(p, np.ndarray) else np.concatenate([np.asarray(a) for a in p]) for p in self._losses]
+        parts = [p if isinstance(p, np.ndarray) else np.concatenate(self._place.gather(p)) for p in self._losses]
         self._losses = [np.concatenate(parts, 1)] if parts else []
         return self._losses[0] if parts else np.zeros((len(self.seeds), 0), np.float32)
 

@@ -1,40 +1,85 @@
 """Figures of results. Each function returns a figure to save or show, and does not change the state of pyplot."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.loop import Record
 
-# Ticks of a logarithmic axis as plain numbers: `axis.yaxis.set(**PLAIN)`.
-TICKS = FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "1235" else "")
-PLAIN = {"major_formatter": TICKS, "minor_formatter": TICKS}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: all can tell
+LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
-def learning_curves(histories: Mapping[str, Sequence[Record]], title: str) -> Figure:
-    """Test error and angle to backprop by epoch for each rule: the mean over seeds, and a band of one sd."""
-    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    styles = itertools.product(("-", "--", ":", "-."), matplotlib.colormaps["tab10"](range(10)))
-    for (name, records), (line, colour) in zip(histories.items(), styles, strict=False):
-        epochs = [record.epoch for record in records]
-        for axis, values in ((left, [100 * (1 - r.accuracy) for r in records]), (right, [r.angle for r in records])):
-            mean, sd = np.mean(values, axis=1), np.std(values, axis=1)
-            axis.plot(epochs, mean, linestyle=line, color=colour, label=name, marker="." if len(epochs) == 1 else None)
-            axis.fill_between(epochs, np.maximum(mean - sd, 0.01), mean + sd, color=colour, alpha=0.15, linewidth=0)
-    left.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
-    left.yaxis.set(**PLAIN)
-    right.set(xlabel="epoch", ylabel="angle to backprop (degrees)", ylim=(-3, None))
-    for axis in (left, right):
+def _plain(value: float, _: Any = None) -> str:
+    return f"{value:g}"
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic y axis with plain numbers, however few decades are in view."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low) if low > 0 else 9
+    subs = (1.0, 2.0, 3.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0, 1.0 if decades > 0.3 else 0.25))
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def styles() -> Iterator[dict[str, Any]]:
+    """Line styles and colours, as many as there are rules; colours repeat with another line."""
+    for line in itertools.cycle(LINES):
+        for colour in COLOURS:
+            yield {"linestyle": line, "color": colour}
+
+
+def learning_curves(histories: Mapping[str, tuple[Sequence[Record], slice]], title: str) -> Figure:
+    """Test error (or loss) and angle to backprop by epoch for each rule: the mean over seeds, and a band of one sd.
+
+    There is no panel for the angle where no rule has one that is not 0.
+    """
+    classes = all(records[-1].accuracy is not None for records, _ in histories.values())
+    angles = any(
+        record.angle is not None and np.nanmax(np.abs(record.angle), initial=0) > 0.01
+        for records, _ in histories.values()
+        for record in records
+    )
+    figure = Figure(figsize=(11, 4.6) if angles else (7, 4.6), dpi=130, layout="constrained")
+    axes = figure.subplots(1, 2 if angles else 1, squeeze=False)[0]
+    panels = [(axes[0], lambda r: 100 * (1 - r.accuracy) if classes else r.test_loss)]
+    if angles:
+        panels.append((axes[1], lambda r: r.angle))
+    for (name, (records, lanes)), style in zip(histories.items(), styles(), strict=False):
+        for axis, of in panels:
+            shown = [record for record in records if of(record) is not None]
+            if not shown:
+                continue
+            values = np.array([of(record)[lanes] for record in shown])
+            mean, sd = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(values))
+            epochs = [record.epoch for record in shown]
+            axis.plot(epochs, mean, label=name, marker="." if len(epochs) == 1 else None, **style)
+            low = np.maximum(mean - sd, mean / 3) if axis is axes[0] else mean - sd
+            axis.fill_between(epochs, low, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+    axes[0].set(ylabel="test error (%)" if classes else "test loss")
+    logarithmic(axes[0])
+    if angles:
+        axes[1].set(ylabel="angle to backprop (degrees)", ylim=(-3, None))
+    for axis in axes:
+        axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        axis.set_xlim(0.5, 0.5 + max(len(records) for records in histories.values()))
+        axis.set_xlim(0.5, 0.5 + max(len(records) for records, _ in histories.values()))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.suptitle(title)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside right upper",
+        fontsize="small",
+        frameon=False,
+        ncols=1 + len(histories) // 22,
+    )
     return figure
 
 

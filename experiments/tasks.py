@@ -127,6 +127,9 @@ def build(config: Config, dataset: Dataset, *, widths: Sequence[int] | None = No
             loss=_wide(half_squared_distance), targets=lambda x, y: x.reshape(len(x), -1), labelled=False
         )
     if config.normalisation:
+        from experiments import augment  # dm-pix is slow to import
+
+        normalise = augment.normalisation(config.normalisation)
         built = built._replace(prepare=lambda x: normalise(scale(x)))
     if not config.mono_net:
         return built

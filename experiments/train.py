@@ -36,7 +36,7 @@ def main() -> int:
     rules.parse(config.rule)  # a wrong rule is refused before the data are read
     grid = sweep.parse(FLAGS.sweep or [], config)
     devices.initialize_processes()
-    placement = devices.placement(FLAGS.devices, FLAGS.mesh)
+    placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = describe(config, grid)
     claim = files.claim(FLAGS.output, described)
     if claim.notice:
@@ -55,7 +55,7 @@ def main() -> int:
         print(f"\n{sentence}")
     print(f"\nResults: {claim.folder}/metrics.json, curves.csv, curves.png")
     if stop.requested and not trial.finished:
-        print(f"{stop.sentence} {trial.epochs} of {config.epochs} epochs are done; the same command goes on from there.")
+        print(f"{stop.sentence} {trial.epochs} of {config.epochs} epochs are done: the same command goes on.")
         return stop.exit_code
     return 0
 
@@ -199,6 +199,8 @@ def remarks(trial: Trial, final: Mapping[str, Any]) -> list[str]:
 if __name__ == "__main__":
     cli.define_config_flags()
     cli.define_execution_flags(output="results/train")
-    flags.DEFINE_multi_string("sweep", None, "A setting and its values, such as learning_rate=0.01,0.1; give it again for a grid.")
+    flags.DEFINE_multi_string(
+        "sweep", None, "A setting and its values, such as learning_rate=0.01,0.1; given again, all combinations."
+    )
     flags.adopt_module_key_flags(cli)
     cli.run(main)
