@@ -24,7 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 import lrules
-from experiments import cli, loop, models, plots, rules
+from experiments import cli, files, models, plots, results, rules, tasks
 from experiments.errors import InputError, nearest
 
 FLAGS = flags.FLAGS
@@ -159,9 +159,9 @@ def make_steps(
     make_model: Callable[..., Any], case: Case, chosen: Mapping[str, lrules.Rule], seed: int
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """The plain step and one for each rule that serves the model, on random inputs."""
-    task = loop.task(make_model)
+    task = tasks.task(make_model)
     keys = jax.random.split(jax.random.key(seed), 3)
-    params, state = jax.tree.map(lambda a: a[0], task.init(keys[:1]))
+    params, state = jax.jit(task.init)(keys[0])
     x = jax.random.uniform(keys[1], (case.batch, *case.shape))
     y = jax.random.randint(keys[2], (case.batch,), 0, 10)
 
@@ -250,7 +250,7 @@ def table(rows: Mapping[str, Row]) -> str:
         over = "-" if row.over_rule is None else f"{row.over_rule:.3f}"
         cells.append((name, median, f"{low} to {high}", over, compilation, memory, feedback))
     header = ("rule", "step time", "quartiles", "over its rule", "compile time", "memory", "feedback weights")
-    return cli.table(header, cells)
+    return results.table(header, cells)
 
 
 def _mebibytes(size: int) -> str:
@@ -267,13 +267,13 @@ def main() -> None:
     repeats = FLAGS.repeats or (5 if FLAGS.quick else 20)
     compile_repeats = FLAGS.compile_repeats or (1 if FLAGS.quick else 3)
     folder = cli.output_folder()
-    results: dict[str, dict[str, Row]] = {}
+    measured: dict[str, dict[str, Row]] = {}
     refusals: dict[str, dict[str, str]] = {}
     each = (len(chosen) + 1) * (repeats + compile_repeats)
     with tqdm(total=each * len(names), unit="run") as bar:
         for name in names:
             bar.set_description(name)
-            results[name], refusals[name] = benchmark(
+            measured[name], refusals[name] = benchmark(
                 lambda rngs, name=name: models.build(
                     name, cases[name].shape, 10, rngs=rngs, widths=cases[name].widths, dtype=jnp.dtype(FLAGS.dtype)
                 ),
@@ -285,36 +285,36 @@ def main() -> None:
                 seed=FLAGS.seed,
                 progress=bar.update,
             )
-    device = f"{cli.describe_device()}, {FLAGS.dtype}, jax {jax.__version__}"
-    for name, rows in results.items():
+    device = f"{results.describe_device()}, {FLAGS.dtype}, jax {jax.__version__}"
+    for name, rows in measured.items():
         print(f"\n{cases[name].describe(name)} ({device}); ratios to plain jax.value_and_grad\n\n{table(rows)}")
         for rule, reason in refusals[name].items():
             print(f"\n{rule} refused this model: {reason}")
         if "backprop" in rows:
             identical = "identical to" if rows["backprop"].identical_gradients else "DIFFERENT from"
             print(f"\nThe gradients of backprop() are {identical} those of jax.value_and_grad.")
-    write(folder, cases, results, refusals)
-    ratios = {n: {r: row.step_ratio for r, row in rows.items() if r != "plain"} for n, rows in results.items()}
-    plots.bars(ratios, device, "step time / plain jax.value_and_grad").savefig(folder / "benchmark.png")
+    write(folder, cases, measured, refusals)
+    ratios = {n: {r: row.step_ratio for r, row in rows.items() if r != "plain"} for n, rows in measured.items()}
+    files.savefig(plots.bars(ratios, device, "step time / plain jax.value_and_grad"), folder / "benchmark.png")
     print(f"\nResults: {folder}/metrics.json, table.csv, benchmark.png")
 
 
 def write(
     folder: pathlib.Path,
     cases: Mapping[str, Case],
-    results: Mapping[str, Mapping[str, Row]],
+    measured: Mapping[str, Mapping[str, Row]],
     refusals: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Write metrics.json and table.csv."""
     content = {}
     flat = []
-    for name, rows in results.items():
+    for name, rows in measured.items():
         by_rule = {rule: row._asdict() for rule, row in rows.items()}
         content[name] = {"case": cases[name]._asdict(), "rules": by_rule, "refused": refusals[name]}
         flat += [(name, rule, row.step_seconds, *row.step_ratio, *row[2:]) for rule, row in rows.items()]
-    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | {"models": content})
+    files.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | {"models": content})
     ratios = ("step_ratio", "step_ratio_lower_quartile", "step_ratio_upper_quartile")
-    cli.write_csv(folder / "table.csv", ("model", "rule", "step_seconds", *ratios, *Row._fields[2:]), flat)
+    files.write_csv(folder / "table.csv", ("model", "rule", "step_seconds", *ratios, *Row._fields[2:]), flat)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def define_config_flags(*, omit: Sequence[str] = (), **defaults: Any) -> None:
         base, _, choices = configs.kind_of(kind)
         default = defaults.get(field.name, field.default)
         text = field.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+        define: dict[Any, Callable[..., Any]]
         define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
         if base is tuple:
             flags.DEFINE_list(field.name, [str(value) for value in default], text)
@@ -38,17 +39,22 @@ def define_config_flags(*, omit: Sequence[str] = (), **defaults: Any) -> None:
     flags.DEFINE_string("config", None, "A JSON file with a config, or the metrics.json of a run; flags come on top.")
 
 
-def define_execution_flags(*, output: str) -> None:
-    """Defines the flags that say where and how a program computes; they change no number of a result."""
+def define_output_flags(*, output: str) -> None:
+    """Defines the flags that say where a program finds data and puts results."""
     flags.DEFINE_string("output", output, "Folder for the results.")
     flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS sets (default: ~/tensorflow_datasets).")
+    define_cache_flag()
+
+
+def define_execution_flags(*, output: str) -> None:
+    """Defines the flags that say where and how a program computes; they change no number of a result."""
+    define_output_flags(output=output)
     flags.DEFINE_string("devices", "all", "The number of devices to compute on, or all.")
     flags.DEFINE_string("mesh", None, "How the devices share the work, such as data=4,model=2 (default: data=all).")
     flags.DEFINE_bool("resume", True, "Go on from the last checkpoint in the folder of the results.")
     flags.DEFINE_integer("keep", 2, "The checkpoints to keep, besides the best (0: make none).", lower_bound=0)
     flags.DEFINE_float("minutes", None, "Stop after this time; the same command goes on later.", lower_bound=0)
     flags.DEFINE_bool("check_nan", False, "Stop when the loss becomes NaN or Inf, and name the step.")
-    define_cache_flag()
 
 
 def define_cache_flag() -> None:
@@ -123,7 +129,7 @@ def run(main: Callable[[], int | None]) -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs for the next start, where the program has the flag and it is not empty."""
     folder = FLAGS.compilation_cache if "compilation_cache" in FLAGS else ""
-    if folder and not jax.config.jax_compilation_cache_dir:
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

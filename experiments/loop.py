@@ -31,17 +31,17 @@ PARTS = 20  # of an epoch, between which the progress is shown
 
 
 class Record(NamedTuple):
-    """One epoch: figures by lane [lanes], and the seconds that its steps took."""
+    """One epoch: figures by lane, arrays [lanes] or None if not measured, and the seconds that its steps took."""
 
     epoch: int
     train_loss: np.ndarray
     test_loss: np.ndarray
-    accuracy: np.ndarray | None = None  # of the test set
-    angle: np.ndarray | None = None  # degrees between the rule's update and backprop's on a fixed batch
+    accuracy: Any = None  # of the test set
+    angle: Any = None  # degrees between the rule's update and backprop's on a fixed batch
     seconds: float = 0.0
-    attacked: np.ndarray | None = None  # accuracy under attack, if the run measures it
-    validation_loss: np.ndarray | None = None
-    validation_accuracy: np.ndarray | None = None
+    attacked: Any = None  # accuracy of the test set under attack
+    validation_loss: Any = None
+    validation_accuracy: Any = None
 
 
 class Diverged(InputError):
@@ -320,8 +320,9 @@ class Run:
     def _epoch_losses(self) -> np.ndarray:
         """The losses of the epoch so far [lanes, steps]."""
         parts = [p if isinstance(p, np.ndarray) else np.concatenate(self._place.gather(p)) for p in self._losses]
-        self._losses = [np.concatenate(parts, 1)] if parts else []
-        return self._losses[0] if parts else np.zeros((len(self.seeds), 0), np.float32)
+        joined = np.concatenate(parts, 1) if parts else np.zeros((len(self.seeds), 0), np.float32)
+        self._losses = [joined]
+        return joined
 
     def _curve_record(self, keys: Sequence[Array]) -> dict[str, Any]:
         losses = self._epoch_losses()[:, -self.record_every :].mean(1)

@@ -120,8 +120,9 @@ def by_rule(
     def accumulated(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Array, PyTree, lrules.Gradients]:
         """The mean of the gradients of the parts, whose states follow one another."""
 
-        def body(carry: Carry, part: tuple[Array, Array, Array]) -> tuple[Carry, Any]:
-            value, state, grads = gradients(carry, *part)
+        def body(carry: Carry, part: tuple[Array, ...]) -> tuple[Carry, Any]:
+            key, x, y = part
+            value, state, grads = gradients(carry, key, x, y)
             carry = carry._replace(state=state, feedback=carry.feedback._replace(state=grads.state))
             return carry, (value, grads.params, grads.feedback)
 

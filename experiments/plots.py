@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,15 +18,16 @@ def _plain(value: float, _: Any = None) -> str:
     return f"{value:g}"
 
 
-def logarithmic(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers, however few decades are in view."""
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
+def logarithmic(panel: Any, which: Literal["x", "y"] = "y") -> None:
+    """Makes an axis of a panel logarithmic, with plain numbers, however few decades are in view."""
+    panel.set(**{f"{which}scale": "log"})
+    axis = getattr(panel, f"{which}axis")
+    low, high = sorted(getattr(panel, f"get_{which}lim")())
     decades = np.log10(high / low) if low > 0 else 9
     subs = (1.0, 2.0, 3.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0, 1.0 if decades > 0.3 else 0.25))
-    axis.yaxis.set_major_locator(LogLocator(subs=subs))
-    axis.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def styles() -> Iterator[dict[str, Any]]:

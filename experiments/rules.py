@@ -45,6 +45,12 @@ PAPER_NAMES: dict[str, Factory] = {
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = models.ACTIVATIONS | {"sign": jnp.sign, "abs": jnp.abs}
 
 
+def names_of_backprop() -> list[str]:
+    """The ways to write backprop without options."""
+    names = [name for name, factory in PAPER_NAMES.items() if factory is lrules.backprop]
+    return [text for name in ("backprop", *names) for text in (name, f"{name}()")]
+
+
 def rules() -> dict[str, Factory]:
     """Every rule factory that lrules exports, by name."""
     return _functions(_exports(), "lrules.rules")
@@ -96,9 +102,9 @@ def parse(expression: str, options: Mapping[str, Any] | None = None) -> lrules.R
     The `options` replace those of the outermost call that has them; they may be traced numbers.
     """
     tree = _tree(expression)
-    given = {id(_owner(tree, option, expression)): {} for option in options or {}}
+    given: dict[int, dict[str, Any]] = {}
     for option, value in (options or {}).items():
-        given[id(_owner(tree, option, expression))][option] = value
+        given.setdefault(id(_owner(tree, option, expression)), {})[option] = value
     rule = _value(tree, given)
     if not isinstance(rule, lrules.Rule):
         raise InputError(f"{expression!r} is not a rule: {nearest(expression, rules())}")

@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 import lrules
-from experiments import cli, rules
+from experiments import cli, files, results, rules
 from experiments.errors import InputError, nearest
 
 FLAGS = flags.FLAGS
@@ -152,14 +152,14 @@ def measure(
     return rows
 
 
-def table(results: Mapping[str, Mapping[str, Row]], field: str) -> str:
+def table(measured: Mapping[str, Mapping[str, Row]], field: str) -> str:
     """One model a line, the plain step in milliseconds and the ratio of every rule to it."""
-    names = [name for name in next(iter(results.values())) if name != "plain"]
+    names = [name for name in next(iter(measured.values())) if name != "plain"]
     cells = []
-    for model, rows in results.items():
+    for model, rows in measured.items():
         plain = getattr(rows["plain"], field)
         cells.append((model, f"{1e3 * plain:.0f} ms", *(f"{getattr(rows[name], field) / plain:.2f}" for name in names)))
-    return cli.table(("model", "plain", *names), cells)
+    return results.table(("model", "plain", *names), cells)
 
 
 def main() -> None:
@@ -170,21 +170,21 @@ def main() -> None:
             raise InputError(f"There is no model '{name}' to trace: {nearest(name, MODELS)}")
     repeats = FLAGS.repeats or (3 if FLAGS.quick else 5)
     folder = cli.output_folder()
-    results: dict[str, dict[str, Row]] = {}
+    measured: dict[str, dict[str, Row]] = {}
     with tqdm(total=len(names) * repeats * (len(chosen) + 1), unit="trace") as bar:
         for name in names:
             bar.set_description(name)
-            results[name] = measure(
+            measured[name] = measure(
                 MODELS[name](), chosen, repeats=repeats, compiled=FLAGS.compile, progress=bar.update
             )
-    print(f"\nTime to trace, over plain jax.value_and_grad ({cli.describe_device()}, jax {jax.__version__})\n")
-    print(table(results, "trace_seconds"))
+    print(f"\nTime to trace, over plain jax.value_and_grad ({results.describe_device()}, jax {jax.__version__})\n")
+    print(table(measured, "trace_seconds"))
     if FLAGS.compile:
-        print(f"\nTime to compile, over plain\n\n{table(results, 'compile_seconds')}")
-    content = {model: {name: row._asdict() for name, row in rows.items()} for model, rows in results.items()}
-    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(0) | {"models": content})
-    flat = [(model, name, *row) for model, rows in results.items() for name, row in rows.items()]
-    cli.write_csv(folder / "table.csv", ("model", "rule", *Row._fields), flat)
+        print(f"\nTime to compile, over plain\n\n{table(measured, 'compile_seconds')}")
+    content = {model: {name: row._asdict() for name, row in rows.items()} for model, rows in measured.items()}
+    files.write_json(folder / "metrics.json", cli.provenance_and_settings(0) | {"models": content})
+    flat = [(model, name, *row) for model, rows in measured.items() for name, row in rows.items()]
+    files.write_csv(folder / "table.csv", ("model", "rule", *Row._fields), flat)
     print(f"\nResults: {folder}/metrics.json, table.csv")
 
 

@@ -13,8 +13,6 @@ The program writes metrics.json (figures, curves, config, versions, device and c
 each epoch, and a checkpoint. The same command goes on from there if it was stopped. docs/training.md has more.
 """  # noqa: E501
 
-import shutil
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +20,8 @@ import numpy as np
 from absl import flags
 
 from experiments import build, cli, devices, files, results, rules, signals, sweep
-from experiments.checkpoints import Checkpoints
 from experiments.config import Config
+from experiments.keeper import Keeper, describe
 from experiments.loop import Record
 from experiments.progress import Progress
 from experiments.trial import Trial
@@ -58,12 +56,6 @@ def main() -> int:
         print(f"{stop.sentence} {trial.epochs} of {config.epochs} epochs are done: the same command goes on.")
         return stop.exit_code
     return 0
-
-
-def describe(config: Config, grid: sweep.Grid) -> dict[str, Any]:
-    """What makes a run another one than others, for its folder and its checkpoints."""
-    swept = {name: list(values) for name, values in (grid.fields | grid.options).items()}
-    return {"config": config.to_dict()} | ({"sweep": swept} if swept else {})
 
 
 def train(
@@ -102,38 +94,6 @@ def train(
         write(trial, folder, title)
     if keeper:
         keeper.close()
-
-
-class Keeper:
-    """Saves checkpoints of a trial, and goes on from the last one."""
-
-    EVERY = 10.0  # seconds between two checkpoints, at least; the last epoch is always saved
-
-    def __init__(self, trial: Trial, folder: Any, described: Mapping[str, Any], *, keep: int, resume: bool):
-        if not resume and folder.exists():
-            shutil.rmtree(folder)
-        self.trial, self.last = trial, time.monotonic()
-        self.saved = Checkpoints(folder, described, keep=keep, best="max" if trial.config.validation else None)
-        found = self.saved.restore(trial.state()[0])
-        if found is not None:
-            trial.restore(found.state, found.extra)
-            at = f", step {trial.runs[-1].step}" if trial.runs[-1].step else ""
-            again = " The run is finished: --noresume trains it again." if trial.finished else ""
-            print(f"Goes on after epoch {trial.epochs}{at}, from the checkpoint in {folder}.{again}")
-
-    def save(self, *, now: bool) -> None:
-        """Saves if it is time, or `now`."""
-        if now or time.monotonic() - self.last > self.EVERY:
-            state, extra = self.trial.state()
-            accuracy = self.trial.records[-1].validation_accuracy if self.trial.records else None
-            metric = None if accuracy is None else float(accuracy.mean())
-            self.saved.save(self.trial.steps_done, state, extra, metric=metric)
-            self.last = time.monotonic()
-
-    def close(self) -> None:
-        """Waits until all is written."""
-        self.saved.wait()
-        self.saved.close()
 
 
 def write(trial: Trial, folder: Any, title: str, *, picture: bool = True) -> None:

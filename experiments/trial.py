@@ -186,7 +186,7 @@ class Trial:
 
 def _joined(records: Sequence[Record]) -> Record:
     """The records of one epoch of several runs as one, with all lanes."""
-    joined = {
+    joined: dict[str, Any] = {
         name: None if getattr(records[0], name) is None else np.concatenate([getattr(r, name) for r in records])
         for name in Record._fields
         if name not in ("epoch", "seconds")
@@ -200,5 +200,5 @@ def _to_json(record: Record | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures as they were: float32 arrays survive JSON to the last bit."""
-    return {name: np.asarray(v, np.float32) if isinstance(v, list) else v for name, v in fields.items()}
+    """The figures as they were: JSON keeps them to the last bit."""
+    return {name: np.asarray(v, float) if isinstance(v, list) else v for name, v in fields.items()}

@@ -30,7 +30,8 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import lrules
-from experiments import cli, compare, data, loop, plots
+from experiments import build, cli, compare, data, files, methods, plots, results, tasks
+from experiments.config import Config
 from experiments.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -110,20 +111,16 @@ def table_two(beta: float, iterations: int) -> dict[str, lrules.Rule]:
 
 
 def train(
-    rules: Mapping[str, lrules.Rule], dataset: data.Dataset, task: loop.Task, **options: Any
+    config: Config, rules: Mapping[str, lrules.Rule], dataset: data.Dataset, task: tasks.Task
 ) -> dict[str, Result]:
-    """Train under each rule and measure after the last epoch; `options` are those of `loop.Run`."""
-    optimizers = dict.fromkeys(rules, cli.optimizer_from_flags(FLAGS.learning_rate, dataset))
-    runs: dict[str, loop.Run] = {}
-    options = cli.run_options() | {"fgsm": 0.0} | options  # the flag is for one row of Table 1 alone
-    histories, refused = compare.compare(
-        task, dataset, rules, optimizers, epochs=FLAGS.epochs, watch=runs.__setitem__, **options
-    )
+    """Train under each rule and measure after the last epoch."""
+    trials, refused = compare.make_trials(config, dataset, rules, task=task)
     assert not refused, refused  # `main` has checked
-    x, y = data.scale(dataset.x_train[: FLAGS.batch_size]), jnp.asarray(dataset.y_train[: FLAGS.batch_size])
+    compare.train(trials)
+    x, y = task.prepare(dataset.x_train[: config.batch_size]), jnp.asarray(dataset.y_train[: config.batch_size])
     found = {}
-    for name, run in runs.items():
-        last, carry = histories[name][-1], run.carry
+    for name, trial in trials.items():
+        last, carry = trial.records[-1], trial.runs[0].carry
         lipschitz, residual = jax.jit(jax.vmap(measures(task, rules[name], x, y)))(
             carry.params, carry.state, carry.feedback
         )
@@ -131,7 +128,7 @@ def train(
     return found
 
 
-def measures(task: loop.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
+def measures(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
     """The Lipschitz estimate, and the residuals of the states by iteration for a batch, of one seed."""
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
@@ -147,7 +144,7 @@ def measures(task: loop.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> 
 
 def spread(values: np.ndarray, digits: int, unit: float = 1) -> str:
     """Mean ± sd over the seeds."""
-    return f"{unit * values.mean():.{digits}f} ± {unit * values.std():.{digits}f}"
+    return results.text(results.statistics(values), unit, digits)
 
 
 def mark(result: Result) -> str:
@@ -164,7 +161,7 @@ def table_one_shown(found: Mapping[str, Result], paper: Mapping[str, Figures]) -
         last = f"{result.residual[:, -1].mean():.1e}" if result.residual.size else "-"
         measured = spread(result.accuracy, 2, 100) + lost, known[0], spread(result.lipschitz, 1), known[1], last
         rows.append((name, *measured))
-    return cli.table(("Table 1", "test accuracy (%)", "paper", "Lipschitz estimate", "paper", "residual"), rows)
+    return results.table(("Table 1", "test accuracy (%)", "paper", "Lipschitz estimate", "paper", "residual"), rows)
 
 
 def table_two_shown(found: Mapping[str, Result]) -> str:
@@ -173,7 +170,7 @@ def table_two_shown(found: Mapping[str, Result]) -> str:
         (name, spread(result.accuracy, 2, 100) + mark(result), f"{result.residual[:, -1].mean():.1e}")
         for name, result in found.items()
     ]
-    return cli.table(("Table 2", "test accuracy (%)", "residual"), rows)
+    return results.table(("Table 2", "test accuracy (%)", "residual"), rows)
 
 
 def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[str, Figures], title: str) -> Figure:
@@ -185,8 +182,8 @@ def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[
         points(axes[0], [100 * result.accuracy for result in one.values()], [paper[n][0] for n in one if n in paper])
         points(axes[1], [result.lipschitz for result in one.values()], [paper[n][1] for n in one if n in paper])
         axes[0].set(xlabel="test accuracy (%)", yticklabels=list(one))
-        axes[1].set(xlabel="Lipschitz estimate", yticklabels=[], xscale="log")
-        axes[1].xaxis.set(**plots.PLAIN)
+        axes[1].set(xlabel="Lipschitz estimate", yticklabels=[])
+        plots.logarithmic(axes[1], "x")
         axes[1].tick_params(axis="x", which="both", labelsize="x-small")
     if two:
         colours = ("#d62728", "#ff9896", "#1f77b4", "#ffb000")
@@ -220,41 +217,45 @@ def points(axis: Any, ours: Sequence[np.ndarray], paper: Sequence[tuple[float, f
 
 def main() -> None:
     folder = cli.output_folder()
-    dataset = data.on_device(cli.dataset_from_flags())
+    config = cli.config(rule="dual_propagation", loss="squared_error")
+    dataset = data.on_device(build.dataset(config, data_dir=FLAGS.data_dir))
     beta, one, two = FLAGS.beta, {}, {}
     try:
         rules_one = table_one(beta, FLAGS.iterations, FLAGS.damped_iterations)
         rules_two = table_two(beta, FLAGS.deep_iterations)
     except ValueError as error:
         raise InputError(f"{error}.") from None
-    shallow, deep = (cli.task_from_flags(dataset, loop.squared_error, widths=w) for w in ("widths", "deep_widths"))
+    deep_widths = cli.positive_integers("deep_widths", FLAGS.deep_widths)
+    shallow, deep = tasks.build(config, dataset), tasks.build(config, dataset, widths=deep_widths)
     for task, rules, other in ((shallow, rules_one, "2"), (deep, rules_two, "1")):
         if FLAGS.table != other:
-            loop.check(task, rules, dataset, FLAGS.batch_size)
+            methods.check(task, rules, dataset.x_train, dataset.y_train, config.batch_size)
+    plain = config.replace(fgsm=0.0)  # the flag is for one row of Table 1 alone
     if FLAGS.table != "2":
-        one = train(rules_one, dataset, shallow)
-        one |= train({"BP, adversarial": lrules.backprop()}, dataset, shallow, fgsm=FLAGS.fgsm)
+        one = train(plain, rules_one, dataset, shallow)
+        one |= train(config, {"BP, adversarial": lrules.backprop()}, dataset, shallow)
     if FLAGS.table != "1":
-        two = train(rules_two, dataset, deep)
+        two = train(plain, rules_two, dataset, deep)
 
     paper = PAPER.get(dataset.name.removesuffix(".npz"), {})
     tables = {"table_1": one, "table_2": two}
-    results = {
+    figures = {
         table: {name: result._asdict() | {"settled": result.settled} for name, result in found.items()}
         for table, found in tables.items()
     }
-    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | results | {"paper": paper})
+    content = cli.provenance_and_settings(FLAGS.seed) | {"config": config.to_dict()} | figures | {"paper": paper}
+    files.write_json(folder / "metrics.json", content)
     rows = [
         (table, name, FLAGS.seed + i, r.accuracy[i], r.lipschitz[i], r.residual[i, -1] if r.residual.size else "")
         for table, found in tables.items()
         for name, r in found.items()
         for i in range(FLAGS.seeds)
     ]
-    cli.write_csv(folder / "table.csv", ("table", "run", "seed", "accuracy", "lipschitz", "residual"), rows)
-    shown = [*([FLAGS.widths] if one else []), *([FLAGS.deep_widths] if two else [])]
+    files.write_csv(folder / "table.csv", ("table", "run", "seed", "accuracy", "lipschitz", "residual"), rows)
+    shown = [*([config.widths] if one else []), *([deep_widths] if two else [])]
     nets = " and ".join("-".join(map(str, widths)) for widths in shown)
     title = f"{nets} on {dataset.name}, beta {beta:g}, {FLAGS.seeds} seeds, {FLAGS.epochs} epochs"
-    figure(one, two, paper, title).savefig(folder / "tables.png")
+    files.savefig(figure(one, two, paper, title), folder / "tables.png")
     if one:
         print(table_one_shown(one, paper))
     if two:
@@ -263,16 +264,23 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.define_training_flags(epochs=20, seeds=3, output="results/dual_propagation")
-    flags.DEFINE_float("learning_rate", 1e-3, "The optimizer's learning rate.", lower_bound=0)
+    cli.define_config_flags(
+        omit=("rule", "loss", "task"),
+        epochs=20,
+        seeds=3,
+        learning_rate=1e-3,
+        widths=(128, 128),
+        activation="relu",
+        batch_size=50,
+        schedule="constant",
+        fgsm=0.01,
+    )
+    cli.define_output_flags(output="results/dual_propagation")
     flags.DEFINE_enum("table", "both", ["1", "2", "both"], "Which of the two.")
     flags.DEFINE_float("beta", 0.5, "How strongly the outputs are nudged.", lower_bound=0)
     flags.DEFINE_integer("iterations", 6, "Of DP at alpha = 1/2 and of DP^T.", lower_bound=1)
     flags.DEFINE_integer("damped_iterations", 16, "Of damped DP.", lower_bound=1)
     flags.DEFINE_list("deep_widths", ["64"] * 4, "The hidden widths of Table 2.")
     flags.DEFINE_integer("deep_iterations", 30, "The iterations of Table 2.", lower_bound=1)
-    defaults = {"widths": "128,128", "activation": "relu", "batch_size": 50, "schedule": "constant", "fgsm": 0.01}
-    for name, value in defaults.items():
-        FLAGS.set_default(name, value)
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -27,7 +27,8 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import lrules
-from experiments import cli, compare, data, loop, plots
+from experiments import build, cli, compare, data, files, methods, plots, results, tasks
+from experiments.loop import Record, Run
 
 FLAGS = flags.FLAGS
 NOTEBOOKS = {  # test error in percent, MNIST
@@ -61,18 +62,18 @@ def runs(stds: Sequence[float], solver: Literal["sgd", "rls"]) -> dict[str, lrul
 class Watch:
     """Measures a run before the first epoch and after each, on a batch of training examples."""
 
-    def __init__(self, task: loop.Task, rules: Mapping[str, lrules.Rule], x: jax.Array, y: jax.Array):
+    def __init__(self, task: tasks.Task, rules: Mapping[str, lrules.Rule], x: jax.Array, y: jax.Array):
         self.measured: dict[str, list[Layers]] = {name: [] for name in rules}
         self._measures = {name: jax.jit(jax.vmap(measure(task, rule, x, y))) for name, rule in rules.items()}
 
-    def __call__(self, name: str, run: loop.Run) -> None:
+    def __call__(self, name: str, run: Run) -> None:
         keys = jax.vmap(jax.random.key)(jnp.asarray(run.seeds))
         carry = run.carry
         found = self._measures[name](carry.params, carry.state, carry.feedback, keys)
         self.measured[name].append(jax.tree.map(np.asarray, found))
 
 
-def measure(task: loop.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
+def measure(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
     """(params, state, feedback, key) -> `Layers` of one seed."""
     ours = lrules.value_and_grad(task.net, task.loss, rule)
     true = lrules.value_and_grad(task.net, task.loss, lrules.backprop())
@@ -102,7 +103,7 @@ def final(layers: Layers, field: str, unit: float, digits: int) -> str:
 
 
 def table(
-    histories: Mapping[str, Sequence[loop.Record]], measured: Mapping[str, Sequence[Layers]], known: Mapping[str, float]
+    histories: Mapping[str, Sequence[Record]], measured: Mapping[str, Sequence[Layers]], known: Mapping[str, float]
 ) -> str:
     """Figures after the last epoch; (X): the loss is no longer finite."""
     header = ("run", "test error (%)", "notebooks", "|B - W| / |W|", "angle below (°)", "same sign (%)")
@@ -110,14 +111,14 @@ def table(
     for name, records in histories.items():
         errors, last = 100 * (1 - records[-1].accuracy), measured[name][-1]
         lost = "" if np.isfinite(records[-1].train_loss).all() else " (X)"
-        test = f"{errors.mean():.2f} ± {errors.std():.2f}{lost}"
+        test = results.text(results.statistics(errors)) + lost
         weights = final(last, "relative_error", 1, 2), final(last, "angle", 1, 1), final(last, "sign_agreement", 100, 0)
         rows.append((name, test, f"{known[name]:g}" if name in known else "-", *weights))
-    return cli.table(header, rows)
+    return results.table(header, rows)
 
 
 def figure(
-    histories: Mapping[str, Sequence[loop.Record]], measured: Mapping[str, Sequence[Layers]], title: str
+    histories: Mapping[str, Sequence[Record]], measured: Mapping[str, Sequence[Layers]], title: str
 ) -> Figure:
     """Panels A, B and C of figure 1 with a line for each layer, and D."""
     made = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
@@ -135,8 +136,8 @@ def figure(
         band(axes[3], range(1, len(errors) + 1), errors, colour, "-", name)
     for axis, (_, label, _) in zip(axes, panels, strict=False):
         axis.set(ylabel=label, xlabel="epoch")
-    axes[3].set(ylabel="D: test error (%)", xlabel="epoch", yscale="log")
-    axes[3].yaxis.set(**plots.PLAIN)
+    axes[3].set(ylabel="D: test error (%)", xlabel="epoch")
+    plots.logarithmic(axes[3])
     for layer, line in zip(next(iter(measured.values()))[0], ("-", "--", ":", "-."), strict=False):
         axes[0].plot([], [], color="black", linestyle=line, label=layer)
     axes[0].legend(frameon=False, fontsize="small")
@@ -157,33 +158,35 @@ def band(axis: Any, epochs: Sequence[int], values: Any, colour: str, line: str, 
 def main() -> None:
     rules = runs(cli.numbers("stds", FLAGS.stds), FLAGS.solver)
     folder = cli.output_folder()
-    dataset = data.on_device(cli.dataset_from_flags())
-    task = cli.task_from_flags(dataset, loop.squared_error)
-    loop.check(task, rules, dataset, FLAGS.batch_size)
-    watch = Watch(task, rules, data.scale(dataset.x_train[:256]), dataset.y_train[:256])
-    optimizers = dict.fromkeys(rules, cli.optimizer_from_flags(FLAGS.learning_rate, dataset))
-    options = {"epochs": FLAGS.epochs, "warmup_epochs": FLAGS.warmup_epochs} | cli.run_options()
-    histories, refused = compare.compare(task, dataset, rules, optimizers, watch=watch, **options)
+    config = cli.config(rule="node_perturbation(std=0.001)", loss="squared_error")
+    dataset = data.on_device(build.dataset(config, data_dir=FLAGS.data_dir))
+    task = tasks.build(config, dataset)
+    methods.check(task, rules, dataset.x_train, dataset.y_train, config.batch_size)
+    watch = Watch(task, rules, task.prepare(dataset.x_train[:256]), dataset.y_train[:256])
+    trials, refused = compare.make_trials(config, dataset, rules, task=task)
     assert not refused, refused  # checked above
+    compare.train(trials, watch=watch)
+    histories = {name: trial.records for name, trial in trials.items()}
 
     known = NOTEBOOKS if dataset.name.removesuffix(".npz") == "mnist" else {}
     layers = {
         name: [{layer: figures._asdict() for layer, figures in at.items()} for at in measured]
         for name, measured in watch.measured.items()
     }
-    results = {name: loop.summary(records) | {"layers": layers[name]} for name, records in histories.items()}
-    provenance = cli.provenance_and_settings(FLAGS.seed)
-    cli.write_json(folder / "metrics.json", provenance | {"runs": results, "notebooks": known})
+    found = {name: results.summary(records) | {"layers": layers[name]} for name, records in histories.items()}
+    content = cli.provenance_and_settings(config.seed) | {"config": config.to_dict(), "runs": found, "notebooks": known}
+    files.write_json(folder / "metrics.json", content)
     rows = [
-        (name, FLAGS.seed + i, epoch, layer, *(figures[i] for figures in at), records[epoch - 1].accuracy[i])
+        (name, config.seed + i, epoch, layer, *(figures[i] for figures in at), records[epoch - 1].accuracy[i])
         for name, records in histories.items()
         for epoch, layers in enumerate(watch.measured[name][1:], start=1)
         for layer, at in layers.items()
-        for i in range(FLAGS.seeds)
+        for i in range(config.seeds)
     ]
-    cli.write_csv(folder / "curves.csv", ("run", "seed", "epoch", "layer", *Alignment._fields, "accuracy"), rows)
-    title = f"{'-'.join(FLAGS.widths)} on {dataset.name}, {FLAGS.solver}, {FLAGS.seeds} seeds, {FLAGS.epochs} epochs"
-    figure(histories, watch.measured, title).savefig(folder / "figure_1.png")
+    files.write_csv(folder / "curves.csv", ("run", "seed", "epoch", "layer", *Alignment._fields, "accuracy"), rows)
+    widths = "-".join(map(str, config.widths))
+    title = f"{widths} on {dataset.name}, {FLAGS.solver}, {config.seeds} seeds, {config.epochs} epochs"
+    files.savefig(figure(histories, watch.measured, title), folder / "figure_1.png")
     print(table(histories, watch.measured, known))
     print(f"\nBy layer from below: {', '.join(watch.measured['BP'][0])}.")
     print(f"{title}. Results: {folder}/metrics.json, curves.csv, figure_1.png")
@@ -192,10 +195,18 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("stds", ["1e-4", "1e-3", "1e-2", "1e-1"], "Standard deviations of the noise.")
     flags.DEFINE_enum("solver", "rls", ["rls", "sgd"], "How the feedback weights are learned.")
-    flags.DEFINE_float("learning_rate", 0.2, "The optimizer's learning rate.", lower_bound=0)
-    cli.define_training_flags(epochs=120, seeds=5, output="results/node_perturbation")
-    defaults = {"widths": "50,20", "activation": "sigmoid", "batch_size": 32, "optimizer": "sgd"}
-    for name, value in (defaults | {"schedule": "constant", "warmup_epochs": 1}).items():
-        FLAGS.set_default(name, value)
+    cli.define_config_flags(
+        omit=("rule", "loss", "task"),
+        epochs=120,
+        seeds=5,
+        learning_rate=0.2,
+        widths=(50, 20),
+        activation="sigmoid",
+        batch_size=32,
+        optimizer="sgd",
+        schedule="constant",
+        warmup_epochs=1,
+    )
+    cli.define_output_flags(output="results/node_perturbation")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

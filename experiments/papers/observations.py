@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import lrules
-from experiments import cli, data, loop, models, recipes
+from experiments import cli, data, files, loop, methods, models, recipes, results, tasks
 from experiments.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -231,37 +231,32 @@ def train(
     **options: Any,
 ) -> tuple[dict[str, Accuracy], dict[str, dict]]:
     """Trains each run by SGD: its final accuracies, and the figures of all its epochs; `options` are `loop.Run`'s."""
-    tasks: dict[str, loop.Task] = {}
+    made: dict[str, tasks.Task] = {}
     dataset = data.on_device(dataset)
     found: dict[str, Accuracy] = {}
     summaries: dict[str, dict] = {}
     with tqdm(total=epochs * len(chosen), unit="epoch", desc="training") as bar:
         for name, entry in chosen.items():
             bar.set_postfix_str(name)
-            if entry.transfer not in tasks:
-                tasks[entry.transfer] = make_task(entry.transfer, dataset, widths)
-            run = loop.Run(
-                tasks[entry.transfer],
-                entry.rule,
-                dataset,
-                optimizer=optax.chain(optax.sgd(rate), freeze(entry.frozen)),
-                **options,
-            )
-            records = []
-            for _ in range(epochs):
-                records.append(run.epoch())
+            if entry.transfer not in made:
+                made[entry.transfer] = make_task(entry.transfer, dataset, widths)
+            optimizer = optax.chain(optax.sgd(rate), freeze(entry.frozen))
+            run = loop.Run(methods.by_rule(made[entry.transfer], entry.rule, optimizer), dataset, **options)
+            records: list[loop.Record] = []
+            while len(records) < epochs:
+                records += filter(None, [run.epoch()])
                 bar.update()
-            found[name] = Accuracy(run.evaluate(dataset.x_train, dataset.y_train)[1], records[-1].accuracy)
-            training = {"train_accuracy": found[name].train.mean(), "train_accuracy_by_seed": found[name].train}
-            summaries[name] = training | loop.summary(records)
+            found[name] = Accuracy(run.evaluate(dataset.x_train, dataset.y_train)["accuracy"], records[-1].accuracy)
+            training = results.statistics(found[name].train) | {"by_seed": found[name].train}
+            summaries[name] = {"train_accuracy": training} | results.summary(records)
     return found, summaries
 
 
-def make_task(transfer: str, dataset: data.Dataset, widths: list[int]) -> loop.Task:
+def make_task(transfer: str, dataset: data.Dataset, widths: list[int]) -> tasks.Task:
     """An MLP with a transfer function."""
     sizes = (math.prod(dataset.shape), *widths, dataset.classes)
     function = TRANSFERS.get(transfer, jax.numpy.tanh)
-    return loop.task(lambda rngs: models.MLP(sizes, function, rngs=rngs))
+    return tasks.task(lambda rngs: models.MLP(sizes, function, rngs=rngs))
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -269,13 +264,13 @@ def make_task(transfer: str, dataset: data.Dataset, widths: list[int]) -> loop.T
 
 def table(chosen: Mapping[int, Observation], found: Found) -> str:
     """One row an observation and run, mean ± sd over the seeds."""
-    percent = lambda values: f"{100 * values.mean():.2f} ± {100 * values.std():.2f}"  # noqa: E731
+    percent = lambda values: results.text(results.statistics(values), 100)  # noqa: E731
     rows = [
         (f"{number}. {name}", percent(found[name].train), percent(found[name].test))
         for number, observation in chosen.items()
         for name in observation.runs
     ]
-    return cli.table(("observation, run", "train accuracy (%)", "test accuracy (%)"), rows)
+    return results.table(("observation, run", "train accuracy (%)", "test accuracy (%)"), rows)
 
 
 def verdict(observation: Observation, found: Found) -> str:
@@ -345,16 +340,16 @@ def main() -> None:
     judged = {
         number: observation._asdict() | {"holds": observation.holds(found)} for number, observation in chosen.items()
     }
-    results = {"observations": judged, "runs": summaries}
-    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | results)
+    content = {"observations": judged, "runs": summaries}
+    files.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | content)
     rows = [
         (name, FLAGS.seed + i, accuracy.train[i], accuracy.test[i])
         for name, accuracy in found.items()
         for i in range(FLAGS.seeds)
     ]
-    cli.write_csv(folder / "runs.csv", ("run", "seed", "train_accuracy", "test_accuracy"), rows)
+    files.write_csv(folder / "runs.csv", ("run", "seed", "train_accuracy", "test_accuracy"), rows)
     title = f"{'-'.join(map(str, widths))} on {dataset.name}, {FLAGS.seeds} seeds, {FLAGS.epochs} epochs"
-    figure(chosen, found, title).savefig(folder / "observations.png")
+    files.savefig(figure(chosen, found, title), folder / "observations.png")
     print(table(chosen, found))
     for number, observation in chosen.items():
         print(f"\n{number}. {observation.claim}\n   {verdict(observation, found)} (criterion: {observation.criterion})")

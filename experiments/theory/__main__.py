@@ -13,7 +13,7 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments import cli, files, results
 from experiments.errors import InputError, nearest
 from experiments.theory.check import Check
 from experiments.theory.claims import CLAIMS
@@ -34,7 +34,7 @@ def measure(names: list[str], seeds: range) -> dict[str, list[Check]]:
 def table(checks: list[Check]) -> str:
     """One row a check, as a Markdown table."""
     rows = [(c.source, c.claim, f"{c.measured:.2g}", c.wanted, "yes" if c.holds else "NO") for c in checks]
-    return cli.table(("theorem", "measured", "is", "wanted", "holds"), rows)
+    return results.table(("theorem", "measured", "is", "wanted", "holds"), rows)
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
     found = measure(names, range(FLAGS.seed, FLAGS.seed + FLAGS.seeds))
     checks = [check for group in found.values() for check in group]
     rows = {name: [c._asdict() | {"holds": c.holds} for c in group] for name, group in found.items()}
-    cli.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | {"claims": rows})
-    cli.write_csv(folder / "claims.csv", (*Check._fields, "holds"), [(*c, c.holds) for c in checks])
+    files.write_json(folder / "metrics.json", cli.provenance_and_settings(FLAGS.seed) | {"claims": rows})
+    files.write_csv(folder / "claims.csv", (*Check._fields, "holds"), [(*c, c.holds) for c in checks])
     print(table(checks))
     if FLAGS.figures:
         for name, draw in (bar := tqdm(FIGURES.items(), desc="figures", unit="figure")):
