@@ -104,9 +104,7 @@ def main() -> int:
     devices.initialize_processes()
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = describe(config, grid) | {"rules": list(chosen)}
-    claim = files.claim(FLAGS.output, described)
-    if claim.notice:
-        print(claim.notice)
+    files.check_writable(FLAGS.output)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir)
     trials, refused = make_trials(
         config, dataset, chosen, grid=grid, placement=placement, check_nan=FLAGS.check_nan
@@ -114,6 +112,9 @@ def main() -> int:
     if FIRST not in trials:
         raise InputError(f"backprop failed: {refused[FIRST]}")
     title = f"{config.model} on {dataset.name}, {config.seeds} seeds"
+    claim = files.claim(FLAGS.output, described)
+    if claim.notice:
+        print(claim.notice)
     with claim.lock, signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
         keepers = make_keepers(trials, claim.folder, described)
         train(

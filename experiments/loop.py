@@ -206,6 +206,10 @@ class Run:
         """The keys [lanes] and orders of examples [lanes, steps, batch] of an epoch."""
         return _shuffle(group.keys, purpose, epoch, len(self._sets["train"][0]), self.steps, self.batch_size)
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The examples of each step of an epoch [lanes, steps, batch]."""
+        return self._joined(self._shuffle(group, 2, epoch)[1] for group in self._groups)
+
     def _stops(self, parts: int) -> list[int]:
         """The steps after which the host takes over: those of the progress and of the records, and the last."""
         if not self._looped:

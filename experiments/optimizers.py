@@ -136,7 +136,7 @@ def _decayed(
     """An optimizer with its weight decay, which leaves out biases and norms unless `everything` decays."""
 
     def schedule(count: jax.Array) -> jax.Array:
-        return rate * unit(count)
+        return rate * unit(count.astype(jnp.float32))  # optax divides it by floats
 
     name, args, options = expressions.single(text, "optimizer")
     known = names()

@@ -118,7 +118,8 @@ def build(config: Config, dataset: Dataset, *, widths: Sequence[int] | None = No
         loss = smoothed(config.label_smoothing)
     autoencodes = config.task == "autoencoding"
     outputs = math.prod(dataset.shape) if autoencodes else dataset.classes
-    options: dict[str, Any] = {"widths": widths or config.widths, "activation": config.activation, "dtype": jnp.dtype(config.dtype)}
+    options: dict[str, Any] = {"widths": widths or config.widths, "activation": config.activation}
+    options["dtype"] = jnp.dtype(config.dtype)
     built = task(lambda rngs: models.build(config.model, dataset.shape, outputs, rngs=rngs, **options), _wide(loss))
     if autoencodes:
         if config.loss != "squared_error":

@@ -36,12 +36,13 @@ def main() -> int:
     devices.initialize_processes()
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = describe(config, grid)
-    claim = files.claim(FLAGS.output, described)
-    if claim.notice:
-        print(claim.notice)
+    files.check_writable(FLAGS.output)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir)
     trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan)
     title = f"{config.model} on {dataset.name}"
+    claim = files.claim(FLAGS.output, described)
+    if claim.notice:
+        print(claim.notice)
     with claim.lock, signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
         train(trial, claim.folder, described, title, stop, keep=FLAGS.keep, resume=FLAGS.resume)
     if not trial.records:

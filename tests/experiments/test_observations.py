@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lrules
-from experiments import data, loop
+from experiments import data, loop, methods
 from experiments.papers import observations as obs
 from tests.experiments.programs import fork, run
 
@@ -32,13 +32,9 @@ def figures(**tests):
 def test_frozen_layers_stay_and_all_others_train(frozen):
     x = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
     small = data.Dataset(x, np.arange(16) % 3, x, np.arange(16) % 3, 3, "small")
-    run = loop.Run(
-        obs.make_task("tanh", small, [4, 4, 4]),
-        lrules.direct_feedback_alignment(),
-        small,
-        optimizer=optax.chain(optax.sgd(0.1, momentum=0.9), obs.freeze(frozen)),
-        batch_size=8,
-    )
+    optimizer = optax.chain(optax.sgd(0.1, momentum=0.9), obs.freeze(frozen))
+    task = obs.make_task("tanh", small, [4, 4, 4])
+    run = loop.Run(methods.by_rule(task, lrules.direct_feedback_alignment(), optimizer), small, batch_size=8)
 
     def snapshot():
         leaves = jax.tree_util.tree_leaves_with_path(run.carry.params)

@@ -7,7 +7,9 @@ import optax
 import pytest
 
 import lrules
-from experiments import compare, data, loop, models
+from experiments import compare, data, models, tasks
+from experiments.config import Config
+from experiments.optimizers import Optimizers
 from tests.experiments.programs import fork, results
 from tests.experiments.test_loop import Normalised, learning_feedback, make_run, make_task, tiny
 from tests.sampling import mostly_slow
@@ -44,7 +46,7 @@ def test_only_the_feedback_moves(name):
 
 
 def test_the_averages_of_batch_norm_stay():
-    run = make_run(lrules.direct_feedback_alignment(adaptive=True), loop.task(Normalised))
+    run = make_run(lrules.direct_feedback_alignment(adaptive=True), tasks.task(Normalised))
     before = jax.tree.map(jnp.copy, run.carry)
     run.warm_up(1)
     assert same(before.state, run.carry.state) and not same(before.feedback.learned, run.carry.feedback.learned)
@@ -67,7 +69,7 @@ def test_epochs_after_a_warm_up_see_the_batches_that_they_would_see_without():
 
 
 def test_feedback_has_a_rate_of_its_own():
-    optimizers = loop.Optimizers(optax.sgd(0.1), optax.sgd(0.5))
+    optimizers = Optimizers(optax.sgd(0.1), optax.sgd(0.5))
     run = make_run(learning_feedback(stochastic=False), optimizer=optimizers)
     plain = make_run(lrules.backprop())
     assert (run.epoch().train_loss == plain.epoch().train_loss).all()
@@ -78,7 +80,7 @@ def test_feedback_has_a_rate_of_its_own():
 def test_node_perturbation_aligns_with_the_weights_on_digits(solver):
     """Before the warm-up the top layer's B and W stand at right angles, more or less; after it they do not."""
     rule = lrules.node_perturbation(1e-3, solver=solver)
-    task = loop.task(lambda rngs: models.MLP((64, 20, 12, 10), jnp.tanh, rngs=rngs))
+    task = tasks.task(lambda rngs: models.MLP((64, 20, 12, 10), jnp.tanh, rngs=rngs))
     run = make_run(rule, task, data.load("digits"), optimizer=optax.sgd(0.3), batch_size=32, seeds=(0, 1, 2))
 
     def angles():
@@ -92,10 +94,14 @@ def test_node_perturbation_aligns_with_the_weights_on_digits(solver):
 
 def test_compare_counts_epochs_after_the_warm_up():
     rules = {"backprop": lrules.backprop(), "learns": lrules.node_perturbation(1e-2)}
-    optimizers = dict.fromkeys(rules, optax.sgd(0.1))
-    options = {"epochs": 2, "seeds": (0,), "batch_size": 10}
-    warm, _ = compare.compare(make_task(), tiny(), rules, optimizers, warmup_epochs=3, **options)
-    cold, _ = compare.compare(make_task(), tiny(), rules, optimizers, **options)
+    config = Config(epochs=2, batch_size=10, optimizer="sgd", learning_rate=0.1)
+
+    def records(config):
+        trials, _ = compare.make_trials(config, tiny(), rules, task=make_task())
+        compare.train(trials)
+        return {name: trial.records for name, trial in trials.items()}
+
+    warm, cold = records(config.replace(warmup_epochs=3)), records(config)
     assert [r.epoch for r in warm["learns"]] == [1, 2]
     assert warm["backprop"][-1].train_loss == cold["backprop"][-1].train_loss
     assert warm["learns"][-1].train_loss != cold["learns"][-1].train_loss
@@ -111,5 +117,5 @@ def test_train_with_a_warm_up(tmp_path):
     done = fork("train", *flags, "--feedback_learning_rate=0.01", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "warm-up" in done.stderr and "epoch 1/1" in done.stderr
-    settings = results(tmp_path)["settings"]
+    settings = results(tmp_path)["config"]
     assert settings["warmup_epochs"] == 1 and settings["feedback_learning_rate"] == 0.01
