@@ -67,6 +67,7 @@ def run(
     settings: Mapping[str, Sequence[float]] | None = None,
     placement: Placement | None = None,
     check_nan: bool = False,
+    limit: int | None = None,
 ) -> Run:
     """The run of a config. Each of the `settings` has a number for each seed of each point, point after point."""
     task = tasks.build(config, dataset) if task is None else task
@@ -95,4 +96,5 @@ def run(
         probe=config.probe,
         record_every=config.record_every,
         placement=placement,
+        limit=limit,
     )

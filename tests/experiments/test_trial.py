@@ -1,0 +1,178 @@
+"""Trials: grids whose points are lanes, choosing on validation, stopping and going on to the last bit."""
+
+import numpy as np
+import pytest
+
+from experiments import build, loop, sweep, tasks
+from experiments.config import Config
+from experiments.data import split_validation
+from experiments.errors import InputError
+from experiments.trial import Trial
+from tests.experiments.test_loop import tiny
+
+SMALL = Config(widths=(5,), batch_size=10, epochs=2, optimizer="sgd", learning_rate=0.1, schedule="constant", seeds=2)
+
+
+def trained(config, *grid, dataset=None, **options):
+    dataset = dataset or (split_validation(tiny(), 0.25) if grid else tiny())
+    trial = Trial(config, dataset, grid=sweep.parse(grid, config), **options)
+    while not trial.finished:
+        trial.epoch()
+    return trial
+
+
+def test_points_are_lanes_and_each_is_what_it_is_alone():
+    """Traced rates, decay and a rule's number together: one run; a lane equals a run of its own."""
+    dataset = split_validation(tiny(), 0.25)
+    config = SMALL.replace(rule="backman(alpha=1.0)")
+    grid = ["learning_rate=0.1,0.01", "weight_decay=0.0,0.1", "alpha=0.5,1.0"]
+    trial = trained(config, *grid, dataset=dataset)
+    assert len(trial.runs) == 1 and len(trial.points) == 8 and trial.records[-1].train_loss.shape == (16,)
+    for i in (0, 5, 7):
+        point = trial.points[i]
+        own = config.replace(**point.fields, rule=f"backman(alpha={point.options['alpha']})")
+        alone = trained(own, dataset=dataset)
+        for figure in ("train_loss", "test_loss", "validation_loss", "angle"):
+            found, wanted = (getattr(t.records[-1], figure) for t in (trial, alone))
+            np.testing.assert_allclose(found[trial.lanes(i)], wanted, rtol=1e-4, atol=1e-2 * (figure == "angle"))
+
+
+def test_what_cannot_be_traced_gets_a_run_of_its_own():
+    grid = "iterations=1,2", "learning_rate=0.1,0.01", "batch_size=5,10"
+    trial = trained(SMALL.replace(rule="dual_propagation"), *grid)
+    assert len(trial.runs) == 4 and [run.batch_size for run in trial.runs] == [5, 5, 10, 10]
+    assert len(trial.points) == 8 and trial.records[0].accuracy.shape == (16,)
+    alone = trained(SMALL.replace(rule="dual_propagation(iterations=2)"), dataset=split_validation(tiny(), 0.25))
+    wanted = {"batch_size": 10, "learning_rate": 0.1, "iterations": 2}
+    same = [point.fields | point.options for point in trial.points].index(wanted)
+    np.testing.assert_allclose(trial.records[-1].train_loss[trial.lanes(same)], alone.records[-1].train_loss, rtol=1e-4)
+
+
+def test_the_best_point_on_the_validation_set_is_chosen():
+    trial = trained(SMALL, "learning_rate=1e-7,0.2,1e38")
+    result = trial.result()
+    assert result["chosen"] == {"learning_rate": 0.2} and result["at_edge"] == []
+    assert len(result["points"]) == 3 and result["accuracy"]["by_seed"].shape == (2,)
+    edge = trained(SMALL, "learning_rate=1e-9,1e-7,0.2").result()
+    assert edge["chosen"] == {"learning_rate": 0.2} and edge["at_edge"] == ["learning_rate"]
+
+
+def test_the_figure_of_the_best_validation_epoch():
+    config = SMALL.replace(select="best_validation", validation=0.2, epochs=4)
+    trial = trained(config, dataset=split_validation(tiny(), 0.25))
+    validation = np.array([record.validation_accuracy for record in trial.records])
+    chosen = trial.result()["selected"]
+    assert (chosen["epoch_by_seed"] == validation.argmax(0) + 1).all()
+    for seed, epoch in enumerate(validation.argmax(0)):
+        assert chosen["accuracy"]["by_seed"][seed] == trial.records[epoch].accuracy[seed]
+
+
+@pytest.mark.parametrize(
+    ("config", "grid"),
+    [
+        (SMALL, ()),
+        (SMALL.replace(rule="direct_feedback_alignment(adaptive=True)", optimizer="momentum", warmup_epochs=1), ()),
+        (SMALL.replace(rule="node_perturbation(std=0.01)", average=0.9, record_every=2), ()),
+        (SMALL.replace(rule="dual_propagation"), ("iterations=1,2", "learning_rate=0.1,0.2")),
+    ],
+)
+def test_it_goes_on_to_the_last_bit(config, grid):
+    """Stopped inside an epoch, and its state taken up by a new trial: the records are those without a stop."""
+    dataset = split_validation(tiny(), 0.25) if grid else tiny()
+
+    def made():
+        return Trial(config, dataset, grid=sweep.parse(grid, config))
+
+    whole, first, second = made(), made(), made()
+    for trial in (whole, first):
+        trial.warm_up()
+    while not whole.finished:
+        whole.epoch(parts=3)
+    first.epoch(parts=3)
+    steps = []
+    assert first.epoch(parts=3, advance=lambda n: steps.append(n) or True) is None and len(steps) == 1
+    assert first.steps_done == first.steps + steps[0]
+    second.restore(*first.state())
+    second.warm_up()  # it was done
+    while not second.finished:
+        second.epoch(parts=3)
+    for ours, theirs in zip(second.records, whole.records, strict=True):
+        for name in set(loop.Record._fields) - {"seconds"}:
+            a, b = getattr(ours, name), getattr(theirs, name)
+            assert (a is None and b is None) or (np.asarray(a, float) == np.asarray(b, float)).all(), name
+    curves = [[(r["epoch"], r["step"], *np.asarray(r["train_loss"])) for r in t.runs[0].curve] for t in (second, whole)]
+    assert curves[0] == curves[1]
+
+
+def test_lanes_that_do_not_fit_train_in_groups():
+    config = SMALL.replace(seeds=5)
+    together, apart = (build.run(config, tiny(), limit=limit) for limit in (None, 1))
+    assert len(together._groups) == 1 and len(apart._groups) == 5
+    one, other = together.epoch(), apart.epoch()
+    np.testing.assert_allclose(one.train_loss, other.train_loss, rtol=1e-5)
+    np.testing.assert_allclose(one.angle, other.angle, atol=0.05)
+    before = apart.carry
+    apart.restore(apart.state())
+    assert (before.params["layers"][0]["kernel"][...] == apart.carry.params["layers"][0]["kernel"][...]).all()
+
+
+def test_accumulated_gradients_are_those_of_the_batch():
+    whole = trained(SMALL.replace(rule="feedback_alignment"))
+    parts = trained(SMALL.replace(rule="feedback_alignment", accumulate=5))
+    np.testing.assert_allclose(whole.records[-1].train_loss, parts.records[-1].train_loss, rtol=1e-5)
+    with pytest.raises(InputError, match="accumulate must be 1 for this rule"):
+        trained(SMALL.replace(rule="backman", accumulate=5))
+
+
+def test_an_average_of_the_weights_is_evaluated():
+    """With plain weights w1, w2, ... the average after two steps is d(d w0 + (1-d) w1) + (1-d) w2."""
+    config = SMALL.replace(average=0.5, epochs=1, batch_size=20, seeds=1)
+    trial = Trial(config, tiny())
+    kernels = [np.array(trial.runs[0].carry.params["layers"][0]["kernel"][...])]
+    trial.epoch(parts=2, advance=lambda _: kernels.append(np.array(kernel(trial, "params"))))
+    expected = 0.5 * (0.5 * kernels[0] + 0.5 * kernels[1]) + 0.5 * kernels[2]
+    np.testing.assert_allclose(kernel(trial, "average"), expected, rtol=1e-5)
+
+
+def kernel(trial, part):
+    return getattr(trial.runs[0].carry, part)["layers"][0]["kernel"][...]
+
+
+@pytest.mark.parametrize("task", ["autoencoding", "smoothing", "bfloat16", "softmax_squared_error"])
+def test_tasks_learn(task):
+    changes = {
+        "autoencoding": {"task": "autoencoding", "loss": "squared_error"},
+        "smoothing": {"label_smoothing": 0.1},
+        "bfloat16": {"dtype": "bfloat16"},
+        "softmax_squared_error": {"loss": "softmax_squared_error", "learning_rate": 1.0},
+    }[task]
+    trial = trained(SMALL.replace(rule="feedback_alignment", epochs=6).replace(**changes))
+    first, last = trial.records[0], trial.records[-1]
+    assert (last.train_loss < first.train_loss).all()
+    assert (last.accuracy is None) == (task == "autoencoding")
+
+
+def test_smoothing_by_hand():
+    logits, label = np.array([[1.0, 2.0, 0.5]]), np.array([1])
+    log_p = logits - np.log(np.exp(logits).sum())
+    wanted = -(np.eye(3)[1] * 0.9 + 0.1 / 3) @ log_p[0]
+    assert float(tasks.smoothed(0.1)(logits, label)[0]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "sentence"),
+    [
+        (["learning_rate"], "needs a name and values, as in --sweep=learning_rate=0.001,0.01"),
+        (["lerning_rate=1,2"], "no setting 'lerning_rate' to sweep: did you mean 'learning_rate'"),
+        (["alpha=0.1,-1"], "alpha"),
+        (["epochs=0,1"], "epochs must be an integer >= 1"),
+    ],
+)
+def test_a_wrong_grid_is_told(grid, sentence):
+    with pytest.raises(InputError, match=sentence):
+        sweep.parse(grid, SMALL.replace(rule="backman"))
+
+
+def test_a_grid_needs_a_validation_set():
+    with pytest.raises(InputError, match="as in --validation=0.2"):
+        trained(SMALL, "learning_rate=0.1,0.2", dataset=tiny())
