@@ -162,4 +162,5 @@ def _values(x: Any) -> Values:
 def _of_block(x: np.ndarray) -> Values:
     low, high = x.min(), x.max()  # both are NaN if any value is
     finite = bool(np.isfinite(low) and np.isfinite(high))
-    return Values(float(low), float(high), finite, finite and bool((x == np.floor(x)).all()))
+    whole = x.dtype == np.uint8 or (finite and bool((x == np.floor(x)).all()))
+    return Values(float(low), float(high), finite, whole)
