@@ -123,9 +123,17 @@ def test_rows_on_the_disk_and_features_of_records_are_read_alike(tmp_path):
 def test_floats_come_as_float32_and_targets_may_be_images():
     x = np.random.default_rng(0).random((6, 2, 2, 1))
     pictures = data.Dataset(x, x, x, x, 4, "pictures")
+    pictures = pictures._replace(y_train=x.copy())
     for inputs, targets in streaming.chunks(pictures, 3, 0, 0, 2):
         assert inputs.dtype == targets.dtype == np.float32 and targets.shape == (2, 3, 2, 2, 1)
         assert (inputs == targets).all()
+
+
+def test_targets_that_are_the_inputs_are_read_once():
+    x = Watched(numbered().x_train)
+    pictures = numbered()._replace(x_train=x, y_train=x)
+    assert all(inputs is targets for inputs, targets in streaming.chunks(pictures, 5, 0, 0, 2))
+    assert x.rows_read == 50
 
 
 def test_in_order_gives_every_row_once():
@@ -139,6 +147,7 @@ def test_in_order_gives_every_row_once():
 def test_fits_counts_the_bytes_of_all_parts():
     small = data.Dataset(*(np.zeros(n, np.uint8) for n in (100, 10, 50, 5)), 3, "small")
     assert streaming.fits(small, 165) and not streaming.fits(small, 164)
+    assert streaming.fits(small._replace(y_train=small.x_train, y_test=small.x_test), 150)
     assert not streaming.fits(small._replace(x_val=np.zeros(1, np.float32), y_val=np.zeros(1, np.uint8)), 169)
 
 
