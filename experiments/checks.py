@@ -148,8 +148,10 @@ def _check_labels(y: Any, ys: str) -> None:
 def _values(x: Any) -> Values:
     """The range of the values, read block by block; of a large array on disk only some blocks."""
     size = max(1, BLOCK_BYTES // max(1, int(np.prod(x.shape[1:])) * x.dtype.itemsize))
+    most = MOST_BLOCKS
+    if isinstance(x, Column):  # decoding is slow
+        size, most = min(size, 1000), 1
     starts = range(0, len(x), size)
-    most = 1 if isinstance(x, Column) else MOST_BLOCKS  # decoding is slow
     if on_disk(x) and len(starts) > most:
         starts = starts[:: -(-len(starts) // most)]
     found = [_of_block(np.asarray(x[start : start + size])) for start in starts]
@@ -160,4 +162,5 @@ def _values(x: Any) -> Values:
 def _of_block(x: np.ndarray) -> Values:
     low, high = x.min(), x.max()  # both are NaN if any value is
     finite = bool(np.isfinite(low) and np.isfinite(high))
-    return Values(float(low), float(high), finite, finite and bool((x == np.floor(x)).all()))
+    whole = x.dtype == np.uint8 or (finite and bool((x == np.floor(x)).all()))
+    return Values(float(low), float(high), finite, whole)

@@ -89,7 +89,11 @@ def scale(x: jax.Array | np.ndarray) -> jax.Array:
 
 def on_device(data: Dataset) -> Dataset:
     """The same set with its arrays on the accelerator, so that several runs share them."""
-    return data.with_parts({part: (jnp.asarray(x), jnp.asarray(y)) for part, (x, y) in data.parts.items()})
+    parts = {}
+    for part, (x, y) in data.parts.items():
+        inputs = jnp.asarray(x)
+        parts[part] = inputs, inputs if y is x else jnp.asarray(y)
+    return data.with_parts(parts)
 
 
 def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:

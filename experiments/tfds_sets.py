@@ -135,16 +135,16 @@ def _sources(builder: Any, name: str, split: str, **decoders: Any) -> Sequence[M
 def _arrays(builder: Any, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The inputs and labels of a split, read into memory."""
     inputs, labels = builder.info.supervised_keys[:2]
-    xs: list[np.ndarray] = []
-    ys: list[int] = []
-    for row in tqdm(_sources(builder, name, split), desc=f"reading {name} {split}", leave=False):
-        if xs and np.shape(row[inputs]) != xs[0].shape:
-            raise InputError(f"The data set '{name}' holds examples of several shapes: resize them and use npz:FILE.")
-        xs.append(np.asarray(row[inputs]))
-        ys.append(row[labels])
-    if not xs:
+    rows = _sources(builder, name, split)
+    if not len(rows):
         raise InputError(f"The split '{split}' of the data set '{name}' is empty: use a set with examples in it.")
-    return np.stack(xs), np.array(ys)
+    first = np.asarray(rows[0][inputs])
+    x, y = np.empty((len(rows), *first.shape), first.dtype), np.empty(len(rows), np.int64)
+    for i, row in enumerate(tqdm(rows, desc=f"reading {name} {split}", leave=False)):
+        if np.shape(row[inputs]) != first.shape:
+            raise InputError(f"The data set '{name}' holds examples of several shapes: resize them and use npz:FILE.")
+        x[i], y[i] = row[inputs], row[labels]
+    return x, y
 
 
 def _columns(builder: Any, name: str, split: str) -> tuple[Column, np.ndarray]:

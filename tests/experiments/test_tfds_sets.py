@@ -63,6 +63,23 @@ class TinyWithoutTest(TinyImages):
     SPLITS = {"train": 6, "validation": 3}
 
 
+class TinyOfTwoSizes(TinyImages):
+    """Images of one size but for one."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(None, 2, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": np.zeros((1 + i // 4, 2, 1), np.uint8), "label": i % 3}
+
+
 class TinyUnlabelled(TinyImages):
     """The same without a word on which feature is the label."""
 
@@ -143,6 +160,12 @@ def test_validation_split_is_the_test_set_where_there_is_no_other(tmp_path):
     assert len(loaded.x_test) == 3 and loaded.x_val is None
 
 
+def test_set_with_images_of_several_sizes(tmp_path):
+    TinyOfTwoSizes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    with pytest.raises(InputError, match="holds examples of several shapes: resize them"):
+        data.load("tiny_of_two_sizes", data_dir=str(tmp_path), in_memory=0)
+
+
 def test_set_without_labels(tmp_path):
     TinyUnlabelled(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     with pytest.raises(InputError, match="does not have labelled classes: use one that has"):
@@ -182,6 +205,7 @@ def to_png(self, image):
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "LRULES_MNIST" not in os.environ, reason="LRULES_MNIST is not set: the folder of MNIST's four gz files"
 )
