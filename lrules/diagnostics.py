@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.handlers import name_number
+from lrules.engine.jaxprs import as_varying, varying_axes
 from lrules.extend import Activation, Frame, Handler, Layer, Operation, as_network, at_least_float32
 from lrules.network import NetworkLike, parameter_name
 from lrules.rule import Feedback
@@ -351,6 +352,7 @@ def spectral_norm(layer: Layer, op: Callable[..., Any], w: jax.Array, iterations
     shape = [1 if i in free else n for i, n in enumerate(layer.operand.aval.shape)]
     w = jax.lax.stop_gradient(w)
     v = jax.random.normal(jax.random.key(name_number(layer.name)), shape, layer.operand.aval.dtype)
+    v = as_varying(v, varying_axes(jax.typeof(w)))
 
     def apply(v: jax.Array) -> Any:
         u, pull = jax.vjp(lambda v: op(w, v), v)

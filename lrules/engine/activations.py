@@ -252,8 +252,26 @@ def is_statistic(value: Any) -> bool:
         row = of(eqn)
         mixed = [v for v in value.operands if v.both]
         passing = row.kind in ("view", "window") or row.stops or row.statistic or arranged(value) is not None
+        passing = passing or (row.cuts and _over_devices(value))  # one sum over devices of several statistics
         value.statistic = bool(mixed) and passing and all(map(is_statistic, mixed))
     return value.statistic
+
+
+def _over_devices(value: Any) -> bool:
+    """Whether a value is cut, elementwise, from what devices have summed or compared."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if value.producer is None or id(value) in seen:
+            continue
+        seen.add(id(value))
+        row = of(value.producer)
+        if row.kind == "collective":
+            return True
+        if row.cuts or row.kind == "view" or arranged(value) is not None:
+            stack += [v for v in value.operands if v.both]
+    return False
 
 
 def linear_origins(values: Sequence[Any]) -> set[int]:

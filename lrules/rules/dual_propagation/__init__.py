@@ -23,7 +23,6 @@ is one sweep down.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -120,7 +119,8 @@ def dual_propagation(
         `kolen_pollack()`, a partition of such rules. It forms the weight gradient too.
       tolerance: the iterations stop as soon as the residual is <= this.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it runs over
-        any (the mean of `value_and_grad` runs over the examples of one device).
+        any (the mean of `value_and_grad` runs over the examples of one device). With `tolerance`, all devices along
+        these axes stop together, when the last of them has settled.
       passing: names of functions that have no states: the error passes through them by their derivative. Give names of
         activations that `lrules.describe` lists (`"tanh"`: all with that name, `"tanh#2"`: only this one), and names of
         nonlinearities that refusals name (`{"exp"}`).
@@ -174,7 +174,7 @@ def dual_propagation(
             )
 
         def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
-            network = DualNetwork(options, net, params, inputs, reduction)
+            network = DualNetwork(options, net, params, inputs, reduction, axis_name)
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux = transformed(network)(*args, keys)
             return (outputs, aux) if net.has_aux else outputs
@@ -182,12 +182,11 @@ def dual_propagation(
         return f
 
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
-        own = dataclasses.replace(options, axis_name=None)  # its mean runs over the share of one device
-
         def fn(
             params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
         ) -> tuple[tuple[Any, ...], Gradients]:
-            network = DualNetwork(own, net, params, inputs, "mean")
+            # its mean runs over the share of one device
+            network = DualNetwork(options, net, params, inputs, "mean", None)
             args, keys = network.arguments(net, params, feedback, inputs, rng)
             outputs, aux, started = begin(network, args)
 

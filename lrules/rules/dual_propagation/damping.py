@@ -16,7 +16,7 @@ import numpy as np
 
 from lrules.diagnostics import spectral_norm
 from lrules.engine.activations import sampled
-from lrules.engine.jaxprs import Equation, is_literal
+from lrules.engine.jaxprs import Atom, Equation, is_literal
 from lrules.engine.operations import of
 from lrules.engine.records import Value
 from lrules.extend import Activation, Frame, Graph, Handler, Layer, Operation
@@ -161,8 +161,9 @@ def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
     """The norm of one equation between states, or a bound on it; None where it is not known."""
     row, params, size = of(eqn), eqn.params, int(np.prod(operand.aval.shape))
     if row.combines in ("product", "quotient"):
-        constants = [float(v.val) for v in eqn.invars if is_literal(v) and np.ndim(v.val) == 0]
-        if not constants or (row.combines == "quotient" and is_literal(eqn.invars[0])):
+        numbers = [_number(atom, v) for atom, v in zip(eqn.invars, out.operands, strict=True)]
+        constants = [number for number in numbers if number is not None]
+        if not constants or (row.combines == "quotient" and numbers[0] is not None):
             return None
         return abs(constants[0]) if row.combines == "product" else 1 / abs(constants[0])
     if row.kind == "view":  # which may repeat elements
@@ -175,6 +176,13 @@ def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
         return float(np.sqrt(overlap * (np.prod(window) if row.totals else 1)))
     moves = row.curve == "linear" or row.same or (row.kind == "move" and row.carries)
     return 1.0 if moves or (row.kind == "reduction" and row.curve == "rows") else None
+
+
+def _number(atom: Atom, value: Value) -> float | None:
+    """A number in an equation, also where a shard_map has marked it as each device's own; None if it is none."""
+    while not is_literal(atom) and value.producer is not None and of(value.producer).same:
+        atom, value = value.producer.invars[0], value.operands[0]
+    return float(atom.val) if is_literal(atom) and np.ndim(atom.val) == 0 else None
 
 
 def check_projection(site: str, fn: Callable[..., Any], x: jax.Array) -> None:

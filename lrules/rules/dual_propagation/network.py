@@ -29,7 +29,7 @@ from lrules.rules.dual_propagation.differences import check_differences
 from lrules.rules.dual_propagation.levels import levels_of
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Dyads, State, units_of, with_damping
-from lrules.typing import Pytree
+from lrules.typing import AxisName, Pytree
 
 
 class _Own:
@@ -80,6 +80,9 @@ def _plan(options: Options, net: Network, graph: Graph, params: Pytree, inputs: 
 class DualNetwork:
     """A network with two values at each activation.
 
+    The error comes from a sum over the examples, or from a mean (`reduction`) over those of all devices along
+    `mean_axes`.
+
     Attributes:
       nudged: the inputs that are states, by their place among the leaves of the inputs.
       clean: zeros of the shape of each state.
@@ -88,7 +91,9 @@ class DualNetwork:
       levels, depth: the levels of the states and of the outputs, if the order needs them.
     """
 
-    def __init__(self, options: Options, net: Network, params: Pytree, inputs: Pytree, reduction: str) -> None:
+    def __init__(
+        self, options: Options, net: Network, params: Pytree, inputs: Pytree, reduction: str, mean_axes: AxisName
+    ) -> None:
         self.options = options
         if any(handler.activations for handler in net.handlers):
             raise NotImplementedError(
@@ -98,8 +103,8 @@ class DualNetwork:
         self.graph = graph = net.graph(params, inputs)
         self.plan = plan_for(options, net, graph, params, inputs)
         batch = net.batch_size(inputs) if reduction == "mean" else 1
-        if reduction == "mean" and options.axis_name is not None:
-            batch *= int(jax.lax.psum(1, options.axis_name))
+        if reduction == "mean" and mean_axes is not None:
+            batch *= int(jax.lax.psum(1, mean_axes))
         self.nudged = _nudged_inputs(options, net, inputs)
         activations = treated(graph, options.passing)
         self.clean = all_zeros_at({a.site: a.output for a in activations})
