@@ -1,10 +1,13 @@
 """How often a network is traced and analysed, and that what is kept of it serves only where it is right."""
 
+import collections
+import contextvars
 import copy
 import functools
 import gc
 import importlib
 import pickle
+import sys
 import threading
 import types
 import weakref
@@ -138,6 +141,7 @@ def closures() -> dict[str, tuple[Any, Any]]:
     cell = jnp.ones((1, 2))
     items, named, box = [jnp.ones((1, 2))], {"c": jnp.ones((1, 2))}, types.SimpleNamespace(c=jnp.ones((1, 2)))
     array = np.ones((1, 2), np.float32)
+    shown = np.broadcast_to(array, (4, 2))  # it cannot be written to
 
     def put_cell(value):
         nonlocal cell
@@ -159,6 +163,16 @@ def closures() -> dict[str, tuple[Any, Any]]:
             return model(params, x) * self.c
 
     owner, by_class = Owner(), type("ByClass", (Owner,), {})()
+    queue, view = collections.deque([0]), types.MappingProxyType(named)
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
+    settings, package = types.ModuleType("settings"), types.ModuleType("package")
+    package.settings = settings  # type: ignore[attr-defined]
+    sys.modules["lrules_test_settings"] = settings
+
+    def importing(params, x):
+        from lrules_test_settings import c  # type: ignore[import-not-found]
+
+        return model(params, x) * c
 
     return {
         "a closure": (lambda params, x: model(params, x) * cell, put_cell),
@@ -172,8 +186,19 @@ def closures() -> dict[str, tuple[Any, Any]]:
         "a callable": (owner, lambda v: setattr(owner, "c", v)),
         "a class": (by_class, lambda v: setattr(type(by_class), "c", v)),
         "a global": (lambda params, x: helper(params, x), put_global),
+        "a deque": (lambda params, x: model(params, x) * queue[0], lambda v: queue.__setitem__(0, v)),
+        "a view of a dict": (lambda params, x: model(params, x) * view["c"], lambda v: named.update(c=v)),
+        "a context": (lambda params, x: model(params, x) * variable.get(), variable.set),
+        "a module": (lambda params, x: model(params, x) * settings.c, lambda v: setattr(settings, "c", v)),
+        "a module of a module": (
+            lambda params, x: model(params, x) * package.settings.c, lambda v: setattr(settings, "c", v)
+        ),
+        "an import": (importing, lambda v: setattr(settings, "c", v)),
         "numpy in place": (lambda params, x: model(params, x) * array, lambda v: array.__setitem__(slice(None), v)),
-    }
+        "a view of numpy": (
+            lambda params, x: model(params, x) * shown, lambda v: array.__setitem__(slice(None), v)
+        ),
+    }  # fmt: skip
 
 
 GLOBAL = jnp.ones((1, 2))
@@ -214,6 +239,15 @@ def test_a_flag_of_a_model_may_be_set():
     made.training = False
     (_, outputs), _ = step(net, lrules.backman())
     chex.assert_trees_all_equal(doubled, 2 * outputs)
+
+
+def test_the_order_of_a_dict_counts():
+    blocks = {"double": lambda y: 2 * y, "raise": lambda y: y + 1}
+    net = lrules.Network(lambda params, x: functools.reduce(lambda y, f: f(y), blocks.values(), model(params, x)))
+    for _ in range(2):
+        (_, outputs), _ = step(net, lrules.backman())
+        chex.assert_trees_all_equal(outputs, net.apply(PARAMS, X))
+        blocks["double"] = blocks.pop("double")
 
 
 def test_what_a_function_writes_does_not_count(monkeypatch):

@@ -9,6 +9,9 @@ packages do not change. It leaves out values that the function itself changes wh
 
 from __future__ import annotations
 
+import array
+import collections
+import contextvars
 import functools
 import pathlib
 import sys
@@ -26,10 +29,13 @@ LARGE = 2**20  # the largest writable NumPy array, in bytes; a function that rea
 STILL = {"jax", "jaxlib", "numpy", "logging"}  # packages whose objects are assumed not to change
 
 LENGTH = "length"  # if this changes, the whole sequence is left out
+ORDER = ("order",)  # of the keys of a dict: no key of a dict that people write
 
 Place = tuple[int, Any]  # an object, by id, and the place in it: the name of an attribute, the key of a dict
 
-CONTAINERS = (dict, list, tuple, set, frozenset, functools.partial, types.MethodType, types.CellType)
+SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+MAPPINGS = (dict, types.MappingProxyType)
+CONTAINERS = (*SEQUENCES, *MAPPINGS, functools.partial, types.MethodType, types.CellType)
 
 
 class _Unclear(Exception):
@@ -77,14 +83,21 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _identity(value: Any) -> Any:
-    """What identifies an object: itself, the kind of a container, or the content of a NumPy array."""
+    """What identifies an object: itself, the kind of a container, or the content of an array that can be written."""
     if isinstance(value, jax.core.Tracer):
         raise _Unclear
-    if isinstance(value, np.ndarray) and value.flags.writeable:
+    if isinstance(value, np.ndarray) and _writeable(value):
         if value.nbytes > LARGE:
             raise _Unclear
         return value.tobytes()
+    if isinstance(value, bytearray | array.array):
+        return bytes(value)
     return type(value) if isinstance(value, CONTAINERS) else value
+
+
+def _writeable(value: Any) -> bool:
+    """Whether the content of an array can change: a view that cannot be written shows an array that perhaps can."""
+    return isinstance(value, np.ndarray) and (value.flags.writeable or _writeable(value.base))
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -96,17 +109,17 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
         if not _installed(value.__module__):
             yield from _globals(value)
     elif isinstance(value, types.CellType):
-        try:
-            yield "contents", value.cell_contents
-        except ValueError:  # it is still empty
-            return
+        yield "contents", _contents(value)
     elif isinstance(value, types.MethodType):
         yield from _attributes(value, "__func__", "__self__")
     elif isinstance(value, functools.partial):
         yield from _attributes(value, "func", "args", "keywords")
-    elif isinstance(value, dict):
+    elif isinstance(value, MAPPINGS):
+        yield ORDER, hash(tuple(value))
         yield from value.items()
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, contextvars.ContextVar):
+        yield "value", value.get(None)
+    elif isinstance(value, SEQUENCES):
         yield LENGTH, len(value)
         yield from enumerate(value)
     elif isinstance(value, type):
@@ -135,14 +148,36 @@ def _attributes(value: Any, *names: str) -> Iterator[tuple[str, Any]]:
     yield from ((name, getattr(value, name, None)) for name in names)
 
 
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is still empty
+        return None
+
+
 def _globals(fn: types.FunctionType) -> Iterator[tuple[Any, Any]]:
-    """The values of the names in a function's code, in its module and in other modules that are not installed."""
+    """The values of the names in a function's code: in its module, and in other modules that are not installed.
+
+    The function has these other modules from its own module, from a closure, or from an import in its body.
+    """
     names = _names(fn.__code__)
-    for name in names:
-        value = fn.__globals__.get(name)
-        yield name, value
-        if isinstance(value, types.ModuleType) and not _installed(value.__name__):
-            yield from (((name, other), vars(value).get(other)) for other in names)
+    found = {name: fn.__globals__.get(name, sys.modules.get(name)) for name in names}
+    yield from found.items()
+    yield from _in_modules([*found.values(), *map(_contents, fn.__closure__ or ())], names)
+
+
+def _in_modules(values: list[Any], names: Collection[str]) -> Iterator[tuple[Any, Any]]:
+    """The values of these names in the modules among the values, and in the modules that are found there."""
+    seen = set()
+    while values:
+        module = values.pop()
+        if not isinstance(module, types.ModuleType) or _installed(module.__name__) or module.__name__ in seen:
+            continue
+        seen.add(module.__name__)
+        for name in names:
+            value = vars(module).get(name)
+            yield (module.__name__, name), value
+            values.append(value)
 
 
 @functools.lru_cache(maxsize=1024)
