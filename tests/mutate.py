@@ -3,17 +3,21 @@
     make mutate MODULE=lrules/rules/backman.py            # a sample of 30 changes
     make mutate MODULE=lrules/engine/batch.py SAMPLE=100
 
-It works on a copy of the checkout, because the tool (cosmic-ray) changes files in place. A change that survives is a
-hole in the tests, or makes no difference: docs/mutations.md lists the second kind.
+It works on a copy of the checkout, because the tool (cosmic-ray) changes files in place. The sample has one change at
+each place of the file before it has two at any. A change that survives is a hole in the tests, or makes no difference:
+docs/mutations.md lists the second kind.
 """
 
 import argparse
+import itertools
+import os
 import pathlib
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import WorkerOutcome, WorkResult
@@ -47,6 +51,17 @@ def tests_of(module: pathlib.Path) -> str:
     return f"tests/{TESTED_ELSEWHERE.get(str(inner.with_suffix('')), (own, ''))[0]}"
 
 
+def sample_of(pending: list[Any], count: int, seed: int) -> list[Any]:
+    """So many changes in random order: at each place one, then at each place a second, and so on."""
+    places: dict[Any, list[Any]] = {}
+    for item in sorted(pending, key=lambda item: str(item.mutations)):  # their ids are random
+        places.setdefault(item.mutations[0].start_pos, []).append(item)
+    drawn, groups = random.Random(seed), list(places.values())
+    for group in (groups, *groups):
+        drawn.shuffle(group)
+    return [item for turn in itertools.zip_longest(*groups) for item in turn if item is not None][:count]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", type=pathlib.Path, help="a file of the library")
@@ -59,12 +74,14 @@ def main() -> None:
         parser.error(f"the module must be a file of the library, such as lrules/rules/backman.py, got {args.module}")
     tests = args.tests or tests_of(args.module)
     tools = pathlib.Path(sys.executable).parent
+    # What the copy compiles is kept for the next run, apart from what the tests of the checkout keep.
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax" / "mutate")}
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "copy")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "results", "__pycache__"))
 
         def run(command: str, *more: str) -> None:
-            subprocess.run([tools / command, *more], cwd=copy, check=True)
+            subprocess.run([tools / command, *more], cwd=copy, check=True, env=environment)
 
         (copy / "config.toml").write_text(
             CONFIG.format(
@@ -74,8 +91,8 @@ def main() -> None:
         run("cosmic-ray", "init", "config.toml", "session.sqlite")
         run("cr-filter-operators", "session.sqlite", "config.toml")
         with use_db(str(copy / "session.sqlite")) as work:
-            pending = sorted(work.pending_work_items, key=lambda item: str(item.mutations))  # their ids are random
-            chosen = random.Random(args.seed).sample(pending, min(args.sample, len(pending)))
+            pending = list(work.pending_work_items)
+            chosen = sample_of(pending, args.sample, args.seed)
             for item in pending:
                 if item not in chosen:
                     result = WorkResult(output="not sampled", worker_outcome=WorkerOutcome.SKIPPED)

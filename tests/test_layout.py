@@ -174,7 +174,6 @@ TESTED_ELSEWHERE = {
     "engine/dtypes": ("test_composition.py", "two rules of one line, tested by networks in half precision"),
     "engine/handlers": ("test_modifiers.py", "what rules and modifiers act through"),
     "engine/jaxprs": ("test_zoo.py", "reading jaxprs and evaluating them: every model does"),
-    "engine/layers": ("test_zoo.py", "the layers that are found in every model"),
     "engine/plan": ("rules/test_partition.py", "who does what at which layer"),
     "engine/planning": ("rules/test_partition.py", "the same"),
     "engine/landing": ("rules/test_direct_feedback_alignment.py", "how the output error gets to hidden signals"),

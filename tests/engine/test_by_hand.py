@@ -53,6 +53,9 @@ BY_HAND = {
         0, 6, lambda i, s: s + lax.dynamic_slice_in_dim(h, i, 1, 1) * w[i][None], jnp.zeros((4, 3))
     ),
     "shifts": lambda h, w: sum(jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * w[i, 0] for i in range(3)),
+    "shifted_products": lambda h, w: sum(  # scaled, shifted and cut before they are added
+        -jnp.pad(0.5 * (h * w[i, 0]), ((0, 0), (i, 0)))[:, :6] / 3 for i in range(3)
+    ),
     "quotient": lambda h, w: (h[:, :, None] / w[None]).sum(1),
     "outer": lambda h, w: jnp.trace(jnp.tensordot(h, w, 0), axis1=1, axis2=2),
 }

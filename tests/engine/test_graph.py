@@ -147,6 +147,7 @@ def test_the_options_of_a_loop(name):
     f, feedback = lrules.transform(net, rule), rule.init(KEY, net, params, x)
     (scan,) = found(jax.make_jaxpr(f)(params, feedback, x).jaxpr, "scan")
     assert scan.params["reverse"] and scan.params["unroll"] == 2 and scan.params["length"] == 4
+    assert scan.params["num_carry"] == 1  # no feedback goes with what depends on data
 
 
 # ----------------------------------------------------------------------------------------------- rematerialised blocks

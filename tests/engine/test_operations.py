@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental import sparse
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
@@ -15,8 +16,8 @@ from jax.interpreters import ad, mlir
 import lrules
 from lrules.diagnostics import spectral_norms
 from lrules.engine import operations
-from lrules.engine.jaxprs import CALLS, CONSTRUCTS
-from lrules.engine.operations import Row
+from lrules.engine.jaxprs import CALLS, CONSTRUCTS, bind
+from lrules.engine.operations import Row, view_axes
 from tests import bridge
 
 KEY = jax.random.key(0)
@@ -166,3 +167,99 @@ def test_no_other_file_knows_names():
         for node in ast.walk(ast.parse(text)):
             found += [f"{path.name}:{node.lineno}: {name!r}" for name in compared(node) & names]
     assert not found
+
+
+# ------------------------------------------------------------------------------------------------ where the axes lie
+
+
+def axes_kept(eqn, operands, k):
+    """`{axis: axis of the result}`: along these axes, an element of operand k changes the result at its own place."""
+    before = np.asarray(bind(eqn, operands)[0])
+    reached = []
+    for i in np.ndindex(operands[k].shape):
+        changed = [v.at[i].add(1) if j == k else v for j, v in enumerate(operands)]
+        reached += [(i, o) for o in np.argwhere(before != np.asarray(bind(eqn, changed)[0]))]
+    assert reached
+    axes = [(a, b) for a in range(operands[k].ndim) for b in range(before.ndim)]
+    fitting = [(a, b) for a, b in axes if operands[k].shape[a] == before.shape[b]]
+    return {a: b for a, b in fitting if all(i[a] == o[b] for i, o in reached)}
+
+
+def numbers(*shape):
+    return jnp.asarray(np.random.default_rng(0).uniform(size=shape), jnp.float32)
+
+
+def convolved(**options):
+    return lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", **options)
+
+
+ROWS_OF = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
+COLUMNS_OF = lax.GatherDimensionNumbers(offset_dims=(0,), collapsed_slice_dims=(1,), start_index_map=(1,))
+PLACES = jnp.array([[1], [3], [0]])
+
+# The primitive, a function with it, its operands, and for each operand the axes that lie in the result, but not along
+# the places of the operand: there it is cut, shifted, or added up with what came before.
+AXES = {
+    "dot_general": ("dot_general", lambda x, w: x @ w, (numbers(5, 3), numbers(3, 4)), ({}, {})),
+    "members": (
+        "dot_general", lambda x, w: jnp.einsum("bij,bkj->bik", x, w), (numbers(2, 5, 3), numbers(2, 4, 3)), ({}, {}),
+    ),
+    "ragged": ("ragged_dot_general", lax.ragged_dot,
+               (numbers(6, 4), numbers(3, 4, 5), jnp.array([1, 2, 3])), ({}, {}, {})),
+    "convolution": ("conv_general_dilated", convolved(), (numbers(2, 3, 5, 6), numbers(4, 3, 3, 3)), ({}, {})),
+    "channels last": (
+        "conv_general_dilated", convolved(dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        (numbers(2, 5, 6, 3), numbers(3, 3, 3, 4)), ({}, {}),
+    ),
+    "rows": ("gather", lambda x, i: lax.gather(x, i, ROWS_OF, (1, 4)), (numbers(6, 4), PLACES), ({}, {})),
+    "columns": ("gather", lambda x, i: lax.gather(x, i, COLUMNS_OF, (6, 1)), (numbers(6, 5), PLACES), ({}, {})),
+    "one row": ("dynamic_slice", lambda x: lax.dynamic_slice(x, (2, 0), (1, 3)), (numbers(5, 3),), ({},)),
+    "broadcast": ("broadcast_in_dim", lambda x: jnp.broadcast_to(x, (2, 5, 3)), (numbers(5, 3),), ({},)),
+    "concatenate": (
+        "concatenate", lambda x, y: lax.concatenate([x, y], 1), (numbers(5, 3), numbers(5, 2)), ({1: 1}, {1: 1}),
+    ),
+    "pad": ("pad", lambda x: lax.pad(x, 0.0, ((0, 0, 0), (1, 2, 0))), (numbers(5, 3),), ({1: 1},)),
+    "slice": ("slice", lambda x: lax.slice(x, (1, 0), (4, 6)), (numbers(5, 6),), ({0: 0},)),
+    "sum": ("reduce_sum", lambda x: x.sum(1), (numbers(5, 3, 2),), ({},)),
+    "maximum": ("reduce_max", lambda x: x.max((0, 2)), (numbers(5, 3, 2),), ({},)),
+    "argmax": ("argmax", lambda x: jnp.argmax(x, 1), (numbers(5, 3, 2),), ({},)),
+    "cumsum": ("cumsum", lambda x: lax.cumsum(x, 1), (numbers(5, 3),), ({1: 1},)),
+    "window": (
+        "reduce_window_sum", lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2), (1, 1), "SAME"), (numbers(5, 3),),
+        ({1: 1},),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_axes_lie_where_the_row_says(name):
+    """What the row says of an equation is what changes in its result when one element of an operand changes."""
+    primitive, function, operands, others = AXES[name]
+    (eqn,) = [e for e in jax.make_jaxpr(function)(*operands).jaxpr.eqns if e.primitive.name == primitive]
+    operands += tuple(v.val for v in eqn.invars[len(operands) :])  # numbers in the function itself
+    row = operations.of(eqn)
+    for k, other in enumerate(others):
+        lies, contracted = dict(row.lies(eqn, k)), set(row.contracted(eqn, k))
+        assert {i: o for i, o in lies.items() if i not in contracted} == axes_kept(eqn, operands, k) | other
+        if row.kind == "product" and k < 2:  # each axis is said to be something
+            assert {*lies, *contracted, *row.members(eqn, k)} == set(range(operands[k].ndim))
+
+
+VIEWS = {
+    "reshape, merged": (lambda x: x.reshape(6, 4), (2, 3, 4), [(0, 1), (2,)]),
+    "reshape, split": (lambda x: x.reshape(2, 3, 4), (6, 4), [(0,), (0,), (1,)]),
+    "transpose": (lambda x: x.transpose(1, 2, 0), (2, 3, 4), [(1,), (2,), (0,)]),
+    "squeeze": (lambda x: lax.squeeze(x, [1]), (2, 1, 4), [(0,), (2,)]),
+    "expand": (lambda x: lax.broadcast_in_dim(x, (2, 1, 4), (0, 2)), (2, 4), [(0,), (), (1,)]),
+    "broadcast": (lambda x: lax.broadcast_in_dim(x, (2, 3, 4), (0, 2)), (2, 4), None),
+    "cast": (lambda x: x.astype(jnp.bfloat16), (2, 4), [(0,), (1,)]),
+    "product": (lambda x: x * x, (2, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_hold_the_axes_that_the_row_says(name):
+    """For each axis of the result, the axes of the operand in it; None where elements are added or changed."""
+    function, shape, axes = VIEWS[name]
+    (eqn,) = jax.make_jaxpr(function)(numbers(*shape)).jaxpr.eqns
+    assert view_axes(eqn, shape) == axes

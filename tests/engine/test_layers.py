@@ -1,0 +1,83 @@
+"""Which equations are layers, and which of their operands is the weight."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lrules
+from lrules.engine.layers import multiplies
+
+KEY = jax.random.key(0)
+X = jnp.ones((4, 3))
+A, B, C = (jax.random.normal(jax.random.fold_in(KEY, i), (3, 3)) for i in range(3))
+
+
+def graph(apply, params):
+    return lrules.Network(apply).graph(params, X)
+
+
+# --------------------------------------------------------------------------------------------- made of parameters alone
+
+STAGES = {
+    "a parameter": (lambda a, b, c: a, 0),
+    "a curve": (lambda a, b, c: jnp.tanh(a), 0),
+    "a product": (lambda a, b, c: a @ b, 1),
+    "two products": (lambda a, b, c: a @ b @ c, 1),
+    "a curve of a product": (lambda a, b, c: jnp.tanh(a @ b), 2),
+    "relu": (lambda a, b, c: jax.nn.relu(a @ b), 2),
+    "maximum": (lambda a, b, c: jnp.maximum(a @ b, 0), 2),
+    "scaled": (lambda a, b, c: (a @ b) * c, 1),
+    "squared": (lambda a, b, c: (a @ b) * (a @ b), 2),
+    "divided by a parameter": (lambda a, b, c: (a @ b) / c, 1),
+    "divides a parameter": (lambda a, b, c: c / (a @ b), 2),
+    "divided by a number made of a product": (lambda a, b, c: a / jnp.full_like(a, (a @ b).sum()), 0),
+    "two parameters": (lambda a, b, c: a * c, 0),
+    "chosen by a parameter": (lambda a, b, c: jnp.where(a > 0, a @ b, c), 1),
+    "chosen by a product": (lambda a, b, c: jnp.where(a @ b > 0, a, c), 2),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages(name):
+    """A nonlinear function of a product of parameters may be a network without a batch; a product alone is a weight."""
+    function, stage = STAGES[name]
+    out = graph(lambda p, x: (x @ p["a"], function(*p.values())), {"a": A, "b": B, "c": C}).outs[1]
+    assert out.pure and out.stage == stage
+
+
+def found(apply, params):
+    """The weight and the operand of each layer, by the names of the parameters that they are."""
+    net = graph(apply, params)
+    names = {id(value): name for name, value in zip(net.names, net.parameters, strict=True)}
+    return [(layer.name, names.get(id(layer.weight.root()[0])), names.get(id(layer.operand))) for layer in net.layers]
+
+
+def test_latents():
+    """Learned latents pass layers without a batch: a vector on either side, or else what stands on the left."""
+    params = {"latents": A, "l1": B, "l2": C}
+    assert found(lambda p, x: x @ (jnp.tanh(p["latents"] @ p["l1"]) @ p["l2"]), params)[:2] == [
+        ("l1", "l1", "latents"), ("l2", "l2", None),
+    ]  # fmt: skip
+    params = {"latents": A[0], "l1": B, "l2": C}
+    for apply in (
+        lambda p, x: x @ (p["l2"] @ jnp.tanh(p["l1"] @ p["latents"])),
+        lambda p, x: x @ (jnp.tanh(p["latents"] @ p["l1"]) @ p["l2"]),
+    ):
+        assert found(apply, params)[:2] == [("l1", "l1", "latents"), ("l2", "l2", None)]
+
+
+def test_a_product_of_one_parameter_is_no_layer():
+    """Neither of its two sides is the weight, wherever it is used."""
+    layers = found(lambda p, x: x @ (jnp.tanh(p["a"] @ p["a"]) @ p["b"]), {"a": A, "b": B})
+    assert ("b", "b", None) in layers and "a" not in [weight for _, weight, _ in layers]
+
+
+def test_products_inside():
+    """Products are found in a jaxpr and in the jaxprs inside it."""
+    for function, wanted in (
+        (lambda a: jnp.tanh(a), False),
+        (lambda a: a @ a, True),
+        (lambda a: jax.jit(lambda a: a @ a)(a), True),
+        (lambda a: jnp.tanh(jax.jit(lambda a: a * a)(a)), False),
+    ):
+        assert multiplies(jax.make_jaxpr(function)(A).jaxpr) is wanted
