@@ -6,7 +6,6 @@ from typing import Any
 import lrules
 from experiments import data, methods, optimizers, rules, tasks
 from experiments.config import Config
-from experiments.errors import InputError
 from experiments.loop import Placement, Run, steps_per_epoch
 from experiments.methods import Method
 
@@ -17,7 +16,7 @@ def dataset(config: Config, *, data_dir: str | None = None) -> data.Dataset:
     if config.classes:
         from experiments import subsets
 
-        found = subsets.choose(found, config.classes, seed=config.seed)
+        found = subsets.choose(found, subsets.parse_classes(config.classes), seed=config.seed)
     return data.split_validation(found, config.validation, seed=config.seed) if config.validation else found
 
 
@@ -68,14 +67,14 @@ def run(
     placement: Placement | None = None,
     check_nan: bool = False,
     limit: int | None = None,
+    resident: int | None = None,
 ) -> Run:
     """The run of a config. Each of the `settings` has a number for each seed of each point, point after point."""
     task = tasks.build(config, dataset) if task is None else task
-    if config.augmentation and len(dataset.shape) != 3:
-        raise InputError(
-            f"augmentation needs images [height, width, channels], and {dataset.name} has inputs of shape "
-            f"{dataset.shape}: leave augmentation empty."
-        )
+    if config.augmentation:
+        from experiments import augment
+
+        augment.parse(config.augmentation).check(dataset.shape)
     steps = steps_per_epoch(dataset, config.batch_size)
     seeds = list(range(config.seed, config.seed + config.seeds))
     points = len(next(iter(settings.values()))) // len(seeds) if settings else 1
@@ -97,4 +96,5 @@ def run(
         record_every=config.record_every,
         placement=placement,
         limit=limit,
+        resident=resident,
     )

@@ -42,7 +42,7 @@ class Config:
 
     # data
     dataset: str = option("digits", "digits (embedded), npz:FILE, npy:FOLDER, or a TFDS name such as mnist or cifar10.")
-    classes: str = option("", "Only these classes, such as 3,5; or draw(2): as many, drawn by the seed.")
+    classes: str = option("", "Only these classes, such as 3,5; a number alone, such as 2: as many, drawn by the seed.")
     validation: float = option(
         0.0, "The fraction of the training set that is kept for validation.", least=0, most=0.999
     )

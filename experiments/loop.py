@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import memory
-from experiments.data import Dataset
+from experiments.data import Dataset, fits
 from experiments.errors import InputError
+from experiments.feed import Feed, Resident, Streamed
 from experiments.methods import Method
 
 Array = jax.Array
@@ -108,6 +109,7 @@ class Run:
         record_every: int = 0,
         placement: Placement | None = None,
         limit: int | None = None,
+        resident: int | None = None,
     ):
         """Initialises and compiles.
 
@@ -122,6 +124,8 @@ class Run:
           record_every: steps between the records of the curve; 0: none inside an epoch.
           placement: where arrays lie, for many devices.
           limit: bytes that a group of lanes may take (default: what the device has).
+          resident: bytes that a data set on the device may take; a larger one is read from the disk (default: half of
+            what the device has).
         """
         begin = time.perf_counter()
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
@@ -131,9 +135,6 @@ class Run:
         self._names = tuple(settings or ())
         self._make = method if not isinstance(method, Method) else lambda: method
         self._place = placement or Placement()
-        sets = {"train": data[:2], "test": data[2:4], "validation": (data.x_val, data.y_val)}
-        self._sets = {k: tuple(map(self._place.whole, pair)) for k, pair in sets.items() if pair[0] is not None}
-        self._probe = tuple(a[:probe] for a in self._sets["train"])
         self._functions: dict[tuple[str, int], Any] = {}
         values = [np.asarray(v, np.float32) for v in (settings or {}).values()]
         example = self._make(**{name: v[0] for name, v in zip(self._names, values, strict=True)})
@@ -141,6 +142,20 @@ class Run:
         self._warms_up = example.warm_up is not None
         # The loop, and the lanes of a group, are those of one compiled program.
         self._looped = jax.default_backend() != "cpu" or not example.convolves
+        self._examples = len(data.x_train)
+        self._feed: Feed
+        if fits(data, memory.available() // 2 if resident is None else resident):
+            self._feed = Resident(data, self._place.whole)
+        else:
+            self._feed = Streamed(
+                data,
+                self._place.whole,
+                seed=self.seeds[0],
+                batch_size=batch_size,
+                steps=self.steps if self._looped else 1,
+                record_every=record_every,
+            )
+        self._probe = self._feed.first(probe)
         keys = self._place.whole(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
 
         def group(start: int, stop: int) -> _Group:
@@ -151,7 +166,7 @@ class Run:
         size = memory.fitting(lanes, lambda n: self._train(group(0, n)), limit) if self._looped else 1
         self._groups = [group(i, min(i + size, lanes)) for i in range(0, lanes, size)]
         for g in self._groups:
-            g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._examples()))
+            g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._feed.first(batch_size)))
             self._train(g)
         self.compile_seconds = time.perf_counter() - begin
 
@@ -171,7 +186,10 @@ class Run:
         return self._functions[name, group.size](group.settings, *args)
 
     def _train(self, group: _Group, name: str = "step") -> Any:
-        """The compiled loop: (settings, carry, keys, order, start, stop, x, y) -> (carry, losses [lanes, steps])."""
+        """The compiled loop: (settings, carry, keys, order, start, stop, x, y) -> (carry, losses [lanes, steps]).
+
+        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`.
+        """
         key = (f"loop of {name}", group.size)
         if key in self._functions:
             return self._functions[key]
@@ -181,30 +199,36 @@ class Run:
 
             def body(i: Array, loop: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
                 carry, losses = loop
-                batch = [self._place.batch(a[order[i]]) for a in (x, y)]
+                rows = order[i - start if self._feed.chunk else i]
+                batch = [self._place.batch(a[rows]) for a in (x, y)]
                 carry, loss = step(carry, jax.random.fold_in(key, i), *batch)
                 return carry, losses.at[i - start].set(loss.astype(losses.dtype))
 
-            first = carry, jnp.zeros(self.steps if self._looped else 1)
+            first = carry, jnp.zeros(self._longest)
             return jax.lax.fori_loop(start, stop, body, first) if self._looped else body(start, first)
 
-        carry = jax.eval_shape(functools.partial(self._call, "init", 2, group), group.keys, *self._examples())
+        init = functools.partial(self._call, "init", 2, group)
+        carry = jax.eval_shape(init, group.keys, *self._feed.first(self.batch_size))
         layout = self._place.layout(carry)
         if layout is not None:
             carry = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), carry, layout)
-        arguments = carry, *self._shuffle(group, 2, 0), 0, self.steps, *self._sets["train"]
+        keys, order = self._shuffle(group, 2, 0)
+        x, y = next(iter(self._feed.parts(0, 0)))
+        arguments = carry, keys, self._feed.order(order), 0, self._longest, x, y
         jitted = jax.jit(_over_lanes(train, group.size, 4), donate_argnums=1, out_shardings=(layout, None))
         self._functions[key] = jitted.lower(group.settings, *arguments).compile()
         return self._functions[key]
 
-    def _examples(self) -> tuple[Array, ...]:
-        return tuple(a[: self.batch_size] for a in self._sets["train"])
+    @property
+    def _longest(self) -> int:
+        """The most steps of a call of the compiled loop."""
+        return (self._feed.chunk or self.steps) if self._looped else 1
 
     # Training
 
     def _shuffle(self, group: _Group, purpose: int, epoch: int) -> tuple[Array, Array]:
         """The keys [lanes] and orders of examples [lanes, steps, batch] of an epoch."""
-        return _shuffle(group.keys, purpose, epoch, len(self._sets["train"][0]), self.steps, self.batch_size)
+        return _shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
         """The examples of each step of an epoch [lanes, steps, batch]."""
@@ -212,8 +236,8 @@ class Run:
 
     def _stops(self, parts: int) -> list[int]:
         """The steps after which the host takes over: those of the progress and of the records, and the last."""
-        if not self._looped:
-            return list(range(1, self.steps + 1))
+        if self._feed.chunk or not self._looped:
+            return [*range(self._longest, self.steps, self._longest), self.steps]
         stops = {*range(0, self.steps, math.ceil(self.steps / parts)), self.steps}
         if self.record_every:
             stops |= {*range(0, self.steps, self.record_every)}
@@ -226,13 +250,17 @@ class Run:
         shuffled = jax.block_until_ready([self._shuffle(group, purpose, epoch) for group in self._groups])
         begin = time.perf_counter()
         finished = True
+        parts_read = self._feed.parts(2 * epoch + (purpose == 3), self.step)  # a warm-up has an order of its own
+        shuffled = [(keys, self._feed.order(order)) for keys, order in shuffled]
         for stop in self._stops(parts):
             if stop <= self.step:
                 continue
             losses = []
-            for group, order in zip(self._groups, shuffled, strict=True):
-                arguments = group.carry, *order, self.step, stop, *self._sets["train"]
-                group.carry, loss = self._train(group, name)(group.settings, *arguments)
+            x, y = next(parts_read)
+            for group, (keys, order) in zip(self._groups, shuffled, strict=True):
+                group.carry, loss = self._train(group, name)(
+                    group.settings, group.carry, keys, order, self.step, stop, x, y
+                )
                 losses.append(loss[:, : stop - self.step])
             self._losses.append(losses)
             done, self.step = stop - self.step, stop
@@ -277,9 +305,9 @@ class Run:
         train_loss = self._epoch_losses().mean(1)
         self.epochs, self.step, self._losses = self.epochs + 1, 0, []
         seconds, self._seconds = self._seconds, 0.0
-        test = self.evaluate(*self._sets["test"])
-        held = self.evaluate(*self._sets["validation"]) if "validation" in self._sets else {}
-        attacked = self.evaluate(*self._sets["test"], name="attacked") if self._attacks else {}
+        test = self.evaluate(*self._feed.sets["test"])
+        held = self.evaluate(*self._feed.sets["val"]) if "val" in self._feed.sets else {}
+        attacked = self.evaluate(*self._feed.sets["test"], name="attacked") if self._attacks else {}
         record = Record(
             self.epochs,
             train_loss,
@@ -312,8 +340,9 @@ class Run:
         starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps: all have one size
         parts = []
         for i, start in enumerate(starts):
-            batch, known = slice(start, start + size), i * size - start
-            found = self._joined(self._call(name, 2, g, g.carry, x[batch], y[batch]) for g in self._groups)
+            examples = self._feed.put(x[start : start + size]), self._feed.put(y[start : start + size])
+            known = i * size - start
+            found = self._joined(self._call(name, 2, g, g.carry, *examples) for g in self._groups)
             parts.append({figure: values[:, known:] for figure, values in found.items()})
         return {figure: np.concatenate([part[figure] for part in parts], 1).mean(1) for figure in parts[0]}
 

@@ -1,14 +1,13 @@
 """Batches of sets that do not fit on the device, read from the disk while the device computes.
 
-    if not fits(data, limit=8 * 2**30):
-        for x, y in chunks(data, batch=128, seed=0, epoch=3, steps=50):  # [50, 128, ...] and [50, 128]
-            carry = train(carry, x, y)                                   # a compiled scan over the 50 steps
+    for x, y in chunks(data, batch=128, seed=0, epoch=3, steps=50):  # [50, 128, ...] and [50, 128]
+        carry = train(carry, x, y)                                   # a compiled scan over the 50 steps
 
 Grain's threads read the next chunks ahead. The order depends on the seed and the epoch alone: not on the number of
 threads, nor on the number of processes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -21,15 +20,6 @@ from experiments.errors import InputError
 Chunk = tuple[np.ndarray, np.ndarray]
 
 
-def fits(data: Dataset, limit: int) -> bool:
-    """Whether all arrays of the set together take at most `limit` bytes.
-
-    Example: `fits(load("digits"), 2**20)` is True: 1,797 images of 64 floats take 460 kB.
-    """
-    arrays = {id(array): array for part in data.parts.values() for array in part}  # inputs may be targets too
-    return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in arrays.values()) <= limit
-
-
 def chunks(
     data: Dataset,
     batch: int,
@@ -40,6 +30,7 @@ def chunks(
     threads: int = 2,
     ahead: int = 2,
     process: tuple[int, int] | None = None,
+    first: int = 0,
 ) -> grain.DatasetIterator[Chunk]:
     """One epoch of training batches in a new order: x [steps, batch, ...] as stored (or float32), y [steps, batch].
 
@@ -58,6 +49,7 @@ def chunks(
       threads: the number of threads that read; with 0 a chunk is read where it is asked for.
       ahead: the most chunks that are read ahead.
       process: the index of this process and their number (default: JAX's).
+      first: the chunk to begin with.
 
     Raises:
       InputError: there is no full batch, or a number is out of its range.
@@ -75,14 +67,12 @@ def chunks(
     order = np.random.default_rng([seed, epoch]).permutation(examples)
     order = order[: examples // batch * batch].reshape(-1, count, batch // count)[:, index]
     return _read(
-        data.x_train, data.y_train, [order[i : i + steps] for i in range(0, len(order), steps)], threads, ahead
+        data.x_train,
+        data.y_train,
+        [order[i : i + steps] for i in range(first * steps, len(order), steps)],
+        threads,
+        ahead,
     )
-
-
-def in_order(x: Any, y: Any, batch: int, *, threads: int = 2, ahead: int = 2) -> Iterator[Chunk]:
-    """All rows of inputs and labels, such as those of the test set, in their order; the last batch may be smaller."""
-    _at_least(1, {"batch size": batch})
-    return _read(x, y, [np.arange(i, min(i + batch, len(x))) for i in range(0, len(x), batch)], threads, ahead)
 
 
 def _read(x: Any, y: Any, parts: list[np.ndarray], threads: int, ahead: int) -> grain.DatasetIterator[Chunk]:
@@ -92,8 +82,7 @@ def _read(x: Any, y: Any, parts: list[np.ndarray], threads: int, ahead: int) -> 
 
     def read(part: int) -> Chunk:
         rows = parts[part]
-        inputs = _rows(x, rows)
-        return inputs, inputs if y is x else _rows(y, rows)
+        return _rows(x, rows), _rows(y, rows)
 
     # The order is drawn beforehand, all at once: Grain's own shuffle and batch make a call for each example, and take
     # six times as long for MNIST.

@@ -1,4 +1,4 @@
-"""Tasks made of a data set: some of its classes, its classes in several tasks, and its inputs as targets."""
+"""Tasks made of a data set: some of its classes, and its classes in several tasks."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,6 @@ def choose(data: Dataset, classes: int | Sequence[int], *, seed: int = 0) -> Dat
 
     Example: `choose(load("digits"), [3, 8])` has the labels 0 for a 3 and 1 for an 8.
     """
-    _needs_labels(data)
     if isinstance(classes, int):
         if not 2 <= classes <= data.classes:
             raise InputError(
@@ -73,7 +72,6 @@ def in_tasks(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = Fals
 
     Example: `in_tasks(load("mnist"), seed=0)` are five binary tasks; train one network on one after the other.
     """
-    _needs_labels(data)
     if per_task < 2 or data.classes % per_task or data.classes == per_task:
         raise InputError(
             f"The {data.classes} classes of {data.name} cannot be divided into tasks of {per_task}: use a number from "
@@ -83,20 +81,3 @@ def in_tasks(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = Fals
     if tuning:
         order = np.roll(order, 1)  # each group gets one class of the group beside it
     return [choose(data, [int(c) for c in group]) for group in order.reshape(-1, per_task)]
-
-
-def autoencoding(data: Dataset) -> Dataset:
-    """The set with its inputs as targets, stored and read once; `classes` becomes the number of outputs.
-
-    The targets are as the inputs are stored, so the loss has to `scale` them, and to flatten them for a dense network.
-
-    Example: `autoencoding(load("digits")).classes` is 64.
-    """
-    _needs_labels(data)
-    parts = {part: (x, x) for part, (x, _) in data.parts.items()}
-    return data.with_parts(parts, classes=int(np.prod(data.shape)), name=f"{data.name} autoencoding")
-
-
-def _needs_labels(data: Dataset) -> None:
-    if data.y_train.ndim != 1:
-        raise InputError(f"{data.name} has targets in place of labels: use the set that it was made of.")

@@ -130,7 +130,7 @@ def build(config: Config, dataset: Dataset, *, widths: Sequence[int] | None = No
     if config.normalisation:
         from experiments import augment  # dm-pix is slow to import
 
-        normalise = augment.normalisation(config.normalisation)
+        normalise = augment.parse_normalise(config.normalisation)
         built = built._replace(prepare=lambda x: normalise(scale(x)))
     if not config.mono_net:
         return built

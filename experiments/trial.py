@@ -38,8 +38,11 @@ class Trial:
         task: tasks.Task | None = None,
         placement: Placement | None = None,
         check_nan: bool = False,
+        resident: int | None = None,
     ):
         """Initialises and compiles; `rule` and `task` are given where they are not those of the config.
+
+        The other options are those of `build.run`.
 
         Raises:
           Refused: the rule cannot train the model.
@@ -70,7 +73,14 @@ class Trial:
             self.points += points
             self.runs.append(
                 build.run(
-                    own, dataset, own_task, rule=own_rule, settings=given, placement=placement, check_nan=check_nan
+                    own,
+                    dataset,
+                    own_task,
+                    rule=own_rule,
+                    settings=given,
+                    placement=placement,
+                    check_nan=check_nan,
+                    resident=resident,
                 )
             )
         self.compile_seconds = sum(run.compile_seconds for run in self.runs)

@@ -129,26 +129,10 @@ def test_floats_come_as_float32_and_targets_may_be_images():
         assert (inputs == targets).all()
 
 
-def test_targets_that_are_the_inputs_are_read_once():
-    x = Watched(numbered().x_train)
-    pictures = numbered()._replace(x_train=x, y_train=x)
-    assert all(inputs is targets for inputs, targets in streaming.chunks(pictures, 5, 0, 0, 2))
-    assert x.rows_read == 50
-
-
-def test_in_order_gives_every_row_once():
-    whole = numbered()
-    found = list(streaming.in_order(whole.x_train, whole.y_train, 20))
-    assert [len(x) for x, _ in found] == [20, 20, 10]
-    assert (np.concatenate([x for x, _ in found]) == whole.x_train).all()
-    assert (np.concatenate([y for _, y in found]) == whole.y_train).all()
-
-
 def test_fits_counts_the_bytes_of_all_parts():
     small = data.Dataset(*(np.zeros(n, np.uint8) for n in (100, 10, 50, 5)), 3, "small")
-    assert streaming.fits(small, 165) and not streaming.fits(small, 164)
-    assert streaming.fits(small._replace(y_train=small.x_train, y_test=small.x_test), 150)
-    assert not streaming.fits(small._replace(x_val=np.zeros(1, np.float32), y_val=np.zeros(1, np.uint8)), 169)
+    assert data.fits(small, 165) and not data.fits(small, 164)
+    assert not data.fits(small._replace(x_val=np.zeros(1, np.float32), y_val=np.zeros(1, np.uint8)), 169)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +150,6 @@ def test_fits_counts_the_bytes_of_all_parts():
 def test_numbers_out_of_range(options, words):
     with pytest.raises(InputError, match=words):
         streaming.chunks(numbered(), **({"batch": 5, "seed": 0, "epoch": 0, "steps": 2} | options))
-    with pytest.raises(InputError, match="batch size must be at least 1"):
-        streaming.in_order(numbered().x_train, numbered().y_train, 0)
 
 
 IN_LITTLE_MEMORY = """
@@ -180,9 +162,9 @@ list(streaming.chunks(small, 16, 0, 0, 4))  # JAX and Grain have started what th
 used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + 96 * 2**20,) * 2)
 loaded = data.split_validation(data.load("npy:" + sys.argv[1]), 0.25)
-assert not streaming.fits(loaded, 96 * 2**20)
+assert not data.fits(loaded, 96 * 2**20)
 rows = sum(x.shape[0] * x.shape[1] for x, _ in streaming.chunks(loaded, 16, 0, 0, 4))
-rows += sum(len(x) for x, _ in streaming.in_order(loaded.x_val, loaded.y_val, 64))
+rows += sum(len(loaded.x_val[i : i + 64]) for i in range(0, len(loaded.x_val), 64))
 try:
     np.array(loaded.x_train)
 except MemoryError:

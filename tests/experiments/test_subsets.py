@@ -1,11 +1,11 @@
-"""Tasks made of a data set: classes chosen, drawn and divided, and autoencoding."""
+"""Tasks made of a data set: classes chosen, drawn and divided."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from experiments import data, streaming, subsets
+from experiments import data, subsets
 from experiments.errors import InputError
 
 
@@ -109,22 +109,3 @@ def test_tuning_has_other_groups(digits, per_task):
 def test_tasks_that_cannot_be(digits, per_task):
     with pytest.raises(InputError, match=f"10 classes of digits cannot be divided into tasks of {per_task}"):
         subsets.in_tasks(digits, seed=0, per_task=per_task)
-
-
-def test_autoencoding_has_the_inputs_as_targets_once(digits):
-    auto = subsets.autoencoding(data.split_validation(digits, 0.2))
-    assert auto.y_train is auto.x_train and auto.y_test is auto.x_test and auto.y_val is auto.x_val
-    assert auto.classes == 64 and auto.shape == (8, 8, 1)
-    on_device = data.on_device(auto)
-    assert on_device.y_train is on_device.x_train
-    for x, y in streaming.chunks(auto, 50, 0, 0, 4):
-        assert x is y
-    for wrong in (
-        lambda: subsets.choose(auto, 2),
-        lambda: subsets.in_tasks(auto, seed=0),
-        lambda: subsets.autoencoding(auto),
-    ):
-        with pytest.raises(InputError, match="has targets in place of labels: use the set that it was made of"):
-            wrong()
-    with pytest.raises(InputError, match="split it before it is made an autoencoding task"):
-        data.split_validation(auto._replace(x_val=None, y_val=None), 0.2)
