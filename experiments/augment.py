@@ -65,19 +65,23 @@ class Augmentation:
     steps: tuple[Step, ...]
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raises InputError if examples of this shape are no images, or too small for a step."""
+        """Raises InputError if examples of this shape are no images, or do not suit a step."""
+        self._check_axes(shape)
+        key, image = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        jax.eval_shape(self._one, key, image)
+
+    def __call__(self, key: Array, x: Array) -> Array:
+        self._check_axes(x.shape[1:])
+        augmented = jax.vmap(self._one)(jax.random.split(key, len(x)), x.astype(jnp.float32))
+        return augmented.astype(x.dtype)
+
+    def _check_axes(self, shape: Sequence[int]) -> None:
+        # Features in three axes cannot be told from images; those in two get a channel axis in `data.load`.
         if len(shape) != 3:
             raise InputError(
                 f"The augmentation {self.text} is for images [height, width, channels], and the examples have the "
                 f"shape {tuple(shape)}: leave it out, or save the data as images."
             )
-        key, image = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-        jax.eval_shape(self._one, key, image)
-
-    def __call__(self, key: Array, x: Array) -> Array:
-        self.check(x.shape[1:])
-        augmented = jax.vmap(self._one)(jax.random.split(key, len(x)), x.astype(jnp.float32))
-        return augmented.astype(x.dtype)
 
     def _one(self, key: Array, image: Array) -> Array:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # dm_pix mixes dtypes

@@ -10,8 +10,12 @@ from experiments.loop import Placement, Run, steps_per_epoch
 from experiments.methods import Method
 
 
-def dataset(config: Config, *, data_dir: str | None = None) -> data.Dataset:
-    """The data set of a config, with the validation set that it asks for."""
+def dataset(config: Config, *, data_dir: str | None = None, download: bool = False) -> data.Dataset:
+    """The data set of a config, with the validation set that it asks for; `download` prepares a TFDS set before."""
+    if download:
+        from experiments import tfds_sets
+
+        tfds_sets.prepare(config.dataset, data_dir)
     found = data.load(config.dataset, data_dir=data_dir)
     if config.classes:
         from experiments import subsets

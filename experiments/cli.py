@@ -49,6 +49,7 @@ def define_output_flags(*, output: str) -> None:
 def define_execution_flags(*, output: str) -> None:
     """Defines the flags that say where and how a program computes; they change no number of a result."""
     define_output_flags(output=output)
+    flags.DEFINE_bool("download", False, "Download and prepare the TFDS set of --dataset before.")
     flags.DEFINE_string("devices", "all", "The number of devices to compute on, or all.")
     flags.DEFINE_string("mesh", None, "How the devices share the work, such as data=4,model=2 (default: data=all).")
     flags.DEFINE_bool("resume", True, "Go on from the last checkpoint in the folder of the results.")

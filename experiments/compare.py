@@ -105,7 +105,7 @@ def main() -> int:
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = describe(config, grid) | {"rules": list(chosen)}
     files.check_writable(FLAGS.output)
-    dataset = build.dataset(config, data_dir=FLAGS.data_dir)
+    dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trials, refused = make_trials(
         config, dataset, chosen, grid=grid, placement=placement, check_nan=FLAGS.check_nan
     )

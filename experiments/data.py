@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from experiments import checks
 from experiments.errors import InputError
@@ -143,6 +141,8 @@ def _stratified(data: Dataset, fraction: float, seed: int) -> tuple[tuple[Any, A
             f"Class {rarest} of {data.name} has only one training example, so a validation set would leave the class "
             "empty: add examples of that class or leave it out."
         )
+    from sklearn.model_selection import train_test_split  # slow to import
+
     try:
         kept, held = train_test_split(np.arange(len(y)), test_size=fraction, stratify=y, random_state=seed)
     except ValueError:  # fewer examples than classes in one of the parts
@@ -171,6 +171,9 @@ def check(parts: Mapping[str, tuple[Any, Any]], classes: int, name: str) -> Data
 
 def _digits() -> Dataset:
     """1,797 real handwritten digits of 8x8 pixels; a fifth of them (always the same) is the test set."""
+    from sklearn.datasets import load_digits  # slow to import
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)[..., None]
     x_train, x_test, y_train, y_test = train_test_split(

@@ -37,7 +37,7 @@ def main() -> int:
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = describe(config, grid)
     files.check_writable(FLAGS.output)
-    dataset = build.dataset(config, data_dir=FLAGS.data_dir)
+    dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan)
     title = f"{config.model} on {dataset.name}"
     claim = files.claim(FLAGS.output, described)
@@ -74,7 +74,9 @@ def train(
     if trial.config.warmup_epochs and not trial.warms_up:
         print("This rule does not learn feedback: there is nothing to warm up.")
     elif not trial.warmed_up:
-        trial.warm_up()
+        with Progress(trial.config.warmup_epochs * trial.steps, "step") as bar:
+            bar.describe("warm-up")
+            trial.warm_up(advance=bar.advance)
     total = trial.config.epochs * trial.steps
     with Progress(total, "step", begin=trial.steps_done) as bar:
         note = None

@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments import data, tfds_sets
+from experiments import data, streaming, tfds_sets
 from experiments.errors import InputError
 from experiments.rows import Column
 
@@ -132,6 +132,15 @@ def test_large_set_stays_on_the_disk(folder):
     assert loaded.x_train[3].shape == (1, 2, 1) and loaded.x_train[[3, 1]].shape == (2, 1, 2, 1)
     assert (loaded.x_train[[3, 1]][0] == loaded.x_train[3]).all() and (loaded.x_train[-1] == loaded.x_train[5]).all()
     assert not isinstance(data.load("tiny_images", data_dir=str(folder.parents[1]), in_memory=22).x_train, Column)
+
+
+@pytest.mark.parametrize("convert", [lambda folder: None, to_tfrecord], ids=["array_record", "tfrecord"])
+def test_large_set_is_streamed_by_several_threads(folder, convert):
+    convert(folder)
+    small, large = (data.load("tiny_images", data_dir=str(folder.parents[1]), in_memory=limit) for limit in (22, 21))
+    one, other = (list(streaming.chunks(of, 2, 0, 0, 1, threads=3)) for of in (small, large))
+    assert len(one) == 3 and all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(one, other, strict=True))
+    assert (data.on_device(large).x_train == small.x_train).all()
 
 
 def test_cut_off_tfrecord(folder):

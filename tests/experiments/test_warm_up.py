@@ -116,6 +116,6 @@ def test_train_with_a_warm_up(tmp_path):
     flags = ["--rule=node_perturbation(std=0.01)", "--widths=8", "--epochs=1", "--warmup_epochs=1"]
     done = fork("train", *flags, "--feedback_learning_rate=0.01", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "epoch 1/1" in done.stderr
+    assert "warm-up" in done.stderr and "epoch 1/1" in done.stderr
     settings = results(tmp_path)["config"]
     assert settings["warmup_epochs"] == 1 and settings["feedback_learning_rate"] == 0.01
