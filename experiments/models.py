@@ -37,7 +37,7 @@ def build(
         return MLP((math.prod(shape), *widths, classes), ACTIVATIONS[activation], rngs=rngs, dtype=dtype)
     if len(shape) != 3:
         raise InputError(f"{name} needs images [height, width, channels], got the shape {tuple(shape)}: use mlp.")
-    convolutional: dict[str, Callable[..., nnx.Module]] = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}
+    convolutional: dict[str, Any] = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}
     return convolutional[name](shape, classes, rngs=rngs, dtype=dtype)
 
 

@@ -119,7 +119,7 @@ def augment_colours(key: Array, x: Array) -> Array:
 
     flip = jnp.where(jax.random.bernoulli(keys[0], 0.5, (count,)), -1.0, 1.0)
     angle, scale = uniform(keys[1], jnp.pi / 18), 1 + uniform(keys[2], 0.1)
-    moves = uniform(keys[3], 0.1, 2) * jnp.array([height, width])
+    moves = uniform(keys[3], 0.1, 2) * jnp.array([[height, width]], x.dtype)
     rows, columns = (jnp.arange(n) - (n - 1) / 2 for n in (height, width))
 
     def one(image: Array, flip: Array, angle: Array, scale: Array, move: Array) -> Array:

@@ -108,7 +108,7 @@ def make_steps(case: Case, tiny: bool) -> tuple[dict[str, benchmark.Step], dict[
 
 
 def looped(step: benchmark.Step, times: int) -> Any:
-    """A jitted function of the step's arguments that takes the step `times` times: (summed losses, (state, gradients))."""
+    """The step, `times` times, jitted: (the step's arguments) -> (summed losses, (state, gradients))."""
     function = jax.jit(step.function)
 
     def run(params: Any, feedback: Any, state: Any, x: jax.Array, y: jax.Array, *rng: jax.Array) -> Any:

@@ -76,6 +76,7 @@ def test_each_position_has_its_rate_and_its_feedback():
         np.testing.assert_allclose(leaf[1], 0.5 * leaf[0])
 
 
+@pytest.mark.foreign  # map_coordinates mixes dtypes
 def test_augmentation_moves_images_and_keeps_their_shape():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 12, 12, 3)), jnp.float32)
     for augment in (cells.crop, cells.augment_colours):
