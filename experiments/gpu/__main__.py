@@ -37,8 +37,8 @@ def parts(tiny: bool) -> dict[str, tuple[float, Part]]:
 
     return {
         "correctness": (60.0, correctness.part),
-        "steps": (195.0, chief_steps),
-        "seeds": (235.0, seeds.part),
+        "steps": (225.0, chief_steps),
+        "seeds": (255.0, seeds.part),
         "more_steps": (280.0, more_steps),
         "convolutional": (340.0, convolutional.part),
         "cells": (510.0, cells.part),

@@ -11,7 +11,7 @@ import pytest
 from experiments import benchmark, loop, models, rules
 from experiments.errors import InputError
 from experiments.gpu import cells, convolutional, report, session, steps
-from tests.experiments.programs import run
+from tests.experiments.programs import fork, run
 from tests.experiments.test_loop import make_run, make_task, tiny
 
 PARTS = ("correctness", "steps", "seeds", "more_steps", "convolutional", "cells")
@@ -29,7 +29,7 @@ def test_the_whole_session_tiny(tmp_path):
 
 
 def test_data_are_asked_for(tmp_path):
-    done = run("gpu", f"--output={tmp_path}")
+    done = fork("gpu", f"--output={tmp_path}")
     assert done.returncode == 1 and "--data=FOLDER" in done.stderr and "Traceback" not in done.stderr
 
 
