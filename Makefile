@@ -3,6 +3,7 @@ PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 MODULE ?= lrules/rules/backman.py
 SAMPLE ?= 30
 
@@ -13,7 +14,7 @@ WHEEL := .wheel
 PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench lint format test test-slow test-floor wheel-test mutate clean
+.PHONY: help install demo bench gpu lint format test test-slow test-floor wheel-test mutate clean
 
 help:
 	@echo "make install     create .venv with the package, the experiments and the tools, in the versions of constraints.txt"
@@ -26,6 +27,7 @@ help:
 	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
 	@echo "make mutate      change operators of MODULE=lrules/..., and show what its tests do not notice"
 	@echo "make bench       time and memory of every rule, and the time to trace it (an hour on two cores; BENCH_ARGS=--quick: minutes)"
+	@echo "make gpu         all that needs a GPU, with the Python that has JAX for it (GPU_ARGS='--data=FOLDER', or --tiny for a CPU)"
 	@echo "make clean       remove the environments and caches"
 
 # The stamp is made last, so that an interrupted install is done again.
@@ -50,6 +52,10 @@ demo: install
 bench: install
 	$(BIN)/python -m experiments.benchmark $(BENCH_ARGS)
 	$(BIN)/python -m experiments.tracing $(filter --quick,$(BENCH_ARGS))
+
+# Without the virtual environment: JAX for CUDA is where PYTHON is.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m experiments.gpu $(GPU_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

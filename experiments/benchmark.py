@@ -165,23 +165,10 @@ def make_steps(
     x = jax.random.uniform(keys[1], (case.batch, *case.shape))
     y = jax.random.randint(keys[2], (case.batch,), 0, 10)
 
-    def plain(params: Any, feedback: lrules.Feedback, state: Any, x: jax.Array, y: jax.Array):
-        def objective(params: Any):
-            logits, new_state = task.net(params, (state, x))
-            return task.loss(logits, y).mean(), new_state
-
-        (value, new_state), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return value, new_state, lrules.Gradients(grads, {})
-
-    steps = {"plain": Step(plain, (params, lrules.Feedback({}, {}), state, x, y))}
+    steps = {"plain": Step(plain_step(task), (params, lrules.Feedback({}, {}), state, x, y))}
     refused = {}
     for name, rule in chosen.items():
-        value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
-
-        def step(params, feedback, state, x, y, *rng, value_and_grad=value_and_grad):
-            (value, _, new_state), grads = value_and_grad(params, feedback, (state, x), y, rng=rng[0] if rng else None)
-            return value, new_state, grads
-
+        step = rule_step(task, rule)
         try:
             feedback = jax.jit(lambda key, rule=rule: rule.init(key, task.net, params, (state, x)))(keys[2])
             arguments = (params, feedback, state, x, y, *([keys[1]] if rule.stochastic else []))
@@ -191,6 +178,31 @@ def make_steps(
         else:
             steps[name] = Step(step, arguments)
     return steps, refused
+
+
+def plain_step(task: loop.Task) -> Callable[..., Any]:
+    """The function of the plain `Step`: the loss and its gradient by `jax.value_and_grad`."""
+
+    def plain(params: Any, feedback: lrules.Feedback, state: Any, x: jax.Array, y: jax.Array):
+        def objective(params: Any):
+            logits, new_state = task.net(params, (state, x))
+            return task.loss(logits, y).mean(), new_state
+
+        (value, new_state), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return value, new_state, lrules.Gradients(grads, {})
+
+    return plain
+
+
+def rule_step(task: loop.Task, rule: lrules.Rule) -> Callable[..., Any]:
+    """The function of a rule's `Step`; a stochastic rule takes a key after the other arguments."""
+    value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+
+    def step(params: Any, feedback: lrules.Feedback, state: Any, x: jax.Array, y: jax.Array, *rng: jax.Array):
+        (value, _, new_state), grads = value_and_grad(params, feedback, (state, x), y, rng=rng[0] if rng else None)
+        return value, new_state, grads
+
+    return step
 
 
 def compile_step(step: Step) -> tuple[Any, float]:

@@ -37,8 +37,8 @@ def build(
         return MLP((math.prod(shape), *widths, classes), ACTIVATIONS[activation], rngs=rngs, dtype=dtype)
     if len(shape) != 3:
         raise InputError(f"{name} needs images [height, width, channels], got the shape {tuple(shape)}: use mlp.")
-    convolutional = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}[name]
-    return convolutional(shape, classes, rngs=rngs, dtype=dtype)
+    convolutional: dict[str, Any] = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}
+    return convolutional[name](shape, classes, rngs=rngs, dtype=dtype)
 
 
 class MLP(nnx.Module):
@@ -66,13 +66,22 @@ class MLP(nnx.Module):
 
 
 class LeNet5(nnx.Module):
-    """LeNet-5 with ReLU and max-pooling, as in the BackMAN paper (appendix B.3).
+    """LeNet-5 with max-pooling and, as in the BackMAN paper (appendix B.3), ReLU.
 
     The paper's images measure 32x32. The model centres smaller images in a field of that size, as LeCun et al. (1998)
     did.
     """
 
-    def __init__(self, shape: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        *,
+        rngs: nnx.Rngs,
+        activation: Callable[[Array], Array] = jax.nn.relu,
+        dtype: Any = jnp.float32,
+    ):
+        self.activation = activation
         height, width, channels = shape
         self.margins = [divmod(max(0, 32 - side), 2) for side in (height, width)]
         flat = 16 * math.prod(((max(32, side) - 4) // 2 - 4) // 2 for side in (height, width))
@@ -85,16 +94,25 @@ class LeNet5(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] -> logits [batch, classes]."""
         x = jnp.pad(x, [(0, 0), *((half, half + odd) for half, odd in self.margins), (0, 0)])
-        x = _pool(jax.nn.relu(self.conv1(x)))
-        x = _pool(jax.nn.relu(self.conv2(x)))
-        x = jax.nn.relu(self.fc1(x.reshape(x.shape[0], -1)))
-        return self.out(jax.nn.relu(self.fc2(x)))
+        x = _pool(self.activation(self.conv1(x)))
+        x = _pool(self.activation(self.conv2(x)))
+        x = self.activation(self.fc1(x.reshape(x.shape[0], -1)))
+        return self.out(self.activation(self.fc2(x)))
 
 
 class CNN(nnx.Module):
     """A small CNN for small images: two 3x3 convolutions with pooling, one hidden dense layer."""
 
-    def __init__(self, shape: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        *,
+        rngs: nnx.Rngs,
+        activation: Callable[[Array], Array] = jax.nn.relu,
+        dtype: Any = jnp.float32,
+    ):
+        self.activation = activation
         height, width, channels = shape
         if min(height, width) < 4:
             raise InputError(f"cnn needs images of at least 4x4 pixels, got {height}x{width}: use mlp.")
@@ -105,9 +123,9 @@ class CNN(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] -> logits [batch, classes]."""
-        x = _pool(jax.nn.relu(self.conv1(x)))
-        x = _pool(jax.nn.relu(self.conv2(x)))
-        x = jax.nn.relu(self.fc(x.reshape(x.shape[0], -1)))
+        x = _pool(self.activation(self.conv1(x)))
+        x = _pool(self.activation(self.conv2(x)))
+        x = self.activation(self.fc(x.reshape(x.shape[0], -1)))
         return self.out(x)
 
 
