@@ -36,14 +36,18 @@ _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.
 
 def reason(error: BaseException) -> str:
     """Why a file could not be written or read, in a few words: those of the system where an exception has them."""
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    return system_reason(error) or first_line or type(error).__name__
+
+
+def system_reason(error: BaseException) -> str | None:
+    """What the system said of a file or disk; None if the exception does not come from there."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
-    text = str(error)
-    known = [os.strerror(code) for code in _SYSTEM if os.strerror(code) in text]
-    return (known or text.strip().splitlines() or [type(error).__name__])[0][:200]
+    return next((os.strerror(code) for code in _SYSTEM if os.strerror(code) in str(error)), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

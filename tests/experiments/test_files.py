@@ -140,7 +140,7 @@ def test_reason(error):
     except RuntimeError as outer:
         expected = "No space left on device" if isinstance(error, OSError) else "outer"
         assert files.reason(outer) == expected
-    assert files.reason(ValueError("tensorstore: write: [OS error 28: No space left on device] at 3")) == os.strerror(28)
+    assert files.reason(ValueError("write failed [OS error 28: No space left on device] at 3")) == os.strerror(28)
 
 
 def test_check_writable(tmp_path, monkeypatch):
