@@ -1,8 +1,8 @@
-"""Initializers of feedback weights that `jax.nn.initializers` does not have.
+"""Initializers of feedback weights that `jax.nn.initializers` does not have; `save` and `load` for all feedback.
 
-Each function here returns an `init(key, shape, dtype)`, for the `init=` of a rule. Rules draw sequential feedback as a
-layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), and direct feedback as `[hidden size, outputs]`. The
-error comes from the last axis; the other axes are the layer that receives it. The source is Baldi, Sadowski, Lu:
+Each initializer here returns an `init(key, shape, dtype)`, for the `init=` of a rule. Rules draw sequential feedback as
+a layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), and direct feedback as `[hidden size, outputs]`.
+The error comes from the last axis; the other axes are the layer that receives it. The source is Baldi, Sadowski, Lu:
 Learning in the machine: random backpropagation and the deep learning channel (2018), sections 3 and 4, except where a
 docstring names another.
 """
@@ -10,17 +10,23 @@ docstring names another.
 from __future__ import annotations
 
 import functools
+import io
+import json
 import math
-from collections.abc import Callable
+import os
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrules.options import as_initializer, draw, is_whole
-from lrules.typing import Initializer
+from lrules.rule import Feedback, require_feedback
+from lrules.typing import Initializer, Pytree
 
-__all__ = ["absolute", "averaged", "binary", "congruent", "shifted", "sparse"]
+__all__ = ["absolute", "averaged", "binary", "congruent", "load", "save", "shifted", "sparse"]
 
 
 def _around(init: Initializer | None, change: Callable[..., Any]) -> Initializer:
@@ -225,6 +231,145 @@ def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged: n must be an integer >= 1, got {n!r}")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))
+
+
+# ----------------------------------------------------------------------------------------------------- saving, loading
+
+_FORMAT = 1  # of the file; a file with a larger number is refused
+_KEY = "key:"  # before the name of the generator of a typed key, in the place of a dtype
+
+
+def save(path: str | os.PathLike[str], feedback: Feedback) -> None:
+    """Saves feedback weights, and the state of the rule, in one file that `load` reads.
+
+    The file is an npz file of NumPy. Its entries are `fixed/NAME`, `learned/NAME`, `state/...` and `structure`, a text
+    of JSON with the containers, and with the dtypes that NumPy does not have: an array of bfloat16 is stored as uint16
+    with the same bits. A file of the same name is replaced when the new one is complete.
+
+    Args:
+      path: the file; the usual end of its name is `.npz`.
+      feedback: what `rule.init` returned, or what training made of it. Its state may be of dicts, lists and tuples.
+
+    Raises:
+      TypeError: `feedback` is not a `Feedback`, or its state has other containers.
+      OSError: the file cannot be written.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules, pathlib, tempfile
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> feedback = lrules.feedback_alignment().init(jax.random.key(0), net, params, jnp.ones((1, 3)))
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "feedback.npz"
+      >>> lrules.feedback.save(path, feedback)
+      >>> bool(jnp.array_equal(lrules.feedback.load(path).fixed["b"], feedback.fixed["b"]))
+      True
+    """
+    require_feedback(feedback)
+    arrays: dict[str, Any] = {}
+    dtypes: dict[str, str] = {}
+    containers = {name: _taken_apart(part, name, arrays, dtypes) for name, part in feedback._asdict().items()}
+    structure = json.dumps({"lrules feedback": _FORMAT, "containers": containers, "dtypes": dtypes})
+    path = pathlib.Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, structure=np.asarray(structure), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> Feedback:
+    """Loads feedback weights that `save` saved, with the same names, containers, dtypes and bits.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The feedback, on the default device.
+
+    Raises:
+      ValueError: the file is damaged, `save` did not write it, a newer version did, or it has 64-bit numbers and
+        `jax_enable_x64` is off.
+      OSError: the file does not exist, or cannot be read.
+
+    Example:
+      >>> import jax.numpy as jnp, lrules, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "feedback.npz"
+      >>> lrules.feedback.save(path, lrules.Feedback({"layers/1/w": jnp.ones((2, 3), jnp.bfloat16)}, {}, {"n": (1,)}))
+      >>> feedback = lrules.feedback.load(path)
+      >>> feedback.fixed["layers/1/w"].dtype.name, feedback.learned, feedback.state
+      ('bfloat16', {}, {'n': (Array(1, dtype=int32),)})
+    """
+    content = pathlib.Path(path).read_bytes()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            structure = json.loads(str(file["structure"]))
+            version = structure["lrules feedback"]
+            if version <= _FORMAT:
+                arrays, dtypes = {name: file[name] for name in file.files}, structure["dtypes"]
+                parts = {name: _put_together(structure["containers"][name], arrays) for name in Feedback._fields}
+    except Exception as error:  # a damaged file makes NumPy and zipfile raise nearly anything
+        raise ValueError(
+            f"{path} is damaged, or lrules.feedback.save did not write it ({type(error).__name__}): give a file that "
+            "it wrote"
+        ) from error
+    if version > _FORMAT:
+        raise ValueError(f"{path} is of a newer version of lrules (format {version}): update lrules to load it")
+
+    def as_jax(name: str) -> jax.Array:
+        array, dtype = arrays[name], dtypes.get(name)
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise ValueError(
+                f"{path} has {name!r} in {array.dtype}, and jax_enable_x64 is off: write "
+                'jax.config.update("jax_enable_x64", True) before you load it'
+            )
+        if dtype is not None and dtype.startswith(_KEY):
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=dtype.removeprefix(_KEY))
+        return jnp.asarray(array if dtype is None else array.view(dtype))
+
+    return Feedback(**jax.tree.map(as_jax, parts))
+
+
+def _taken_apart(part: Pytree, name: str, arrays: dict[str, Any], dtypes: dict[str, str]) -> Any:
+    """The containers of a part as JSON, with names in the place of its arrays, which are added to `arrays`."""
+    if part is None:
+        return None
+    if type(part) is dict and all(type(key) in (str, int) for key in part):  # pairs: keys of JSON are strings
+        return {"dict": [(key, _taken_apart(inner, f"{name}/{key}", arrays, dtypes)) for key, inner in part.items()]}
+    if type(part) in (list, tuple):
+        inner = [_taken_apart(inner, f"{name}/{i}", arrays, dtypes) for i, inner in enumerate(part)]
+        return {type(part).__name__: inner}
+    if not jax.tree_util.all_leaves([part]):
+        raise TypeError(
+            f"the feedback has a {type(part).__name__} at {name!r}, which its file cannot keep: make the state of the "
+            "rule of dicts with names, lists and tuples, or save the feedback together with your checkpoints"
+        )
+    while name in arrays:  # {"a/b": ...} and {"a": {"b": ...}} read alike
+        name += "'"
+    array = jnp.asarray(part)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        dtypes[name] = f"{_KEY}{jax.random.key_impl(array)}"
+        array = jax.random.key_data(array)
+    arrays[name] = np.asarray(array)
+    if array.dtype.isbuiltin != 1:  # NumPy would write it without its name
+        dtypes[name] = array.dtype.name
+        arrays[name] = arrays[name].view(f"u{array.dtype.itemsize}")
+    return name
+
+
+def _put_together(containers: Any, arrays: Mapping[str, Any]) -> Pytree:
+    """The containers that `_taken_apart` has returned, with the names of arrays as leaves."""
+    if containers is None:
+        return None
+    if isinstance(containers, str):
+        arrays[containers]  # it must be there
+        return containers
+    ((kind, inner),) = containers.items()
+    if kind == "dict":
+        return {key: _put_together(value, arrays) for key, value in inner}
+    return {"list": list, "tuple": tuple}[kind](_put_together(value, arrays) for value in inner)
 
 
 def __dir__() -> list[str]:

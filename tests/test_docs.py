@@ -113,7 +113,7 @@ def test_the_check_of_public_docstrings():
     assert {"describe", "Feedback", "ValueAndGrad", "feedback.sparse", "testing.check_rule"} <= set(PUBLIC)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/writing_rules.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/writing_rules.md", "docs/saving_feedback.md"])
 def test_page(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     assert blocks

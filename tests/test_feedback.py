@@ -95,3 +95,138 @@ def test_dtypes(init, dtype):
     assert init(KEY, (4, 5), dtype).dtype == dtype
     with pytest.raises(ValueError, match="integer >= 1"):
         feedback.averaged(0)
+
+
+# ----------------------------------------------------------------------------------------------------- saving, loading
+
+
+def saved_and_loaded(tmp_path, given):
+    feedback.save(tmp_path / "f.npz", given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npz"]
+    return feedback.load(tmp_path / "f.npz")
+
+
+def same(a, b):
+    def leaf(x, y):
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        if x.dtype != y.dtype or x.shape != y.shape:
+            return False
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        return np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(leaf, a, b))
+
+
+DTYPES = ["bool", "uint8", "int4", "int32", "float16", "bfloat16", "float8_e4m3fn", "float32", "complex64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_saved_dtypes(tmp_path, dtype):
+    drawn = jax.random.normal(KEY, (3, 4)).astype(dtype)
+    given = lrules.Feedback({"layers/0/w": drawn}, {"layers/1/w": drawn[0, 0]}, {"empty": drawn[:0]})
+    loaded = saved_and_loaded(tmp_path, given)
+    assert isinstance(loaded, lrules.Feedback) and same(loaded, given)
+
+
+def test_saved_containers(tmp_path):
+    """All that a state may be made of, with names that read alike; NaN keeps its bits; numbers become arrays."""
+    state = {
+        "a/b": jnp.asarray([jnp.nan, -jnp.nan, -0.0]), "a": {"b": jnp.ones(2), "c": [{7: jnp.zeros(1)}, (None, ())]},
+        "keys": (jax.random.key(1), jax.random.split(jax.random.key(2, impl="rbg"), 3)), "n": 3, "file": {}, "ü": 0.5,
+    }  # fmt: skip
+    given = lrules.Feedback({"fixed": jnp.ones(1), "w#2": jnp.ones(2)}, {}, state)
+    loaded = saved_and_loaded(tmp_path, given)
+    assert same(loaded, given) and loaded.state["n"].dtype == jnp.int32
+    assert saved_and_loaded(tmp_path, lrules.Feedback({}, {})) == lrules.Feedback({}, {}, ())
+
+
+def test_what_rules_draw_is_saved(tmp_path):
+    """Feedback of every kind trains on as before; the entries are what NumPy alone can read."""
+    apply = lambda p, x: jnp.tanh(x @ p["l/a"]) @ p["l/b"]  # noqa: E731
+    params, x = {"l/a": jnp.full((3, 4), 0.1), "l/b": jnp.full((4, 2), 0.2)}, jnp.ones((5, 3))
+    rls = lrules.node_perturbation(0.1, direct=True, solver="rls")
+    for rule in (lrules.feedback_alignment(), lrules.kolen_pollack(), lrules.backprop(), rls):
+        given = rule.init(KEY, apply, params, x)
+        loaded = saved_and_loaded(tmp_path, given)
+        assert same(loaded, given)
+        rng = {"rng": KEY} if rule.stochastic else {}
+        step = lrules.value_and_grad(apply, lrules.testing.half_squared_error, rule)
+        assert same(*(step(params, f, x, jnp.ones((5, 2)), **rng) for f in (given, loaded)))
+        with np.load(tmp_path / "f.npz") as file:
+            assert all(np.array_equal(file[f"fixed/{name}"], value) for name, value in given.fixed.items())
+            assert all(np.array_equal(file[f"learned/{name}"], value) for name, value in given.learned.items())
+
+
+def test_what_is_not_saved(tmp_path):
+    """One sentence, and the file that was there stays."""
+    path, given = tmp_path / "f.npz", lrules.Feedback({"w": jnp.ones(2)}, {})
+    feedback.save(path, given)
+    for state, name, kind in (
+        ({"s": (given,)}, "state/s/0", "Feedback"),
+        ({"s": {(1, 2): 0}}, "state/s", "dict"),
+    ):
+        with pytest.raises(TypeError, match=f"the feedback has a {kind} at '{name}', .*: make the state of"):
+            feedback.save(path, given._replace(state=state))
+    with pytest.raises(TypeError, match="the feedback is a dict, not an lrules.Feedback"):
+        feedback.save(path, {"fixed": {}, "learned": {}})
+    with pytest.raises(FileNotFoundError):
+        feedback.save(tmp_path / "nowhere" / "f.npz", given)
+    assert same(feedback.load(path), given) and [p.name for p in tmp_path.iterdir()] == ["f.npz"]
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "f.npz"
+    with pytest.raises(FileNotFoundError):
+        feedback.load(path)
+    np.savez(tmp_path / "arrays.npz", w=np.ones(2))
+    np.save(tmp_path / "array.npy", np.ones(2))
+    np.save(tmp_path / "pickled.npy", np.asarray([{}]), allow_pickle=True)
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("words")
+    others = [p for p in tmp_path.iterdir()]
+    assert len(others) == 5
+    for other in others:
+        with pytest.raises(ValueError, match=f"{other} is damaged, or lrules.feedback.save did not write it"):
+            feedback.load(other)
+    feedback.save(path, lrules.Feedback({"w": jnp.ones(2)}, {}))
+    arrays = dict(np.load(path))
+    arrays["structure"] = np.asarray(str(arrays["structure"]).replace('"lrules feedback": 1', '"lrules feedback": 2'))
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"of a newer version of lrules \(format 2\): update lrules"):
+        feedback.load(path)
+    arrays = {name: array for name, array in np.load(path).items() if name != "fixed/w"}
+    arrays["structure"] = np.asarray(str(arrays["structure"]).replace('"lrules feedback": 2', '"lrules feedback": 1'))
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"is damaged, .* \(KeyError\)"):
+        feedback.load(path)
+
+
+def test_a_damaged_file(tmp_path):
+    """Truncated or with one changed bit: refused, or what was saved."""
+    path, given = tmp_path / "f.npz", lrules.Feedback({"w": jnp.arange(6.0)}, {"v": jnp.ones(3, jnp.bfloat16)}, (1,))
+    feedback.save(path, given)
+    content, refused = path.read_bytes(), 0
+    changed = [content[:n] for n in range(0, len(content), 7)]
+    for i in range(0, len(content), 3):
+        changed.append(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+    for one in changed:
+        path.write_bytes(one)
+        try:
+            loaded = feedback.load(path)
+        except ValueError as error:
+            assert "is damaged, or lrules.feedback.save did not write it" in str(error)
+            refused += 1
+        else:
+            assert same(loaded, given)
+    assert refused > 0.7 * len(changed)
+
+
+def test_numbers_of_64_bits(tmp_path):
+    path = tmp_path / "f.npz"
+    with jax.enable_x64(True):
+        given = lrules.Feedback({"w": jnp.asarray([0.1], jnp.float64)}, {})
+        feedback.save(path, given)
+        assert same(feedback.load(path), given)
+    with pytest.raises(ValueError, match=r"has 'fixed/w' in float64, and jax_enable_x64 is off: write jax.config"):
+        feedback.load(path)

@@ -208,7 +208,8 @@ def test_each_file_has_its_test(name):
 
 # What is imported under another name than it has in the registry.
 IMPORTED_AS = {
-    "absl-py": "absl", "scikit-learn": "sklearn", "tensorflow-datasets": "tensorflow_datasets",
+    "absl-py": "absl", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn",
+    "tensorflow-datasets": "tensorflow_datasets",
 }  # fmt: skip
 # What is not imported here, and who needs it.
 NOT_IMPORTED = {

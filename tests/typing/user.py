@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import tempfile
 from typing import Any
 
 import equinox as eqx
@@ -204,6 +206,13 @@ def with_a_handler_and_a_state() -> dict[str, Any]:
     grads = lrules.value_and_grad(mlp, loss, asked)(weights, feedback, x, y, rng=key)[1]
     feedback._replace(state=grads.state)
     return records
+
+
+def saved() -> lrules.Feedback:
+    with tempfile.TemporaryDirectory() as folder:
+        lrules.feedback.save(f"{folder}/feedback.npz", lrules.Feedback(weights, {}))
+        loaded: lrules.Feedback = lrules.feedback.load(pathlib.Path(folder) / "feedback.npz")
+    return loaded
 
 
 # ------------------------------------------------------------------------------------------------------- what remains
