@@ -20,14 +20,17 @@ OPTIMIZER = optax.adam(1e-3)
 
 
 def state_at(step):
-    """A state whose every array tells the step, so that one mixed of two steps shows."""
-    params = {"w": jnp.full((64, 257), step, jnp.bfloat16), "b": jnp.arange(5.0) + step}
-    feedback = lrules.Feedback({"w": params["w"] + 1}, {"w": params["b"] + 2}, {"seen": (jnp.asarray(step),)})
+    """A state whose every array tells the step, so that one mixed of two steps shows. Nothing is compiled for it."""
+
+    def filled(shape, dtype, less=0):
+        return jnp.asarray(np.full(shape, step - less).astype(dtype))
+
+    params = {"w": filled((64, 257), jnp.bfloat16), "b": filled(5, np.float32)}
     return {
         "params": params,
-        "optimizer": jax.tree.map(lambda leaf: leaf + jnp.asarray(step, leaf.dtype), OPTIMIZER.init(params)),
-        "feedback": feedback,
-        "key": jax.random.split(jax.random.key(step), 3),
+        "optimizer": jax.tree.map(lambda s: filled(s.shape, s.dtype), jax.eval_shape(OPTIMIZER.init, params)),
+        "feedback": lrules.Feedback(params, {"w": filled(3, np.float32, 1)}, {"seen": (filled((), np.int32),)}),
+        "key": jax.random.wrap_key_data(filled((3, 2), np.uint32)),
         "data": np.arange(256, dtype=np.uint8) ^ np.uint8(step),
         "position": np.int64(step),
     }
@@ -50,13 +53,13 @@ def same(a, b):
 def main(folder):
     with Checkpoints(folder, DESCRIPTION, best="max") as saved:
         found = saved.restore(state_at(0))
-        step = 0 if found is None else found.step
+        step = start = 0 if found is None else found.step
         assert found is None or same(found.state, state_at(step))
         print("process", os.getpid(), "from", step, flush=True)
         while True:
             step += 1
             saved.save(step, state_at(step), {"step": step, "curve": [float("nan"), step]}, metric=-step)
-            if step > 1:
+            if step > start + 1:
                 print(step - 1, flush=True)  # a save waits for the one before
 
 
