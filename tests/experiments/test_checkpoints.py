@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import lrules
@@ -75,6 +76,28 @@ def test_every_kind_of_leaf(tmp_path, like):
     assert found["epoch"] == 2 and found["seeds"] == [0, 1]
     np.testing.assert_array_equal(found["curves"]["loss"], [1.5, np.nan])
     assert not state["params"]["layers"][0]["w"].committed
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_model(tmp_path):
+    """Parameters, statistics and keys of Flax; what is restored goes on as what was saved."""
+    model, x = Model(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (8, 3))
+    model(x)
+    graph, *state = nnx.split(model, nnx.Param, ...)
+    with Checkpoints(tmp_path, DESCRIPTION) as saved:
+        saved.save(1, state)
+        found = saved.restore(jax.tree.map(jnp.zeros_like, state)).state
+    assert same(found, state)
+    assert same(*(nnx.merge(graph, *parts, copy=True)(x) for parts in (found, state)))
 
 
 def test_no_arrays_at_all(tmp_path):
