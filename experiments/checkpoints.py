@@ -9,9 +9,9 @@
             saved.save(epoch, state, {"epoch": epoch, "curves": curves}, metric=accuracy)
 
 Orbax writes them, into a folder with another name that is renamed when it is complete. What it does not do is done
-here: a checkpoint has the description of its run and a checksum of every array, so that a damaged one is known as such,
-and the one before is taken. The thread in the background is ours too: Orbax's own leaves threads that wait for minutes
-where a folder cannot be made on a full disk.
+here: a checkpoint has the description of its run, and a checksum of every array, so that the one before is taken where
+it is damaged (Orbax reads other numbers where a bit of the file has changed, and does not notice). The thread in the
+background is ours too: Orbax's own leaves threads that wait for minutes where a full disk has no room for a folder.
 
 A checkpoint has the step as its name and two parts. `about/` is JSON: `{"version", "checksum", "content"}`, where
 `content` is again a text of JSON, with the fields of `_About`. `state/` has the arrays as a list, in the order of the
@@ -108,9 +108,10 @@ class Checkpoints:
             self._metrics[step] = np.nan if about.metric is None else about.metric
 
     def _open(self) -> ocp.CheckpointManager:
+        for rest in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):  # Orbax would do it at some time later
+            shutil.rmtree(rest, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
-            cleanup_tmp_directories=True,
             lightweight_initialize=True,  # it reads nothing of a checkpoint, which may be damaged
             save_root_metadata=False,
             enable_async_checkpointing=False,

@@ -300,6 +300,23 @@ def test_damage_of_any_file(tmp_path, how, caplog):
     assert ("about", "metadata") in fell_back and any(parts[0] == "state" for parts in fell_back)
 
 
+def test_a_changed_bit_among_the_numbers(tmp_path, caplog):
+    """The numbers of a trained network cannot be compressed: there Orbax reads other numbers, and does not notice."""
+    noise = {"x": np.random.default_rng(0).integers(0, 256, 2**14, np.uint8)}
+    with Checkpoints(tmp_path / "good", {}) as saved:
+        saved.save(1, noise)
+        saved.save(2, noise)
+    path = max(files_of(tmp_path / "good" / "2"), key=lambda path: (tmp_path / "good" / "2" / path).stat().st_size)
+    rng, steps = random.Random(0), []
+    for i in range(8):
+        shutil.copytree(tmp_path / "good", tmp_path / str(i))
+        damage(tmp_path / str(i) / "2" / path, "flip", rng)
+        step, state, _ = restored(tmp_path / str(i), {}, noise)
+        assert same(state, noise)
+        steps.append(step)
+    assert steps.count(1) >= 6 and "('x' has another checksum)" in caplog.text
+
+
 def test_after_damage_the_run_goes_on(tmp_path, caplog):
     """The damaged one makes room for a new one of the same step, and does not count among those that stay."""
     saved_in(tmp_path, keep=2)
