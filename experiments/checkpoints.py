@@ -9,17 +9,18 @@
             saved.save(epoch, state, {"epoch": epoch, "curves": curves}, metric=accuracy)
 
 Orbax writes them, into a folder with another name that is renamed when it is complete. What it does not do is done
-here: a checkpoint has the description of its run and a checksum of every array, so that a damaged one is known as such,
-and the one before is taken. The thread in the background is ours too: Orbax's own leaves threads that wait for minutes
-where a folder cannot be made on a full disk.
+here: a checkpoint has the description of its run, and a checksum of every array, so that the one before is taken where
+it is damaged (Orbax reads other numbers where a bit of the file has changed, and does not notice). The thread in the
+background is ours too: Orbax's own leaves threads that wait for minutes where a full disk has no room for a folder.
 
 A checkpoint has the step as its name and two parts. `about/` is JSON: `{"version", "checksum", "content"}`, where
-`content` is a text of JSON: what `_About` has.
-`state/` has the arrays as a list, in the order of these paths.
+`content` is again a text of JSON, with the fields of `_About`. `state/` has the arrays as a list, in the order of the
+leaves there, without those of size zero.
 """
 
 import json
 import pathlib
+import shutil
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,8 @@ class Checkpoints:
         Args:
           folder: the folder. What an interrupted save has left there is removed.
           description: what makes this run another run than others (rule, model, data, ...), of values that JSON has.
-          keep: how many checkpoints stay: the last ones.
+          keep: how many checkpoints stay: the last ones. The oldest goes when a new one is complete, so the disk needs
+            room for one more.
           best: with "max" or "min", the one with the best metric stays too.
 
         Raises:
@@ -106,9 +108,10 @@ class Checkpoints:
             self._metrics[step] = np.nan if about.metric is None else about.metric
 
     def _open(self) -> ocp.CheckpointManager:
+        for rest in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):  # Orbax would do it at some time later
+            shutil.rmtree(rest, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
-            cleanup_tmp_directories=True,
             lightweight_initialize=True,  # it reads nothing of a checkpoint, which may be damaged
             save_root_metadata=False,
             enable_async_checkpointing=False,
@@ -174,7 +177,7 @@ class Checkpoints:
         written = [value for value in values if value.size] or [np.zeros(1)]  # Orbax writes no empty arrays
         self._metrics[step] = np.nan if content["metric"] is None else content["metric"]
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(written), about=ocp.args.JsonSave(about))
-        self._manager.save(step, args=args)
+        self._manager.save(step, args=args, force=True)  # Orbax would leave some out, by rules of its own
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
@@ -182,23 +185,30 @@ class Checkpoints:
         Raises:
           InputError: it cannot be written; those that were there stay.
         """
-        writing, self._writing = self._writing, None
+        if self._writing is None:
+            return
         try:
-            if writing is not None:
-                writing.result()
+            self._writing.result()
         except Exception as error:
-            raise self._failed(error) from error
+            self._writing = None
+            self._start_anew()
+            if why := files.system_reason(error):
+                raise InputError(self._cannot_write(why)) from error
+            raise  # not the disk, but a mistake of a program
+        self._writing = None
 
-    def _failed(self, error: Exception) -> Exception:
-        """What to raise after a failed write. The folder has what it had before, and the next save can succeed."""
-        self._manager.close()
-        self._manager = self._open()  # this removes what the write left
-        why = files.system_reason(error)
-        if why is None:  # not the disk, but a mistake of a program
-            return error
-        latest = self.latest()
+    def _start_anew(self) -> None:
+        """After a failed write: what it left is removed, and the next one can succeed."""
+        try:
+            self._manager.close()
+            self._manager = self._open()
+        except OSError as error:
+            logging.warning("The folder %s cannot be read (%s).", self.folder, files.reason(error))
+
+    def _cannot_write(self, why: str) -> str:
+        latest = self._manager.latest_step()
         there = "there is no other one" if latest is None else f"the last one that is there is of step {latest}"
-        return InputError(
+        return (
             f"The checkpoint cannot be written to {self.folder} ({why}), and {there}: free space there, or give "
             "another --output."
         )
@@ -207,8 +217,10 @@ class Checkpoints:
         """Damaged checkpoints make room for new ones of the same step, under another name."""
         for step in self._damaged:
             path = self.folder / str(step)
+            aside = self.folder / f"damaged-{step}"
             if path.exists():
-                path.rename(self.folder / f"damaged-{step}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         if self._damaged:
             self._damaged.clear()
             self._manager.reload()
@@ -257,7 +269,7 @@ class Checkpoints:
             except _Damaged as damage:
                 self._damaged[step] = str(damage)
                 logging.warning(
-                    "The checkpoint %s is damaged (%s): the one before it is taken.", self.folder / str(step), damage
+                    "The checkpoint %s is damaged (%s): an older one is taken.", self.folder / str(step), damage
                 )
                 continue
             shardings = _per_leaf(sharding, template)

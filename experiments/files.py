@@ -41,10 +41,12 @@ def reason(error: BaseException) -> str:
 
 def system_reason(error: BaseException) -> str | None:
     """What the system said of a file or disk; None if the exception does not come from there."""
+    chain: list[BaseException] = []
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and seen not in chain:  # an exception can be raised from itself
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
+        chain.append(seen)
         seen = seen.__cause__ or seen.__context__
     return next((os.strerror(code) for code in _SYSTEM if os.strerror(code) in str(error)), None)
 

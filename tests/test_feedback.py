@@ -1,5 +1,7 @@
 """Initialisers of feedback weights: their values, how often, and in which layout."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,22 @@ def test_what_is_not_saved(tmp_path):
     with pytest.raises(FileNotFoundError):
         feedback.save(tmp_path / "nowhere" / "f.npz", given)
     assert same(feedback.load(path), given) and [p.name for p in tmp_path.iterdir()] == ["f.npz"]
+
+
+def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    """A write that fails leaves the old file and nothing else; a link stays a link."""
+    path, link, given = tmp_path / "f.npz", tmp_path / "link", lrules.Feedback({"w": jnp.ones(2)}, {})
+    link.symlink_to(path)
+    feedback.save(link, given)
+    assert link.is_symlink() and same(feedback.load(path), given)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        feedback.save(path, given._replace(learned={"v": jnp.ones(3)}))
+    assert same(feedback.load(path), given) and {p.name for p in tmp_path.iterdir()} == {"f.npz", "link"}
 
 
 def test_other_files_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""A program that saves checkpoints until it is killed, again and again: `python -m tests.experiments.saving FOLDER`.
+"""States to save, and a program that saves until it is killed, again and again: `python -m tests.experiments.saving F`.
 
 For each line that it reads, a copy of the process goes on where the one before was killed. It prints its process and
 the step where it goes on, then each step as soon as its checkpoint is known to be written, and "killed" at the end.
@@ -20,14 +20,17 @@ OPTIMIZER = optax.adam(1e-3)
 
 
 def state_at(step):
-    """A state whose every array tells the step, so that one mixed of two steps shows."""
-    params = {"w": jnp.full((64, 257), step, jnp.bfloat16), "b": jnp.arange(5.0) + step}
-    feedback = lrules.Feedback({"w": params["w"] + 1}, {"w": params["b"] + 2}, {"seen": (jnp.asarray(step),)})
+    """A state whose every array tells the step, so that one mixed of two steps shows. Nothing is compiled for it."""
+
+    def filled(shape, dtype):
+        return jnp.asarray(np.full(shape, step).astype(dtype))
+
+    params = {"w": filled((64, 257), jnp.bfloat16), "b": filled(5, np.float32)}
     return {
         "params": params,
-        "optimizer": jax.tree.map(lambda leaf: leaf + jnp.asarray(step, leaf.dtype), OPTIMIZER.init(params)),
-        "feedback": feedback,
-        "key": jax.random.split(jax.random.key(step), 3),
+        "optimizer": jax.tree.map(lambda s: filled(s.shape, s.dtype), jax.eval_shape(OPTIMIZER.init, params)),
+        "feedback": lrules.Feedback(params, {"w": filled(3, np.float32)}, {"seen": (filled((), np.int32),)}),
+        "key": jax.random.wrap_key_data(filled((3, 2), np.uint32)),
         "data": np.arange(256, dtype=np.uint8) ^ np.uint8(step),
         "position": np.int64(step),
     }
@@ -47,16 +50,36 @@ def same(a, b):
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(leaf, a, b))
 
 
+def shapes(tree):
+    """As `jax.eval_shape` gives it, for the arrays of JAX."""
+    return jax.tree.map(lambda x: jax.eval_shape(lambda: x) if isinstance(x, jax.Array) else x, tree)
+
+
+def saved_in(folder, steps=(1, 2, 3), description=DESCRIPTION, **options):
+    with Checkpoints(folder, description, **options) as saved:
+        for step in steps:
+            saved.save(step, state_at(step), {"step": step}, metric=-step)
+
+
+def restored(folder, description=DESCRIPTION, like=None):
+    with Checkpoints(folder, description) as saved:
+        return saved.restore(shapes(state_at(0)) if like is None else like)
+
+
+def found_steps(folder):
+    return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
+
+
 def main(folder):
     with Checkpoints(folder, DESCRIPTION, best="max") as saved:
         found = saved.restore(state_at(0))
-        step = 0 if found is None else found.step
+        step = start = 0 if found is None else found.step
         assert found is None or same(found.state, state_at(step))
         print("process", os.getpid(), "from", step, flush=True)
         while True:
             step += 1
             saved.save(step, state_at(step), {"step": step, "curve": [float("nan"), step]}, metric=-step)
-            if step > 1:
+            if step > start + 1:
                 print(step - 1, flush=True)  # a save waits for the one before
 
 

@@ -136,6 +136,10 @@ def test_reason(error):
     """The words of the system, also where another library has only kept them in its text."""
     assert files.reason(error) == {OSError: "No space left on device", ValueError: "x"}.get(type(error), "KeyError")
     try:
+        raise error from error
+    except Exception as itself:
+        assert files.system_reason(itself) == (os.strerror(errno.ENOSPC) if isinstance(error, OSError) else None)
+    try:
         raise RuntimeError("outer") from error
     except RuntimeError as outer:
         expected = "No space left on device" if isinstance(error, OSError) else "outer"

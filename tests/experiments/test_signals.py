@@ -56,6 +56,7 @@ def test_ctrl_c_twice():
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode not in (0, 130, 143) and "KeyboardInterrupt" in err and not out
+    assert err.count("SIGTERM: the run ends") == 1
 
 
 def test_the_time_limit():
