@@ -61,6 +61,21 @@ def test_rotate_stays_within_its_angle_and_turns_each_image_differently():
     assert corners.min() < 0.1 and corners.max() > 0.5 and len(np.unique(turned.sum((1, 2, 3)).round(3))) > 40
 
 
+def test_rotate_turns_either_way():
+    x = np.zeros((50, 9, 9, 1), np.float32)
+    x[:, 4, 8] = 1  # the middle of the right edge goes up or down
+    turned = np.asarray(augment.parse("rotate(30)")(KEY, jnp.asarray(x)))
+    up, down = turned[:, :4].sum((1, 2, 3)), turned[:, 5:].sum((1, 2, 3))
+    assert 10 < (up > down).sum() < 40
+
+
+def test_steps_are_drawn_independently():
+    x = np.zeros((50, 9, 9, 1), np.float32)
+    x[:, 4, 4] = 1
+    moved = np.asarray(augment.parse("crop(1),crop(1)")(KEY, jnp.asarray(x)))
+    assert {int(row) for row in moved.sum((2, 3)).argmax(1)} == {2, 3, 4, 5, 6}
+
+
 def test_cutout_blackens_a_square_that_may_stick_out():
     cut = np.asarray(augment.parse("cutout(4)")(KEY, images(300)))[..., 0] == 0
     for black in cut:
@@ -68,6 +83,8 @@ def test_cutout_blackens_a_square_that_may_stick_out():
         assert black.sum() == len(rows) * len(columns) and max(len(rows), len(columns)) <= 4
         assert (np.diff(rows) == 1).all() and (np.diff(columns) == 1).all()
     assert {int(black.sum()) for black in cut} >= {4, 8, 16}
+    narrow = [black.any(1) for black in cut if black.any(1).sum() < 4]
+    assert any(rows[0] for rows in narrow) and any(rows[-1] for rows in narrow)  # it sticks out at both ends
     assert cut.any(0).all()  # every pixel may be hit
 
 
@@ -96,6 +113,8 @@ def test_saturation_scales_the_distance_from_grey_and_hue_keeps_the_brightness()
     np.testing.assert_allclose(luma(turned), luma(x), atol=2e-3)
     largest = {int(i) for i in turned.argmax(3).ravel()}
     assert largest == {0, 1, 2}  # half a turn either way reaches every colour
+    vivid = np.asarray(augment.parse("colour(0,hue=0.5)")(KEY, jnp.tile(jnp.eye(3), (50, 1, 1, 1))))
+    assert vivid.min() == 0 and vivid.max() == 1
     near = np.asarray(augment.parse("colour(0,hue=0.05)")(KEY, x))
     assert np.abs(near - x).max() < 0.05 and (near.argmax(3) == 0).all()
 

@@ -125,6 +125,7 @@ def test_missing_and_malformed_files(tmp_path):
         np.full((18, 8, 8), 16.0),  # pixels of another range
         np.full((18, 8, 8), -2.5) + 200 * np.eye(8),  # standardised, with outliers
         np.full((18, 3), 255.0),  # a table: counts, ages
+        np.full((18, 64), 150.0),  # many counts, none near 255
         np.full((18, 64), 0.5) + 200,  # many features, but not whole
         np.full((18, 4, 4, 1), 0, np.uint8),
         np.full((18, 4, 4, 1), 2, np.uint8),
@@ -133,6 +134,10 @@ def test_missing_and_malformed_files(tmp_path):
 )
 def test_what_only_resembles_a_fault_passes(save, x):
     assert len(data.load(save(x_train=x[:12], x_test=x[12:])).x_train) == 12
+
+
+def test_a_test_set_too_small_to_tell_may_be_black(save):
+    assert data.load(save(x_test=np.ones((6, 4, 4, 1), np.uint8))).x_test.max() == 1
 
 
 def test_following_the_remedies_makes_the_set_pass(save):
@@ -172,6 +177,7 @@ def test_split_validation_leaves_the_test_set_and_takes_from_every_class():
     assert shares.min() > 0.18 and shares.max() < 0.22
     assert (data.split_validation(digits, 0.2, seed=1).y_val == split.y_val).all()
     assert not (data.split_validation(digits, 0.2, seed=2).y_val == split.y_val).all()
+    assert data.hold_out(split, 0.2).x_val is None
     with pytest.raises(InputError, match="has 288 validation examples already"):
         data.split_validation(split, 0.2)
 
