@@ -175,6 +175,13 @@ def test_layout():
     assert devices.is_first()
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_placed_can_be_donated(count):
+    x = jnp.arange(4.0)
+    jax.jit(lambda x: 2 * x, donate_argnums=0)(devices.place(x, devices.make_mesh(count)))
+    np.testing.assert_array_equal(x, np.arange(4))
+
+
 def test_collectives():
     mesh = devices.make_mesh("all")
     x = devices.place_batch(jnp.ones((8, 3)), mesh)
@@ -231,6 +238,13 @@ def test_wrong_mesh(count, mesh, words):
     with pytest.raises(InputError) as error:
         devices.make_mesh(count, mesh)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_several_processes_use_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="With several processes, all 4 devices take part, got 2: give 4 or all"):
+        devices.make_mesh(2)
+    assert devices.make_mesh(4).size == devices.make_mesh("all").size == 4
 
 
 @pytest.mark.parametrize(("size", "use"), [(6, "of 4 or 8,"), (3, "of 4,"), (0, "of 4,")])
