@@ -159,8 +159,9 @@ def layout(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTr
 
 
 def place(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTree:
-    """The arrays, placed as `layout` says. With several processes, each must give the same values."""
-    return _put(tree, layout(tree, mesh, lead=lead, wide=wide))
+    """New arrays, placed as `layout` says, so they can be donated. With several processes, all give the same values."""
+    copies = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) and x.is_fully_addressable else x, tree)
+    return _put(copies, layout(tree, mesh, lead=lead, wide=wide))
 
 
 def place_batch(batch: PyTree, mesh: Mesh, *, shares: bool = False) -> PyTree:

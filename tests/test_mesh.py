@@ -20,6 +20,9 @@ MORE = {
     "drop_sequential": lrules.drop_error(lrules.kolen_pollack(), 0.3),
     "quantize_backman": lrules.quantize_update(lrules.backman(), 4),
     "quantize_direct": lrules.quantize_update(lrules.direct_feedback_alignment(), 4),
+    "sign_error": lrules.sign_error(lrules.kolen_pollack()),
+    "magnitude_error": lrules.magnitude_error(lrules.direct_feedback_alignment()),
+    "replace_derivative": lrules.replace_derivative(lrules.feedback_alignment(), jax.nn.sigmoid),
 }
 ALL = RULES | MORE
 W = {n: jax.random.normal(jax.random.key(i), s) / s[0] ** 0.5 for i, (n, s) in enumerate(

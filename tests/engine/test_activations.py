@@ -555,6 +555,28 @@ def test_normalisation_over_a_mesh_axis(check_vma):
     )
 
 
+@pytest.mark.parametrize("join", [jnp.stack, jnp.concatenate])
+def test_statistics_that_devices_sum_together(join):
+    """Flax joins both means for one sum over devices, and cuts them apart again. What a model cuts is no statistic."""
+    mesh, spec = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"])
+        both = jax.lax.pmean(join([h.mean(0), (h * h).mean(0)]), "batch").reshape(-1)
+        v = jnp.maximum(0.0, 1.0 * both[4:] - both[:4] ** 2)
+        return jnp.maximum(0.0, ((h - both[None, :4]) / jnp.sqrt(v + 1e-5)[None])[:, :3]) @ p["b"]
+
+    def inside(params, x):
+        graph = Network(net).graph(params, x)
+        assert [a.site for a in graph.activations] == ["tanh", "max"] and not graph.doubts
+        pooled = lambda p, x: jnp.maximum(0.0, (x @ p["a"])[:, None].mean(1)[:, :3]) @ p["b"]  # noqa: E731
+        assert [a.site for a in Network(pooled).graph(params, x).activations] == ["max"]
+        return net(params, x)
+
+    params, specs = {"a": jnp.ones((3, 4)), "b": jnp.ones((3, 2))}, (spec(), spec("batch"))
+    jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=spec("batch"))(params, jnp.ones((4, 3)))
+
+
 @pytest.mark.foreign
 @pytest.mark.parametrize("rule", RULES)
 def test_batch_norm_of_equinox(rule):

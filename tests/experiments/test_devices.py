@@ -23,7 +23,13 @@ from tests.experiments.many_devices import EXPRESSIONS, LAYOUTS, QUICK, WIDE, se
 from tests.experiments.programs import ROOT
 from tests.sampling import mostly_slow, pairs
 
-TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+# These subtract values that are nearly equal, so in float32 they round more; one device is as far from float64.
+ROUNDS = ("cnn, dual", "mlp, dual_damped", "cnn, difference_target_propagation")
+
+
+def tolerance(key):
+    """By the key of `many_devices`."""
+    return 1e-10 if key.endswith("float64") else 5e-4 if key.startswith(ROUNDS) else 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- the same numbers
@@ -75,7 +81,7 @@ def run_programs(tmp_path, processes, count, nets, layouts, dtypes, names):
     wanted = {f"{net}, {name}, {layout}, {dtype}" for net in nets for name in names for layout in layouts
               for dtype in dtypes if served(net, name, layout)}  # fmt: skip
     assert set(found) == wanted
-    wrong = {key: value for key, value in found.items() if not value < TOLERANCE[key.split(", ")[-1]]}
+    wrong = {key: value for key, value in found.items() if not value < tolerance(key)}
     assert not wrong
 
 
@@ -169,6 +175,13 @@ def test_layout():
     assert devices.is_first()
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_placed_can_be_donated(count):
+    x = jnp.arange(4.0)
+    jax.jit(lambda x: 2 * x, donate_argnums=0)(devices.place(x, devices.make_mesh(count)))
+    np.testing.assert_array_equal(x, np.arange(4))
+
+
 def test_collectives():
     mesh = devices.make_mesh("all")
     x = devices.place_batch(jnp.ones((8, 3)), mesh)
@@ -225,6 +238,13 @@ def test_wrong_mesh(count, mesh, words):
     with pytest.raises(InputError) as error:
         devices.make_mesh(count, mesh)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_several_processes_use_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="With several processes, all 4 devices take part, got 2: give 4 or all"):
+        devices.make_mesh(2)
+    assert devices.make_mesh(4).size == devices.make_mesh("all").size == 4
 
 
 @pytest.mark.parametrize(("size", "use"), [(6, "of 4 or 8,"), (3, "of 4,"), (0, "of 4,")])

@@ -192,6 +192,46 @@ def test_shard_map(name, check_vma):
     bridge.close(jax.jit(jax.shard_map(means, mesh=mesh, **specs))(params, x, y), got, 1e-6)
 
 
+def test_damping_under_shard_map():
+    """The power iterations run on each device; numbers that shard_map marks as each device's own stay constants."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"a": jax.random.normal(keys[0], (3, 5)), "b": jax.random.normal(keys[1], (5, 2))}
+    x, y = jax.random.normal(keys[2], (8, 3)), jax.random.normal(keys[3], (8, 2))
+    net = lambda p, x: (jax.nn.relu(x @ p["a"]) / 3.0) @ p["b"]  # noqa: E731
+    options = {"adjoint": False, "damping": "spectral", "iterations": 3, "output": "squared_error"}
+    step = lrules.value_and_grad(net, half_squared, lrules.dual_propagation(**options))
+    want = jax.jit(step)(params, NO_FEEDBACK, x, y)[1].params
+    mesh, spec = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+
+    def shared(params, x, y):
+        return jax.tree.map(lambda g: g / 4, step(params, NO_FEEDBACK, x, y)[1].params)
+
+    specs = {"in_specs": (spec(), spec("data"), spec("data")), "out_specs": spec()}
+    bridge.close(jax.jit(jax.shard_map(shared, mesh=mesh, **specs))(params, x, y), want, 1e-9)
+
+
+def test_devices_that_stop_together():
+    """With a tolerance, each device has its own mean and all make as many iterations as on one device."""
+    params, x, y = residual_case()
+    x, y = jnp.concatenate([x, x[:1]]), jnp.concatenate([y, 3 * y[:1]])
+    mesh, spec = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+
+    def found(params, x, y, axis_name=None):
+        rule = lrules.dual_propagation(0.2, iterations=30, tolerance=1e-3, axis_name=axis_name)
+        grads = lrules.value_and_grad(residual_net, half_squared, rule)(params, NO_FEEDBACK, x, y)[1]
+        return grads.params, grads.report["iterations"], grads.report["residual"]
+
+    def shared(params, x, y):
+        grads, *report = found(params, x, y, "data")
+        return jax.tree.map(lambda g: g / 4, grads), *report
+
+    specs = {"in_specs": (spec(), spec("data"), spec("data")), "out_specs": spec()}
+    got, want = jax.jit(jax.shard_map(shared, mesh=mesh, **specs))(params, x, y), jax.jit(found)(params, x, y)
+    assert got[1] == want[1] < 30
+    bridge.close(got[0], want[0], 1e-9)
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["y", "rng"])
 def test_a_feedback_rule_that_asks_for_more_is_refused(name):
     backward = {"y": lambda op, w, b, x, d, layer, y: None, "rng": lambda op, w, b, x, d, layer, rng: None}[name]

@@ -119,8 +119,8 @@ def dual_propagation(
         `kolen_pollack()`, a partition of such rules. It forms the weight gradient too.
       tolerance: the iterations stop as soon as the residual is <= this.
       axis_name: under `shard_map` or `pmap`, the mesh axes over which the mean of the objective runs, if it runs over
-        any (the mean of `value_and_grad` runs over the examples of one device). With `tolerance`, all devices along
-        these axes stop together, when the last of them has settled.
+        any (the mean of `value_and_grad` runs over the examples of one device). The residual is that of all devices
+        along these axes, so they stop together.
       passing: names of functions that have no states: the error passes through them by their derivative. Give names of
         activations that `lrules.describe` lists (`"tanh"`: all with that name, `"tanh#2"`: only this one), and names of
         nonlinearities that refusals name (`{"exp"}`).

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lrules.engine.regions import RegionFunction
 from lrules.extend import Activation, Frame, Handler, at_least_float32
 from lrules.rules.dual_propagation.options import Options
+from lrules.typing import AxisName
 
 State = dict[str, dict[str, Any]]  # by name: plus (s+), minus (s-), and the error that last arrived from above
 
@@ -188,20 +189,23 @@ def with_damping(state: State, damping: Mapping[str, Any]) -> State:
     return {site: {**values, "damping": damping[site]} if site in damping else values for site, values in state.items()}
 
 
-def residual(old: State, new: State) -> jax.Array:
-    """The largest change of a pair s+, s-, divided by the norm of s+ - s-.
+def residual(old: State, new: State, axis_name: AxisName = None) -> jax.Array:
+    """The largest change of a pair s+, s-, divided by the norm of s+ - s-; the norms are over all devices of the axes.
 
     It leaves out a pair without a difference, because no error reaches it. If such a pair changes, the pairs above
     show it.
     """
-    found = jnp.zeros((), jnp.result_type(float))
+    dtype = jnp.result_type(float)
+    if not new:
+        return jnp.zeros((), dtype)
+    squares = []
     for site, pair in new.items():
-        change = _norm(jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")]))
-        size = _norm(pair["plus"] - pair["minus"])
-        here = jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size))
-        found = jnp.maximum(found, here.astype(found.dtype))
-    return found
+        changes = jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")])
+        squares += [_square(changes).astype(dtype), _square(pair["plus"] - pair["minus"]).astype(dtype)]
+    both = jnp.stack(squares).reshape(-1, 2)
+    change, size = jnp.sqrt(both if axis_name is None else jax.lax.psum(both, axis_name)).T
+    return jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size)).max()
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))))
+def _square(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype)))))

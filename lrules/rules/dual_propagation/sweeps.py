@@ -164,8 +164,7 @@ def _repeat(network: DualNetwork, iterate: Callable[..., Any], carry: Any, keys:
 
     def iteration(carry: Any, key: Any) -> tuple[Any, Any]:
         new = iterate(carry, key)
-        change = residual(carry[0], new[0])
-        return new, change if options.axis_name is None else jax.lax.pmax(change, options.axis_name)
+        return new, residual(carry[0], new[0], options.axis_name)
 
     if options.tolerance is None or options.iterations == done:
         found = jnp.ones(done, dtype)
