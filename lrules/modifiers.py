@@ -28,7 +28,7 @@ from lrules.engine.per_example import PerExample, scaled
 from lrules.engine.quantizer import by_parts, quantize, quantizer_numbers
 from lrules.modified import AtHidden, Derivative, at_output, kept_errors, modified
 from lrules.network import Network
-from lrules.options import ByName, asked_for, by_name, is_number
+from lrules.options import asked_for, by_name, is_number, rule_numbers
 from lrules.rule import Rule
 from lrules.typing import AxisName, Numbers, Pytree
 
@@ -82,7 +82,7 @@ def modify_error(
     """
     if not callable(fn):
         raise TypeError(f"modify_error: fn must be a function (signal, name, rng) -> signal, got {fn!r}")
-    given = {name: ByName(name, value, "hidden signal") for name, value in (numbers or {}).items()}
+    given = rule_numbers(numbers, "hidden signal")
     wanted = asked_for("modify_error: fn", fn, ("signal", "name", "rng"), tuple(given))
     if unasked := sorted(set(given) - wanted):
         raise ValueError(f"numbers has {unasked[0]!r}, but fn has no argument of this name: add it to fn")

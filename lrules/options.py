@@ -72,6 +72,22 @@ def require_flags(**flags: object) -> None:
             raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def require_key(key: Any, what: str) -> None:
+    """Refuses what is not one key of `jax.random`.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: it is several keys.
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        got = key if is_number(key) else f"a {type(key).__name__}"
+        raise TypeError(f"{what} must be a key, such as jax.random.key(0), got {got}")
+    if typed and key.ndim:
+        raise ValueError(f"{what} must be one key, got keys of shape {key.shape}: give keys[0], or use jax.vmap")
+
+
 def require_pattern(pattern: Any, what: str = "") -> None:
     """Refuses a pattern that is not a regular expression; the message begins with `what`."""
     try:
@@ -164,6 +180,26 @@ class ByName(Generic[T]):
                 why = "comes after patterns that match the same names" if matches else f"matches no {self.kind}"
                 listed = ", ".join(map(repr, names))
                 raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
+
+
+def rule_numbers(numbers: Any, kind: str = "layer") -> dict[str, ByName[Any]]:
+    """The option `numbers=`, by name.
+
+    Raises:
+      TypeError: it is not a dict.
+      ValueError: a value is not a number, or numbers by regular expression.
+    """
+    if not isinstance(numbers or {}, Mapping):
+        raise TypeError(f"numbers must be a dict {{name: number}}, got a {type(numbers).__name__}")
+    found = {name: ByName(name, value, kind) for name, value in (numbers or {}).items()}
+    for name, by_pattern in found.items():
+        for value in by_pattern.values():
+            if not isinstance(value, int | float | complex) and not hasattr(value, "dtype"):
+                raise ValueError(
+                    f"numbers: {name!r} must be a number or a dict {{pattern: number}}, got {value!r}: let the "
+                    "function close over other values"
+                )
+    return found
 
 
 def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
