@@ -123,7 +123,7 @@ def quantize_error(
       rule: the rule to modify.
       bits: the number of magnitudes, called bit width in the paper. Or a dict of such numbers by regular expression for
         the names of hidden signals (`re.search`, the first match holds).
-      scale: alpha, the largest magnitude. Or a dict of such numbers.
+      scale: alpha, the largest magnitude. Or a dict of such numbers. `jax.jit` and `jax.vmap` may trace them.
       at: `"hidden"` or `"output"`.
       axis_name: as in `modify_error`.
 
@@ -344,7 +344,7 @@ def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_n
       rule: the rule to modify.
       bits: the number of magnitudes, called bit width in the paper. Or a dict of such numbers by regular expression for
         the names of layers, biases and scales (`re.search`, the first match holds).
-      scale: alpha, the largest magnitude. Or a dict of such numbers.
+      scale: alpha, the largest magnitude. Or a dict of such numbers. `jax.jit` and `jax.vmap` may trace them.
       axis_name: as in `modify_error`.
 
     Returns:

@@ -202,14 +202,30 @@ def rule_numbers(numbers: Any, kind: str = "layer") -> dict[str, ByName[Any]]:
     return found
 
 
-def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
-    """An option that is a number, or numbers by regular expression.
+def by_name(
+    option: str,
+    given: Any,
+    allowed: Callable[[Any], bool],
+    remedy: str,
+    kind: str = "layer",
+    *,
+    traced: bool = False,
+) -> ByName[Any]:
+    """An option that is a number, or numbers by regular expression; with `traced`, `jax.jit` may trace them.
 
     Raises:
-      ValueError: a number is not allowed; the message says `remedy`, such as "a number >= 0".
+      ValueError: a number is not allowed; the message says `remedy`, such as "a number >= 0". The range of a traced
+        number cannot be checked.
     """
     found = ByName(option, given, kind)
     for value in found.values():
+        if isinstance(value, jax.core.Tracer):
+            if traced and is_number(value):
+                continue
+            raise ValueError(
+                f"{option} must be {remedy}, and not traced, got {jax.typeof(value)}: make one rule for each value, "
+                "outside of jit, vmap and scan"
+            )
         if not allowed(value):
             raise ValueError(f"{option} must be {remedy}, got {value!r}")
     return found
