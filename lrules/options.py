@@ -187,19 +187,10 @@ def rule_numbers(numbers: Any, kind: str = "layer") -> dict[str, ByName[Any]]:
 
     Raises:
       TypeError: it is not a dict.
-      ValueError: a value is not a number, or numbers by regular expression.
     """
     if not isinstance(numbers or {}, Mapping):
         raise TypeError(f"numbers must be a dict {{name: number}}, got a {type(numbers).__name__}")
-    found = {name: ByName(name, value, kind) for name, value in (numbers or {}).items()}
-    for name, by_pattern in found.items():
-        for value in by_pattern.values():
-            if not isinstance(value, int | float | complex) and not hasattr(value, "dtype"):
-                raise ValueError(
-                    f"numbers: {name!r} must be a number or a dict {{pattern: number}}, got {value!r}: let the "
-                    "function close over other values"
-                )
-    return found
+    return {name: ByName(name, value, kind) for name, value in (numbers or {}).items()}
 
 
 def by_name(

@@ -169,14 +169,6 @@ TOGETHER = {
         lambda: lrules.direct(lambda *_: None, pullback=lambda *_: lambda e: {}),
         "signal and pullback both say what arrives: give one of them",
     ),
-    "a_word": (
-        lambda: lrules.sequential(lambda op, w, b, x, d, layer, a: 0, numbers={"a": {"c": "big", ".*": 1}}),
-        "numbers: 'a' must be a number or a dict {pattern: number}, got 'big'",
-    ),
-    "no_number": (
-        lambda: lrules.modify_error(lrules.backprop(), lambda s, name, rng, a: s, numbers={"a": None}),
-        "numbers: 'a' must be a number or a dict {pattern: number}, got None",
-    ),
     "taken": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, y: 0, numbers={"y": 1.0}),
         "numbers must not have 'y', which every rule can ask for",
