@@ -36,7 +36,7 @@ from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.running import prepare, run_plan
 from lrules.network import Network, NetworkLike, as_network
-from lrules.options import ByName, is_whole, require_flags, require_pattern
+from lrules.options import is_whole, require_flags, require_pattern, rule_numbers
 from lrules.rule import Direct, Feedback, Gradients, LayerRule, Rule, RuleDescription, Sequential, check_params
 from lrules.typing import Initializer, Loss, Pytree
 
@@ -175,8 +175,7 @@ def sequential(
         raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learned")
     if learned and init is None:
         raise ValueError("learned=True trains feedback weights, and init draws them: give both or neither")
-    given = {name: ByName(name, value) for name, value in (numbers or {}).items()}
-    spec = Sequential(backward, init, learned, redrawn, whole_batch, gain, state, given)
+    spec = Sequential(backward, init, learned, redrawn, whole_batch, gain, state, rule_numbers(numbers))
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 
 
@@ -262,11 +261,17 @@ def direct(
         raise ValueError(f"rank must be an integer >= 1 or None, got {rank!r}")
     if rank is not None and init is None:
         raise ValueError(f"rank={rank} makes feedback weights of two factors, and init draws both: give init too")
+    if signal is not None and pullback is not None:
+        raise ValueError("signal and pullback both say what arrives: give one of them")
+    if signal is None and pullback is None:
+        for option, value in {"init": init, "learn": learn, "state": state, "numbers": numbers}.items():
+            if value:
+                raise ValueError(f"signal=None stops the error, so {option} has no use: leave it out")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learn")
     if learn is not None and init is None:
         raise ValueError("learn trains feedback weights, and init draws them: give both or neither")
-    given = {number: ByName(number, value, "hidden signal") for number, value in (numbers or {}).items()}
+    given = rule_numbers(numbers, "hidden signal")
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,
         tuple(offers), state, given,

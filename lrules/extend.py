@@ -203,11 +203,16 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
     Returns:
       The signal, `[batch, *hidden]`.
 
+    Raises:
+      TypeError: b is None.
+
     Example:
       >>> import jax.numpy as jnp, lrules
       >>> lrules.extend.project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
+    if b is None:
+        raise TypeError("project: b is None, because the rule has no feedback weights: give the rule init=")
     e = e if e.dtype == b.dtype else e.astype(b.dtype)
     return jax.lax.dot_general(e, b, (((e.ndim - 1,), (0,)), ((), ())))
 

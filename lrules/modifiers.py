@@ -28,7 +28,7 @@ from lrules.engine.per_example import PerExample, scaled
 from lrules.engine.quantizer import by_parts, quantize, quantizer_numbers
 from lrules.modified import AtHidden, Derivative, at_output, kept_errors, modified
 from lrules.network import Network
-from lrules.options import ByName, asked_for, by_name, is_number
+from lrules.options import asked_for, by_name, is_number, rule_numbers
 from lrules.rule import Rule
 from lrules.typing import AxisName, Numbers, Pytree
 
@@ -82,7 +82,7 @@ def modify_error(
     """
     if not callable(fn):
         raise TypeError(f"modify_error: fn must be a function (signal, name, rng) -> signal, got {fn!r}")
-    given = {name: ByName(name, value, "hidden signal") for name, value in (numbers or {}).items()}
+    given = rule_numbers(numbers, "hidden signal")
     wanted = asked_for("modify_error: fn", fn, ("signal", "name", "rng"), tuple(given))
     if unasked := sorted(set(given) - wanted):
         raise ValueError(f"numbers has {unasked[0]!r}, but fn has no argument of this name: add it to fn")
@@ -123,7 +123,7 @@ def quantize_error(
       rule: the rule to modify.
       bits: the number of magnitudes, called bit width in the paper. Or a dict of such numbers by regular expression for
         the names of hidden signals (`re.search`, the first match holds).
-      scale: alpha, the largest magnitude. Or a dict of such numbers.
+      scale: alpha, the largest magnitude. Or a dict of such numbers. `jax.jit` and `jax.vmap` may trace them.
       at: `"hidden"` or `"output"`.
       axis_name: as in `modify_error`.
 
@@ -344,7 +344,7 @@ def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_n
       rule: the rule to modify.
       bits: the number of magnitudes, called bit width in the paper. Or a dict of such numbers by regular expression for
         the names of layers, biases and scales (`re.search`, the first match holds).
-      scale: alpha, the largest magnitude. Or a dict of such numbers.
+      scale: alpha, the largest magnitude. Or a dict of such numbers. `jax.jit` and `jax.vmap` may trace them.
       axis_name: as in `modify_error`.
 
     Returns:

@@ -205,11 +205,19 @@ def as_network(net: NetworkLike) -> Network:
     Returns:
       The network.
 
+    Raises:
+      TypeError: it is neither.
+
     Example:
       >>> import lrules
       >>> isinstance(lrules.extend.as_network(lambda w, x: x @ w), lrules.Network)
       True
     """
+    if not callable(net):
+        raise TypeError(
+            f"the network must be a Network or a function apply(params, inputs), got a {type(net).__name__}: the order "
+            "of the arguments is rule.init(key, net, params, inputs)"
+        )
     return net if isinstance(net, Network) else Network(net)
 
 

@@ -72,6 +72,22 @@ def require_flags(**flags: object) -> None:
             raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def require_key(key: Any, what: str) -> None:
+    """Refuses what is not one key of `jax.random`.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: it is several keys.
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        got = key if is_number(key) else f"a {type(key).__name__}"
+        raise TypeError(f"{what} must be a key, such as jax.random.key(0), got {got}")
+    if typed and key.ndim:
+        raise ValueError(f"{what} must be one key, got keys of shape {key.shape}: give keys[0], or use jax.vmap")
+
+
 def require_pattern(pattern: Any, what: str = "") -> None:
     """Refuses a pattern that is not a regular expression; the message begins with `what`."""
     try:
@@ -166,14 +182,41 @@ class ByName(Generic[T]):
                 raise ValueError(f"{self.option}: {pattern!r} {why}; the {self.kind}s are {listed}{hint}")
 
 
-def by_name(option: str, given: Any, allowed: Callable[[Any], bool], remedy: str, kind: str = "layer") -> ByName[Any]:
-    """An option that is a number, or numbers by regular expression.
+def rule_numbers(numbers: Any, kind: str = "layer") -> dict[str, ByName[Any]]:
+    """The option `numbers=`, by name.
 
     Raises:
-      ValueError: a number is not allowed; the message says `remedy`, such as "a number >= 0".
+      TypeError: it is not a dict.
+    """
+    if not isinstance(numbers or {}, Mapping):
+        raise TypeError(f"numbers must be a dict {{name: number}}, got a {type(numbers).__name__}")
+    return {name: ByName(name, value, kind) for name, value in (numbers or {}).items()}
+
+
+def by_name(
+    option: str,
+    given: Any,
+    allowed: Callable[[Any], bool],
+    remedy: str,
+    kind: str = "layer",
+    *,
+    traced: bool = False,
+) -> ByName[Any]:
+    """An option that is a number, or numbers by regular expression; with `traced`, `jax.jit` may trace them.
+
+    Raises:
+      ValueError: a number is not allowed; the message says `remedy`, such as "a number >= 0". The range of a traced
+        number cannot be checked.
     """
     found = ByName(option, given, kind)
     for value in found.values():
+        if isinstance(value, jax.core.Tracer):
+            if traced and is_number(value):
+                continue
+            raise ValueError(
+                f"{option} must be {remedy}, and not traced, got {jax.typeof(value)}: make one rule for each value, "
+                "outside of jit, vmap and scan"
+            )
         if not allowed(value):
             raise ValueError(f"{option} must be {remedy}, got {value!r}")
     return found

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lrules.engine.closures import held
 from lrules.network import NetworkLike
-from lrules.options import ByName, as_initializer, asked_for, is_number
+from lrules.options import ByName, as_initializer, asked_for, is_number, require_key
 from lrules.typing import Initializer, Pytree
 
 
@@ -150,6 +150,7 @@ class Sequential(_LayerRule):
 
     def __post_init__(self) -> None:
         as_initializer(self.init)  # this refuses an init that is not a function
+        asked_for("backward", *self.functions()["backward"][:2], (*OFFERED, *self.numbers))  # and a backward
         self._check_asked()
 
     def functions(self) -> dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]:
@@ -418,6 +419,8 @@ def check_rng(rule: Rule, rng: jax.Array | None) -> None:
     """Stochastic rules need `rng=`, and other rules refuse it."""
     if rule.stochastic and rng is None:
         raise ValueError("this rule is stochastic: give it a new key at every step, rng=jax.random.key(...)")
+    if rng is not None and rule.stochastic:
+        require_key(rng, "rng")
     if not rule.stochastic and rng is not None:
         raise ValueError("this rule does not use random numbers: leave rng out")
 

@@ -27,9 +27,11 @@ from lrules.trial import (
     example,
     learned,
     loss,
+    other_example,
     same,
     shapes,
     stirred,
+    wide,
     zip_leaves,
 )
 from lrules.typing import Pytree
@@ -52,10 +54,12 @@ def check_rule(
     g(batch) = sum over parts of (n_part / n) g(part),  <g, true gradient> > 0 at the weights nearest the output
 
     **Program.** The rule keeps the outputs of the network, bit for bit, and what `has_aux` adds to them. Its gradients
-    have the structure, shapes and dtypes of the parameters, also in bfloat16. They are finite, also for dead units and
-    for an error of zero. `jit`, `vmap` over seeds and `scan` over steps give what plain calls give, and the second step
-    does not compile again. `init` works under `eval_shape`, returns new arrays, and gives the same shapes for every
-    batch. A step returns a new `feedback.state`, if there is one. `transform` and `value_and_grad` agree.
+    have the structure, shapes and dtypes of the parameters, also in bfloat16. They are finite, also for dead units,
+    dead layers, an example of zeros and an error of zero. `jit`, `vmap` over seeds and `scan` over steps give what
+    plain calls give, and the second step does not compile again. `init` works under `eval_shape`, returns new arrays,
+    and gives the same shapes for every batch. A step returns a new `feedback.state` of the same shapes, if there is
+    one, and leaves its arguments as they are. The rule serves `Network(has_aux=True)`, frozen weights, inputs without a
+    batch, and parameters that are not a dict. `transform` and `value_and_grad` agree.
 
     **Error.** If the error at the outputs is zero, no parameter moves. This is not checked for a stochastic rule, which
     may add noise, or for a rule that `transform` does not serve, which may learn from the targets.
@@ -113,6 +117,8 @@ def check_rule(
     if default:
         _check_tracing(trial)
     _check_no_error(trial, outputs)
+    if default:
+        _check_dead(trial)
 
     trial.feedback = stirred(trial.feedback)
     samples = trial.samples(trial.inputs, trial.targets)
@@ -207,6 +213,12 @@ def _check_rng(trial: Trial) -> None:
 def _check_step(trial: Trial) -> Pytree:
     """The step alone, with jit and without; returns the outputs without jit."""
     net, params, feedback, inputs, targets = trial.net, trial.params, trial.feedback, trial.inputs, trial.targets
+    before = jax.tree.flatten((params, feedback))
+    (plain_value, plain_outputs, *_), plain = trial.step(params, feedback, inputs, targets, **trial.rng)
+    after = jax.tree.flatten((params, feedback))
+    assert before[1] == after[1] and all(a is b for a, b in zip(before[0], after[0], strict=True)), (
+        "a step changes its arguments: put new values into a new dict, not into params or feedback"
+    )
     if serves_transform(trial.rule, trial.net):
         f = transform(net, trial.rule)
         got = jax.jit(lambda p, x: f(p, feedback, x, **trial.rng))(params, inputs)
@@ -216,7 +228,6 @@ def _check_step(trial: Trial) -> Pytree:
     same(seen, trial.outputs, "value_and_grad returns other outputs than the network's", tolerance=1e-6)
     same(value, loss(trial.outputs, targets).mean(), "the value is not the mean loss", tolerance=1e-5)
     _check_gradients(params, feedback, grads)
-    (plain_value, plain_outputs, *_), plain = trial.step(params, feedback, inputs, targets, **trial.rng)
     same(plain_value, value, "jit changes the value", tolerance=1e-5)
     same(plain.params, grads.params, "jit changes the gradients", tolerance=1e-4)
     smaller = jax.tree.map(lambda p: p * jnp.asarray(0.9, p.dtype), params)
@@ -239,8 +250,12 @@ def _check_gradients(params: Pytree, feedback: Feedback, grads: Gradients) -> No
         assert same, "a feedback gradient has another shape or dtype than its weight"
         assert jnp.all(jnp.isfinite(g)), "a feedback gradient is not finite"
     assert jax.tree.structure(grads.state) == jax.tree.structure(feedback.state), "grads.state has another structure"
+    assert shapes(grads.state) == shapes(feedback.state), (
+        "grads.state has other shapes or dtypes than feedback.state: keep both"
+    )
+    assert not any(np.any(np.isnan(wide(leaf))) for leaf in jax.tree.leaves(grads.state)), "a state is not a number"
     old = jax.tree.leaves(feedback.state)
-    moved = any(not np.array_equal(a, b) for a, b in zip_leaves(grads.state, feedback.state))
+    moved = any(not np.array_equal(wide(a), wide(b)) for a, b in zip_leaves(grads.state, feedback.state))
     assert moved or not old, (
         "grads.state is the feedback.state that came in: return the next one, or keep in feedback.fixed the values "
         "that never change"
@@ -279,7 +294,7 @@ def _check_scan(trial: Trial) -> None:
 
 
 def _check_tracing(trial: Trial) -> None:
-    """Checks that need only tracing, on variants of the default network: half precision, and `has_aux`."""
+    """Checks that need only tracing, on variants of the default network."""
 
     def traced(net: Network, params: Pytree, inputs: Pytree, targets: Pytree, complaint: str) -> Any:
         def step() -> tuple[Any, Feedback]:
@@ -293,7 +308,10 @@ def _check_tracing(trial: Trial) -> None:
         except Exception as error:
             raise AssertionError(f"{complaint}; it raised {type(error).__name__}: {error}") from error
 
-    complaint = "the rule fails in bfloat16: give gradients the dtypes of their weights, as dw.astype(w.dtype)"
+    complaint = (
+        "the rule fails in bfloat16: give gradients the dtypes of their weights, as dw.astype(w.dtype), and errors the "
+        "dtypes of their signals, as dx.astype(x.dtype)"
+    )
     net, params, inputs = example(jnp.bfloat16)
     found = traced(net, params, inputs, trial.targets.astype(jnp.bfloat16), complaint)
     if found is not None:
@@ -304,6 +322,27 @@ def _check_tracing(trial: Trial) -> None:
     complaint = "the rule loses the aux of a network with has_aux=True: return it after the outputs"
     found = traced(more, params, inputs, trial.targets, complaint)
     assert found is None or shapes(found[0][0][2:]) == ({"seen": shapes(inputs)},), complaint
+    net, params, inputs = other_example()
+    complaint = (
+        "the rule fails with frozen weights, an input without a batch and parameters in a tuple: call the network as "
+        "net(params, inputs), and use net.parameters, net.batch_size and jax.tree"
+    )
+    found = traced(net, params, inputs, trial.targets, complaint)
+    assert found is None or shapes(found[0][1].params) == shapes(params), complaint
+
+
+def _check_dead(trial: Trial) -> None:
+    """A network in which whole layers are dead, and one example is zero."""
+    params = jax.tree.map(lambda p: p, trial.params)
+    for name in "ac":
+        params[name]["bias"] = jnp.full_like(params[name]["bias"], -100)
+    inputs = trial.inputs.at[0].set(0)
+    grads = trial.jitted(params, trial.feedback, inputs, trial.targets, **trial.rng)[1]
+    for name, g in learned(grads).items():
+        assert np.all(np.isfinite(g)), (
+            f"the gradient of {name!r} is not finite where a layer is dead, or an example is zero: do not divide by a "
+            "value that can be zero"
+        )
 
 
 def _check_no_error(trial: Trial, outputs: Pytree) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,26 @@ def example(dtype: Any = jnp.float32) -> tuple[Network, Any, jax.Array]:
     x = jax.random.normal(jax.random.key(4), (6, 6))
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))
     return Network(lambda params, x: forward(params, x)[0]), params, x
+
+
+class Layers(NamedTuple):
+    """Parameters in another container than a dict, with the same names."""
+
+    b: Any
+    c: Any
+    d: Any
+
+
+def other_example() -> tuple[Network, Layers, Any]:
+    """The default network with other habits: frozen weights, an input without a batch, parameters in a tuple."""
+    _, params, x = example()
+
+    def apply(layers: Layers, frozen: Any, inputs: Any) -> jax.Array:
+        return inputs["size"] * forward(layers._asdict() | frozen, inputs["x"])[0]
+
+    frozen = {"a": params.pop("a")}
+    axes = {"x": 0, "size": None}
+    return Network(apply, frozen=frozen, batch_axes=axes), Layers(**params), {"x": x, "size": jnp.ones(())}
 
 
 def forward(params: Pytree, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -164,6 +184,7 @@ def learned(grads: Gradients) -> dict[str, np.ndarray]:
 
 
 def wide(x: Any) -> np.ndarray:
+    x = jax.random.key_data(x) if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else jnp.asarray(x)
     return np.asarray(x, np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
 
 

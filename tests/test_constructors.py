@@ -57,6 +57,14 @@ CALLED = {
         lambda: lrules.sequential(lambda *_: None, gain=lambda op, w, x, d, layer, rng: 1),
         "gain asks for an unknown argument 'rng': after (op, w, x, d, layer) it can ask for nothing by name",
     ),
+    "no_backward": (
+        lambda: lrules.sequential(None),  # type: ignore[arg-type]
+        "backward must be a function (op, w, b, x, d, layer), got a NoneType",
+    ),
+    "numbers": (
+        lambda: lrules.sequential(lambda *_: None, numbers=[("a", 1)]),  # type: ignore[arg-type]
+        "numbers must be a dict {name: number}, got a list",
+    ),
     "no_function": (lambda: lrules.sequential(3), "backward must be a function (op, w, b, x, d, layer), got a int"),
     "modify_error": (
         lambda: lrules.modify_error(lrules.backprop(), lambda signal: signal),
@@ -73,6 +81,32 @@ CALLED = {
 def test_arguments_that_a_function_does_not_get(name):
     make, words = CALLED[name]
     assert words in message(TypeError, make)
+
+
+def test_feedback_weights_that_are_not_drawn():
+    rules = {
+        "project: b is None": lrules.direct(lambda e, b, targets, name: lrules.extend.project(e, b)),
+        "op: the weight is None": lrules.sequential(lambda op, w, b, x, d, layer: (w, op.passed_down(b, x, d), None)),
+        "a rule without init= has no": lrules.sequential(lambda op, w, b, x, d, layer: (*vjp(op, b, x, d), None)),
+    }
+    for words, rule in rules.items():
+        assert words in message(TypeError, lambda: used(rule))  # noqa: B023
+
+
+def test_arguments_that_are_no_keys():
+    rule = lrules.sign_symmetry("random")
+    f = lrules.transform(mlp, rule)
+    for key, words in ((3, "got 3"), (jnp.ones(2), "got a ArrayImpl"), (mlp, "got a function")):
+        text = message(TypeError, lambda: f(W, NONE, X, rng=key))  # noqa: B023
+        assert text == f"rng must be a key, such as jax.random.key(0), {words}"
+    text = message(ValueError, lambda: f(W, NONE, X, rng=jax.random.split(KEY, 3)))
+    assert text == "rng must be one key, got keys of shape (3,): give keys[0], or use jax.vmap"
+    for made in (lrules.feedback_alignment(), lrules.node_perturbation(0.1), lrules.dual_propagation()):
+        text = message(TypeError, lambda: made.init(0, mlp, W, X))  # noqa: B023
+        assert text == "the first argument of init must be a key, such as jax.random.key(0), got 0"
+        made.init(jax.random.PRNGKey(0), mlp, W, X)
+        text = message(TypeError, lambda: made.init(mlp, KEY, W, X))  # noqa: B023
+        assert "got a PRNGKeyArray: the order of the arguments is rule.init(key, net, params, inputs)" in text
 
 
 def test_arguments_with_a_default_keep_it():
@@ -125,6 +159,15 @@ TOGETHER = {
     "only_learn": (
         lambda: lrules.direct(lambda *_: None, init=GLOROT, learn=lambda e, h, b, state: b, state=lambda shape: 0),
         "signal must ask for it too",
+    ),
+    "nothing_drawn": (
+        lambda: lrules.direct(None, init=GLOROT),
+        "signal=None stops the error, so init has no use: leave it out",
+    ),
+    "nothing_asks": (lambda: lrules.direct(None, numbers={"a": 1}), "the error, so numbers has no use: leave it out"),
+    "both": (
+        lambda: lrules.direct(lambda *_: None, pullback=lambda *_: lambda e: {}),
+        "signal and pullback both say what arrives: give one of them",
     ),
     "taken": (
         lambda: lrules.sequential(lambda op, w, b, x, d, layer, y: 0, numbers={"y": 1.0}),

@@ -4,6 +4,7 @@ What runs: the examples in docstrings, and the Python of the README from top to 
 """
 
 import doctest
+import functools
 import importlib
 import inspect
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 from flax import nnx
 
 import lrules
+from tests.sampling import mostly_slow
 
 pytestmark = pytest.mark.foreign
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -113,13 +115,34 @@ def test_the_check_of_public_docstrings():
     assert {"describe", "Feedback", "ValueAndGrad", "feedback.sparse", "testing.check_rule"} <= set(PUBLIC)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/writing_rules.md", "docs/saving_feedback.md"])
-def test_page(page):
+@functools.cache
+def run_page(page):
+    """The names that a page defines, after all its examples have run."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     namespace = {"__name__": page}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/writing_rules.md", "docs/saving_feedback.md", "docs/training.md"])
+def test_page(page):
+    run_page(page)
+
+
+TAUGHT = {"mixed": (), "signs": (), "normalised": (), "limited": ("net", "params", "x")}  # its network
+
+
+@pytest.mark.parametrize("name", mostly_slow(TAUGHT, {"mixed", "signs"}))
+def test_rules_that_the_page_teaches(name):
+    page = run_page("docs/writing_rules.md")
+    lrules.testing.check_rule(page[name], *(page[argument] for argument in TAUGHT[name]))
+
+
+def test_all_rules_that_the_page_teaches_are_here():
+    rules = {name for name, value in run_page("docs/writing_rules.md").items() if isinstance(value, lrules.Rule)}
+    assert rules == TAUGHT.keys() | {"local"}  # which needs classes as its targets
 
 
 def test_the_diff_of_the_readme():

@@ -189,6 +189,16 @@ def test_the_whole_batch(backward):
         check_rule(lrules.sequential(backward))
 
 
+def test_states_of_all_kinds():
+    """Also a key, which cannot be compared as numbers are."""
+
+    def backward(op, w, b, x, d, layer, state):
+        key, n = state
+        return *pulled(op, w, x, d), None, (jax.random.fold_in(key, n), n + 1)
+
+    check_rule(lrules.sequential(backward, state=lambda layer, key: (key, 0)))
+
+
 def test_a_stop_by_hand():
     """`last_layer_only` without a description: only a skipped promise tells that the error is meant to stop."""
     rule = lrules.last_layer_only()
@@ -400,6 +410,12 @@ def drawn_by_numpy(op, w, b, x, d, layer):
     return dw * np.float32(np.random.default_rng().uniform(0.5, 1.5)), dx, None
 
 
+def by_example(op, w, b, x, d, layer):
+    """Divides by the size of the input of each example."""
+    dw, dx = pulled(op, w, x / jnp.linalg.norm(x, axis=-1, keepdims=True), d)
+    return dw, dx, None
+
+
 def sent(e, b, targets, name):
     return jnp.tensordot(e, b, axes=1)
 
@@ -553,6 +569,56 @@ def transported():
     return rule._replace(init=init)
 
 
+def in_place():
+    """Puts the feedback into the dict that it was given."""
+    rule = FA()
+
+    def transform(net, *, reduction="mean"):
+        f = rule.transform(net, reduction=reduction)
+
+        def g(params, feedback, inputs, *, rng=None):
+            feedback.fixed.update({name: 2 * b for name, b in feedback.fixed.items()})
+            return f(params, feedback, inputs)
+
+        return g
+
+    return lrules.Rule(rule.init, transform)
+
+
+def of_dicts():
+    """Serves parameters in a dict alone."""
+    rule = FA()
+
+    def init(key, net, params, inputs):
+        return rule.init(key, net, dict(params.items()), inputs)
+
+    return rule._replace(init=init)
+
+
+def without_frozen():
+    rule = FA()
+
+    def transform(net, *, reduction="mean"):
+        f = rule.transform(net, reduction=reduction)
+        return lambda *args, **rng: [f(*args, **rng), net.apply(args[0], args[2])][0]
+
+    return lrules.Rule(rule.init, transform)
+
+
+def with_state(new, first=lambda layer: jnp.ones(())):
+    def backward(op, w, b, x, d, layer, state):
+        return *pulled(op, w, x, d), None, new(state)
+
+    return lrules.sequential(backward, state=first)
+
+
+def of_other_shapes():
+    """The next state has another dtype."""
+    rule = by_hand(lambda net, params, inputs, targets, grads: grads._replace(state=jnp.ones(2, jnp.int32)))
+
+    return rule._replace(init=lambda key, net, params, inputs: lrules.Feedback({}, {}, jnp.ones(2)))
+
+
 def seeded_by_numpy():
     rule = FA()
 
@@ -609,6 +675,12 @@ BROKEN = {
     "other outputs": (other_outputs(), "transform changes the outputs"),
     "by batch": (by_batch(), "feedback of other shapes for a smaller batch"),
     "seeded by numpy": (seeded_by_numpy(), "init with one key gives two results"),
+    "dividing by examples": (lrules.sequential(by_example), "not finite where a layer is dead, or an example is zero"),
+    "in place": (in_place(), "a step changes its arguments"),
+    "of dicts": (of_dicts(), "parameters in a tuple.*'Layers' object has no attribute 'items'"),
+    "without frozen": (without_frozen(), "fails with frozen weights.*missing 1 required positional argument"),
+    "state that is no number": (with_state(lambda s: jnp.log(-s)), "a state is not a number"),
+    "state of another dtype": (of_other_shapes(), "other shapes or dtypes than feedback.state: keep both"),
     "transported": (transported(), "init returns buffers of the parameters"),
 }  # fmt: skip
 

@@ -346,6 +346,34 @@ def test_hyperparameters_may_be_tracers():
         chex.assert_trees_all_close(jax.tree.map(lambda v: v[0], stacked), wanted, rtol=1e-4)
 
 
+TRACEABLE = {
+    "quantize_error": lambda v: lrules.quantize_error(lrules.feedback_alignment(), 3, scale=v),
+    "quantize_update": lambda v: lrules.quantize_update(lrules.backprop(), 3, scale={"a": v, ".*": 0.1}),
+    "node_perturbation": lrules.node_perturbation,
+}
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_options_may_be_tracers(name):
+    net = lrules.Network(model)
+    run = lambda value: step(net, TRACEABLE[name](value))[1].params  # noqa: E731
+    wanted, values = [run(0.5), run(0.75)], jnp.array([0.5, 0.75])
+    compiled, stacked = jax.jit(run), jax.vmap(run)(values)
+    for i in range(2):
+        chex.assert_trees_all_close(compiled(values[i]), wanted[i], rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(jax.tree.map(lambda v: v[i], stacked), wanted[i], rtol=1e-4, atol=1e-5)  # noqa: B023
+
+
+@pytest.mark.parametrize("make", [
+    lambda v: lrules.drop_error(lrules.backprop(), v),
+    lambda v: lrules.quantize_error(lrules.backprop(), v),
+    lambda v: lrules.dual_propagation(beta=v),
+])  # fmt: skip
+def test_options_that_may_not_be_tracers(make):
+    with pytest.raises(ValueError, match="and not traced, got float32.*: make one rule for each value, outside of jit"):
+        jax.jit(lambda v: step(lrules.Network(model), make(v))[1].params)(jnp.float32(0.5))
+
+
 # -- JAX's settings
 
 

@@ -28,6 +28,7 @@ from lrules.engine.weights import (
     draw_direct,
     draw_reduction,
 )
+from lrules.options import require_key
 from lrules.rule import Direct, Feedback, LayerRule, Sequential
 from lrules.typing import Pytree
 
@@ -114,6 +115,7 @@ class Plan:
 
     def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
         """Draws the feedback weights, each with a key made from its name."""
+        require_key(key, "the first argument of init")
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):

@@ -40,6 +40,8 @@ class Product:
         self.eqn, self.position, self.single = eqn, position, single
 
     def __call__(self, w: jax.Array, x: Pytree) -> Any:
+        if w is None:
+            raise TypeError("op: the weight is None: a rule without init= has no feedback weights b, so give it")
         others = [x] if self.single else list(x)
         return bind(self.eqn, [*others[: self.position], w, *others[self.position :]])[0]
 

@@ -72,7 +72,8 @@ def quantizer_numbers(bits: Numbers, scale: Numbers, kind: str) -> tuple[ByName[
     Raises:
       ValueError: one is out of range.
     """
+    positive = lambda value: is_number(value) and 0 < value < math.inf  # noqa: E731
     return (
         by_name("bits", bits, lambda value: is_whole(value) and value >= 1, "an integer >= 1", kind),
-        by_name("scale", scale, lambda value: is_number(value) and 0 < value < math.inf, "a finite number > 0", kind),
+        by_name("scale", scale, positive, "a finite number > 0", kind, traced=True),
     )

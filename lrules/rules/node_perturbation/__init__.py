@@ -80,7 +80,7 @@ def node_perturbation(
 
     Args:
       std: the standard deviation of the noise; or a dict of such numbers by regular expression (`re.search` on the name
-        of the hidden signal, the first match holds).
+        of the hidden signal, the first match holds). `jax.jit` and `jax.vmap` may trace them.
       direct: True brings the output error (see docs/terms.md) straight to every hidden signal, as direct feedback
         alignment does. False brings the error down through every layer, as feedback alignment does.
       solver: `"sgd"`, or `"rls"` for recursive least squares. `"rls"` serves dense layers, and direct feedback to every
@@ -116,7 +116,8 @@ def node_perturbation(
       Lansdell, Prakash, Kording: Learning to solve the credit assignment problem (2019), sections 2 and 3, Eq. 1 to 5,
       9, 11; Theorems 1 and 2, Corollary 1.
     """
-    stds = by_name("std", std, lambda s: is_number(s) and 0 < s < math.inf, "a finite number > 0", "hidden signal")
+    positive = lambda s: is_number(s) and 0 < s < math.inf  # noqa: E731
+    stds = by_name("std", std, positive, "a finite number > 0", "hidden signal", traced=True)
     require_flags(direct=direct)
     if solver not in get_args(Solver):
         raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
