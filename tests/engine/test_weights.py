@@ -2,9 +2,11 @@
 
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
+import lrules
 from lrules.engine.weights import draw_reduction
-from tests.small import FA, KEY, X
+from tests.small import FA, KEY, W, X, mlp
 
 
 def test_feedback_of_an_ensemble_is_drawn_per_member():
@@ -41,3 +43,16 @@ def test_a_reduction_keeps_mean_and_variance(rank):
         assert jnp.allclose(rows.mean(0), 1 / rank, atol=0.03) and rows.std(0).min() > 0.5 / rank**0.5
     else:
         assert 0.9 < squares.mean() < 1.1 and jnp.allclose(rows.mean(0), 0, atol=0.05)
+
+
+def test_the_shape_of_direct_feedback_is_told():
+    def loop(p, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["a"], jnp.stack([p["b"], p["b"]]))[0] @ p["c"]
+
+    def told(net, **options):
+        rule = lrules.direct_feedback_alignment(**options)
+        return {row["hidden signal"]: row["feedback"] for row in lrules.describe(net, rule, W, X).hidden}
+
+    assert told(mlp) == {"b": "3 outputs x (6,)", "c": "3 outputs x (6,)"}
+    assert told(mlp, rank=2, at="b") == {"b": "2 rank x (6,)", "c": "-"}
+    assert told(loop) == {"b": "2 iterations x 3 outputs x (6,)", "c": "3 outputs x (6,)"}
