@@ -54,6 +54,14 @@ def split_views(p, x, batch):
     return h @ p["c"]
 
 
+def merged_batch(p, x, batch):
+    """The batch is merged with two steps where layers read it."""
+    h = jnp.stack([x, jnp.sin(x)], 1).reshape(-1, 4)
+    h = jax.nn.relu(h @ p["a"] + p["bias"][None])
+    h = jax.nn.relu(jnp.dot(h, p["b"], out_sharding=batch))
+    return h.reshape(x.shape[0], 2, 8).sum(1) @ p["c"]
+
+
 def gradients(net, rule, params, x, y, feedback=None, lift=jax.jit):
     rng = {"rng": jax.random.key(2)} if rule.stochastic else {}
     feedback = rule.init(jax.random.key(1), net, params, x) if feedback is None else feedback
@@ -105,7 +113,7 @@ DIRECT = ["direct_feedback_alignment", "adaptive", "rank", "skipped_backprop", "
 HARD = [*DIRECT, "kolen_pollack", "node_perturbation", "quantize_update"]
 
 
-@pytest.mark.parametrize("net", [gathered, split_views])
+@pytest.mark.parametrize("net", [gathered, split_views, merged_batch])
 @pytest.mark.parametrize("name", mostly_slow(HARD, HARD[:2]))
 def test_split_features_read_by_views(name, net):
     feedback, want = alone(net, ALL[name])

@@ -52,6 +52,11 @@ class BatchAxis:
         """The sizes of the axes that are merged with the batch."""
         return [n for n in (self.before, self.after) if n != 1]
 
+    @property
+    def _place(self) -> int:
+        """Where the batch lies once its axis is split: an axis of size one before it would stop JAX's reshapes."""
+        return self.axis + (self.before != 1)
+
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape without the batch; a merged axis is split."""
         return (*shape[: self.axis], *self.merged, *shape[self.axis + 1 :])
@@ -61,15 +66,15 @@ class BatchAxis:
         if not self.merged:
             x = moved(x, [0], [self.axis])
             return x if x.shape == tuple(shape) else x.reshape(shape)
-        x = x.reshape((x.shape[0], *shape[: self.axis], self.before, self.after, *shape[self.axis + 1 :]))
-        return moved(x, [0], [self.axis + 1]).reshape(shape)
+        return moved(x.reshape(x.shape[0], *self.rest(shape)), [0], [self._place]).reshape(shape)
 
     def in_front(self, x: jax.Array, shape: Sequence[int], batch: int) -> jax.Array:
         """A tensor of that shape as `[batch, *rest]`."""
         if not self.merged:
             return moved(x, [self.axis], [0])
-        x = x.reshape((*shape[: self.axis], self.before, -1, self.after, *shape[self.axis + 1 :]))
-        return moved(x, [self.axis + 1], [0]).reshape(-1, *self.rest(shape))
+        sizes = list(self.rest(shape))
+        sizes.insert(self._place, -1)
+        return moved(x.reshape(sizes), [self._place], [0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,6 +88,7 @@ MORE_THAN_ONE_LAYER = {
     "two products of one weight": (_true(lambda w, x: jnp.tanh(x @ w) @ w), lambda p: p["b"]),
     "a bias": (_true(lambda wb, x: x @ wb[0] + wb[1]), lambda p: (p["b"], p["t"])),
     "two weights": (_true(lambda wb, x: jnp.tanh(x @ wb[0]) @ wb[1]), lambda p: (p["b"], p["b2"])),
+    "a product in another shape": (_true(lambda w, x: (x @ w).reshape(-1, 2, 3)), lambda p: p["b"]),
     "a product by hand": (_true(lambda w, x: (x[:, :, None] * w[None]).sum(1)), lambda p: p["b"]),
     "a product and one by hand": (_true(lambda w, x: x @ w + (x[:, :, None] * w[None]).sum(1)), lambda p: p["b"]),
     "a product in a while loop": (
@@ -105,7 +106,7 @@ MORE_THAN_ONE_LAYER = {
 def test_more_than_one_layer_in_a_function_with_its_own_derivative(name, rule):
     function, weights = MORE_THAN_ONE_LAYER[name]
     params = W | {"b2": W["b"], "t": jnp.ones((1, 6))}
-    apply = lambda p, x: jnp.tanh(function(weights(p), x @ p["a"])) @ p["c"]  # noqa: E731
+    apply = lambda p, x: jnp.tanh(function(weights(p), x @ p["a"])).reshape(4, 6) @ p["c"]  # noqa: E731
     refused(apply, "'b'", "custom_vjp" if "hand" not in name else "summed", "backprop", params=params, rule=rule)
 
 

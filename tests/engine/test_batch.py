@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lrules
+from lrules.engine.batch import BatchAxis, Unbatched
 from tests.small import DFA, FA, KEY, W, X, first, mlp, refused
 
 
@@ -47,6 +49,40 @@ def test_merged_axes_keep_the_order_of_the_examples():
             assert reached(apply, {k: v * 0.1 for k, v in W.items()}, x) == [0]
 
 
+def test_one_step_of_each_example():
+    """The last step is looked up by the length of each sequence, which does not change the order of the examples."""
+
+    def last(p, x):
+        h, steps = first(p, x), jnp.where(x[:, 0, 0] > 0, T - 1, T - 2)
+        return jnp.tanh(h[jnp.arange(len(x)), steps] @ p["b"]) @ p["c"]
+
+    assert reached(last, {k: v * 0.1 for k, v in W.items()}, SEQUENCES) == [0]
+
+
+def test_the_batch_is_brought_to_the_front_and_back():
+    shape = (7, 2 * 5 * 3, 4)
+    x = jnp.arange(7.0 * 30 * 4).reshape(shape)
+    for axis, split, order in (
+        (BatchAxis(1, 2, 3), (7, 2, 5, 3, 4), (2, 0, 1, 3, 4)),
+        (BatchAxis(1, before=6), (7, 6, 5, 4), (2, 0, 1, 3)),
+        (BatchAxis(1, after=6), (7, 5, 6, 4), (1, 0, 2, 3)),
+        (BatchAxis(1), shape, (1, 0, 2)),
+        (BatchAxis(2), shape, (2, 0, 1)),
+    ):
+        front = axis.in_front(x, shape, split[order[0]])
+        np.testing.assert_array_equal(front, x.reshape(split).transpose(order))
+        assert front.shape[1:] == axis.rest(shape)
+        np.testing.assert_array_equal(axis.restore(front, shape), x)
+
+
+def test_what_is_the_same_for_all_examples():
+    """Each example has it, and the signals of all examples add up."""
+    x = jnp.arange(6.0).reshape(2, 3)
+    front = Unbatched().in_front(x, (2, 3), 5)
+    assert Unbatched().rest((2, 3)) == (2, 3) and front.shape == (5, 2, 3)
+    np.testing.assert_array_equal(Unbatched().restore(front, (2, 3)), 5 * x)
+
+
 def test_examples_in_another_order():
     """Where examples were concatenated, reversed or sorted, direct feedback would reach the wrong ones: refused."""
 
@@ -62,7 +98,11 @@ def test_examples_in_another_order():
         order = jnp.argsort(x[:, 0, 0])
         return (jnp.tanh(first(p, x[:, 0])[order] @ p["b"]) @ p["c"])[jnp.argsort(order)]
 
-    for apply in (steps_in_turn, reversed_inside, sorted_inside):
+    def reversed_and_weighted(p, x):  # by numbers that do not come from the examples
+        weights = jnp.arange(1.0, len(x) + 1)[:, None]
+        return jnp.tanh((weights * first(p, x[:, 0])[::-1]) @ p["b"]) @ p["c"]
+
+    for apply in (steps_in_turn, reversed_inside, sorted_inside, reversed_and_weighted):
         refused(apply, "batch", rule=DFA, error=ValueError, inputs=SEQUENCES)
         FA.init(KEY, apply, W, SEQUENCES)
 

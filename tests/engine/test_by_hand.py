@@ -53,6 +53,9 @@ BY_HAND = {
         0, 6, lambda i, s: s + lax.dynamic_slice_in_dim(h, i, 1, 1) * w[i][None], jnp.zeros((4, 3))
     ),
     "shifts": lambda h, w: sum(jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * w[i, 0] for i in range(3)),
+    "shifts_by_index": lambda h, w: sum(
+        jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * lax.dynamic_slice(w, (i, 0), (1, 1)) for i in range(3)
+    ),
     "shifted_products": lambda h, w: sum(  # scaled, shifted and cut before they are added
         -jnp.pad(0.5 * (h * w[i, 0]), ((0, 0), (i, 0)))[:, :6] / 3 for i in range(3)
     ),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.experimental import sparse
 
 import lrules
 from tests.bridge import close
@@ -62,6 +63,17 @@ def recurrent(p, x, inside, outside):
 
 
 same = lambda z: z  # noqa: E731
+EDGES = np.arange(B), np.roll(np.arange(B), 1)  # each example is a node, and has an edge to the one before it
+RING = np.eye(B)[EDGES[1]]
+
+
+def brought(along):
+    """A graph of the examples whose edges bring the outputs of the layer along; and a softmax above that."""
+    nets = [lambda p, x, end=end: end(along(logits(p, x))) for end in (softmax, same)]
+    net, low = (lrules.Network(net, signal_axes={"outputs": 0}) for net in nets)
+    return net, softmax, low, X
+
+
 HEADS = {
     "softmax": softmax, "log_softmax": jax.nn.log_softmax, "sigmoid": jax.nn.sigmoid, "tanh": tanh, "by_hand": normal,
     "log_sigmoid": jax.nn.log_sigmoid, "by_logsumexp": lambda z: z - jax.nn.logsumexp(z, axis=-1, keepdims=True),
@@ -91,6 +103,9 @@ ENDS = {name: (lambda p, x, f=f: f(logits(p, x)), f, logits, X) for name, f in H
     "aux": (
         lrules.Network(lambda p, x: (softmax(logits(p, x)), encode(p, x)), has_aux=True), softmax, logits, X,
     ),
+    "edges": brought(lambda z: jax.ops.segment_sum(z[EDGES[0]], EDGES[1], num_segments=B)),
+    "adjacency": brought(lambda z: jnp.asarray(RING) @ z),
+    "sparse": brought(lambda z: sparse.BCOO.fromdense(jnp.asarray(RING), nse=B) @ z),
     "time": (lambda p, x: softmax(logits(p, x)), softmax, logits, SEQUENCE),
     "scalar": (lambda p, x: jax.nn.sigmoid(SCALAR(p, x)), jax.nn.sigmoid, SCALAR, X),
     "classes_first": (

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import lrules
 from lrules.engine.layers import multiplies
@@ -66,10 +67,68 @@ def test_latents():
         assert found(apply, params)[:2] == [("l1", "l1", "latents"), ("l2", "l2", None)]
 
 
+def test_values_that_pass_a_barrier_together_stay_apart():
+    def apply(p, x):
+        w, h = lax.optimization_barrier((p["b"], jnp.tanh(x @ p["a"])))
+        return h @ w
+
+    net = graph(apply, {"a": A, "b": B})
+    assert [(layer.name, layer.weight.pure) for layer in net.layers] == [("a", True), ("b", True)]
+
+
 def test_a_product_of_one_parameter_is_no_layer():
     """Neither of its two sides is the weight, wherever it is used."""
     layers = found(lambda p, x: x @ (jnp.tanh(p["a"] @ p["a"]) @ p["b"]), {"a": A, "b": B})
     assert ("b", "b", None) in layers and "a" not in [weight for _, weight, _ in layers]
+
+
+def test_a_product_between_two_transforms():
+    """It is a convolution over the transformed axes: a layer, unlike a scale."""
+
+    def mixed(p, x):
+        return jnp.fft.irfft(jnp.fft.rfft(jnp.tanh(x @ p["a"])) * p["w"][None], 3) @ p["b"]
+
+    params = {"a": A, "w": jnp.ones(2, jnp.complex64), "b": B}
+    (layer,) = [layer for layer in graph(mixed, params).layers if layer.name == "w"]
+    assert list(layer.contracted) == [1] and layer.operand.aval.shape == (4, 2)
+    scaled = graph(lambda p, x: (jnp.tanh(x @ p["a"]) * p["w"][None]) @ p["b"], {"a": A, "w": B[0], "b": C})
+    assert [layer.name for layer in scaled.layers] == ["a", "b"]
+
+
+def test_a_row_and_a_matrix_that_are_both_looked_up():
+    """The matrix is the weight, and the row is what comes in, on whichever side it stands."""
+    rows, matrices = jnp.ones((5, 3)), jnp.ones((5, 3, 2))
+    for name, text in (("left", "bi,bio->bo"), ("right", "bio,bi->bo")):
+
+        def apply(p, i, text=text):
+            both = [p["rows"][i], p["matrices"][i]]
+            return jnp.einsum(text, *(both if text.startswith("bi,") else reversed(both)))
+
+        net = lrules.Network(apply).graph({"rows": rows, "matrices": matrices}, jnp.arange(4))
+        assert [(layer.name, layer.operation) for layer in net.layers] == [
+            ("rows", "gather"), ("matrices", "dot_general"),
+        ], name  # fmt: skip
+
+
+@jax.custom_vjp
+def dense(w, x):
+    return x @ w
+
+
+dense.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, d: (r[1].T @ d, d @ r[0].T))
+
+
+@pytest.mark.parametrize("product", [lambda w, x: x @ w, dense], ids=["plain", "own derivative"])
+def test_a_layer_that_makes_a_matrix_for_each_example(product):
+    """The matrix that one layer makes is the weight of the next."""
+
+    def apply(p, x):
+        made = product(p["maker"], x).reshape(-1, 3, 2)
+        return jnp.einsum("bi,bio->bo", jnp.tanh(x @ p["a"]), made)
+
+    net = graph(apply, {"a": A, "maker": jnp.ones((3, 6))})
+    assert sorted(layer.name for layer in net.layers) == ["a", "maker", "maker"]
+    assert [(layer.mixed, sorted(layer.sources)) for layer in net.layers if layer.mixed] == [(True, [1])]
 
 
 def test_products_inside():

@@ -240,9 +240,12 @@ def test_axes_lie_where_the_row_says(name):
     row = operations.of(eqn)
     for k, other in enumerate(others):
         lies, contracted = dict(row.lies(eqn, k)), set(row.contracted(eqn, k))
-        assert {i: o for i, o in lies.items() if i not in contracted} == axes_kept(eqn, operands, k) | other
+        kept = axes_kept(eqn, operands, k)
+        assert {i: o for i, o in lies.items() if i not in contracted} == kept | other
         if row.kind == "product" and k < 2:  # each axis is said to be something
             assert {*lies, *contracted, *row.members(eqn, k)} == set(range(operands[k].ndim))
+        if row.kind in ("reduction", "cumulative", "window"):
+            assert set(row.reduced(eqn, k)) == set(range(operands[k].ndim)) - set(kept)
 
 
 VIEWS = {

@@ -7,6 +7,9 @@ import pytest
 from jax import lax
 
 import lrules
+from lrules.engine import product
+from lrules.engine.product import Product
+from lrules.engine.shared import Pieces
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (5, 3))
@@ -67,5 +70,44 @@ def test_layers_of_one_shape_share_what_they_trace_and_not_their_numbers():
     f = lrules.transform(apply, lrules.sequential(backward))
     got = jax.grad(lambda p: (f(p, lrules.Feedback({}, {}), IMAGES) ** 2).sum())(params)
     wanted = jax.grad(lambda p: (apply(p, IMAGES) ** 2).sum())(params)
+    for name in params:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_one_shape_are_traced_once(monkeypatch):
+    evaluated, bind = [], product.bind
+    monkeypatch.setattr(product, "EVERYWHERE", Pieces())
+    monkeypatch.setattr(product, "bind", lambda eqn, values: evaluated.append(eqn) or bind(eqn, values))
+    params = {name: jnp.ones((3, 3)) for name in "abc"}
+    net = lrules.Network(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"])
+    for layer in net.graph(params, X).layers:
+        op = Product(layer.eqn, layer.position, single=True)
+        op.weight_gradient(params["a"], X, X)
+        op.passed_down(params["a"], X, X)
+    assert len(evaluated) == 2
+
+
+def dense(factor):
+    """A product with a derivative of its own."""
+    made = jax.custom_vjp(lambda w, x: factor * (x @ w))
+    made.defvjp(
+        lambda w, x: (factor * (x @ w), (w, x)), lambda r, d: (factor * (r[1].T @ d), factor * (d @ r[0].T))
+    )
+    return made
+
+
+def test_products_with_a_derivative_of_their_own_are_not_shared():
+    one, two = dense(1.0), dense(-2.0)
+
+    def apply(p, x):
+        return two(p["b"], jnp.tanh(one(p["a"], x)))
+
+    def backward(op, w, b, x, d, layer):
+        return op.weight_gradient(w, x, d), op.passed_down(w, x, d), None
+
+    params = {name: jax.random.normal(jax.random.key(i), (3, 3)) for i, name in enumerate("ab")}
+    f = lrules.transform(apply, lrules.sequential(backward))
+    got = jax.grad(lambda p: (f(p, lrules.Feedback({}, {}), X) ** 2).sum())(params)
+    wanted = jax.grad(lambda p: (apply(p, X) ** 2).sum())(params)
     for name in params:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-4)

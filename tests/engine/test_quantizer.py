@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrules.engine.quantizer import quantize
+from lrules.engine.quantizer import quantize, quantizer_numbers
 from tests.reference import (
     quantise,
 )
@@ -81,3 +81,12 @@ def test_quantizer_of_complex_numbers():
     assert got.dtype == np.complex64
     np.testing.assert_array_equal(got.real, quantize(z.real, 4, 0.125))
     np.testing.assert_array_equal(got.imag, quantize(z.imag, 4, 0.125))
+
+
+@pytest.mark.parametrize("option", ["bits", "scale"])
+def test_options_out_of_range(option):
+    bad = {"bits": (0, -1, 1.5, "two"), "scale": (0, -1.0, float("inf"), float("nan"), "one")}
+    for value in bad[option]:
+        with pytest.raises((TypeError, ValueError), match=option):
+            quantizer_numbers(**({"bits": 4, "scale": 1.0} | {option: value}), kind="layer")
+    quantizer_numbers(1, 0.5, "layer")

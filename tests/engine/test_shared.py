@@ -22,7 +22,7 @@ def equation(fn, *args):
 
 def test_equal_equations_have_equal_keys():
     assert equation_key(equation(jnp.tanh, X)) == equation_key(equation(lambda x: jnp.tanh(x), X))
-    assert equation_key(equation(jax.nn.relu, X)) == equation_key(equation(jax.nn.relu, X))
+    assert equation_key(equation(jax.nn.relu, X)) == equation_key(equation(jax.nn.relu, X)) is not None
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_literals_tell_pieces_apart():
     """Two layers whose equations between differ in a number alone."""
 
     def apply(p, x):
-        h = jnp.tanh(x @ p["a"]) * 0.5
-        h = jnp.tanh(h @ p["b"]) * 0.25
+        h = jnp.tanh(0.75 - x @ p["a"]) * 0.5
+        h = jnp.tanh(0.75 - h @ p["b"]) * 0.25
         return h @ p["c"]
 
     params = {name: jax.random.normal(jax.random.key(i), (3, 3)) for i, name in enumerate("abc")}
     f = lrules.transform(apply, lrules.sequential(lambda op, w, b, x, d, layer: (*jax.vjp(op, w, x)[1](d), None)))
-    got = jax.grad(lambda p: (f(p, lrules.Feedback({}, {}), X) ** 2).sum())(params)
+    got = jax.jit(jax.grad(lambda p: (f(p, lrules.Feedback({}, {}), X) ** 2).sum()))(params)  # eager: no pieces
     wanted = jax.grad(lambda p: (apply(p, X) ** 2).sum())(params)
     for name in params:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)

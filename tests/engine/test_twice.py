@@ -45,8 +45,16 @@ def test_another_program_at_twice_the_batch_is_told():
         g = jnp.tanh(h)
         return (h + g if len(x) == 1 else g + h) @ p["b"]
 
+    def longer(p, x):
+        y = jnp.tanh(x @ p["a"]) @ p["b"]
+        return y if len(x) == 1 else jnp.sin(y)
+
+    def shorter(p, x):
+        y = jnp.tanh(x @ p["a"]) @ p["b"]
+        return jnp.sin(y) if len(x) == 1 else y
+
     params, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((1, 3))
-    for apply in (differs, wired):
+    for apply in (differs, wired, longer, shorter):
         net = lrules.Network(apply)
         assert not write_shapes(net.graph(params, x), net.jaxpr_at_twice(params, x), [0])
         feedback = lrules.direct_feedback_alignment().init(jax.random.key(0), net, params, x)

@@ -2,8 +2,11 @@
 
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
-from tests.small import FA, KEY, X
+import lrules
+from lrules.engine.weights import draw_reduction
+from tests.small import FA, KEY, W, X, mlp
 
 
 def test_feedback_of_an_ensemble_is_drawn_per_member():
@@ -28,3 +31,28 @@ def test_feedback_of_stacked_weights_is_drawn_as_for_each_alone(join):
     drawn = FA.init(KEY, apply, params, X).fixed
     for name in "bc":
         assert 0.9 < float(drawn[name].std()) * ((64 + 16) / 2) ** 0.5 < 1.1
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
+def test_a_reduction_keeps_mean_and_variance(rank):
+    """Rows of length one, each sums to one; where so few numbers cannot be random, both hold on average at best."""
+    rows = draw_reduction(KEY, (4000, rank), jnp.float32)
+    squares = (rows**2).sum(1)
+    if rank > 2:
+        assert jnp.allclose(squares, 1, atol=1e-5) and jnp.allclose(rows.sum(1), 1, atol=1e-5)
+        assert jnp.allclose(rows.mean(0), 1 / rank, atol=0.03) and rows.std(0).min() > 0.5 / rank**0.5
+    else:
+        assert 0.9 < squares.mean() < 1.1 and jnp.allclose(rows.mean(0), 0, atol=0.05)
+
+
+def test_the_shape_of_direct_feedback_is_told():
+    def loop(p, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["a"], jnp.stack([p["b"], p["b"]]))[0] @ p["c"]
+
+    def told(net, **options):
+        rule = lrules.direct_feedback_alignment(**options)
+        return {row["hidden signal"]: row["feedback"] for row in lrules.describe(net, rule, W, X).hidden}
+
+    assert told(mlp) == {"b": "3 outputs x (6,)", "c": "3 outputs x (6,)"}
+    assert told(mlp, rank=2, at="b") == {"b": "2 rank x (6,)", "c": "-"}
+    assert told(loop) == {"b": "2 iterations x 3 outputs x (6,)", "c": "3 outputs x (6,)"}
