@@ -180,7 +180,7 @@ def make_steps(
     return steps, refused
 
 
-def plain_step(task: loop.Task) -> Callable[..., Any]:
+def plain_step(task: tasks.Task) -> Callable[..., Any]:
     """The function of the plain `Step`: the loss and its gradient by `jax.value_and_grad`."""
 
     def plain(params: Any, feedback: lrules.Feedback, state: Any, x: jax.Array, y: jax.Array):
@@ -194,7 +194,7 @@ def plain_step(task: loop.Task) -> Callable[..., Any]:
     return plain
 
 
-def rule_step(task: loop.Task, rule: lrules.Rule) -> Callable[..., Any]:
+def rule_step(task: tasks.Task, rule: lrules.Rule) -> Callable[..., Any]:
     """The function of a rule's `Step`; a stochastic rule takes a key after the other arguments."""
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
