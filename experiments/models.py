@@ -41,7 +41,7 @@ def build(
     if name not in ("resnet18", "vgg16"):
         options |= {"activation": ACTIVATIONS[activation]} if activation else {}
     elif activation not in ("", "relu"):
-        raise InputError(f"{name} has the activation relu, got '{activation}': leave it out, or use mlp, lenet5 or cnn.")
+        raise InputError(f"{name} has the activation relu, got '{activation}': leave it out, or use lenet5 or cnn.")
     if name == "mlp":
         return MLP((math.prod(shape), *widths, classes), **options)
     if len(shape) != 3:
