@@ -9,7 +9,7 @@ import pytest
 
 from experiments import rules
 from experiments.gpu import correctness, report, session, steps
-from tests.experiments.programs import run
+from tests.experiments.programs import ROOT, run
 
 
 @pytest.mark.slow
@@ -98,3 +98,20 @@ def test_tables_name_what_is_missing(tmp_path):
     results = session.Results(tmp_path, "epochs")
     results.put("net, backprop", {"skipped": "3 s were left"})
     assert "- epochs, net, backprop: 3 s were left" in report.tables(tmp_path)
+
+
+def test_the_tables_of_the_documentation_are_those_of_its_data():
+    shown = report.tables(ROOT / "docs/gpu")
+    assert shown.count("| backman ") == 7 and shown.count("bit for bit") == 3
+    assert shown.removeprefix("## Step times\n\n") in (ROOT / "docs/speed.md").read_text()
+
+
+def test_tables_of_correctness_and_epochs(tmp_path):
+    errors = {"backman": 1e-6, "dual_propagation": 2e-3, "arbp": "ValueError: no"}
+    entry = {"relative_errors": errors, "wrong": ["dual_propagation", "arbp"]}
+    session.Results(tmp_path, "correctness").put("mlp, device against CPU", entry)
+    seconds = {"ours": [2.0, 1.0, 3.0], "scan": [1.0, 1.0, 1.0]}
+    session.Results(tmp_path, "epochs").put("net, backprop", {"seconds": seconds, "ratios": {"ours / scan": 2.0}})
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.tables(tmp_path).splitlines()]
+    assert ["mlp, device against CPU", "2", "2.0e-03 (dual_propagation)", "dual_propagation, arbp"] in shown
+    assert ["net, backprop", "2.000 s", "2.000", "-", "-", "-"] in shown
