@@ -163,11 +163,12 @@ class Run:
             return _Group(lanes, keys[lanes], tuple(self._place.whole(v[lanes]) for v in values))
 
         lanes = len(self.seeds)
-        size = memory.fitting(lanes, lambda n: self._train(group(0, n)), limit) if self._looped else 1
+        length = self._stops(PARTS)[0]
+        size = memory.fitting(lanes, lambda n: self._train(group(0, n), length), limit) if self._looped else 1
         self._groups = [group(i, min(i + size, lanes)) for i in range(0, lanes, size)]
         for g in self._groups:
             g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._feed.first(batch_size)))
-            self._train(g)
+            self._train(g, length)
         self.compile_seconds = time.perf_counter() - begin
 
     # The functions of the method, for the lanes of a group
@@ -185,27 +186,29 @@ class Run:
             self._functions[name, group.size] = jax.jit(_over_lanes(one, group.size, shared))
         return self._functions[name, group.size](group.settings, *args)
 
-    def _train(self, group: _Group, name: str = "step") -> Any:
-        """The compiled loop: (settings, carry, keys, order, start, stop, x, y) -> (carry, losses [lanes, steps]).
+    def _train(self, group: _Group, length: int, name: str = "step") -> Any:
+        """The compiled loop: (settings, carry, keys, order, start, x, y) -> (carry, losses [lanes, length]).
 
-        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`.
+        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`. The
+        number of steps is known when the loop is compiled: otherwise a GPU asks the host after each step.
         """
-        key = (f"loop of {name}", group.size)
+        key = (f"{length} times {name}", group.size)
         if key in self._functions:
             return self._functions[key]
 
-        def train(settings: Any, carry: PyTree, key: Array, order: Array, start: Any, stop: Any, x: Array, y: Array):
+        def train(settings: Any, carry: PyTree, key: Array, order: Array, start: Any, x: Array, y: Array):
             step = getattr(self._method(settings), name)
 
-            def body(i: Array, loop: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
-                carry, losses = loop
-                rows = order[i - start if self._feed.chunk else i]
+            def body(carry: PyTree, i: Array) -> tuple[PyTree, Array]:
+                rows = order[i if self._feed.chunk else start + i]
                 batch = [self._place.batch(a[rows]) for a in (x, y)]
-                carry, loss = step(carry, jax.random.fold_in(key, i), *batch)
-                return carry, losses.at[i - start].set(loss.astype(losses.dtype))
+                carry, loss = step(carry, jax.random.fold_in(key, start + i), *batch)
+                return carry, loss.astype(jnp.float32)
 
-            first = carry, jnp.zeros(self._longest)
-            return jax.lax.fori_loop(start, stop, body, first) if self._looped else body(start, first)
+            if self._looped:
+                return jax.lax.scan(body, carry, jnp.arange(length))
+            carry, loss = body(carry, jnp.zeros((), jnp.int32))
+            return carry, loss[None]
 
         init = functools.partial(self._call, "init", 2, group)
         carry = jax.eval_shape(init, group.keys, *self._feed.first(self.batch_size))
@@ -214,15 +217,10 @@ class Run:
             carry = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), carry, layout)
         keys, order = self._shuffle(group, 2, 0)
         x, y = next(iter(self._feed.parts(0, 0)))
-        arguments = carry, keys, self._feed.order(order), 0, self._longest, x, y
-        jitted = jax.jit(_over_lanes(train, group.size, 4), donate_argnums=1, out_shardings=(layout, None))
+        arguments = carry, keys, self._feed.order(order), 0, x, y
+        jitted = jax.jit(_over_lanes(train, group.size, 3), donate_argnums=1, out_shardings=(layout, None))
         self._functions[key] = jitted.lower(group.settings, *arguments).compile()
         return self._functions[key]
-
-    @property
-    def _longest(self) -> int:
-        """The most steps of a call of the compiled loop."""
-        return (self._feed.chunk or self.steps) if self._looped else 1
 
     # Training
 
@@ -235,13 +233,18 @@ class Run:
         return self._joined(self._shuffle(group, 2, epoch)[1] for group in self._groups)
 
     def _stops(self, parts: int) -> list[int]:
-        """The steps after which the host takes over: those of the progress and of the records, and the last."""
-        if self._feed.chunk or not self._looped:
-            return [*range(self._longest, self.steps, self._longest), self.steps]
-        stops = {*range(0, self.steps, math.ceil(self.steps / parts)), self.steps}
-        if self.record_every:
-            stops |= {*range(0, self.steps, self.record_every)}
-        return sorted(stops - {0})
+        """The steps after which the host takes over: equal parts if there is a divisor, records among them."""
+        most = math.ceil(self.steps / parts)
+        if not self._looped:
+            length = 1
+        elif self._feed.chunk:
+            length = self._feed.chunk
+        elif self.record_every:
+            length = max(n for n in range(1, min(most, self.record_every) + 1) if self.record_every % n == 0)
+        else:
+            equal = [n for n in range(parts, parts // 4, -1) if self.steps % n == 0]
+            length = self.steps // equal[0] if equal else most
+        return [*range(length, self.steps, length), self.steps]
 
     def _finish(
         self, name: str, purpose: int, epoch: int, parts: int, advance: Callable[[int], Any] | None
@@ -258,10 +261,9 @@ class Run:
             losses = []
             x, y = next(parts_read)
             for group, (keys, order) in zip(self._groups, shuffled, strict=True):
-                group.carry, loss = self._train(group, name)(
-                    group.settings, group.carry, keys, order, self.step, stop, x, y
-                )
-                losses.append(loss[:, : stop - self.step])
+                train = self._train(group, stop - self.step, name)
+                group.carry, loss = train(group.settings, group.carry, keys, order, self.step, x, y)
+                losses.append(loss)
             self._losses.append(losses)
             done, self.step = stop - self.step, stop
             if self.check_nan:
