@@ -107,6 +107,7 @@ class Run:
         check_nan: bool = False,
         probe: int = 256,
         record_every: int = 0,
+        rows: np.ndarray | None = None,
         placement: Placement | None = None,
         limit: int | None = None,
         resident: int | None = None,
@@ -122,6 +123,7 @@ class Run:
           check_nan: stop with `Diverged` when a loss becomes NaN or Inf.
           probe: training examples on which the method measures; 0: it does not.
           record_every: steps between the records of the curve; 0: none inside an epoch.
+          rows: the training examples of each lane [lanes, examples] (default: all); `rows` may be set between epochs.
           placement: where arrays lie, for many devices.
           limit: bytes that a group of lanes may take (default: what the device has).
           resident: bytes that a data set on the device may take; a larger one is read from the disk (default: half of
@@ -130,7 +132,9 @@ class Run:
         begin = time.perf_counter()
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
         self.record_every, self.curve = record_every, list[dict[str, Any]]()
-        self.steps, self.epochs, self.step = steps_per_epoch(data, batch_size), 0, 0
+        self.rows = rows
+        self._examples = len(data.x_train) if rows is None else rows.shape[1]
+        self.steps, self.epochs, self.step = steps_per_epoch(data, batch_size, self._examples), 0, 0
         self._seconds, self._losses = 0.0, list[np.ndarray | list[Array]]()
         self._names = tuple(settings or ())
         self._make = method if not isinstance(method, Method) else lambda: method
@@ -142,9 +146,8 @@ class Run:
         self._warms_up = example.warm_up is not None
         # The loop, and the lanes of a group, are those of one compiled program.
         self._looped = jax.default_backend() != "cpu" or not example.convolves
-        self._examples = len(data.x_train)
         self._feed: Feed
-        if fits(data, memory.available() // 2 if resident is None else resident):
+        if rows is not None or fits(data, memory.available() // 2 if resident is None else resident):
             self._feed = Resident(data, self._place.whole)
         else:
             self._feed = Streamed(
@@ -226,7 +229,11 @@ class Run:
 
     def _shuffle(self, group: _Group, purpose: int, epoch: int) -> tuple[Array, Array]:
         """The keys [lanes] and orders of examples [lanes, steps, batch] of an epoch."""
-        return _shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
+        keys, order = _shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
+        if self.rows is None:
+            return keys, order
+        rows = self._place.whole(self.rows[group.lanes])
+        return keys, jax.vmap(lambda rows, order: rows[order])(rows, order)
 
     def order(self, epoch: int) -> np.ndarray:
         """The examples of each step of an epoch [lanes, steps, batch]."""
@@ -345,6 +352,11 @@ class Run:
 
     def evaluate(self, x: Array, y: Array, *, batch_size: int = 250, name: str = "evaluate") -> dict[str, np.ndarray]:
         """Means over a set of examples [lanes], such as "loss" and "accuracy"; `attacked` is the other name."""
+        found = self.figures(x, y, batch_size=batch_size, name=name)
+        return {figure: values.mean(1) for figure, values in found.items()}
+
+    def figures(self, x: Array, y: Array, *, batch_size: int = 250, name: str = "evaluate") -> dict[str, np.ndarray]:
+        """The figures of each example of a set [lanes, examples]."""
         size = min(batch_size, len(x))
         starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps: all have one size
         parts = []
@@ -353,7 +365,7 @@ class Run:
             known = i * size - start
             found = self._joined(self._call(name, 2, g, g.carry, *examples) for g in self._groups)
             parts.append({figure: values[:, known:] for figure, values in found.items()})
-        return {figure: np.concatenate([part[figure] for part in parts], 1).mean(1) for figure in parts[0]}
+        return {figure: np.concatenate([part[figure] for part in parts], 1) for figure in parts[0]}
 
     def _joined(self, by_group: Any) -> Any:
         """The results of all groups, as NumPy arrays [lanes, ...]."""
@@ -432,12 +444,12 @@ def _shuffle(key: Array, purpose: int, epoch: int, examples: int, steps: int, ba
     return key, order.reshape(steps, batch_size)
 
 
-def steps_per_epoch(data: Dataset, batch_size: int) -> int:
+def steps_per_epoch(data: Dataset, batch_size: int, examples: int | None = None) -> int:
     """The number of full batches in an epoch; the examples that are left out differ from epoch to epoch."""
-    steps = len(data.x_train) // batch_size
+    examples = len(data.x_train) if examples is None else examples
+    steps = examples // batch_size
     if not steps:
         raise InputError(
-            f"The batch size must be <= {len(data.x_train)}, the number of training examples of {data.name}, got "
-            f"{batch_size}."
+            f"The batch size must be <= {examples}, the number of training examples of {data.name}, got {batch_size}."
         )
     return steps

@@ -5,8 +5,9 @@
 
 The second command has the authors' settings (paper and code): 784-50-20-10 with sigmoid hidden layers, half squared
 error on one-hot targets, batches of 32, plain SGD at 0.0128 for the mean over a batch (0.0004 for the sum in the code),
-feedback weights by exact least squares. It takes 500,000 steps; the authors took 2,001,000 (--epochs=1067). Here one epoch warms the feedback up; weights start at variance
-1 / fan-in, where the code has twice that. On digits the rate and the number of steps differ.
+feedback weights by exact least squares. It takes 500,000 steps; the authors took 2,001,000 (--epochs=1067). Here one
+epoch warms the feedback up; weights start at variance 1 / fan-in, where the code has twice that. On digits the rate and
+the number of steps differ.
 
 By epoch and layer: how far the feedback weights B of a layer are from its weights W (A: relative error, C: signs that
 agree), and B: the angle between the gradient that arrives below that layer and the true one. FA keeps its B, BP has W
