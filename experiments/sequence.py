@@ -126,7 +126,7 @@ def figure(accuracy: np.ndarray, title: str) -> Figure:
         after, mean = np.arange(task + 1, count + 1), values.mean(0)
         sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
         axis.plot(after, mean, marker=".", label=f"task {task + 1}", **style)
-        axis.fill_between(after, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+        axis.fill_between(after, mean - sd, np.minimum(mean + sd, 100), color=style["color"], alpha=0.15, linewidth=0)
     axis.set(xlabel="tasks trained", ylabel="test accuracy (%)", title=title, xticks=range(1, count + 1))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize="small")
