@@ -175,7 +175,7 @@ def table_two_shown(found: Mapping[str, Result]) -> str:
 
 
 def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[str, Figures], title: str) -> Figure:
-    """Table 1 as points, ours and those of the paper; the residuals of Table 2 over the iterations."""
+    """Table 1 as points, from us and from the paper; the residuals of Table 2 over the iterations."""
     panels = 2 * bool(one) + bool(two)
     made = Figure(figsize=(2 + 3.7 * panels, 4.4), dpi=130, layout="constrained")
     axes = made.subplots(1, panels, squeeze=False)[0]

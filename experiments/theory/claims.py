@@ -130,7 +130,7 @@ def compressive(seeds: Seeds, size: int = 4) -> list[Check]:
         flow = rbp_dynamics.integrate(rbp_dynamics.srbp, *problem)
         general.append(distance(flow.last, rbp_dynamics.compressive_limit(problem)))
         above.append(_excess(problem, flow, 1) / rbp_dynamics.best_excess_error(problem.ti, problem.ii, 1))
-        # A(0) = -3 C, and K is low enough for two negative roots. With C along an axis, rounding keeps A on the line.
+        # A(0) = -3 C, and K is low enough for two negative roots. C is along an axis, so rounding keeps A on it.
         axis = np.eye(1, size)
         weights = -3.0 * axis, -2.0 * axis.T + 0.1 * np.random.default_rng(seed).normal(size=(size, 1))
         on_line = Problem(weights, (axis,), eye, eye)
@@ -147,7 +147,7 @@ def compressive(seeds: Seeds, size: int = 4) -> list[Check]:
         Check(source, "any S_TI, S_II: distance from the cubic's root (added)", max(general), most=1e-6),
         Check(source, "any S_TI, S_II: mean error / best of rank 1, minus 1 (added)", float(np.mean(above)), least=0.1),
         Check(source, "A(0) = -3 C: distance from a negative root (exception)", max(line), most=1e-7),
-        Check(source, "beside that line: distance from the positive root", max(back), most=1e-6),
+        Check(source, "close to that line: distance from the positive root", max(back), most=1e-6),
     ]
 
 
