@@ -1,5 +1,7 @@
 """Trials: grids whose points are lanes, choosing on validation, stopping and going on to the last bit."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -150,6 +152,28 @@ def test_tasks_learn(task):
     first, last = trial.records[0], trial.records[-1]
     assert (last.train_loss < first.train_loss).all()
     assert (last.accuracy is None) == (task == "autoencoding")
+
+
+def test_images_are_augmented_before_they_are_normalised():
+    """The steps of an augmentation are for images in [0, 1]; the model reads what the normalisation makes of them."""
+    dataset = tiny()._replace(x_train=np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8))
+    dataset = dataset._replace(x_test=dataset.x_train, y_test=dataset.y_train)
+    config = SMALL.replace(normalisation="0.5/0.25", augmentation="flip")
+    task, seen = tasks.build(config, dataset), []
+
+    def prepare(x):
+        seen.append(task.prepare(x))
+        return seen[-1]
+
+    method = build.method(config, task._replace(prepare=prepare), 4)
+    x, y = jnp.asarray(dataset.x_train[:10]), jnp.asarray(dataset.y_train[:10])
+    carry = method.init(jax.random.key(0), x, y)
+    seen.clear()
+    inputs = jax.jit(lambda x, y: (method.step(carry, jax.random.key(1), x, y), seen[-1])[1])
+    read = inputs(x, y)
+    plain = (dataset.x_train[:10] / 255 - 0.5) / 0.25
+    for image, wanted in zip(read, plain, strict=True):
+        assert np.allclose(image, wanted, atol=1e-5) or np.allclose(image, wanted[:, ::-1], atol=1e-5)
 
 
 def test_smoothing_by_hand():
