@@ -50,6 +50,19 @@ def test_what_cannot_be_traced_gets_a_run_of_its_own():
     np.testing.assert_allclose(trial.records[-1].train_loss[trial.lanes(same)], alone.records[-1].train_loss, rtol=1e-4)
 
 
+def test_traced_and_other_options_of_a_rule_together():
+    config = SMALL.replace(rule="quantize_error(backman, bits=1)")
+    trial = trained(config, "alpha=0.5,1.0", "bits=1,5")
+    assert len(trial.runs) == 2 and len(trial.points) == 4
+    alone = trained(config.replace(rule="quantize_error(backman(alpha=1.0), bits=5)"), dataset=trial_data())
+    same = [point.options for point in trial.points].index({"alpha": 1.0, "bits": 5})
+    np.testing.assert_allclose(trial.records[-1].train_loss[trial.lanes(same)], alone.records[-1].train_loss, rtol=1e-4)
+
+
+def trial_data():
+    return split_validation(tiny(), 0.25)
+
+
 def test_the_best_point_on_the_validation_set_is_chosen():
     trial = trained(SMALL, "learning_rate=1e-7,0.2,1e38")
     result = trial.result()
@@ -189,7 +202,8 @@ def test_smoothing_by_hand():
         (["learning_rate"], "needs a name and values, as in --sweep=learning_rate=0.001,0.01"),
         (["lerning_rate=1,2"], "no setting 'lerning_rate' to sweep: did you mean 'learning_rate'"),
         (["alpha=0.1,-1"], "alpha"),
-        (["epochs=0,1"], "epochs must be an integer >= 1"),
+        (["batch_size=0,1"], "batch_size must be an integer >= 1"),
+        (["epochs=1,2"], "cannot have epochs, which all points share"),
     ],
 )
 def test_a_wrong_grid_is_told(grid, sentence):
