@@ -20,8 +20,10 @@ from experiments.config import Config
 from experiments.errors import InputError, nearest
 
 # All points share these: the data, the number of epochs, and what is measured.
-SHARED = ("rule", "seed", "seeds", "dataset", "classes", "validation", "epochs", "warmup_epochs", "select", "probe")
-SHARED += ("record_every", "layers", "attack")
+SHARED = (
+    *("rule", "seed", "seeds", "dataset", "classes", "validation", "epochs", "warmup_epochs"),
+    *("select", "probe", "record_every", "layers", "attack"),
+)
 
 
 class Point(NamedTuple):
