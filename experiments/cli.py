@@ -43,7 +43,7 @@ def define_output_flags(*, output: str) -> None:
     """Defines the flags that say where a program finds data and puts results."""
     flags.DEFINE_string("output", output, "Folder for the results.")
     flags.DEFINE_string(
-        "data_dir", None, "The folder of prepared TFDS sets, or of mnist.npz and the like (default: ~/tensorflow_datasets)."
+        "data_dir", None, "The folder of prepared TFDS sets, or of NAME.npz files (default: ~/tensorflow_datasets)."
     )
     define_cache_flag()
 
