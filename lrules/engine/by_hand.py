@@ -49,8 +49,8 @@ class HandProduct:
     weight: Any
     dims: frozenset[int]
     outer: bool
-    kind: str = "product"
-    rank: int = 1
+    kind: str
+    rank: int
     bare: bool = True
     key: Any = None
 

@@ -1,5 +1,6 @@
 """Products of weights and data that a model sums by hand: refused, and told from scales."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -84,3 +85,32 @@ def test_scales_are_no_products_summed_by_hand():
     )
     zero_below(lambda p, x: ((first(p, x) * p["g"][None]).mean(-1, keepdims=True) * first(p, x)) @ p["c"], params)
     zero_below(lambda p, x: (x @ p["a"] + first(p, x) * p["g"][None]) @ p["c"], params)
+
+
+def test_scales_of_values_that_are_pooled():
+    """Each step of each head has its scale, and data weigh the steps: no matrix, as its columns have one scale."""
+
+    def pooled(p, x):
+        v = (first(p, x) @ p["b"]).reshape(4, 3, 2)
+        steps = jax.nn.softmax((first(p, x) @ p["steps"]), -1)
+        return jnp.einsum("bt,btd->bd", steps, v * p["s"][None, :, None])
+
+    zero_below(pooled, W | {"steps": jnp.ones((6, 3)), "s": jnp.ones(3)})
+
+    def heads(p, x):
+        v = (first(p, x) @ p["v"]).reshape(4, 3, 2, 2)
+        steps = jax.nn.softmax((first(p, x) @ p["steps"]), -1)
+        return jnp.einsum("bt,bthd->bhd", steps, v * p["s"][None, :, :, None]).reshape(4, 4)
+
+    zero_below(heads, W | {"v": jnp.ones((6, 12)), "steps": jnp.ones((6, 3)), "s": jnp.ones((3, 2))})
+
+
+def test_one_scale_of_two_values_that_are_added():
+    """The whole parameter scales both, so these are not the shifts of a convolution."""
+
+    def apply(p, x):
+        h = first(p, x)
+        both = h[:, :, None] * p["s"][None, None] + jnp.sin(h[:, None] + h[:, :, None]) * p["s"][None, None]
+        return both.reshape(4, 36) @ p["c"]
+
+    zero_below(apply, W | {"c": jnp.ones((36, 3)), "s": jnp.ones(6)})
