@@ -1,15 +1,15 @@
-"""Tables of the papers: a list of cells, each of which is a run's config and the number that the paper prints.
+"""Tables of the papers. A table is a list of cells; a cell has the config of a run and the number in the paper.
 
-A paper's program gives `main` its tables. Then it has these commands:
+The program of a paper gives its tables to `main`. Then it has these commands:
 
-    python -m experiments.papers.baldi_2018 --list                   # cells: done, reduced, missing, and their time
+    python -m experiments.papers.baldi_2018 --list                   # the cells: done, reduced, missing, and their time
     python -m experiments.papers.baldi_2018 --table=1 --minutes=60   # trains missing cells; goes on where it stopped
-    python -m experiments.papers.baldi_2018 --table=1 --cells="SRBP" --seeds=2 --epochs=20   # some, reduced
-    python -m experiments.papers.baldi_2018 --table=1 --report       # the table as Markdown, from what is there
+    python -m experiments.papers.baldi_2018 --table=1 --cells="SRBP" --seeds=2 --epochs=20   # some cells, reduced
+    python -m experiments.papers.baldi_2018 --table=1 --report       # the table as Markdown, from the finished cells
 
-A finished cell is one JSON file: config, figures by seed, thinned curves, versions, device, time. The files of two
-machines are put together by copying. A cell with fewer epochs or seeds than its config is *reduced*, and marked so; a
-full one takes its place.
+A finished cell is one JSON file: config, figures for each seed, some points of the curves, versions, device, time. To
+combine the results of two machines, copy their files into one folder. A cell with fewer epochs or seeds than its config
+is *reduced*: the table marks it, and a full run replaces it.
 """
 
 import json
@@ -30,18 +30,18 @@ from experiments.progress import Progress
 from experiments.trial import Trial
 
 FLAGS = flags.FLAGS
-POINTS = 25  # of a curve that is kept
+POINTS = 25  # how many points of a curve a file keeps
 
 
 class Cell(NamedTuple):
     """One number of a table.
 
     Attributes:
-      row, column: its place.
+      row, column: its place in the table.
       config: the run that measures it, with the paper's settings and seeds.
-      paper, spread: the paper's number and its sd, in percent; None if it has none.
-      minutes: our estimate for one seed on two cores.
-      beyond: a row that the paper does not have.
+      paper, spread: the number in the paper and its sd, in percent; None if the paper does not give it.
+      minutes: our estimate of the time for one seed on two cores.
+      beyond: whether the paper does not have this row.
     """
 
     row: str
@@ -54,17 +54,17 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What --cells searches in."""
+        """The name that --cells searches."""
         return f"{self.row}, {self.column}"
 
     @property
     def file(self) -> str:
-        """The name of its file."""
+        """The name of the file of this cell."""
         return re.sub("[^a-z0-9]+", "_", self.name.lower()).strip("_") + ".json"
 
 
 class Table(NamedTuple):
-    """A table: its title, its cells in the order of the paper, and what one should know of our settings."""
+    """A table: its title, its cells in the order of the paper, and notes on our settings."""
 
     title: str
     cells: Sequence[Cell]
@@ -72,14 +72,14 @@ class Table(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A cell's file: test accuracy in percent by seed, and how much of the config it was."""
+    """The content of a cell's file: test accuracy in percent for each seed, the epochs, and all the rest."""
 
     accuracy: np.ndarray
     epochs: int
     content: Mapping[str, Any]
 
     def reduced(self, cell: Cell) -> str:
-        """How it is less than the cell's config: `20 of 100 epochs`; empty if it is not."""
+        """What it has less than the cell's config, such as `20 of 100 epochs`; empty if it has all."""
         less = [f"{self.epochs} of {cell.config.epochs} epochs"] if self.epochs < cell.config.epochs else []
         if len(self.accuracy) < cell.config.seeds:
             less.append(f"{len(self.accuracy)} of {cell.config.seeds} seeds")
@@ -87,7 +87,7 @@ class Measured(NamedTuple):
 
 
 def load(folder: pathlib.Path, cell: Cell) -> Measured | None:
-    """What was measured of a cell; None if nothing was, or with other settings."""
+    """The measured cell; None if there is no file, or a file with other settings."""
     try:
         content = json.loads((folder / cell.file).read_text())
     except FileNotFoundError:
@@ -100,13 +100,13 @@ def load(folder: pathlib.Path, cell: Cell) -> Measured | None:
 
 
 def missing(folder: pathlib.Path, cell: Cell, config: Config) -> bool:
-    """Whether running `config` (the cell's, perhaps reduced) would measure more than is there."""
+    """Whether a run of `config` (of the cell, perhaps reduced) has more epochs or seeds than the file."""
     there = load(folder, cell)
     return there is None or (there.epochs, len(there.accuracy)) < (config.epochs, config.seeds)
 
 
 def measure(cell: Cell, config: Config, dataset: data.Dataset, work: pathlib.Path, stop: signals.Stop) -> Any:
-    """Trains a cell, or goes on with it; returns what its file holds, or None if it was stopped before the end."""
+    """Trains a cell, or goes on with it. Returns the content of its file, or None if it was stopped before the end."""
     begin = time.monotonic()
     trial = Trial(config, dataset)
     described = {"cell": cell.name, "config": config.to_dict()}
@@ -132,7 +132,7 @@ def measure(cell: Cell, config: Config, dataset: data.Dataset, work: pathlib.Pat
 
 
 def report(table: Table, folder: pathlib.Path) -> str:
-    """The table as Markdown: the paper's numbers and ours, in the paper's order, then the rows beyond the paper."""
+    """The table as Markdown: numbers of the paper and ours, in the order of the paper; then rows beyond the paper."""
     columns = list(dict.fromkeys(cell.column for cell in table.cells))
     header = ["", *(text for column in columns for text in (f"{column}, paper", f"{column}, ours"))]
     rows: list[list[str]] = []
@@ -168,12 +168,12 @@ def _ours(folder: pathlib.Path, cell: Cell, remarks: list[str]) -> str:
         remarks.append(f"\\* {cell.name}: {less}.")
     sd = max(filter(None, (figures["sd"], cell.spread)), default=None)
     if not less and cell.paper is not None and sd and abs(figures["mean"] - cell.paper) > 2 * sd:
-        remarks.append(f"{cell.name}: {figures['mean'] - cell.paper:+.2f} to the paper, more than two sd.")
+        remarks.append(f"{cell.name}: {figures['mean'] - cell.paper:+.2f} from the paper, more than two sd.")
     return ours
 
 
 def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
-    """Every cell: done, reduced or missing, and the minutes that it needs on two cores."""
+    """A list of all cells: done, reduced or missing, and the minutes that they need on two cores."""
     rows = []
     for key, table in tables.items():
         for cell in table.cells:
@@ -186,23 +186,23 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
 
 
 def define_flags() -> None:
-    """Defines the flags of a paper's program."""
-    flags.DEFINE_string("table", None, "Which table (default: all).")
-    flags.DEFINE_string("cells", "", "Only cells whose name this regular expression finds.")
-    flags.DEFINE_integer("seeds", None, "So many seeds (default: the paper's).", lower_bound=1)
-    flags.DEFINE_integer("epochs", None, "So many epochs (default: the paper's).", lower_bound=1)
+    """Defines the flags of the program of a paper."""
+    flags.DEFINE_string("table", None, "The table to train or show (default: all).")
+    flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name.")
+    flags.DEFINE_integer("seeds", None, "The number of seeds (default: as in the paper).", lower_bound=1)
+    flags.DEFINE_integer("epochs", None, "The number of epochs (default: as in the paper).", lower_bound=1)
     flags.DEFINE_float("minutes", None, "Stop after this time; the same command goes on later.", lower_bound=0)
     flags.DEFINE_bool("quick", False, "One epoch and one seed.")
     flags.DEFINE_bool("list", False, "Show the cells: done, reduced, missing.")
-    flags.DEFINE_bool("report", False, "Show the tables, from the cells that are there.")
+    flags.DEFINE_bool("report", False, "Show the tables, from the finished cells.")
     flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS sets, or of NAME.npz files.")
-    flags.DEFINE_string("output", None, "Folder for the cells (default: that of the repository).")
+    flags.DEFINE_string("output", None, "Folder for the cells (default: in the repository).")
     flags.DEFINE_string("work", "results/papers", "Folder for checkpoints.")
     cli.define_cache_flag()
 
 
 def main(tables: Mapping[str, Table], home: pathlib.Path) -> int:
-    """The program of a paper whose cells lie in `home`."""
+    """The program of a paper. The files of its cells are in `home`."""
     root = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else home
     if FLAGS.table is not None and FLAGS.table not in tables:
         raise InputError(f"There is no table '{FLAGS.table}' here: {nearest(FLAGS.table, tables)}")
@@ -217,7 +217,7 @@ def main(tables: Mapping[str, Table], home: pathlib.Path) -> int:
 
 
 def run(tables: Mapping[str, Table], root: pathlib.Path) -> int:
-    """Trains the cells that are missing."""
+    """Trains the missing cells."""
     try:
         pattern = re.compile(FLAGS.cells)
     except re.error as error:

@@ -36,7 +36,7 @@ def test_a_report_has_the_papers_numbers_beside_ours(tmp_path):
     assert lines[5][1] == "*beyond the paper*" and lines[6] == ["", "Signs", "", "", "-", "missing", ""]
     assert ["\\* Baseline, FA: 2 of 4 epochs, 2 of 3 seeds."] in lines
     keep(tmp_path, TABLE.cells[0], [0.92, 0.921, 0.922])
-    assert "Baseline, BP: -5.80 to the paper, more than two sd." in cells.report(TABLE, tmp_path)
+    assert "Baseline, BP: -5.80 from the paper, more than two sd." in cells.report(TABLE, tmp_path)
 
 
 def test_what_was_measured_with_other_settings_is_missing(tmp_path):

@@ -1,4 +1,4 @@
-"""Table 1, the MNIST column: each row's rule in BP, RBP and SRBP, and the paper's numbers."""
+"""Table 1 on MNIST: the rule of each row for BP, RBP and SRBP, and the numbers of the paper."""
 
 from experiments.config import Config
 from experiments.papers.cells import Cell, Table
@@ -18,7 +18,7 @@ CONFIG = Config(
 RULES = {"BP": "bp", "RBP": "rbp", "SRBP": "srbp"}
 Number = tuple[float, float | None] | None  # mean and sd
 
-# The paper's numbers in BP, RBP and SRBP, and the rule of a column: {} is that of the column.
+# For each row: its rule, where {} is the rule of the column, and the numbers of the paper for BP, RBP and SRBP.
 ROWS: dict[str, tuple[str, tuple[Number, Number, Number]]] = {
     "Baseline": ("{}", ((97.9, 0.1), (97.2, 0.1), (97.2, 0.2))),
     "No-f'": ("without_derivatives({})", ((89.9, 0.3), (88.3, 1.1), (88.4, 0.7))),
@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, tuple[Number, Number, Number]]] = {
 def _cell(row: str, column: str, number: tuple[float, float | None]) -> Cell:
     values = [RULES[column]]
     if row.startswith("Sparse"):
-        values.append(", rescale=True" if column == "RBP" else "")  # the paper scales those of RBP by 1 / sqrt(n)
+        values.append(", rescale=True" if column == "RBP" else "")  # sparse RBP is scaled by 1 / sqrt(n)
     config = CONFIG.replace(rule=ROWS[row][0].format(*values))
     if row.startswith("Quantized update"):
         config = config.replace(schedule="constant")
@@ -61,5 +61,5 @@ TABLE_1 = Table(
             if number is not None
         ),
     ],
-    notes="The sd is that over seeds; the paper gives one number for quantised and dropped errors.",
+    notes="The sd is over the seeds. For quantised and dropped errors, the paper gives no sd.",
 )
