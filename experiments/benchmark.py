@@ -41,6 +41,11 @@ class Case(NamedTuple):
         inside = f" {'-'.join(map(str, (math.prod(self.shape), *self.widths, 10)))}" if self.widths else ""
         return f"{model}{inside}, inputs {'x'.join(map(str, self.shape))}, batch {self.batch}"
 
+    def maker(self, model: str, dtype: str) -> Callable[[Any], Any]:
+        """The function that builds the model, with ReLU, from the `rngs`."""
+        options: dict[str, Any] = {"widths": self.widths, "activation": "relu", "dtype": jnp.dtype(dtype)}
+        return lambda rngs: models.build(model, self.shape, 10, rngs=rngs, **options)
+
 
 FULL = {
     "mlp": Case((28, 28, 1), 1024, (2000,) * 4),
@@ -286,9 +291,7 @@ def main() -> None:
         for name in names:
             bar.set_description(name)
             measured[name], refusals[name] = benchmark(
-                lambda rngs, name=name: models.build(
-                    name, cases[name].shape, 10, rngs=rngs, widths=cases[name].widths, dtype=jnp.dtype(FLAGS.dtype)
-                ),
+                cases[name].maker(name, FLAGS.dtype),
                 cases[name],
                 chosen,
                 repeats=repeats,

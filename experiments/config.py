@@ -56,7 +56,9 @@ class Config:
     label_smoothing: float = option(0.0, "The share of the target that all classes get.", least=0, most=0.999)
     model: str = option("mlp", "A model of models.py: mlp, lenet5, cnn, resnet18, vgg16.")
     widths: tuple[int, ...] = option((64, 64, 64), "The MLP's hidden widths.", least=1)
-    activation: str = option("tanh", "The MLP's activation.")
+    activation: str = option(
+        "", "The activation of mlp, lenet5 and cnn, such as relu (default: tanh; resnet18 and vgg16 have ReLU)."
+    )
     mono_net: str = option("", "Turn the model into a mono-net (for mdfa); its first weights: zeros, uniform, ...")
     dtype: Literal["float32", "bfloat16"] = option("float32", "The dtype of the computation; parameters are float32.")
     # rule

@@ -68,7 +68,8 @@ def make_data(case: Case) -> data.Dataset:
 
 def make_task(case: Case) -> tasks.Task:
     """The task of a case."""
-    return tasks.task(lambda rngs: models.build(case.model, case.shape, 10, rngs=rngs, widths=case.widths))
+    options: dict[str, Any] = {"widths": case.widths, "activation": "relu"}
+    return tasks.task(lambda rngs: models.build(case.model, case.shape, 10, rngs=rngs, **options))
 
 
 def ours(case: Case, dataset: data.Dataset, rule: lrules.Rule, *, seeds: int = 1, **options: Any) -> Epoch:

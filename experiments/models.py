@@ -25,20 +25,29 @@ def build(
     *,
     rngs: nnx.Rngs,
     widths: Sequence[int] = (128, 128),
-    activation: str = "relu",
+    activation: str = "",
     dtype: Any = jnp.float32,
 ) -> nnx.Module:
-    """The named model for inputs of `shape` (without the batch axis); `widths` and `activation` are for the MLP."""
+    """The named model for inputs of `shape` (without the batch axis); `widths` are for the MLP.
+
+    Without an `activation` each model has its own: tanh for mlp, lenet5 and cnn, and ReLU for resnet18 and vgg16, which
+    take no other.
+    """
     if name not in MODELS:
         raise InputError(f"There is no model '{name}': {nearest(name, MODELS)}")
-    if activation not in ACTIVATIONS:
+    if activation and activation not in ACTIVATIONS:
         raise InputError(f"There is no activation '{activation}': {nearest(activation, ACTIVATIONS)}")
+    options: dict[str, Any] = {"rngs": rngs, "dtype": dtype}
+    if name not in ("resnet18", "vgg16"):
+        options |= {"activation": ACTIVATIONS[activation]} if activation else {}
+    elif activation not in ("", "relu"):
+        raise InputError(f"{name} has the activation relu, got '{activation}': leave it out, or use lenet5 or cnn.")
     if name == "mlp":
-        return MLP((math.prod(shape), *widths, classes), ACTIVATIONS[activation], rngs=rngs, dtype=dtype)
+        return MLP((math.prod(shape), *widths, classes), **options)
     if len(shape) != 3:
         raise InputError(f"{name} needs images [height, width, channels], got the shape {tuple(shape)}: use mlp.")
     convolutional: dict[str, Any] = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}
-    return convolutional[name](shape, classes, rngs=rngs, dtype=dtype)
+    return convolutional[name](shape, classes, **options)
 
 
 class MLP(nnx.Module):
@@ -47,7 +56,7 @@ class MLP(nnx.Module):
     def __init__(
         self,
         widths: Sequence[int],
-        activation: Callable[[Array], Array] = jax.nn.relu,
+        activation: Callable[[Array], Array] = jnp.tanh,
         *,
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
@@ -66,7 +75,7 @@ class MLP(nnx.Module):
 
 
 class LeNet5(nnx.Module):
-    """LeNet-5 with max-pooling and, as in the BackMAN paper (appendix B.3), ReLU.
+    """LeNet-5 with max-pooling; in the BackMAN paper (appendix B.3) with ReLU, `activation=jax.nn.relu`.
 
     The paper's images measure 32x32. The model centres smaller images in a field of that size, as LeCun et al. (1998)
     did.
@@ -78,7 +87,7 @@ class LeNet5(nnx.Module):
         classes: int,
         *,
         rngs: nnx.Rngs,
-        activation: Callable[[Array], Array] = jax.nn.relu,
+        activation: Callable[[Array], Array] = jnp.tanh,
         dtype: Any = jnp.float32,
     ):
         self.activation = activation
@@ -109,7 +118,7 @@ class CNN(nnx.Module):
         classes: int,
         *,
         rngs: nnx.Rngs,
-        activation: Callable[[Array], Array] = jax.nn.relu,
+        activation: Callable[[Array], Array] = jnp.tanh,
         dtype: Any = jnp.float32,
     ):
         self.activation = activation

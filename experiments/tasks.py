@@ -108,9 +108,6 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
 
 def build(config: Config, dataset: Dataset, *, widths: Sequence[int] | None = None) -> Task:
     """The task of a config, for the shape of the data; `widths` replaces the config's."""
-    if config.activation not in models.ACTIVATIONS:
-        known = nearest(config.activation, models.ACTIVATIONS)
-        raise InputError(f"There is no activation '{config.activation}': {known}")
     loss = LOSSES[config.loss]
     if config.label_smoothing:
         if config.loss != "cross_entropy":

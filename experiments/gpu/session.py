@@ -1,24 +1,23 @@
-"""What all parts share: the time that is left, results that survive an interruption, data, and work in threads."""
+"""What all parts share: the time that is left, results that survive an interruption, and models with their inputs."""
 
 import contextlib
 import json
 import math
-import os
 import pathlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import lrules
-from experiments import cli, data, loop
-from experiments.errors import InputError
+from experiments import benchmark, files, tasks, transformer
+
+TOKENS, VOCABULARY = 64, 256
+SMALL = {"mlp": benchmark.Case((12, 12, 3), 8, (64,) * 3), "cnn": benchmark.Case((12, 12, 3), 8)}
 
 
 class Clock:
@@ -31,90 +30,82 @@ class Clock:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def share(self, parts: int) -> "Clock":
-        """A clock for one of some equal parts of the time that is left."""
-        return Clock(self.left / max(1, parts))
-
 
 class Results:
-    """The entries of one part, in a JSON file that is written whole after each: the file is never half written."""
+    """The entries of one part, in a JSON file that is written whole after each."""
 
     def __init__(self, folder: pathlib.Path, part: str):
         self.path = folder / f"{part}.json"
         self.entries: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def done(self, key: str) -> bool:
-        """Whether there is an entry that neither failed nor was left out for want of time."""
-        return key in self.entries and not {"failed", "skipped"} & set(self.entries[key])
-
     def put(self, key: str, entry: Mapping[str, Any]) -> None:
         self.entries[key] = dict(entry)
-        temporary = self.path.with_suffix(".tmp")
-        cli.write_json(temporary, self.entries)
-        os.replace(temporary, self.path)
+        files.write_json(self.path, self.entries)
 
     @contextlib.contextmanager
     def guard(self, key: str) -> Iterator[None]:
-        """An error inside becomes the entry: the next one can go on."""
+        """An error inside is written into the entry, beside what was measured before: the next one can go on."""
         try:
             yield
         except Exception:
-            self.put(key, {"failed": traceback.format_exc()})
+            self.put(key, self.entries.get(key, {}) | {"failed": traceback.format_exc()})
 
     def todo(self, keys: Mapping[str, float], clock: Clock) -> Iterator[str]:
-        """The keys that are not done, while the time that each needs is left; the others are marked as left out.
+        """The keys that have no whole entry, while the time that each needs is left; the others are marked.
 
         Args:
           keys: for each key the seconds that it needs at least.
           clock: of the part.
         """
         for key, seconds in keys.items():
-            if self.done(key):
+            before = self.entries.get(key, {"skipped": ""})
+            if not {"failed", "skipped"} & set(before):
                 continue
+            kept = {name: value for name, value in before.items() if name not in ("failed", "skipped")}
             if clock.left < seconds:
-                self.put(key, {"skipped": f"{max(0.0, clock.left):.0f} s were left, {seconds:.0f} s are needed"})
+                self.put(key, kept | {"skipped": f"{max(0.0, clock.left):.0f} s were left, {seconds:.0f} s are needed"})
                 continue
             print(f"{key}: {clock.left:.0f} s left", flush=True)
+            self.entries[key] = kept
             yield key
 
 
-class Settings(NamedTuple):
-    """What the parts get: `tiny` makes everything so small that a CPU does it in a minute."""
+class Problem(NamedTuple):
+    """A model with its loss; parameters, state, inputs and targets are arrays of the host."""
 
-    tiny: bool
-    mnist: Callable[[], data.Dataset]
-    cifar10: Callable[[], data.Dataset]
+    task: tasks.Task
+    params: Any
+    state: Any
+    x: np.ndarray
+    y: np.ndarray
 
-
-def settings(folder: str | None, tiny: bool) -> Settings:
-    """The settings of a session; without a folder of npz files, digits stand in for both sets if it is tiny."""
-
-    def load(name: str) -> data.Dataset:
-        if folder is None:
-            digits = data.load("digits")
-            colours = 3 if name == "cifar10" else 1
-            x_train, x_test = (np.repeat(x[:n], colours, -1) for x, n in ((digits.x_train, 320), (digits.x_test, 80)))
-            return digits._replace(
-                x_train=x_train, y_train=digits.y_train[:320], x_test=x_test, y_test=digits.y_test[:80]
-            )
-        return data.load(f"npz:{folder}/{name}.npz")
-
-    if folder is None and not tiny:
-        raise InputError("The GPU session needs MNIST and CIFAR-10: give --data=FOLDER with mnist.npz and cifar10.npz.")
-    return Settings(tiny, lambda: load("mnist"), lambda: load("cifar10"))
+    def step(self, rule: lrules.Rule | None, seed: int = 1) -> benchmark.Step:
+        """A step of the rule, or of plain `jax.value_and_grad` for None; its feedback is drawn from the seed."""
+        task, params, state, x, y = self
+        if rule is None:
+            return benchmark.Step(benchmark.plain_step(task), (params, lrules.Feedback({}, {}), state, x, y))
+        key, init = jax.random.key(seed), rule.init
+        feedback = drawn(jax.eval_shape(lambda key: init(key, task.net, params, (state, x)), key), seed)
+        step = benchmark.rule_step(task, rule)
+        return benchmark.Step(step, (params, feedback, state, x, y, *([key] if rule.stochastic else [])))
 
 
-def threads(make: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Calls all functions at once, each in a thread (XLA compiles without Python's lock); an error is a value."""
-
-    def guarded(function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:
-        return dict(zip(make, pool.map(guarded, make.values()), strict=True))
+def problem(model: str, batch: int, dtype: str = "float32", *, small: bool = False, seed: int = 0) -> Problem:
+    """A model of the benchmark, or the transformer; the small ones (and the cnn) are for correctness and for CPUs."""
+    rng = np.random.default_rng(seed)
+    if model == "transformer":
+        sizes: dict[str, Any] = {"blocks": 2, "width": 32, "heads": 2} if small else {}
+        sizes["dtype"] = jnp.dtype(dtype)
+        task = tasks.task(lambda rngs: transformer.Transformer(VOCABULARY, TOKENS, rngs=rngs, **sizes))
+        x = rng.integers(0, VOCABULARY, (batch, TOKENS), np.int32)
+        y = np.roll(x, -1, 1)
+    else:
+        case = (SMALL if small else benchmark.FULL)[model]
+        task = tasks.task(case.maker(model, dtype))
+        x = rng.random((batch, *case.shape), np.float32)
+        y = rng.integers(0, 10, batch, np.int32)
+    params, state = drawn(jax.eval_shape(task.init, jax.random.key(0)), seed)
+    return Problem(task, params, state, x, y)
 
 
 def drawn(shapes: Any, seed: int) -> Any:
@@ -136,54 +127,6 @@ def drawn(shapes: Any, seed: int) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-def drawn_model(task: loop.Task, seed: int) -> tuple[Any, Any]:
-    """Parameters and state of a model, `drawn`."""
-    shapes = jax.eval_shape(task.init, jax.random.key(0)[None])
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes)
-    params, state = drawn(one, seed)
-    return params, state
-
-
-def drawn_feedback(task: loop.Task, rule: lrules.Rule, params: Any, state: Any, x: Any, seed: int) -> list[Any]:
-    """What a rule's step takes beside the rest: the feedback, `drawn`, and the key of a stochastic rule."""
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(lambda key: rule.init(key, task.net, params, (state, x)), key)
-    return [drawn(shapes, seed), *([key] if rule.stochastic else [])]
-
-
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-
-
-def rated(optimizer: Callable[..., optax.GradientTransformation], **options: Any) -> optax.GradientTransformation:
-    """The optimizer with its learning rate in its state, where `set_rates` changes it."""
-    return optax.inject_hyperparams(optimizer)(learning_rate=0.0, **options)
-
-
-def set_rates(run: loop.Run, rates: Any) -> None:
-    """Gives each seed of a run its own learning rate; the optimizer must be `rated`."""
-    rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (len(run.seeds),))
-    state = optax.tree_utils.tree_set(run.carry.optimizer, learning_rate=rates)
-    state = jax.tree.map(jnp.copy, state)  # two optimizers may not share an array: the run donates both
-    run.carry = run.carry._replace(optimizer=state)
-
-
-def scale_feedback(run: loop.Run, factors: Any) -> None:
-    """Multiplies the fixed feedback weights of each seed of a run by its own factor."""
-    factors = jnp.asarray(factors, jnp.float32)
-
-    def scaled(leaf: jax.Array) -> jax.Array:
-        return leaf * factors.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
-
-    fixed = jax.tree.map(scaled, run.carry.feedback.fixed)
-    run.carry = run.carry._replace(feedback=run.carry.feedback._replace(fixed=fixed))
-
-
-def standardized(dataset: data.Dataset) -> data.Dataset:
-    """The same set, every channel with mean 0 and standard deviation 1 over the training set."""
-    x_train, x_test = (np.asarray(x, np.float32) for x in (dataset.x_train, dataset.x_test))
-    axes = tuple(range(x_train.ndim - 1))
-    mean, sd = x_train.mean(axes, dtype=np.float64), x_train.std(axes, dtype=np.float64)
-    x_train, x_test = (((x - mean) / sd).astype(np.float32) for x in (x_train, x_test))
-    return dataset._replace(x_train=x_train, x_test=x_test)

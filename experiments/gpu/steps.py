@@ -1,114 +1,57 @@
-"""Step times on an accelerator: every rule over plain `jax.value_and_grad`, as in `experiments.benchmark`.
+"""Step times on an accelerator: rules over plain `jax.value_and_grad`, as in `experiments.benchmark`.
 
-A step is the loss and its gradient, without an optimizer. Many steps run in one compiled loop, so that the host's
-dispatch does not count; a barrier in the loop keeps XLA from computing anything once for all steps. Programs are
-compiled in threads before the first is timed. Memory is what the loop allocates, gradients and temporaries.
+A step is the loss and its gradient, without an optimizer. The MLP's steps are so short that the host's dispatch would
+count: many of them run in one compiled loop, in which a barrier keeps XLA from computing anything once for all steps.
+Other models take several asynchronous steps, one call each. (XLA measures which algorithm each convolution takes, for
+every program anew, so that few programs fit into a session.) Memory is what a call allocates: gradients, temporaries.
 """
 
-import functools
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lrules
-from experiments import benchmark, loop, models, rules, transformer
+from experiments import benchmark, rules
 from experiments.gpu import session
 
-TOKENS, VOCABULARY = 64, 256
 CHIEF = "backprop, feedback_alignment, direct_feedback_alignment, backman, dual_propagation"
-SHARED = CHIEF.replace("direct_feedback_alignment", "direct_feedback_alignment(shared_axes=1)")
-SHAPES = {"mlp": (28, 28, 1), "vgg16": (32, 32, 3), "resnet18": (32, 32, 3)}
+LOOPED = {"mlp": 50}  # steps of a compiled loop
+NEEDS = {"mlp": 15.0}  # the least seconds in which a case is worth beginning; 60 for other models
 
 
 class Case(NamedTuple):
-    """A model, its dtype and batch, and how many steps one call takes."""
+    """A model, its dtype and batch, and rules."""
 
     model: str
-    batch: int
     dtype: str
-    steps: int
+    batch: int
     rules: str = CHIEF
 
     def __str__(self) -> str:
         return f"{self.model}, {self.dtype}, batch {self.batch}" + (", all rules" if self.rules.count(",") > 5 else "")
 
 
-def groups(tiny: bool) -> tuple[dict[str, list[Case]], dict[str, list[Case]]]:
-    """Cases that are compiled together, by the name of the group: the first part, and what comes after ten seeds."""
-    everything = ", ".join([*rules.argument_free_rules(), *benchmark.FURTHER])
-    dtypes = ("float32", "bfloat16")
+def cases(tiny: bool) -> list[Case]:
+    """The cases in the order of their value."""
     if tiny:
-        few = "feedback_alignment, direct_feedback_alignment(shared_axes=1)"
-        return {
-            "mlp": [Case("mlp", 4, dtype, 2, "feedback_alignment, backprop") for dtype in dtypes],
-            "transformer": [Case("transformer", 2, "float32", 2, few)],
-        }, {"mlp, all rules": [Case("mlp", 8, "float32", 2, "sign_error(feedback_alignment), feedback_alignment")]}
-    mlp = [Case("mlp", batch, dtype, 50) for batch in (1024, 128) for dtype in dtypes]
-    first = {
-        "mlp": mlp,
-        "transformer": [Case("transformer", 16, dtype, 10, SHARED) for dtype in dtypes],
-        "resnet18": [Case("resnet18", 128, dtype, 5) for dtype in reversed(dtypes)],
-        "vgg16": [Case("vgg16", 128, dtype, 5) for dtype in reversed(dtypes)],
-    }
-    later = {
-        "mlp, all rules": [Case("mlp", 1024, "float32", 50, everything)],
-        "transformer, batch 64": [Case("transformer", 64, dtype, 5, SHARED) for dtype in dtypes],
-        "resnet18, batch 1024": [Case("resnet18", 1024, dtype, 2) for dtype in reversed(dtypes)],
-        "vgg16, batch 1024": [Case("vgg16", 1024, dtype, 2) for dtype in reversed(dtypes)],
-    }
-    return first, later
+        few = "feedback_alignment, sign_error(feedback_alignment)"
+        return [Case("mlp", "bfloat16", 4, f"backprop, {few}"), Case("transformer", "float32", 2, few)]
+    shared = CHIEF.replace("direct_feedback_alignment", "direct_feedback_alignment(shared_axes=1)")
+    found = [
+        Case(model, dtype, batch // 8 if model == "transformer" else batch, shared if model == "transformer" else CHIEF)
+        for batch in (128, 1024)
+        for dtype in ("bfloat16", "float32")
+        for model in ("mlp", "resnet18", "vgg16", "transformer")
+    ]
+    return [*found, Case("mlp", "float32", 1024, ", ".join([*rules.argument_free_rules(), *benchmark.FURTHER]))]
 
 
-# The least seconds in which a group is worth beginning, on an H100.
-NEEDS = {"mlp": 10.0, "transformer": 20.0, "resnet18": 25.0, "vgg16": 25.0}
-
-
-@functools.cache
-def task(model: str, dtype: str, tiny: bool) -> loop.Task:
-    """The model with its loss; built on the CPU, where small programs compile faster."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        if model == "transformer":
-            sizes = {"blocks": 2, "width": 8, "heads": 2} if tiny else {}
-            return loop.task(
-                lambda rngs: transformer.Transformer(VOCABULARY, TOKENS, rngs=rngs, dtype=jnp.dtype(dtype), **sizes)
-            )
-        widths = (16, 16) if tiny else (2000,) * 4
-        return loop.task(
-            lambda rngs: models.build(model, SHAPES[model], 10, rngs=rngs, widths=widths, dtype=jnp.dtype(dtype))
-        )
-
-
-def make_steps(case: Case, tiny: bool) -> tuple[dict[str, benchmark.Step], dict[str, str]]:
-    """The plain step and one for each rule, with arguments on the accelerator; and the refusals."""
-    rng, own = np.random.default_rng(0), task(case.model, case.dtype, tiny)
-    if case.model == "transformer":
-        x = rng.integers(0, VOCABULARY, (case.batch, TOKENS), np.int32)
-        y = np.roll(x, -1, 1)
-    else:
-        x = rng.random((case.batch, *SHAPES[case.model]), np.float32)
-        y = rng.integers(0, 10, case.batch, np.int32)
-    params, state, x, y = jax.device_put((*session.drawn_model(own, 0), x, y))
-    steps = {"plain": benchmark.Step(benchmark.plain_step(own), (params, lrules.Feedback({}, {}), state, x, y))}
-    refused = {}
-    for name, rule in rules.select(case.rules).items():
-        try:
-            feedback, *key = jax.device_put(session.drawn_feedback(own, rule, params, state, x, 1))
-            step = jax.jit(benchmark.rule_step(own, rule))
-            arguments = (params, feedback, state, x, y, *key)
-            jax.eval_shape(step, *arguments)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            refused[name] = session.first_line(error)
-        else:
-            steps[name] = benchmark.Step(step, arguments)
-    return steps, refused
-
-
-def looped(step: benchmark.Step, times: int) -> Any:
-    """The step, `times` times, jitted: (the step's arguments) -> (summed losses, (state, gradients))."""
+def looped(step: benchmark.Step, times: int) -> Callable[..., Any]:
+    """The step, `times` times: (the step's arguments) -> (summed losses, state, gradients)."""
     function = jax.jit(step.function)
 
     def run(params: Any, feedback: Any, state: Any, x: jax.Array, y: jax.Array, *rng: jax.Array) -> Any:
@@ -116,99 +59,82 @@ def looped(step: benchmark.Step, times: int) -> Any:
             # The sum differs from step to step, so nothing behind the barrier is the same for all steps.
             *arguments, total = jax.lax.optimization_barrier((params, feedback, state, x, y, carry[0]))
             value, *rest = function(*arguments, *(jax.random.fold_in(key, i) for key in rng))
-            return total + value.astype(total.dtype), rest
+            return total + value.astype(total.dtype), *rest
 
         shapes = jax.eval_shape(function, params, feedback, state, x, y, *rng)
-        rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), list(shapes[1:]))
-        return jax.lax.fori_loop(0, times, body, (jnp.zeros(()), rest))
+        rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1:])
+        return jax.lax.fori_loop(0, times, body, (jnp.zeros(()), *rest))
 
-    return jax.jit(run)
-
-
-class Compiled(NamedTuple):
-    """The compiled loops of a case, by the name of the rule."""
-
-    steps: dict[str, benchmark.Step]
-    loops: dict[str, Any]
-    refused: dict[str, str]
+    return run
 
 
-def compile_together(cases: list[Case], tiny: bool, clock: session.Clock) -> dict[Case, Compiled]:
-    """Traces all steps of some cases one after the other, then compiles them in threads; a case may get no time."""
-    found: dict[Case, Compiled] = {}
-    lowered = {}
-    for case in cases:
-        if found and clock.left < NEEDS.get(case.model, 0) / 2:
-            break
-        found[case] = Compiled({}, {}, {})
-        steps, refused = make_steps(case, tiny)
-        found[case].refused.update(refused)
-        for name, step in steps.items():
-            try:
-                lowered[case, name] = looped(step, case.steps).lower(*step.arguments)
-                found[case].steps[name] = step
-            except Exception as error:
-                found[case].refused[name] = session.first_line(error)
-    work = {f"{case} {name}": low.compile for (case, name), low in lowered.items()}
-    for (case, name), result in zip(lowered, session.threads(work).values(), strict=True):
-        if isinstance(result, Exception):
-            found[case].refused[name] = session.first_line(result)
-            del found[case].steps[name]
-        else:
-            found[case].loops[name] = result
-    return found
+class Program(NamedTuple):
+    """A compiled step, or loop of steps, with its arguments on the accelerator."""
 
+    call: Any
+    arguments: tuple[Any, ...]
+    steps: int
+    compile_seconds: float
 
-def measure(case: Case, compiled: Compiled, seconds: float) -> dict[str, Any]:
-    """The rows of one case: times interleaved with the plain step, for at most `seconds` after three rounds."""
-    steps, loops = compiled.steps, compiled.loops
-    gradients = {}
-    for name in loops:  # the first call loads the program
-        (total, (_, grads)) = jax.block_until_ready(loops[name](*steps[name].arguments))
-        if name in ("plain", "backprop"):
-            gradients[name] = grads.params
-        finite = bool(jnp.isfinite(total))
-        if not finite:
-            compiled.refused[f"{name}, note"] = "the loss is not finite; the time stands"
-
-    def step_seconds(name: str) -> float:
+    def seconds(self, calls: int) -> float:
+        """The seconds of a step, over some calls."""
         begin = time.perf_counter()
-        out = [loops[name](*steps[name].arguments)[0] for _ in range(2)]
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / (len(out) * case.steps)
-
-    times = benchmark.time_pairs(step_seconds, list(loops), 9, 3, seconds, lambda n: None)
-    ratios = {name: own / plain for name, (own, plain) in times.items()}
-    memory = {name: benchmark.memory_bytes(program) for name, program in loops.items()}
-    rows = {}
-    for name in loops:
-        rule = rules.modified(name)
-        rows[name] = {
-            "step_seconds": np.median(times[name][0]),
-            "step_ratio": np.quantile(ratios[name], (0.5, 0.25, 0.75)),
-            "over_rule": np.median(ratios[name] / ratios[rule]) if rule in ratios else None,
-            "memory_bytes": memory[name],
-            "memory_ratio": memory[name] / max(1, memory["plain"]),
-            "feedback_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(steps[name].arguments[1])),
-        }
-    entry: dict[str, Any] = {"case": case._asdict(), "rounds": len(times["plain"][0]), "rows": rows}
-    if "backprop" in gradients:
-        same = jax.tree.map(lambda a, b: bool((a == b).all()), gradients["backprop"], gradients["plain"])
-        entry["backprop_is_identical"] = jax.tree.all(same)
-    return entry | {"refused": compiled.refused, "alone": alone(case, steps["plain"])}
+        jax.block_until_ready([self.call(*self.arguments)[0] for _ in range(calls)])
+        return (time.perf_counter() - begin) / (calls * self.steps)
 
 
-def alone(case: Case, step: benchmark.Step) -> dict[str, float]:
-    """The plain step without the loop, call after call: with the host's dispatch, on the MLP (it compiles quickly)."""
-    if case.model != "mlp":
-        return {}
-    program = jax.jit(step.function).lower(*step.arguments).compile()
-    out = jax.block_until_ready(program(*step.arguments))
+def compiled(step: benchmark.Step, steps: int) -> Program:
+    """The program of a step."""
+    arguments = jax.device_put(step.arguments)
     begin = time.perf_counter()
-    for _ in range(case.steps):
-        out = program(*step.arguments)
-    jax.block_until_ready(out)
-    return {"plain_step_seconds": (time.perf_counter() - begin) / case.steps}
+    call = jax.jit(step.function if steps == 1 else looped(step, steps)).lower(*arguments).compile()
+    return Program(call, arguments, steps, time.perf_counter() - begin)
+
+
+def measure(results: session.Results, clock: session.Clock, case: Case, tiny: bool) -> None:
+    """Compiles and measures plain, then rule after rule next to it; the entry is written after each."""
+    own, steps = session.problem(case.model, case.batch, case.dtype, small=tiny), LOOPED.get(case.model, 1)
+    programs = {"plain": compiled(own.step(None), steps)}
+    plain = jax.block_until_ready(programs["plain"].call(*programs["plain"].arguments))[2].params
+    calls = max(2, math.ceil(0.05 / (steps * programs["plain"].seconds(1))))
+    entry: dict[str, Any] = {"rows": {}, "refused": {}} | results.entries[str(case)]
+    for name, rule in {"plain": None, **rules.select(case.rules)}.items():
+        if name in entry["rows"]:
+            continue
+        if name != "plain" and not tiny and clock.left < programs["plain"].compile_seconds:
+            results.put(str(case), entry | {"skipped": f"{clock.left:.0f} s were left at {name}"})
+            return
+        try:
+            if rule is not None:
+                programs[name] = compiled(own.step(rule), steps)
+                gradients = jax.block_until_ready(programs[name].call(*programs[name].arguments))[2].params
+                if name == "backprop":
+                    same = jax.tree.map(lambda a, b: bool((a == b).all()), gradients, plain)
+                    entry["backprop_is_identical"] = jax.tree.all(same)
+            entry["rows"][name] = row(programs, name, calls, entry["rows"])
+        except Exception as error:
+            entry["refused"][name] = session.first_line(error)
+        if name != "plain":
+            programs.pop(name, None)  # its feedback leaves the accelerator
+        results.put(str(case), entry)
+
+
+def row(programs: dict[str, Program], name: str, calls: int, rows: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one rule, timed in turn with the plain step."""
+    pairs = benchmark.time_pairs(lambda n: programs[n].seconds(calls), [name], 9, 3, 3.0, lambda n: None)
+    own, plain = pairs[name]
+    ratio = np.quantile(own / plain, (0.5, 0.25, 0.75)).tolist()
+    base = rows.get(rules.modified(name) or "")
+    memory = {n: benchmark.memory_bytes(programs[n].call) for n in ("plain", name)}
+    return {
+        "step_seconds": np.median(own),
+        "step_ratio": ratio,
+        "over_rule": ratio[0] / base["step_ratio"][0] if base else None,
+        "compile_seconds": programs[name].compile_seconds,
+        "memory_bytes": memory[name],
+        "memory_ratio": memory[name] / max(1, memory["plain"]),
+        "feedback_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(programs[name].arguments[1])),
+    }
 
 
 def precision() -> dict[str, float]:
@@ -221,52 +147,12 @@ def precision() -> dict[str, float]:
     }
 
 
-def part(
-    results: session.Results, clock: session.Clock, settings: session.Settings, groups: Mapping[str, list[Case]]
-) -> None:
-    """An entry for each case; a group of cases is compiled together."""
+def part(results: session.Results, clock: session.Clock, tiny: bool) -> None:
+    """An entry for each case."""
     with results.guard("precision"):
         results.put("precision", {"relative_error_of_a_float32_product": precision()})
-    for name, cases in groups.items():
-        missing = [case for case in cases if not results.done(str(case))]
-        if not missing:
-            continue
-        needs = 0.0 if settings.tiny else NEEDS[cases[0].model]
-        if clock.left < needs:
-            results.put(f"group {name}", {"skipped": f"{clock.left:.0f} s were left, {needs:.0f} s are needed"})
-            continue
-        print(f"{name}: {clock.left:.0f} s left", flush=True)
-        ready: dict[Case, Compiled] = {}
-        begin = time.perf_counter()
-        with results.guard(f"group {name}"):
-            ready = compile_together(missing, settings.tiny, clock)
-            results.put(f"group {name}", {"seconds_to_compile_all_at_once": time.perf_counter() - begin})
-        for case, compiled in ready.items():
-            with results.guard(str(case)):
-                results.put(str(case), measure(case, compiled, max(1.0, min(8.0, clock.left / len(ready)))))
-        ready.clear()  # the programs and their arguments leave the accelerator
-
-
-def compile_times(results: session.Results, clock: session.Clock, settings: session.Settings) -> None:
-    """An entry for the MLP and one for the transformer: compile times one after the other, and memory of single steps.
-
-    The autotuner has seen these products before, so these are the times of a second run.
-    """
-    chosen = [Case("mlp", 1024, "float32", 1), Case("transformer", 16, "float32", 1, SHARED)]
-    if settings.tiny:
-        chosen = [Case("mlp", 4, "float32", 1, "feedback_alignment")]
-    cases = {f"compile time, {case}": case for case in chosen}
-    for key in results.todo(dict.fromkeys(cases, 0.0 if settings.tiny else 15.0), clock):
-        case = cases[key]
+    chosen = {str(case): case for case in cases(tiny)}
+    needs = {key: 0.0 if tiny else NEEDS.get(case.model, 60.0) for key, case in chosen.items()}
+    for key in results.todo(needs, clock):
         with results.guard(key):
-            steps, _ = make_steps(case, settings.tiny)
-            rows: dict[str, dict[str, Any]] = {}
-            for name in steps:
-                if rows and clock.left < 5:
-                    break
-                program, seconds = benchmark.compile_step(steps[name])
-                rows[name] = {"compile_seconds": seconds, "memory_bytes": benchmark.memory_bytes(program)}
-            for row in rows.values():
-                row["compile_ratio"] = row["compile_seconds"] / rows["plain"]["compile_seconds"]
-                row["memory_ratio"] = row["memory_bytes"] / max(1, rows["plain"]["memory_bytes"])
-            results.put(key, {"case": case._asdict(), "rows": rows})
+            measure(results, clock, chosen[key], tiny)

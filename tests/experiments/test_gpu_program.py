@@ -5,119 +5,113 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from experiments import benchmark, loop, models, rules
-from experiments.errors import InputError
-from experiments.gpu import cells, convolutional, report, session, steps
-from tests.experiments.programs import fork, run
-from tests.experiments.test_loop import make_run, make_task, tiny
-
-PARTS = ("correctness", "steps", "seeds", "more_steps", "convolutional", "cells")
+from experiments import rules
+from experiments.gpu import correctness, report, session, steps
+from tests.experiments.programs import ROOT, run
 
 
 @pytest.mark.slow
 def test_the_whole_session_tiny(tmp_path):
     done = run("gpu", "--tiny", "--minutes=60", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    for part in PARTS:
+    for part in ("session", "correctness", "steps", "epochs"):
         entries = json.loads((tmp_path / f"{part}.json").read_text())
         assert entries and not [key for key in entries if {"failed", "skipped"} & set(entries[key])], part
+        assert not any(entry.get("refused") or entry.get("wrong") for entry in entries.values()), part
     assert "Left out, and failures" not in done.stdout and "| feedback_alignment " in done.stdout
-    assert len(list(tmp_path.iterdir())) == 7  # as many files as come back from a borrowed machine
-
-
-def test_data_are_asked_for(tmp_path):
-    done = fork("gpu", f"--output={tmp_path}")
-    assert done.returncode == 1 and "--data=FOLDER" in done.stderr and "Traceback" not in done.stderr
+    assert "| ten seeds / 10 x one |" in done.stdout.replace("  ", "")
 
 
 def test_results_survive_and_failures_are_written_down(tmp_path):
     results = session.Results(tmp_path, "part")
+    results.put("wrong", {"rows": {"plain": 1}})
     with results.guard("wrong"):
         raise ValueError("no such thing")
     results.put("right", {"value": np.float32(0.5)})
-    assert list(results.todo({"right": 1, "wrong": 1, "late": 100}, session.Clock(50))) == ["wrong"]
     again = session.Results(tmp_path, "part")
-    assert again.done("right") and not again.done("wrong") and not again.done("late")
     assert again.entries["right"] == {"value": 0.5} and "no such thing" in again.entries["wrong"]["failed"]
-    assert "50 s were left" in again.entries["late"]["skipped"]
+    assert list(again.todo({"right": 1, "wrong": 1, "late": 100}, session.Clock(50))) == ["wrong"]
+    assert again.entries["wrong"] == {"rows": {"plain": 1}}  # what was measured stays
+    assert "s were left, 100 s are needed" in again.entries["late"]["skipped"]
     assert [path.name for path in tmp_path.iterdir()] == ["part.json"]
 
 
-def test_a_loop_takes_the_same_steps():
-    """The sum of the losses and the gradient of a loop of four steps, against the step itself."""
-    task = make_task()
-    rule = rules.parse("feedback_alignment")
-    params, state = session.drawn_model(task, 0)
-    x, y = jnp.asarray(tiny().x_train[:10]), jnp.asarray(tiny().y_train[:10])
-    feedback, *_ = session.drawn_feedback(task, rule, params, state, x, 1)
-    step = benchmark.Step(benchmark.rule_step(task, rule), (params, feedback, state, x, y))
-    total, (_, grads) = steps.looped(step, 4)(*step.arguments)
-    value, _, expected = step.function(*step.arguments)
-    np.testing.assert_allclose(total, 4 * value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads.params, expected.params)
+@pytest.mark.parametrize("rule", ["feedback_alignment", "node_perturbation(std=0.01)"])
+def test_a_loop_takes_the_same_steps(rule):
+    """The sum of the losses of a loop of four steps, and its last gradient, against the step itself."""
+    step = session.problem("mlp", 4, small=True).step(rules.parse(rule))
+    total, _, grads = jax.jit(steps.looped(step, 4))(*step.arguments)
+    one = jax.jit(step.function)
+    rest, key = step.arguments[:5], step.arguments[5:]
+    each = [one(*rest, *(jax.random.fold_in(k, i) for k in key)) for i in range(4)]
+    np.testing.assert_allclose(total, sum(value for value, *_ in each), rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, each[-1][2])
 
 
-def test_each_position_has_its_rate_and_its_feedback():
-    """Two seeds that are equal but for the rate: the one with none stays where it is."""
-    run = make_run(rules.parse("feedback_alignment"), optimizer=session.rated(optax.sgd), seeds=(3, 3))
-    session.set_rates(run, (0.0, 0.1))
-    session.scale_feedback(run, (1.0, 0.5))
-    before = jax.tree.map(np.asarray, (run.carry.params, run.carry.feedback.fixed))
-    run.epoch()
-    still, moved = (
-        [float(np.abs(np.asarray(a)[i] - b[i]).max()) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)]
-        for i, pair in enumerate([(run.carry.params, before[0])] * 2)
-    )
-    assert max(still) == 0 and min(moved) > 0
-    for leaf in jax.tree.leaves(before[1]):
-        np.testing.assert_allclose(leaf[1], 0.5 * leaf[0])
+def test_a_case_is_written_after_each_rule_and_goes_on(tmp_path, monkeypatch):
+    case = steps.Case("mlp", "float32", 4, "backprop, sign_error(backprop), backman")
+    figures = {"step_seconds": 1.0, "step_ratio": [2.0, 1.0, 3.0], "over_rule": None, "memory_bytes": 1}
+    written = []
+
+    def measure(error):
+        """Measures the case; the figures of the modifier end in an error."""
+        results = session.Results(tmp_path, "steps")
+
+        def row(programs, name, calls, rows):
+            written.append(list(json.loads(results.path.read_text())[str(case)].get("rows", {})))
+            if name.startswith("sign_error"):
+                raise error
+            return figures
+
+        monkeypatch.setattr(steps, "row", row)
+        steps.measure(results, session.Clock(1e3), case, True)
+        return results.entries[str(case)]
+
+    session.Results(tmp_path, "steps").put(str(case), {})
+    with pytest.raises(KeyboardInterrupt):
+        measure(KeyboardInterrupt)
+    assert written == [[], ["plain"], ["plain", "backprop"]]
+    entry = measure(ValueError("no time"))
+    assert written[3:] == [["plain", "backprop"], ["plain", "backprop"]]  # neither is measured again
+    assert list(entry["rows"]) == ["plain", "backprop", "backman"] and entry["backprop_is_identical"] is True
+    assert entry["refused"] == {"sign_error(backprop)": "ValueError: no time"}
 
 
-@pytest.mark.foreign  # map_coordinates mixes dtypes
-def test_augmentation_moves_images_and_keeps_their_shape():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 12, 12, 3)), jnp.float32)
-    for augment in (cells.crop, cells.augment_colours):
-        changed = augment(jax.random.key(0), x)
-        assert changed.shape == x.shape and bool(jnp.isfinite(changed).all())
-        assert len({float(jnp.abs(a - b).mean()) for a, b in zip(changed, x, strict=True)}) > 1
-    ones = jnp.ones((2, 8, 8, 3))
-    middle = cells.augment_colours(jax.random.key(1), ones)[:, 3:5, 3:5]
-    assert bool((jnp.abs(middle - 1) < 0.5).all())  # away from the border a plain image stays plain
-    np.testing.assert_allclose(middle, jnp.broadcast_to(middle[:, :1, :1, :1], middle.shape), rtol=1e-5)
+def test_gradients_of_seeds_and_devices_are_compared(monkeypatch):
+    device = jax.devices()[0]
+    assert correctness.of_rule("mlp", "backman", device) == 0
+    assert 0 <= correctness.of_seeds("mlp", "feedback_alignment", device, seeds=3) < 1e-5
+    assert correctness.relative_error([jnp.ones(4)], [2 * jnp.ones(4)]) == 0.5
+    assert not correctness.relative_error([jnp.full(2, jnp.nan)], [jnp.ones(2)]) <= 1
 
 
-def test_cells_and_settings_are_what_they_say():
-    table = {str(cell): cell for cell in cells.cells(tiny=False)}
-    assert table["LeNet-5, CIFAR-10, BackMAN"].paper == "66.27" and len(table) == 12
-    assert all(cells.rule_of(cell) for cell in table.values())
-    groups = list(convolutional.settings_in_order(tiny=False))
-    assert len({str(setting) for group in groups for setting in group}) == sum(map(len, groups)) == 26
-    first, later = steps.groups(tiny=False)
-    named = [str(case) for group in (*first.values(), *later.values()) for case in group]
-    assert len(set(named)) == len(named)
-
-
-def test_convolutional_nets_take_an_activation():
-    for net in (models.LeNet5, models.CNN):
-        task = loop.task(lambda rngs, net=net: net((8, 8, 3), 4, rngs=rngs, activation=jnp.tanh))
-        text = str(jax.make_jaxpr(task.net)(*_model_and_batch(task)))
-        assert "tanh" in text
-
-
-def _model_and_batch(task):
-    params, state = session.drawn_model(task, 0)
-    return params, (state, jnp.zeros((2, 8, 8, 3)))
+def test_cases_differ_and_their_rules_exist():
+    names = [str(case) for case in steps.cases(tiny=False)]
+    assert len(set(names)) == len(names) == 17 and names[0] == "mlp, bfloat16, batch 128"
+    for case in steps.cases(tiny=False):
+        rules.select(case.rules)
 
 
 def test_tables_name_what_is_missing(tmp_path):
-    results = session.Results(tmp_path, "seeds")
+    results = session.Results(tmp_path, "epochs")
     results.put("net, backprop", {"skipped": "3 s were left"})
-    assert "- seeds, net, backprop: 3 s were left" in report.tables(tmp_path)
+    assert "- epochs, net, backprop: 3 s were left" in report.tables(tmp_path)
 
 
-def test_another_folder_is_an_input_error():
-    with pytest.raises(InputError, match="--data=FOLDER"):
-        session.settings(None, tiny=False)
+def test_the_tables_of_the_documentation_are_those_of_its_data():
+    shown = report.tables(ROOT / "docs/gpu")
+    assert shown.count("| backman ") == 7 and shown.count("bit for bit") == 3
+    assert shown.removeprefix("## Step times\n\n") in (ROOT / "docs/speed.md").read_text()
+
+
+def test_tables_of_correctness_and_epochs(tmp_path):
+    errors = {"backman": 1e-6, "dual_propagation": 2e-3, "arbp": "ValueError: no"}
+    entry = {"relative_errors": errors, "wrong": ["dual_propagation", "arbp"]}
+    session.Results(tmp_path, "correctness").put("mlp, device against CPU", entry)
+    seconds = {"ours": [2.0, 1.0, 3.0], "scan": [1.0, 1.0, 1.0]}
+    session.Results(tmp_path, "epochs").put("net, backprop", {"seconds": seconds, "ratios": {"ours / scan": 2.0}})
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.tables(tmp_path).splitlines()]
+    assert ["mlp, device against CPU", "2", "2.0e-03 (dual_propagation)", "dual_propagation, arbp"] in shown
+    assert ["net, backprop", "2.000 s", "2.000", "-", "-", "-"] in shown

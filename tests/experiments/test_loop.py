@@ -161,11 +161,11 @@ def test_augmentation_sees_a_key_and_the_batch():
 
 
 def test_nan_is_an_error_only_when_asked():
-    dataset = tiny()
+    dataset, task = tiny(), make_task(activation="relu")
     dataset.x_train[3] = 1e38
-    assert not np.isfinite(make_run(dataset=dataset).epoch().train_loss).all()
+    assert not np.isfinite(make_run(task=task, dataset=dataset).epoch().train_loss).all()
     with pytest.raises(InputError, match="loss of seed 0 became NaN or Inf in epoch 1, step .: lower the"):
-        make_run(dataset=dataset, check_nan=True).epoch()
+        make_run(task=task, dataset=dataset, check_nan=True).epoch()
 
 
 def test_what_cannot_be_trained_is_told_in_a_sentence():

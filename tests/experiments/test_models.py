@@ -92,10 +92,35 @@ def test_rules_find_every_hidden_signal(name, signals):
 
 
 @pytest.mark.parametrize(
+    ("name", "activation", "function"),
+    [
+        ("mlp", "", "tanh"),
+        ("lenet5", "", "tanh"),
+        ("cnn", "", "tanh"),
+        ("mlp", "relu", "relu"),
+        ("lenet5", "relu", "relu"),
+        ("cnn", "sigmoid", "logistic"),
+        ("vgg16", "", "relu"),
+        ("resnet18", "relu", "relu"),
+    ],
+)
+def test_a_model_has_its_activation_and_no_other(name, activation, function):
+    def logits(x):
+        return build(name, (8, 8, 1), widths=(5, 4), activation=activation)(x)
+
+    text = str(jax.make_jaxpr(logits)(jnp.zeros((2, 8, 8, 1))))
+    forward = text[text.index("dot_general") if name == "mlp" else text.index("conv_general_dilated") :]
+    assert [name for name in ("tanh", "relu", "logistic") if name in forward] == [function]
+
+
+@pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
         (("mpl", (4,)), {}, ["no model 'mpl'", "did you mean 'mlp'?"]),
         (("mlp", (4,)), {"activation": "rleu"}, ["no activation 'rleu'", "did you mean 'relu'?"]),
+        (("lenet5", (8, 8, 1)), {"activation": "tanj"}, ["no activation 'tanj'", "did you mean 'tanh'?"]),
+        (("vgg16", (8, 8, 1)), {"activation": "tanh"}, ["vgg16 has the activation relu", "'tanh'", "leave it out"]),
+        (("resnet18", (8, 8, 1)), {"activation": "gelu"}, ["resnet18 has the activation relu", "'gelu'"]),
         (("lenet5", (64,)), {}, ["lenet5 needs images [height, width, channels]", "(64,)", "use mlp"]),
         (("cnn", (3, 3, 1)), {}, ["at least 4x4", "3x3", "use mlp"]),
     ],
