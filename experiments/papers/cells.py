@@ -243,6 +243,6 @@ def run(tables: Mapping[str, Table], root: pathlib.Path) -> int:
 
 
 def reduced(config: Config) -> Config:
-    """The config with the epochs and seeds that the flags give, if they are fewer."""
+    """The config with the seeds that the flags give, and their epochs if these are fewer."""
     epochs, seeds = (1, 1) if FLAGS.quick else (FLAGS.epochs, FLAGS.seeds)
     return config.replace(epochs=min(epochs or config.epochs, config.epochs), seeds=seeds or config.seeds)
