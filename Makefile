@@ -52,6 +52,7 @@ demo: install
 bench: install
 	$(BIN)/python -m experiments.benchmark $(BENCH_ARGS)
 	$(BIN)/python -m experiments.tracing $(filter --quick,$(BENCH_ARGS))
+	$(BIN)/python -m experiments.epochs $(filter --quick,$(BENCH_ARGS))
 
 # Without the virtual environment: JAX for CUDA is where PYTHON is.
 gpu:

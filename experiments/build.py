@@ -1,6 +1,7 @@
 """From a `Config` to what it describes: the data, the task, the method, the run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import lrules
@@ -28,7 +29,13 @@ TRACED = ("learning_rate", "weight_decay", "feedback_learning_rate")  # the fiel
 
 
 def method(
-    config: Config, task: tasks.Task, steps: int, *, rule: lrules.Rule | None = None, **settings: Any
+    config: Config,
+    task: tasks.Task,
+    steps: int,
+    *,
+    rule: lrules.Rule | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> Method:
     """The method of a config; `settings` are traced numbers: fields of the config, or options of its rule.
 
@@ -36,12 +43,13 @@ def method(
       config, task: what to train.
       steps: steps in an epoch.
       rule: the rule, where it is not that of the config.
+      options: options of the config's rule, in place of its own.
       settings: numbers of `TRACED` by name, and options of the rule as in `{"rule.alpha": 0.5}`.
     """
-    given = {name.removeprefix("rule."): v for name, v in settings.items() if name.startswith("rule.")}
+    traced = {name.removeprefix("rule."): v for name, v in settings.items() if name.startswith("rule.")}
     rates = {name: v for name, v in settings.items() if name in TRACED}
     if rule is None:
-        rule = rules.parse(config.rule, given)
+        rule = rules.parse(config.rule, {**options, **traced})
     augment = None
     if config.augmentation:
         from experiments import augment as augmentations  # dm-pix is slow to import
@@ -67,6 +75,7 @@ def run(
     task: tasks.Task | None = None,
     *,
     rule: lrules.Rule | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
     settings: Mapping[str, Sequence[float]] | None = None,
     placement: Placement | None = None,
     check_nan: bool = False,
@@ -86,9 +95,9 @@ def run(
     if settings:
 
         def make(**given: Any) -> Method:
-            return method(config, task, steps, rule=rule, **given)
+            return method(config, task, steps, rule=rule, options=options, **given)
     else:
-        make = method(config, task, steps, rule=rule)
+        make = method(config, task, steps, rule=rule, options=options)
     return Run(
         make,
         dataset,

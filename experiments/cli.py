@@ -42,7 +42,9 @@ def define_config_flags(*, omit: Sequence[str] = (), **defaults: Any) -> None:
 def define_output_flags(*, output: str) -> None:
     """Defines the flags that say where a program finds data and puts results."""
     flags.DEFINE_string("output", output, "Folder for the results.")
-    flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS sets (default: ~/tensorflow_datasets).")
+    flags.DEFINE_string(
+        "data_dir", None, "The folder of prepared TFDS sets, or of NAME.npz files (default: ~/tensorflow_datasets)."
+    )
     define_cache_flag()
 
 

@@ -46,7 +46,7 @@ class Config:
     validation: float = option(
         0.0, "The fraction of the training set that is kept for validation.", least=0, most=0.999
     )
-    normalisation: str = option("", "Mean and sd of the inputs, such as 0.13,0.31; or mnist, cifar10, cifar100.")
+    normalisation: str = option("", "Mean and sd of the inputs, such as 0.13/0.31; or mnist, cifar10, cifar100.")
     augmentation: str = option("", "Random changes of training images, such as crop(4),flip.")
     # task and model
     task: Literal["classification", "autoencoding"] = option("classification", "What the model learns.")

@@ -60,6 +60,8 @@ class Dataset(NamedTuple):
 def load(source: str, *, data_dir: str | None = None, in_memory: int = IN_MEMORY) -> Dataset:
     """Load and check a data set: `digits`, `npz:FILE`, `npy:FOLDER`, or a TFDS name prepared below `data_dir`.
 
+    A file NAME.npz in `data_dir` comes before a TFDS set of this name.
+
     Nothing is downloaded; `tfds_sets.prepare` does that. The arrays of `npy:FOLDER` (x_train.npy, ...) are mapped,
     never read whole. A TFDS set of more than `in_memory` bytes stays on the disk too.
 
@@ -74,6 +76,9 @@ def load(source: str, *, data_dir: str | None = None, in_memory: int = IN_MEMORY
         return _npz(source.removeprefix("npz:"))
     if source.startswith("npy:"):
         return _npy(source.removeprefix("npy:"))
+    file = pathlib.Path(data_dir or "").expanduser() / f"{source}.npz"
+    if data_dir and file.is_file():
+        return _npz(str(file))._replace(name=source)
     from experiments import tfds_sets  # slow to import
 
     parts, classes = tfds_sets.read(source, data_dir, in_memory)

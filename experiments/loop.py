@@ -107,6 +107,7 @@ class Run:
         check_nan: bool = False,
         probe: int = 256,
         record_every: int = 0,
+        rows: np.ndarray | None = None,
         placement: Placement | None = None,
         limit: int | None = None,
         resident: int | None = None,
@@ -122,6 +123,7 @@ class Run:
           check_nan: stop with `Diverged` when a loss becomes NaN or Inf.
           probe: training examples on which the method measures; 0: it does not.
           record_every: steps between the records of the curve; 0: none inside an epoch.
+          rows: the training examples of each lane [lanes, examples] (default: all); `rows` may be set between epochs.
           placement: where arrays lie, for many devices.
           limit: bytes that a group of lanes may take (default: what the device has).
           resident: bytes that a data set on the device may take; a larger one is read from the disk (default: half of
@@ -130,7 +132,9 @@ class Run:
         begin = time.perf_counter()
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
         self.record_every, self.curve = record_every, list[dict[str, Any]]()
-        self.steps, self.epochs, self.step = steps_per_epoch(data, batch_size), 0, 0
+        self.rows = rows
+        self._examples = len(data.x_train) if rows is None else rows.shape[1]
+        self.steps, self.epochs, self.step = steps_per_epoch(data, batch_size, self._examples), 0, 0
         self._seconds, self._losses = 0.0, list[np.ndarray | list[Array]]()
         self._names = tuple(settings or ())
         self._make = method if not isinstance(method, Method) else lambda: method
@@ -142,9 +146,8 @@ class Run:
         self._warms_up = example.warm_up is not None
         # The loop, and the lanes of a group, are those of one compiled program.
         self._looped = jax.default_backend() != "cpu" or not example.convolves
-        self._examples = len(data.x_train)
         self._feed: Feed
-        if fits(data, memory.available() // 2 if resident is None else resident):
+        if rows is not None or fits(data, memory.available() // 2 if resident is None else resident):
             self._feed = Resident(data, self._place.whole)
         else:
             self._feed = Streamed(
@@ -163,11 +166,12 @@ class Run:
             return _Group(lanes, keys[lanes], tuple(self._place.whole(v[lanes]) for v in values))
 
         lanes = len(self.seeds)
-        size = memory.fitting(lanes, lambda n: self._train(group(0, n)), limit) if self._looped else 1
+        length = self._stops(PARTS)[0]
+        size = memory.fitting(lanes, lambda n: self._train(group(0, n), length), limit) if self._looped else 1
         self._groups = [group(i, min(i + size, lanes)) for i in range(0, lanes, size)]
         for g in self._groups:
             g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._feed.first(batch_size)))
-            self._train(g)
+            self._train(g, length)
         self.compile_seconds = time.perf_counter() - begin
 
     # The functions of the method, for the lanes of a group
@@ -185,27 +189,29 @@ class Run:
             self._functions[name, group.size] = jax.jit(_over_lanes(one, group.size, shared))
         return self._functions[name, group.size](group.settings, *args)
 
-    def _train(self, group: _Group, name: str = "step") -> Any:
-        """The compiled loop: (settings, carry, keys, order, start, stop, x, y) -> (carry, losses [lanes, steps]).
+    def _train(self, group: _Group, length: int, name: str = "step") -> Any:
+        """The compiled loop: (settings, carry, keys, order, start, x, y) -> (carry, losses [lanes, length]).
 
-        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`.
+        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`. The
+        number of steps is known when the loop is compiled: otherwise a GPU asks the host after each step.
         """
-        key = (f"loop of {name}", group.size)
+        key = (f"{length} times {name}", group.size)
         if key in self._functions:
             return self._functions[key]
 
-        def train(settings: Any, carry: PyTree, key: Array, order: Array, start: Any, stop: Any, x: Array, y: Array):
+        def train(settings: Any, carry: PyTree, key: Array, order: Array, start: Any, x: Array, y: Array):
             step = getattr(self._method(settings), name)
 
-            def body(i: Array, loop: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
-                carry, losses = loop
-                rows = order[i - start if self._feed.chunk else i]
+            def body(carry: PyTree, i: Array) -> tuple[PyTree, Array]:
+                rows = order[i if self._feed.chunk else start + i]
                 batch = [self._place.batch(a[rows]) for a in (x, y)]
-                carry, loss = step(carry, jax.random.fold_in(key, i), *batch)
-                return carry, losses.at[i - start].set(loss.astype(losses.dtype))
+                carry, loss = step(carry, jax.random.fold_in(key, start + i), *batch)
+                return carry, loss.astype(jnp.float32)
 
-            first = carry, jnp.zeros(self._longest)
-            return jax.lax.fori_loop(start, stop, body, first) if self._looped else body(start, first)
+            if self._looped:
+                return jax.lax.scan(body, carry, jnp.arange(length))
+            carry, loss = body(carry, jnp.zeros((), jnp.int32))
+            return carry, loss[None]
 
         init = functools.partial(self._call, "init", 2, group)
         carry = jax.eval_shape(init, group.keys, *self._feed.first(self.batch_size))
@@ -214,34 +220,38 @@ class Run:
             carry = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), carry, layout)
         keys, order = self._shuffle(group, 2, 0)
         x, y = next(iter(self._feed.parts(0, 0)))
-        arguments = carry, keys, self._feed.order(order), 0, self._longest, x, y
-        jitted = jax.jit(_over_lanes(train, group.size, 4), donate_argnums=1, out_shardings=(layout, None))
+        arguments = carry, keys, self._feed.order(order), 0, x, y
+        jitted = jax.jit(_over_lanes(train, group.size, 3), donate_argnums=1, out_shardings=(layout, None))
         self._functions[key] = jitted.lower(group.settings, *arguments).compile()
         return self._functions[key]
-
-    @property
-    def _longest(self) -> int:
-        """The most steps of a call of the compiled loop."""
-        return (self._feed.chunk or self.steps) if self._looped else 1
 
     # Training
 
     def _shuffle(self, group: _Group, purpose: int, epoch: int) -> tuple[Array, Array]:
         """The keys [lanes] and orders of examples [lanes, steps, batch] of an epoch."""
-        return _shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
+        keys, order = _shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
+        if self.rows is None:
+            return keys, order
+        rows = self._place.whole(self.rows[group.lanes])
+        return keys, jax.vmap(lambda rows, order: rows[order])(rows, order)
 
     def order(self, epoch: int) -> np.ndarray:
         """The examples of each step of an epoch [lanes, steps, batch]."""
         return self._joined(self._shuffle(group, 2, epoch)[1] for group in self._groups)
 
     def _stops(self, parts: int) -> list[int]:
-        """The steps after which the host takes over: those of the progress and of the records, and the last."""
-        if self._feed.chunk or not self._looped:
-            return [*range(self._longest, self.steps, self._longest), self.steps]
-        stops = {*range(0, self.steps, math.ceil(self.steps / parts)), self.steps}
-        if self.record_every:
-            stops |= {*range(0, self.steps, self.record_every)}
-        return sorted(stops - {0})
+        """The steps after which the host takes over: equal parts if there is a divisor, records among them."""
+        most = math.ceil(self.steps / parts)
+        if not self._looped:
+            length = 1
+        elif self._feed.chunk:
+            length = self._feed.chunk
+        elif self.record_every:
+            length = max(n for n in range(1, min(most, self.record_every) + 1) if self.record_every % n == 0)
+        else:
+            equal = [n for n in range(parts, parts // 4, -1) if self.steps % n == 0]
+            length = self.steps // equal[0] if equal else most
+        return [*range(length, self.steps, length), self.steps]
 
     def _finish(
         self, name: str, purpose: int, epoch: int, parts: int, advance: Callable[[int], Any] | None
@@ -258,10 +268,9 @@ class Run:
             losses = []
             x, y = next(parts_read)
             for group, (keys, order) in zip(self._groups, shuffled, strict=True):
-                group.carry, loss = self._train(group, name)(
-                    group.settings, group.carry, keys, order, self.step, stop, x, y
-                )
-                losses.append(loss[:, : stop - self.step])
+                train = self._train(group, stop - self.step, name)
+                group.carry, loss = train(group.settings, group.carry, keys, order, self.step, x, y)
+                losses.append(loss)
             self._losses.append(losses)
             done, self.step = stop - self.step, stop
             if self.check_nan:
@@ -343,6 +352,11 @@ class Run:
 
     def evaluate(self, x: Array, y: Array, *, batch_size: int = 250, name: str = "evaluate") -> dict[str, np.ndarray]:
         """Means over a set of examples [lanes], such as "loss" and "accuracy"; `attacked` is the other name."""
+        found = self.figures(x, y, batch_size=batch_size, name=name)
+        return {figure: values.mean(1) for figure, values in found.items()}
+
+    def figures(self, x: Array, y: Array, *, batch_size: int = 250, name: str = "evaluate") -> dict[str, np.ndarray]:
+        """The figures of each example of a set [lanes, examples]."""
         size = min(batch_size, len(x))
         starts = [*range(0, len(x) - size, size), len(x) - size]  # the last batch overlaps: all have one size
         parts = []
@@ -351,7 +365,7 @@ class Run:
             known = i * size - start
             found = self._joined(self._call(name, 2, g, g.carry, *examples) for g in self._groups)
             parts.append({figure: values[:, known:] for figure, values in found.items()})
-        return {figure: np.concatenate([part[figure] for part in parts], 1).mean(1) for figure in parts[0]}
+        return {figure: np.concatenate([part[figure] for part in parts], 1) for figure in parts[0]}
 
     def _joined(self, by_group: Any) -> Any:
         """The results of all groups, as NumPy arrays [lanes, ...]."""
@@ -430,12 +444,12 @@ def _shuffle(key: Array, purpose: int, epoch: int, examples: int, steps: int, ba
     return key, order.reshape(steps, batch_size)
 
 
-def steps_per_epoch(data: Dataset, batch_size: int) -> int:
+def steps_per_epoch(data: Dataset, batch_size: int, examples: int | None = None) -> int:
     """The number of full batches in an epoch; the examples that are left out differ from epoch to epoch."""
-    steps = len(data.x_train) // batch_size
+    examples = len(data.x_train) if examples is None else examples
+    steps = examples // batch_size
     if not steps:
         raise InputError(
-            f"The batch size must be <= {len(data.x_train)}, the number of training examples of {data.name}, got "
-            f"{batch_size}."
+            f"The batch size must be <= {examples}, the number of training examples of {data.name}, got {batch_size}."
         )
     return steps

@@ -15,6 +15,7 @@ import optax
 
 import lrules
 from experiments import adversarial
+from experiments.data import scale
 from experiments.errors import InputError
 from experiments.optimizers import Optimizers
 from experiments.tasks import Task
@@ -83,7 +84,7 @@ def by_rule(
     Args:
       task, rule: the model with its loss, and the rule that trains it.
       optimizer: the same one for forward and learned feedback weights, or `Optimizers`.
-      augment: random changes of the prepared inputs.
+      augment: random changes of the inputs, in [0, 1], before the task prepares them.
       fgsm: the step of adversarial training, along the plain gradient of the present network.
       attack: the step of the attack under which the accuracy is measured, too.
       accumulate: the parts of a batch whose gradients are averaged, one after another.
@@ -133,8 +134,9 @@ def by_rule(
 
     def step(carry: Carry, key: Array, x: Array, y: Array, *, warm_up: bool = False) -> tuple[Carry, Array]:
         keys = jax.random.split(key)
+        if augment:
+            x = augment(keys[0], scale(x))  # images in [0, 1]: the normalisation comes after it
         x = task.prepare(x)
-        x = augment(keys[0], x) if augment else x
         y = task.targets(x, y)
         x = adversarial.fgsm(lambda x: task.loss(task.net(carry.params, (carry.state, x))[0], y), x, fgsm)
         value, state, grads = (accumulated if accumulate > 1 else gradients)(carry, keys[1], x, y)

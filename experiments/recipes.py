@@ -1,8 +1,8 @@
-"""Rules made with the public constructors, each in a few lines: take one, change it, make your own.
+"""Rules made with the public constructors, in a few lines each. Copy one and change it to make your own.
 
 The first rules are variants that Baldi, Sadowski and Lu (2018) mention in sections 3, 4.2 and 6.1. The others show what
 the functions of a rule can ask for (see `lrules.constructors`): keys, targets, the hidden signal, the output of a
-layer, numbers by layer. Each function returns a rule.
+layer, numbers by layer. Each public function returns a rule, except `cascade`.
 """
 
 import zlib
@@ -16,26 +16,27 @@ import lrules
 
 
 def mixed_channel(long_range: str) -> lrules.Rule:
-    """The output error comes straight to some layers, and continues from there by feedback alignment.
+    """The output error goes straight to some layers, and from there down by feedback alignment.
 
     Args:
-      long_range: a regular expression; layers that it matches get direct feedback to the hidden signal that they read.
+      long_range: a regular expression for names of layers. The hidden signals that these layers read get direct
+        feedback.
     """
     return lrules.partition({long_range: lrules.direct_feedback_alignment(), ".*": lrules.feedback_alignment()})
 
 
 def nonlinear_channel(rule: lrules.Rule | None = None, fn: Callable[[jax.Array], jax.Array] = jnp.tanh) -> lrules.Rule:
-    """Nonlinear neurons in the learning channel: s_l <- fn(s_l), on the scale of the error of a single example."""
+    """Nonlinear neurons in the learning channel: s_l <- fn(s_l), where s_l has the scale of one example's error."""
     return lrules.modify_error(rule or lrules.direct_feedback_alignment(), lambda signal, name, rng: fn(signal))
 
 
 def averaged_matrices(n: int, init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """The average of the signals of n random matrices, which is the signal of the averaged matrix."""
+    """Feedback alignment with the average of n random matrices: its signal is the average of their signals."""
     return lrules.feedback_alignment(init=lrules.feedback.averaged(n, init=init))
 
 
 def redrawn(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """Feedback alignment with new random matrices at every step: trains like the last layer only (observation 1)."""
+    """Feedback alignment with new random matrices at every step: it learns poorly (observation 1)."""
 
     def backward(op, w, b, x, d, layer):
         dw, _ = jax.vjp(op, w, x)[1](d)
@@ -46,7 +47,7 @@ def redrawn(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
 
 
 def redrawn_concordant() -> lrules.Rule:
-    """The same with the signs of the forward weights, which trains (observation 2); it is `sign_symmetry("random")`."""
+    """`redrawn` with the signs of the forward weights, as `sign_symmetry("random")`: it learns (observation 2)."""
     return redrawn(init=lrules.feedback.congruent())
 
 
@@ -59,8 +60,8 @@ def redrawn_direct(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
 def cascaded(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
     """Direct feedback from the output, and also from every hidden signal to all hidden signals below it.
 
-    s_h = C_h e + sum over l above h of C_lh s_l. The channel is linear, so this equals direct feedback by one matrix
-    `cascade` for each signal. It is for networks without loops over layers.
+    s_h = C_h e + sum over l above h of C_lh s_l. The channel is linear, so this is direct feedback with one matrix for
+    each hidden signal: `cascade` computes it. The network must not have loops over layers.
     """
     draw = init or jax.nn.initializers.glorot_normal()
     rule = lrules.direct_feedback_alignment(init)
@@ -84,7 +85,7 @@ def cascaded(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
 def cascade(
     names: list[str], straight: Mapping[str, jax.Array], between: Mapping[tuple[str, str], jax.Array]
 ) -> dict[str, jax.Array]:
-    """The total matrices: B_h = C_h + sum over l above h of B_l C_lh, `[outputs, *hidden]`; names from below."""
+    """The total matrices B_h = C_h + sum over l above h of B_l C_lh, `[outputs, *hidden]`; `names`: lowest first."""
     total: dict[str, jax.Array] = {}
     for i in reversed(range(len(names))):
         total[names[i]] = straight[names[i]]
@@ -95,10 +96,10 @@ def cascade(
 
 
 def weight_by_weight() -> lrules.Rule:
-    """One random weight for the error of each output at each single synapse. It does not train (observation 7).
+    """Each synapse has one random weight for the error of each output. It does not learn (observation 7).
 
-    dw_ij = sum over k of c_ijk e_k f'(z_i) h_j. Direct feedback is linear in its matrices, so the part of output k is
-    the gradient under feedback that passes only the error of output k, equally to all neurons.
+    dw_ij = sum over k of c_ijk e_k f'(z_i) h_j. Direct feedback is linear in its matrices. So the term of output k is
+    the gradient with feedback weights of 1 for output k and 0 for the others, times c_ijk.
     """
     direct = lrules.direct_feedback_alignment(init=jax.nn.initializers.zeros)
 
@@ -134,7 +135,7 @@ def weight_by_weight() -> lrules.Rule:
         return f
 
     def transform(net, *, reduction="mean") -> Any:
-        raise ValueError("transform cannot serve weight_by_weight: use lrules.value_and_grad(net, loss, rule)")
+        raise ValueError("lrules.transform cannot use weight_by_weight: use lrules.value_and_grad(net, loss, rule)")
 
     return lrules.Rule(init, transform, value_and_grad)
 
@@ -143,8 +144,8 @@ def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
     """Backpropagation with a separate learning rate for each layer: dW_l <- rate_l dW_l.
 
     Args:
-      by_layer: rates by regular expression for the names of layers; the first match holds. If a pattern matches no
-        layer, an error lists the layers.
+      by_layer: the rate for each regular expression for names of layers. The first match counts. If a pattern matches
+        no layer, an error lists the layers.
     """
 
     def backward(op, w, b, x, d, layer, rate):
@@ -162,8 +163,8 @@ def weight_mirror(
     B_l <- B_l + eta (xi y^T - decay B_l),  y = W_l xi,  where noise xi replaces the input of layer l
 
     The mean of xi y^T over the noise is std^2 W_l (with the layout of the parameter). So B_l goes to std^2 / decay W_l,
-    without any copy of a weight. `grads.feedback` is minus the bracket, a mean over the batch; plain `optax.sgd(eta)`
-    makes this update from it. (In the paper, the noise passes in separate phases, not at every step.)
+    and no weight is copied. `grads.feedback` is minus the bracket, as a mean over the batch; `optax.sgd(eta)` makes the
+    update from it. (In the paper, the noise has its own phases. Here there is noise at every step.)
 
     Args:
       std: the standard deviation of the noise.
@@ -191,19 +192,19 @@ def difference_target_propagation(
 ) -> lrules.Rule:
     """Difference target propagation (Lee et al. 2015), from layer output to layer output.
 
-    Layer l computes y_l = W_l x_l from its input x_l, and g_l(y) = decoder(B_l^T y) is the learned way back. The target
-    of y_l is one step against the error of the example. The target of x_l is corrected by the difference of two ways:
+    Layer l computes y_l = W_l x_l from its input x_l. It learns an approximate inverse, g_l(y) = decoder(B_l^T y). The
+    target of y_l is one step against the error of the example. The target of x_l has a correction, the difference:
 
         y'_l = y_l - step d_l,   x'_l = x_l + g_l(y'_l) - g_l(y_l)                            (Eq. 15)
         dW_l descends |y_l - y'_l|^2 / (2 step),   dB_l descends |g_l(W_l (x_l + noise)) - (x_l + noise)|^2 / 2
 
-    Between x_l and the output of the layer below are its bias and its activation. The error x_l - x'_l, divided by the
-    step, goes down through them by their derivatives. (In the paper, layers include the activation, and the target
-    comes after it.) The last layer has the true gradient.
+    Between x_l and y_{l-1} are the bias and the activation of layer l - 1. The error (x_l - x'_l) / step passes them by
+    their derivatives. (In the paper, a layer includes its activation, and the target is for the output of the
+    activation.) The last layer has the true gradient.
 
     Args:
-      step: the distance of targets from the values, on the scale of the error of one example.
-      std: the standard deviation of the noise for learning the way back.
+      step: how far targets are from values: target = value - step * error of the example.
+      std: the standard deviation of the noise that g_l learns with.
       decoder: an elementwise function.
       noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1.
     """
@@ -227,9 +228,9 @@ def local_classifiers(init: Callable[..., jax.Array] | None = None) -> lrules.Ru
 
     L_h = softmax cross-entropy of C_h h with the classes,  s_h = C_h^T (p_h - t),  dC_h = (p_h - t) h^T
 
-    No error comes down from above. The layers between two hidden signals learn from the classifier at the upper hidden
-    signal, and the last layer learns from the loss of the network. The classifiers C_h `[classes, *hidden]` are in
-    `feedback.learned`.
+    No error comes from the layers above. The layers between two hidden signals learn from the classifier at the upper
+    hidden signal, and the last layer learns from the loss of the network. The classifiers C_h `[classes, *hidden]` are
+    in `feedback.learned`.
 
     Args:
       init: the initializer of the classifiers; it draws `[hidden size, classes]`.

@@ -61,6 +61,19 @@ def parse_classes(text: str) -> int | list[int]:
     return int(found[0]) if len(found) == 1 else [int(part) for part in found]
 
 
+def divide(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = False) -> np.ndarray:
+    """The classes divided at random into tasks [tasks, classes of a task]; `in_tasks` has the examples."""
+    if per_task < 2 or data.classes % per_task or data.classes == per_task:
+        raise InputError(
+            f"The {data.classes} classes of {data.name} cannot be divided into tasks of {per_task}: use a number from "
+            f"2 on that divides {data.classes} and is less, or choose fewer classes first."
+        )
+    order = np.random.default_rng(seed).permutation(data.classes)
+    if tuning:
+        order = np.roll(order, 1)  # each group gets one class of the group beside it
+    return order.reshape(-1, per_task)
+
+
 def in_tasks(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = False) -> list[Dataset]:
     """The classes divided at random into tasks of some classes each; Split-MNIST with two.
 
@@ -72,12 +85,5 @@ def in_tasks(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = Fals
 
     Example: `in_tasks(load("mnist"), seed=0)` are five binary tasks; train one network on one after the other.
     """
-    if per_task < 2 or data.classes % per_task or data.classes == per_task:
-        raise InputError(
-            f"The {data.classes} classes of {data.name} cannot be divided into tasks of {per_task}: use a number from "
-            f"2 on that divides {data.classes} and is less, or choose fewer classes first."
-        )
-    order = np.random.default_rng(seed).permutation(data.classes)
-    if tuning:
-        order = np.roll(order, 1)  # each group gets one class of the group beside it
-    return [choose(data, [int(c) for c in group]) for group in order.reshape(-1, per_task)]
+    groups = divide(data, seed=seed, per_task=per_task, tuning=tuning)
+    return [choose(data, [int(c) for c in group]) for group in groups]

@@ -19,6 +19,12 @@ from experiments.build import TRACED
 from experiments.config import Config
 from experiments.errors import InputError, nearest
 
+# All points share these: the data, the number of epochs, and what is measured.
+SHARED = (
+    *("rule", "seed", "seeds", "dataset", "classes", "validation", "epochs", "warmup_epochs"),
+    *("select", "probe", "record_every", "layers", "attack"),
+)
+
 
 class Point(NamedTuple):
     """One combination of settings: fields of the config, and options of the rule."""
@@ -78,7 +84,7 @@ def parse(texts: Sequence[str], config: Config) -> Grid:
     """
     fields: dict[str, tuple[Any, ...]] = {}
     options: dict[str, tuple[Any, ...]] = {}
-    known = [name for name in config.to_dict() if name not in ("rule", "seed", "seeds")]
+    known = [name for name in config.to_dict() if name not in SHARED]
     for text in texts:
         name, _, right = text.partition("=")
         name, values = name.strip(), _values(right)
@@ -86,6 +92,8 @@ def parse(texts: Sequence[str], config: Config) -> Grid:
             raise InputError(f"--sweep needs a name and values, as in --sweep=learning_rate=0.001,0.01, got {text!r}.")
         if name in known:
             fields[name] = tuple(getattr(config.replace(**{name: value}), name) for value in values)
+        elif name in SHARED:
+            raise InputError(f"--sweep cannot have {name}, which all points share: give it as --{name}, run by run.")
         elif name in rules.options(config.rule):
             options[name] = values
             for value in values:

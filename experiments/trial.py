@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import lrules
-from experiments import build, results, rules, sweep, tasks
+from experiments import build, results, sweep, tasks
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.errors import InputError
@@ -60,15 +60,6 @@ class Trial:
             fixed = {name: value for name, value in points[0].fields.items() if name not in grid.traced}
             options = {name: value for name, value in points[0].options.items() if name not in grid.traced}
             own = config.replace(**fixed)
-            given = sweep.settings(points, grid.traced, config.seeds)
-            # A rule with traced options is made anew inside the step; any other one is made once.
-            traces_rule = any(name.startswith("rule.") for name in given)
-            own_rule = rule if rule is not None or traces_rule else rules.parse(own.rule, options)
-            if traces_rule and options:
-                raise InputError(
-                    f"The options {', '.join(options)} and {', '.join(n for n in given)} of a rule cannot be swept "
-                    "together: the first need a run each."
-                )
             own_task = task if task is not None and not fixed else tasks.build(own, dataset)
             self.points += points
             self.runs.append(
@@ -76,8 +67,9 @@ class Trial:
                     own,
                     dataset,
                     own_task,
-                    rule=own_rule,
-                    settings=given,
+                    rule=rule,
+                    options=options,
+                    settings=sweep.settings(points, grid.traced, config.seeds),
                     placement=placement,
                     check_nan=check_nan,
                     resident=resident,

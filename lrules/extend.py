@@ -174,6 +174,9 @@ def run(
       `(outputs, aux, records)`; the records are the arrays that handlers wrote into `frame.records`, stacked over
       loops.
 
+    Raises:
+      TypeError: `handlers` is not a list of handlers.
+
     Example:
       >>> import jax.numpy as jnp, lrules
       >>> class Widths(lrules.extend.Handler):
@@ -185,6 +188,10 @@ def run(
       >>> {site: value.shape for site, value in records.items()}
       {'a output': (5, 4), 'b output': (5, 2)}
     """
+    wrong = [h for h in ([handlers] if isinstance(handlers, Handler) else handlers) if not isinstance(h, Handler)]
+    if wrong or isinstance(handlers, Handler):
+        got = "one handler" if isinstance(handlers, Handler) else f"a {type(wrong[0]).__name__} among them"
+        raise TypeError(f"run: handlers must be a list of handlers, such as [MyHandler()], got {got}")
     net, frame = as_network(net), Frame(given or {})
     graph = net.graph(params, inputs)
     outputs, aux = graph.run(net.parameters(params), jax.tree.leaves(inputs), handlers=handlers, frame=frame)

@@ -213,13 +213,19 @@ def by_name(
         if isinstance(value, jax.core.Tracer):
             if traced and is_number(value):
                 continue
-            raise ValueError(
-                f"{option} must be {remedy}, and not traced, got {jax.typeof(value)}: make one rule for each value, "
-                "outside of jit, vmap and scan"
-            )
+            not_traced(option, value, remedy)
         if not allowed(value):
             raise ValueError(f"{option} must be {remedy}, got {value!r}")
     return found
+
+
+def not_traced(option: str, value: Any, remedy: str) -> None:
+    """Refuses a traced number; the message says `remedy`, such as "a number >= 0"."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{option} must be {remedy}, and not traced, got {jax.typeof(value)}: make one rule for each value, "
+            "outside of jit, vmap and scan"
+        )
 
 
 def asked_for(what: str, fn: Callable[..., Any], takes: Sequence[str], offers: Collection[str]) -> frozenset[str]:

@@ -116,6 +116,29 @@ def test_numbers_that_are_lost_are_not_hidden(lost):
         assert jnp.isnan(diagnostics.total_angle(*({"w": x} for x in pair)))
 
 
+@pytest.mark.parametrize("size", [8, 64, 1000])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_nan_in_a_large_array_is_not_lost(size, jitted):
+    """On some processors the maximum of a large array drops a NaN."""
+    whole = jax.random.normal(jax.random.key(0), (size, size))
+    lost = whole.at[size // 2, 3].set(jnp.nan)
+    compare = jax.jit(diagnostics.compare) if jitted else diagnostics.compare
+    for pair in ((lost, whole), (whole, lost)):
+        assert all(jnp.isnan(figure) for figure in compare(*pair))
+        assert jnp.isnan(diagnostics.total_angle(*({"w": x} for x in pair)))
+
+
+def test_dead_units_by_hand():
+    def net(params, x):
+        h = jax.nn.relu(x @ params["a"])
+        return jax.nn.relu(h @ params["b"])
+
+    x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    params = {"a": jnp.array([[1.0, -1.0, 1.0, 0.0], [-1.0, -1.0, 1.0, 0.0]]), "b": jnp.ones((4, 2))}
+    found = diagnostics.dead_units(net, params, x)
+    assert {name: float(fraction) for name, fraction in found.items()} == {"relu": 0.5, "relu#2": 0.0}
+
+
 def test_gradients_of_other_shapes_are_not_compared():
     with pytest.raises(ValueError, match="must have the same shape"):
         diagnostics.total_angle({"a": jnp.ones((2, 3)), "b": jnp.ones(1)}, {"a": jnp.ones((3, 2)), "b": jnp.ones(1)})

@@ -97,6 +97,12 @@ def test_running_with_handlers():
     close(extend.run(net, P, X)[:2], (scanned(P, X), X.sum()), 1e-5)
 
 
+@pytest.mark.parametrize("handlers", [_Wide(), [_Wide], "handlers", [1]])
+def test_handlers_are_a_list_of_handlers(handlers):
+    with pytest.raises(TypeError, match="handlers must be a list of handlers, such as"):
+        extend.run(lambda p, x: x @ p, jnp.eye(2), jnp.ones((3, 2)), handlers)
+
+
 def test_ours_made_again():
     """Feedback alignment and direct feedback alignment from `layerwise`, direct feedback's gradient by `correlate`."""
 

@@ -1,5 +1,7 @@
 """What an option may be, and the sentence that is said if it is something else."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -145,3 +147,11 @@ def test_refused_values_by_name():
         ByName("alpha", {"(": 1})
     with pytest.raises(ValueError, match="alpha must be a number, got 'x'"):
         by_name("alpha", {"a": 1.0, "b": "x"}, is_number, "a number")
+
+
+def test_feedback_may_be_one_gibibyte_unless_said():
+    """Every public function that makes direct feedback has the same limit."""
+    functions = {name: getattr(lrules, name) for name in lrules.__all__ if inspect.isfunction(getattr(lrules, name))}
+    options = {name: inspect.signature(function).parameters for name, function in functions.items()}
+    limits = {name: of["max_feedback_bytes"].default for name, of in options.items() if "max_feedback_bytes" in of}
+    assert set(limits.values()) == {2**30} and {"direct", "direct_feedback_alignment", "monotone_dfa"} <= set(limits)

@@ -368,6 +368,9 @@ def test_options_may_be_tracers(name):
     lambda v: lrules.drop_error(lrules.backprop(), v),
     lambda v: lrules.quantize_error(lrules.backprop(), v),
     lambda v: lrules.dual_propagation(beta=v),
+    lambda v: lrules.dual_propagation(input_nudge=v),
+    lambda v: lrules.dual_propagation(tolerance=v, iterations=2),
+    lambda v: lrules.dual_propagation(damping=v, adjoint=False),
 ])  # fmt: skip
 def test_options_that_may_not_be_tracers(make):
     with pytest.raises(ValueError, match="and not traced, got float32.*: make one rule for each value, outside of jit"):

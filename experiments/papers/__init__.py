@@ -1,1 +1,1 @@
-"""What the papers report of their experiments, measured: one program a section."""
+"""The experiments of the papers, repeated: one program for each paper."""

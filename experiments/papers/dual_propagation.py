@@ -3,21 +3,22 @@
     python -m experiments.papers.dual_propagation         # on digits, with smaller networks: a minute on two cores
     python -m experiments.papers.dual_propagation --dataset=mnist --widths=512,512 --deep_widths=1000,1000,1000,1000
 
-The second command has the paper's settings (for a GPU; Table 1 alone, `--table=1`, takes a core half an hour a seed):
-beta 1/2, Adam at 1e-3, 20 epochs of batches of 50, half squared error on one-hot targets. Batch, iterations, weights of
-variance 1 / fan-in and the form of the error are those of the authors' code, as the paper does not give them; all
-60,000 training images are used, the code takes 50,000.
+The second command has the paper's settings: beta 1/2, Adam with rate 1e-3, 20 epochs with batches of 50, half squared
+error on one-hot targets. It is for a GPU. On one core, Table 1 alone (`--table=1`) takes half an hour for each seed.
+The paper does not give the batch size, the iterations, the variance of the initial weights (1 / fan-in) and the form of
+the error: these are from the authors' code. We use all 60,000 training images; their code uses 50,000.
 
-Table 1 (section 6.1): test accuracy, and the spectral norm of the product of all weights as an estimate of the
-Lipschitz constant. A smaller alpha should give a smaller constant, far more so for the original (DP) than for the
-adjoint (DP^T); nudging the inputs, or adversarial training, a smaller one still. DP is damped (Eq. 50) unless alpha is
-1/2. (On digits training is so short that DP at alpha 0, whose aim is the hardest, has not caught up.)
+Table 1 (section 6.1) has the test accuracy and an estimate of the Lipschitz constant: the spectral norm of the product
+of all weights. A smaller alpha should give a smaller constant, and the effect should be much larger for the original
+(DP) than for the adjoint (DP^T). Nudged inputs or adversarial training should make the constant smaller still. DP is
+damped (Eq. 50) unless alpha is 1/2. (On digits, training is short: DP with alpha 0 has the hardest aim, and has not
+caught up at the end.)
 
-Table 2 (appendix A.1): after 30 iterations without damping the states of DP have not converged for alpha 0 and 1, those
-of DP^T have. The residual is the change of the states in the last iteration, relative to their difference; (X) marks
-states that have not settled, or a loss that is no longer finite.
+Table 2 (appendix A.1) is about convergence. After 30 iterations without damping, the states of DP have not converged
+for alpha 0 and 1, and the states of DP^T have. The residual is the change of the states in the last iteration, relative
+to their difference. (X) marks states that have not converged, or a loss that is not finite.
 
-Writes metrics.json, table.csv (one row a run and seed) and tables.png.
+The program writes metrics.json, table.csv (one row for each run and seed) and tables.png.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ from experiments.config import Config
 from experiments.errors import InputError
 
 FLAGS = flags.FLAGS
-SETTLED = 0.1  # a residual above this: the states still move by a tenth of their difference
+SETTLED = 0.1  # above this residual, the states still change by a tenth of their difference
 
 # Table 1, mean and sd over three seeds: (accuracy in percent, Lipschitz estimate).
 Figures = tuple[tuple[float, float], tuple[float, float]]
@@ -67,16 +68,16 @@ ALPHAS = {"1": 1.0, "1/2": 0.5, "0": 0.0}
 
 
 class Result(NamedTuple):
-    """What is measured after the last epoch, by seed."""
+    """The measurements after the last epoch, for each seed."""
 
     accuracy: np.ndarray  # [seeds]
     train_loss: np.ndarray  # [seeds]
     lipschitz: np.ndarray  # [seeds]
-    residual: np.ndarray  # [seeds, iterations], of a batch; no iterations for backprop
+    residual: np.ndarray  # [seeds, iterations], for one batch; backprop has no iterations
 
     @property
     def settled(self) -> bool:
-        """Whether the loss is finite and the states stand still, whatever the seed."""
+        """Whether, for all seeds, the loss is finite and the states have converged."""
         return bool(np.isfinite(self.train_loss).all() and (self.residual[:, -1:] <= SETTLED).all())
 
 
@@ -88,12 +89,12 @@ def original(alpha: float, beta: float, iterations: int, **options: Any) -> lrul
 
 
 def adjoint(alpha: float, beta: float, iterations: int) -> lrules.Rule:
-    """DP^T (Eq. 19), linearised at the present outputs (Eq. 22)."""
+    """DP^T (Eq. 19), linearised at the current outputs (Eq. 22)."""
     return lrules.dual_propagation(alpha, beta=beta, iterations=iterations, output="refreshed")
 
 
 def table_one(beta: float, iterations: int, damped_iterations: int) -> dict[str, lrules.Rule]:
-    """The rules of Table 1 but for adversarial training."""
+    """The rules of Table 1, without adversarial training."""
     damped: dict[str, Any] = {"iterations": damped_iterations, "damping": "spectral"}
     found = {}
     for name, alpha in ALPHAS.items():
@@ -113,9 +114,9 @@ def table_two(beta: float, iterations: int) -> dict[str, lrules.Rule]:
 def train(
     config: Config, rules: Mapping[str, lrules.Rule], dataset: data.Dataset, task: tasks.Task
 ) -> dict[str, Result]:
-    """Train under each rule and measure after the last epoch."""
+    """Train with each rule, and measure after the last epoch."""
     trials, refused = compare.make_trials(config, dataset, rules, task=task)
-    assert not refused, refused  # `main` has checked
+    assert not refused, refused  # `main` has checked all rules
     compare.train(trials)
     x, y = task.prepare(dataset.x_train[: config.batch_size]), jnp.asarray(dataset.y_train[: config.batch_size])
     found = {}
@@ -129,7 +130,7 @@ def train(
 
 
 def measures(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
-    """The Lipschitz estimate, and the residuals of the states by iteration for a batch, of one seed."""
+    """A function of one seed: the Lipschitz estimate, and for a batch the residual of the states in each iteration."""
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 
     def measure(params: Any, state: Any, feedback: lrules.Feedback) -> tuple[jax.Array, jax.Array]:
@@ -148,12 +149,12 @@ def spread(values: np.ndarray, digits: int, unit: float = 1) -> str:
 
 
 def mark(result: Result) -> str:
-    """(X) as in the paper's Table 2."""
+    """(X) for states that have not converged, as in Table 2 of the paper."""
     return "" if result.settled else " (X)"
 
 
 def table_one_shown(found: Mapping[str, Result], paper: Mapping[str, Figures]) -> str:
-    """Table 1 with the paper's figures beside ours, where it has some for this data set."""
+    """Table 1, with the figures of the paper if it has this data set."""
     rows = []
     for name, result in found.items():
         known = [f"{mean:g} ± {sd:g}" for mean, sd in paper[name]] if name in paper else ["-", "-"]
@@ -165,7 +166,7 @@ def table_one_shown(found: Mapping[str, Result], paper: Mapping[str, Figures]) -
 
 
 def table_two_shown(found: Mapping[str, Result]) -> str:
-    """Table 2; the paper marks DP with (X) for both alphas."""
+    """Table 2. The paper marks DP with (X) for both alphas."""
     rows = [
         (name, spread(result.accuracy, 2, 100) + mark(result), f"{result.residual[:, -1].mean():.1e}")
         for name, result in found.items()
@@ -174,7 +175,7 @@ def table_two_shown(found: Mapping[str, Result]) -> str:
 
 
 def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[str, Figures], title: str) -> Figure:
-    """Table 1 as two columns of points, ours and the paper's; the residuals of Table 2 by iteration."""
+    """Table 1 as points, from us and from the paper; the residuals of Table 2 over the iterations."""
     panels = 2 * bool(one) + bool(two)
     made = Figure(figsize=(2 + 3.7 * panels, 4.4), dpi=130, layout="constrained")
     axes = made.subplots(1, panels, squeeze=False)[0]
@@ -189,11 +190,11 @@ def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[
         colours = ("#d62728", "#ff9896", "#1f77b4", "#ffb000")
         for (name, result), colour in zip(two.items(), colours, strict=True):
             shown = np.where(np.isfinite(result.residual), result.residual, np.nan).mean(0)
-            line = "--" if colour == colours[-1] else "-"  # it may lie on the one before
+            line = "--" if colour == colours[-1] else "-"  # this line may cover the one before
             axes[-1].plot(range(1, len(shown) + 1), shown, color=colour, linestyle=line, marker=".", label=name)
         axes[-1].axhline(SETTLED, color="black", linewidth=0.8, linestyle=":")
         axes[-1].set(xlabel="iteration", ylabel="residual of the states (Table 2)")
-        axes[-1].set_yscale("symlog", linthresh=1e-3)  # those of DP^T may be exactly zero
+        axes[-1].set_yscale("symlog", linthresh=1e-3)  # residuals of DP^T may be exactly zero
         axes[-1].set_ylim(-1e-4, None)
         axes[-1].grid(alpha=0.3)
         axes[-1].legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 0.1))
@@ -202,7 +203,7 @@ def figure(one: Mapping[str, Result], two: Mapping[str, Result], paper: Mapping[
 
 
 def points(axis: Any, ours: Sequence[np.ndarray], paper: Sequence[tuple[float, float]]) -> None:
-    """One row a run: mean and sd of ours [runs][seeds], and the paper's where it has some for all runs."""
+    """One row for each run: mean and sd of our values [runs][seeds], and of the paper if it has all runs."""
     rows = np.arange(len(ours))
     bars: dict[str, Any] = {"linestyle": "none", "capsize": 3}
     axis.errorbar([v.mean() for v in ours], rows, xerr=[v.std() for v in ours], marker="o", label="ours", **bars)
@@ -230,7 +231,7 @@ def main() -> None:
     for task, rules, other in ((shallow, rules_one, "2"), (deep, rules_two, "1")):
         if FLAGS.table != other:
             methods.check(task, rules, dataset.x_train, dataset.y_train, config.batch_size)
-    plain = config.replace(fgsm=0.0)  # the flag is for one row of Table 1 alone
+    plain = config.replace(fgsm=0.0)  # only one row of Table 1 uses the flag
     if FLAGS.table != "2":
         one = train(plain, rules_one, dataset, shallow)
         one |= train(config, {"BP, adversarial": lrules.backprop()}, dataset, shallow)
@@ -276,10 +277,10 @@ if __name__ == "__main__":
         fgsm=0.01,
     )
     cli.define_output_flags(output="results/dual_propagation")
-    flags.DEFINE_enum("table", "both", ["1", "2", "both"], "Which of the two.")
-    flags.DEFINE_float("beta", 0.5, "How strongly the outputs are nudged.", lower_bound=0)
-    flags.DEFINE_integer("iterations", 6, "Of DP at alpha = 1/2 and of DP^T.", lower_bound=1)
-    flags.DEFINE_integer("damped_iterations", 16, "Of damped DP.", lower_bound=1)
+    flags.DEFINE_enum("table", "both", ["1", "2", "both"], "Which table to measure.")
+    flags.DEFINE_float("beta", 0.5, "The strength of the nudge at the outputs.", lower_bound=0)
+    flags.DEFINE_integer("iterations", 6, "The iterations of DP with alpha 1/2 and of DP^T in Table 1.", lower_bound=1)
+    flags.DEFINE_integer("damped_iterations", 16, "The iterations of damped DP.", lower_bound=1)
     flags.DEFINE_list("deep_widths", ["64"] * 4, "The hidden widths of Table 2.")
     flags.DEFINE_integer("deep_iterations", 30, "The iterations of Table 2.", lower_bound=1)
     flags.adopt_module_key_flags(cli)

@@ -3,18 +3,23 @@
     python -m experiments.papers.node_perturbation        # on digits, 64-50-20-10: a minute on two cores
     python -m experiments.papers.node_perturbation --dataset=mnist --epochs=267 --learning_rate=0.0128
 
-The second command has the authors' settings (paper and code): 784-50-20-10 with sigmoid hidden layers, half squared
-error on one-hot targets, batches of 32, plain SGD at 0.0128 for the mean over a batch (0.0004 for the sum in the code),
-feedback weights by exact least squares, 500,000 steps. Here one epoch warms the feedback up; weights start at variance
-1 / fan-in, where the code has twice that. On digits the rate and the number of steps differ.
+The second command has the authors' settings, from the paper and their code: 784-50-20-10 with sigmoid hidden layers,
+half squared error on one-hot targets, batches of 32, feedback weights by exact least squares, plain SGD. The rate is
+0.0128 for the mean over a batch (the code has 0.0004 for the sum). The command takes 500,000 steps; the authors took
+2,001,000 (--epochs=1067). Here one epoch warms up the feedback, and the initial weights have variance 1 / fan-in; the
+code has twice this variance. On digits, the rate and the number of steps differ.
 
-By epoch and layer: how far the feedback weights B of a layer are from its weights W (A: relative error, C: signs that
-agree), and B: the angle between the gradient that arrives below that layer and the true one. FA keeps its B, BP has W
-itself. The lower layer's B cannot come to W, as its 20 errors stem from 10 outputs; it need not, either, for the
-gradient. D: the test error. "Close to 3%" is what the paper reports; the figures beside ours are those of the authors'
-notebooks.
+Panels A, B and C show, for each epoch and layer:
 
-Writes metrics.json, curves.csv (one row a run, seed, epoch and layer) and figure_1.png.
+- A: the relative error of the feedback weights B of a layer as an estimate of its weights W;
+- B: the angle between the gradient below that layer and the true gradient;
+- C: how many signs of B and W agree.
+
+FA keeps its B. BP uses W itself. B of the lower layer cannot become W, because its 20 errors are functions of only 10
+output errors; the gradient does not need it. Panel D is the test error. The paper reports "close to 3%"; the figures
+beside ours are from the authors' notebooks.
+
+The program writes metrics.json, curves.csv (one row for each run, seed, epoch and layer) and figure_1.png.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,24 +48,24 @@ COLOURS = ("black", "#ff7f0e", "#08306b", "#2171b5", "#6baed6", "#74c476")
 
 
 class Alignment(NamedTuple):
-    """One layer: its B against its W, and the gradient of the layer below against the true one."""
+    """One layer: its B compared with its W, and the gradient of the layer below compared with the true gradient."""
 
     relative_error: Any
     angle: Any
     sign_agreement: Any
 
 
-Layers = dict[str, Alignment]  # by name of the layer whose B it is
+Layers = dict[str, Alignment]  # by the name of the layer that has this B
 
 
 def runs(stds: Sequence[float], solver: Literal["sgd", "rls"]) -> dict[str, lrules.Rule]:
-    """BP, FA, and node perturbation at each strength of the noise."""
+    """BP, FA, and node perturbation with each standard deviation of the noise."""
     found = {"BP": lrules.backprop(), "FA": lrules.feedback_alignment()}
     return found | {f"NP, std {std:g}": lrules.node_perturbation(std, solver=solver) for std in stds}
 
 
 class Watch:
-    """Measures a run before the first epoch and after each, on a batch of training examples."""
+    """Measures a run before the first epoch and after each epoch, on a batch of training examples."""
 
     def __init__(self, task: tasks.Task, rules: Mapping[str, lrules.Rule], x: jax.Array, y: jax.Array):
         self.measured: dict[str, list[Layers]] = {name: [] for name in rules}
@@ -84,7 +89,7 @@ def measure(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> 
         truth = true(params, lrules.Feedback({}, {}), inputs, y)[1].params
         gradients = {k: v for k, v in lrules.diagnostics.agreement(update, truth).items() if k.endswith("kernel")}
         weights = lrules.diagnostics.weight_alignment(feedback, params)
-        below = dict(zip(list(gradients)[1:], gradients, strict=False))  # by name of a layer, the one beneath
+        below = dict(zip(list(gradients)[1:], gradients, strict=False))  # for each layer, the name of the layer below
         exact = lrules.diagnostics.compare(jnp.ones(1), jnp.ones(1))  # backprop: B is W
         found = {
             name: Alignment(weight.relative_error, gradients[beneath].angle, weight.sign_agreement)
@@ -98,14 +103,14 @@ def measure(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> 
 
 
 def final(layers: Layers, field: str, unit: float, digits: int) -> str:
-    """One figure of every layer, from the lowest up, means over the seeds."""
+    """One figure for each layer, from the lowest to the highest: means over the seeds."""
     return ", ".join(f"{unit * getattr(layer, field).mean():.{digits}f}" for layer in layers.values())
 
 
 def table(
     histories: Mapping[str, Sequence[Record]], measured: Mapping[str, Sequence[Layers]], known: Mapping[str, float]
 ) -> str:
-    """Figures after the last epoch; (X): the loss is no longer finite."""
+    """The figures after the last epoch; (X) marks a loss that is not finite."""
     header = ("run", "test error (%)", "notebooks", "|B - W| / |W|", "angle below (°)", "same sign (%)")
     rows = []
     for name, records in histories.items():
@@ -120,7 +125,7 @@ def table(
 def figure(
     histories: Mapping[str, Sequence[Record]], measured: Mapping[str, Sequence[Layers]], title: str
 ) -> Figure:
-    """Panels A, B and C of figure 1 with a line for each layer, and D."""
+    """The four panels of figure 1; A, B and C have one line for each layer."""
     made = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
     axes = made.subplots(2, 2).ravel()
     panels = (
@@ -149,7 +154,7 @@ def figure(
 
 
 def band(axis: Any, epochs: Sequence[int], values: Any, colour: str, line: str, label: str | None = None) -> None:
-    """The mean over seeds, and a band of one standard error."""
+    """A line for the mean over the seeds, and a band of one standard error around it."""
     mean, error = np.mean(values, axis=1), np.std(values, axis=1) / np.sqrt(np.shape(values)[1])
     axis.plot(epochs, mean, color=colour, linestyle=line, label=label)
     axis.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
@@ -164,7 +169,7 @@ def main() -> None:
     methods.check(task, rules, dataset.x_train, dataset.y_train, config.batch_size)
     watch = Watch(task, rules, task.prepare(dataset.x_train[:256]), dataset.y_train[:256])
     trials, refused = compare.make_trials(config, dataset, rules, task=task)
-    assert not refused, refused  # checked above
+    assert not refused, refused  # `methods.check` has checked all rules
     compare.train(trials, watch=watch)
     histories = {name: trial.records for name, trial in trials.items()}
 
@@ -188,13 +193,13 @@ def main() -> None:
     title = f"{widths} on {dataset.name}, {FLAGS.solver}, {config.seeds} seeds, {config.epochs} epochs"
     files.savefig(figure(histories, watch.measured, title), folder / "figure_1.png")
     print(table(histories, watch.measured, known))
-    print(f"\nBy layer from below: {', '.join(watch.measured['BP'][0])}.")
+    print(f"\nLayers, from the lowest: {', '.join(watch.measured['BP'][0])}.")
     print(f"{title}. Results: {folder}/metrics.json, curves.csv, figure_1.png")
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("stds", ["1e-4", "1e-3", "1e-2", "1e-1"], "Standard deviations of the noise.")
-    flags.DEFINE_enum("solver", "rls", ["rls", "sgd"], "How the feedback weights are learned.")
+    flags.DEFINE_enum("solver", "rls", ["rls", "sgd"], "How the feedback weights learn.")
     cli.define_config_flags(
         omit=("rule", "loss", "task"),
         epochs=120,

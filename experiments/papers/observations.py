@@ -1,34 +1,39 @@
-"""The eight observations on random backpropagation (Baldi, Sadowski, Lu 2018, section 4.2), each measured and judged.
+"""The eight observations on random backpropagation by Baldi, Sadowski and Lu (2018, section 4.2): does each one hold?
 
     python -m experiments.papers.observations                       # digits: under two minutes on two cores
     python -m experiments.papers.observations --observations=4,5    # some of them
     python -m experiments.papers.observations --dataset=mnist --batch_size=100 --epochs=100 --seeds=5   # as the paper
 
-The last command is the paper's: 784-100-100-100-100-10 with tanh, SGD at 0.1, the rate times 1 - 1e-6 at each update.
-On two cores take --epochs=5 --seeds=2: seven minutes.
+The last command has the settings of the paper: 784-100-100-100-100-10 with tanh, SGD with rate 0.1, which each update
+multiplies by 1 - 1e-6. On two cores, use --epochs=5 --seeds=2: this takes seven minutes.
 
-An observation is a group of runs and a criterion, which is stated beside the verdict and applied to means over seeds.
-Writes metrics.json, runs.csv (one row a run and seed) and observations.png.
+An observation consists of a claim, some runs and a criterion. The program applies the criterion to means over the
+seeds, and prints it with the verdict. It writes metrics.json, runs.csv (one row for each run and seed) and
+observations.png.
 
-What the paper leaves open:
+Some points are not clear in the paper:
 
-- 3: the means. Those of its sparse matrices, which it refers to, are 0.01 to 0.03 at 100 neurons a layer: --mean. Of
-  the error a mean passes on what is common to a layer's neurons, times their number, so that a mean as large as the
-  standard deviation (0.1) multiplies that by ten from layer to layer, and RBP suffers. SRBP cannot feel any mean: the
-  errors of softmax outputs add up to zero.
-- 4: "worse than if we fix layers l h" has lost its inequality. The sentence before says that a deep layer's updates
-  need those of the layers that precede it *in the learning channel*, which are the layers above: with layer h fixed,
-  what happens below it is of no use, and one had better fix that too. So l <= h is what is judged. Runs for l >= h
-  (hidden layers only: the top layer always trains) are shown beside.
-- 8: how logistic units start. At the usual slope, 1/4, four layers of them learn nothing for a long time by any rule,
-  backpropagation included; here they are logistic(4z), whose slope at zero is one, as that of tanh.
+- Observation 3: which means? The paper refers to its sparse matrices. With 100 neurons in each layer, their means are
+  0.01 to 0.03: --mean. A mean sends down the sum of the errors of a layer. With a mean as large as the standard
+  deviation (0.1), this sum grows by a factor of ten from layer to layer, and RBP gets worse. A mean has no effect on
+  SRBP, because the errors of softmax outputs add up to zero.
+- Observation 4: in "worse than if we fix layers l h", the inequality sign is lost. The sentence before says that the
+  updates of a deep layer need the updates of the layers that precede it *in the learning channel*. These are the layers
+  above. So, if layer h is fixed, training below it is useless, and it is better to fix those layers too. The criterion
+  is therefore for l <= h. The program also shows runs for l >= h (hidden layers only: the top layer always trains).
+- Observation 8: which logistic units? With the usual slope at zero, 1/4, four layers of them learn nothing for a long
+  time with any rule, even backpropagation. Here they are logistic(4z), with slope 1 at zero, as tanh has.
 
-Measured with the defaults on digits, and on MNIST for 5 and 15 epochs (15: only 1, 2 and 8): 3, 5, 6 and 7 hold.
-1 does not: the redrawn matrices shake the lower layers, and it gets worse than the top layer only, more so with time.
-2 holds on digits, while 15 epochs of MNIST leave a training error of 2.5%. 4 does not hold: fixing more layers makes
-training accuracy worse in either reading, and test accuracy too (for l >= h on digits it is all the same). 8 holds on
-digits; on MNIST at rate 0.1 RBP with linear units is unstable, and SRBP with ReLU learns nothing, but with
---learning_rate=0.02 it holds (5 epochs).
+Results with the defaults on digits, and on MNIST for 5 epochs, and for 15 epochs (only 1, 2 and 8):
+
+- 3, 5, 6 and 7 hold.
+- 1 does not hold. New matrices at each step disturb the lower layers. The run is worse than the top layer only, and the
+  difference grows with time.
+- 2 holds on digits. On MNIST the training error is still 2.5% after 15 epochs.
+- 4 does not hold. With more fixed layers, training and test accuracy get worse for l <= h and for l >= h. (On digits,
+  l >= h does not change the test accuracy.)
+- 8 holds on digits. On MNIST with rate 0.1, RBP with linear units is unstable, and SRBP with ReLU learns nothing. With
+  --learning_rate=0.02 it holds (5 epochs).
 """
 
 import math
@@ -55,8 +60,8 @@ TRANSFERS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "logistic": lambda z: jax.nn.sigmoid(4 * z),
     "ReLU": jax.nn.relu,
 }
-ALIKE = 0.25  # accuracies are alike that differ by no more than this part of the gap between BP and the top layer only
-ZERO = 0.005  # a training error below this is 0%
+ALIKE = 0.25  # two accuracies are alike if they differ by at most this part of the gap (BP to top layer only)
+ZERO = 0.005  # a training error below this counts as 0%
 
 
 class Entry(NamedTuple):
@@ -64,11 +69,11 @@ class Entry(NamedTuple):
 
     rule: lrules.Rule
     transfer: str = "tanh"  # or one of TRANSFERS
-    frozen: tuple[int, ...] = ()  # layers, the lowest being 1
+    frozen: tuple[int, ...] = ()  # layers; the lowest is 1
 
 
 class Accuracy(NamedTuple):
-    """Final accuracies by seed [seeds]."""
+    """The final accuracies, one for each seed: arrays [seeds]."""
 
     train: np.ndarray
     test: np.ndarray
@@ -78,7 +83,7 @@ Found = Mapping[str, Accuracy]
 
 
 class Observation(NamedTuple):
-    """A claim of the paper, the runs that show it, and when it holds."""
+    """A claim of the paper, the runs that show it, and the criterion for it to hold."""
 
     claim: str
     runs: list[str]
@@ -90,7 +95,7 @@ class Observation(NamedTuple):
 
 
 def entries(hidden: int, mean: float) -> dict[str, Entry]:
-    """Every run by name, for so many hidden layers; the observations share them."""
+    """Every run by name, for a number of hidden layers. Observations may share runs."""
     basic = {
         BP: lrules.backprop(),
         TOP: lrules.last_layer_only(),
@@ -117,7 +122,7 @@ def entries(hidden: int, mean: float) -> dict[str, Entry]:
 
 
 def fixing(layers: range, hidden: int) -> str:
-    """The name of the run under SRBP that fixes these layers; without any hidden layer the top layer alone is left."""
+    """The name of the SRBP run with these layers fixed. If all hidden layers are fixed, only the top layer trains."""
     if len(layers) == hidden:
         return TOP
     first, last = layers[0], layers[-1]
@@ -125,7 +130,7 @@ def fixing(layers: range, hidden: int) -> str:
 
 
 def freeze(layers: Iterable[int]) -> optax.GradientTransformation:
-    """Sets the updates of these layers of an MLP to zero, the lowest being 1."""
+    """Sets the updates of these layers of an MLP to zero; the lowest layer is 1."""
     names = [f"layers/{n - 1}/" for n in layers]
 
     def mask(tree: Any) -> Any:
@@ -139,80 +144,80 @@ def freeze(layers: Iterable[int]) -> optax.GradientTransformation:
 
 
 def tested(found: Found, name: str) -> float:
-    """Mean test accuracy."""
+    """The mean test accuracy of a run."""
     return float(found[name].test.mean())
 
 
 def alike(found: Found, a: str, b: str) -> bool:
-    """Whether two runs test alike, measured by the gap between BP and the top layer only."""
+    """Whether the test accuracies of two runs are alike, relative to the gap between BP and the top layer only."""
     return abs(tested(found, a) - tested(found, b)) <= ALIKE * (tested(found, BP) - tested(found, TOP))
 
 
 def learns(found: Found, name: str, transfer: str) -> bool:
-    """Whether a rule beats the top layer only and comes half-way to BP at least, all with one transfer function."""
+    """Whether a rule is better than the top layer only and at least half-way to BP, with one transfer function."""
     value, top, bp = (tested(found, f"{run}, {transfer}") for run in (name, TOP, BP))
     return value > top and value >= (top + bp) / 2
 
 
 def observations(hidden: int, mean: float) -> dict[int, Observation]:
-    """The paper's eight, by its numbers."""
+    """The eight observations, with the numbers that the paper gives them."""
     redrawn, concordant, single = "RBP, redrawn", "RBP, redrawn, forward signs", "one random weight a synapse"
     sign, magnitude = "SRBP, sign only", "SRBP, magnitude only"
     shifted = {f"{rule}, {shape}, mean {mean:g}": rule for rule in (RBP, SRBP) for shape in ("uniform", "normal")}
-    above_lowest = range(2, hidden + 1)  # the lowest alone is also every layer up to it
+    above_lowest = range(2, hidden + 1)  # for h = 1, "h alone" and "all l <= h" are the same run
     pairs = [(fixing(range(h, h + 1), hidden), fixing(range(1, h + 1), hidden)) for h in above_lowest]
     others = [fixing(range(h, hidden + 1), hidden) for h in above_lowest]
     fixed = dict.fromkeys([*(name for pair in pairs for name in pair), *others])
     transfers = [f"{run}, {t}" for t in TRANSFERS for run in (BP, RBP, SRBP, TOP)]
     return {
         1: Observation(
-            "RBP with matrices drawn anew at each update is poor, like training the top layer only.",
+            "RBP with new random matrices at each update is poor, like training the top layer only.",
             [RBP, redrawn, TOP],
-            f"redrawn within {ALIKE:.0%} of the gap (BP to top layer only) of top layer only, RBP above both",
+            f"redrawn is within {ALIKE:.0%} of the gap (BP to top layer only) from top layer only; RBP beats both",
             lambda found: (
                 alike(found, redrawn, TOP) and tested(found, RBP) > max(tested(found, redrawn), tested(found, TOP))
             ),
         ),
         2: Observation(
-            "Drawn anew but with the signs of the forward weights, it learns the training set without error.",
+            "With new matrices that have the signs of the forward weights, it learns the training set without error.",
             [BP, concordant, RBP],
-            f"training error below {ZERO:.1%}",
+            f"the training error is below {ZERO:.1%}",
             lambda found: bool(1 - found[concordant].train.mean() < ZERO),
         ),
         3: Observation(
-            "Matrices with a mean other than zero, uniform or normal, change nothing.",
+            "A mean other than zero, in uniform or normal matrices, changes nothing.",
             [RBP, SRBP, *shifted],
-            f"each within {ALIKE:.0%} of the gap of the same rule with mean zero",
+            f"each differs from the same rule with mean zero by at most {ALIKE:.0%} of the gap",
             lambda found: all(alike(found, name, rule) for name, rule in shifted.items()),
         ),
         4: Observation(
-            "Layers below a fixed layer h are trained in vain: often better to fix all l <= h.",
+            "To train the layers below a fixed layer h is useless: it is often better to fix all l <= h.",
             [SRBP, *fixed],
-            "h alone fixed tests worse than all l <= h fixed, for more than half of the hidden layers h > 1",
+            "fixing only h gives worse test accuracy than fixing all l <= h, for more than half of the hidden h > 1",
             lambda found: sum(tested(found, h) < tested(found, below) for h, below in pairs) > len(pairs) / 2,
         ),
         5: Observation(
-            "Only the sign of SRBP's errors: better than the top layer only, not as good as SRBP.",
+            "SRBP with only the sign of its errors is better than the top layer only, and worse than SRBP.",
             [SRBP, sign, TOP],
-            "test accuracy between the two",
+            "its test accuracy is between the two",
             lambda found: tested(found, TOP) < tested(found, sign) < tested(found, SRBP),
         ),
         6: Observation(
-            "Only the magnitude of SRBP's errors does not work at all.",
+            "SRBP with only the magnitude of its errors does not work at all.",
             [SRBP, magnitude, TOP],
-            "tests worse than top layer only",
+            "its test accuracy is worse than top layer only",
             lambda found: tested(found, magnitude) < tested(found, TOP),
         ),
         7: Observation(
-            "A random weight for each single synapse, not each neuron, does not work at all.",
+            "A random weight for each synapse, instead of each neuron, does not work at all.",
             [SRBP, single, TOP],
-            "tests worse than top layer only",
+            "its test accuracy is worse than top layer only",
             lambda found: tested(found, single) < tested(found, TOP),
         ),
         8: Observation(
-            "RBP's rules work with linear, logistic and ReLU units, too.",
+            "RBP and SRBP also work with linear, logistic and ReLU units.",
             transfers,
-            "RBP and SRBP better than top layer only and at least half-way to BP, for each of the three",
+            "RBP and SRBP are better than top layer only and at least half-way to BP, for each of the three",
             lambda found: all(learns(found, run, t) for t in TRANSFERS for run in (RBP, SRBP)),
         ),
     }
@@ -230,7 +235,7 @@ def train(
     epochs: int,
     **options: Any,
 ) -> tuple[dict[str, Accuracy], dict[str, dict]]:
-    """Trains each run by SGD: its final accuracies, and the figures of all its epochs; `options` are `loop.Run`'s."""
+    """Trains each run with SGD: its final accuracies, and the figures of all epochs. `options` are for `loop.Run`."""
     made: dict[str, tasks.Task] = {}
     dataset = data.on_device(dataset)
     found: dict[str, Accuracy] = {}
@@ -253,7 +258,7 @@ def train(
 
 
 def make_task(transfer: str, dataset: data.Dataset, widths: list[int]) -> tasks.Task:
-    """An MLP with a transfer function."""
+    """The task of an MLP with a transfer function."""
     sizes = (math.prod(dataset.shape), *widths, dataset.classes)
     function = TRANSFERS.get(transfer, jax.numpy.tanh)
     return tasks.task(lambda rngs: models.MLP(sizes, function, rngs=rngs))
@@ -263,7 +268,7 @@ def make_task(transfer: str, dataset: data.Dataset, widths: list[int]) -> tasks.
 
 
 def table(chosen: Mapping[int, Observation], found: Found) -> str:
-    """One row an observation and run, mean ± sd over the seeds."""
+    """One row for each observation and run: mean ± sd over the seeds."""
     percent = lambda values: results.text(results.statistics(values), 100)  # noqa: E731
     rows = [
         (f"{number}. {name}", percent(found[name].train), percent(found[name].test))
@@ -278,7 +283,7 @@ def verdict(observation: Observation, found: Found) -> str:
 
 
 def figure(chosen: Mapping[int, Observation], found: Found, title: str) -> Figure:
-    """A panel an observation: test (filled, ± sd) and training error (hollow) of each run, BP and top only as lines."""
+    """One panel for each observation: test error (filled, ± sd) and training error (hollow) of each run."""
     columns = min(len(chosen), 2)
     sizes = [len(observation.runs) for observation in chosen.values()]
     heights = [max(sizes[i : i + columns]) + 4 for i in range(0, len(sizes), columns)]
@@ -297,7 +302,7 @@ def figure(chosen: Mapping[int, Observation], found: Found, title: str) -> Figur
         axis.set_title("\n".join(lines), fontsize="small", loc="left")
         axis.set(yticks=range(len(observation.runs)), ylim=(len(observation.runs) - 0.5, -0.5), xlim=(-0.05, 100))
         axis.set_yticklabels(observation.runs, fontsize="small")
-        axis.set_xscale("symlog", linthresh=1, linscale=0.4)  # so that 0 has its place
+        axis.set_xscale("symlog", linthresh=1, linscale=0.4)  # a logarithmic axis cannot show 0
         axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
         axis.minorticks_off()
         axis.tick_params(labelbottom=True, labelsize="small")
@@ -306,7 +311,7 @@ def figure(chosen: Mapping[int, Observation], found: Found, title: str) -> Figur
         axis.remove()
     picture.suptitle(title, fontsize="medium")
     picture.supxlabel(
-        "error (%): test, filled, ± sd; training, hollow; lines: test error of BP (green), of the top layer only (red)",
+        "error (%): test is filled, ± sd; training is hollow; lines: test error of BP (green) and top layer only (red)",
         fontsize="small",
     )
     return picture
@@ -316,11 +321,11 @@ def main() -> None:
     numbers = cli.positive_integers("observations", FLAGS.observations)
     widths = cli.positive_integers("widths", FLAGS.widths)
     if len(widths) < 2:
-        raise InputError("--widths holds less than two hidden layers: give two or more, as in --widths=100,100.")
+        raise InputError("--widths must have two or more hidden layers, as in --widths=100,100.")
     known = observations(len(widths), FLAGS.mean)
     wrong = [number for number in numbers if number not in known]
     if wrong or not numbers:
-        given = f"holds {wrong[0]}" if wrong else "is empty"
+        given = f"has {wrong[0]}" if wrong else "is empty"
         raise InputError(f"--observations {given}: give numbers from 1 to {len(known)}, as in --observations=4,5.")
     chosen = {number: observation for number, observation in known.items() if number in numbers}
     folder = cli.output_folder()
@@ -357,14 +362,14 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("observations", [str(n) for n in range(1, 9)], "Which of the eight.")
-    flags.DEFINE_string("dataset", "digits", "digits (embedded), npz:FILE, or a TFDS name such as mnist.")
-    flags.DEFINE_string("data_dir", None, "Where prepared TFDS sets lie (default: ~/tensorflow_datasets).")
+    flags.DEFINE_list("observations", [str(n) for n in range(1, 9)], "The observations to measure.")
+    flags.DEFINE_string("dataset", "digits", "digits (embedded), npz:FILE, or the name of a TFDS set such as mnist.")
+    flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS sets (default: ~/tensorflow_datasets).")
     flags.DEFINE_list("widths", ["100", "100", "100", "100"], "The hidden widths.")
     flags.DEFINE_integer("epochs", 40, "Passes over the training set.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 25, "Examples in a step.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 0.1, "The rate of SGD.", lower_bound=0)
-    flags.DEFINE_float("decay", 1e-6, "Each update shrinks the rate by this part.", lower_bound=0, upper_bound=0.99)
+    flags.DEFINE_float("decay", 1e-6, "Each update reduces the rate by this part.", lower_bound=0, upper_bound=0.99)
     flags.DEFINE_float("mean", 0.03, "The mean of the feedback weights in observation 3.")
     flags.DEFINE_integer("seeds", 3, "How many seeds to train at once.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)

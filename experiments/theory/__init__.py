@@ -1,1 +1,1 @@
-"""The papers' theorems, runnable: `python -m experiments.theory` checks and plots them all."""
+"""The theorems of the papers, measured and plotted: `python -m experiments.theory`."""

@@ -1,11 +1,12 @@
-"""Measure what the papers' theorems claim, and plot it.
+"""Measure the claims of the papers' theorems, and plot them.
 
     python -m experiments.theory                           # everything: under two minutes on two cores
     python -m experiments.theory --only=chains,relaxations --seeds=20 --nofigures
 
-The learning dynamics of random backpropagation in linear networks, BackMAN's best responses, dual propagation's
-relaxations: `rbp_dynamics.py`, `backman.py`, `dual_propagation.py`. Statements that are printed wrong are measured as
-corrected. Writes metrics.json, claims.csv and one PNG a figure; the exit status is 1 if a claim does not hold.
+The claims are about random backpropagation in linear networks (`rbp_dynamics.py`), the best responses of BackMAN
+(`backman.py`) and the relaxations of dual propagation (`dual_propagation.py`). Where the print of a paper is wrong, the
+program measures the corrected statement. It writes metrics.json, claims.csv and one PNG for each figure. The exit
+status is 1 if a claim does not hold.
 """
 
 import sys
@@ -23,7 +24,7 @@ FLAGS = flags.FLAGS
 
 
 def measure(names: list[str], seeds: range) -> dict[str, list[Check]]:
-    """The checks of some of `CLAIMS`, showing the progress."""
+    """The checks of the named `CLAIMS`, with a progress bar."""
     found = {}
     for name in (bar := tqdm(names, desc="claims", unit="theorem")):
         bar.set_postfix_str(name)
@@ -32,7 +33,7 @@ def measure(names: list[str], seeds: range) -> dict[str, list[Check]]:
 
 
 def table(checks: list[Check]) -> str:
-    """One row a check, as a Markdown table."""
+    """A Markdown table with one row for each check."""
     rows = [(c.source, c.claim, f"{c.measured:.2g}", c.wanted, "yes" if c.holds else "NO") for c in checks]
     return results.table(("theorem", "measured", "is", "wanted", "holds"), rows)
 
@@ -59,8 +60,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("only", [], f"Some of {', '.join(CLAIMS)} (default: all).")
-    flags.DEFINE_integer("seeds", 3, "Random problems for each theorem.", lower_bound=1)
+    flags.DEFINE_list("only", [], f"The claims to measure, from {', '.join(CLAIMS)} (default: all).")
+    flags.DEFINE_integer("seeds", 3, "The number of random problems for each theorem.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
     flags.DEFINE_bool("figures", True, "Draw the figures.")
     flags.DEFINE_string("output", "results/theory", "Folder for the results.")

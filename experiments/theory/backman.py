@@ -1,18 +1,19 @@
-"""BackMAN as the best response of neurons that seek the attention of the next layer (sections 3.3, 3.4, A.3, A.4).
+"""BackMAN as the best response of neurons that want the attention of the next layer (sections 3.3, 3.4, A.3, A.4).
 
 Soltani Moakhar et al.: Seeking next layer neurons' attention for error-backpropagation-like training in a multi-agent
 network framework.
 
-Neuron i of layer l chooses a change b of its input weights, |b| <= alpha, before the layer above makes its BackMAN
-update; what it wants is a large norm of its output connections after that update (Eq. 2, 33; filters Eq. 12, 78):
+Neuron i of layer l chooses a change b of its input weights, |b| <= alpha. Then the layer above makes its BackMAN
+update. The neuron wants a large norm of its output connections after this update (Eq. 2, 33; filters Eq. 12, 78):
 
     U_i(b) = || (w^{l+1} + g^{l+1 t} a^l(b))_{:i} ||,    in the last layer U_i(b) = -loss    (Eq. 3)
 
-Theorems 3.2 and 3.3: its best response approaches its BackMAN update as alpha -> 0, *if g^{l+1} does not respond to b*.
-The paper calls that response marginal. `responding=True` measures it: it does not vanish with alpha (mean cosine some
-0.9), and with the width slowly at best.
+Theorems 3.2 and 3.3: the best response approaches the BackMAN update as alpha -> 0, *if g^{l+1} does not respond to b*.
+The paper calls this response of g marginal. `responding=True` measures it: with g responding, the mean cosine of best
+response and update stays at about 0.9 for every alpha, and grows slowly with the width, if at all.
 
-Weights have their output neurons or filters last: [in, out], or [height, width, in, out] of an image [n, h, w, in].
+The last axis of weights is the output neurons or filters: [in, out], or [height, width, in, out] for images
+[n, h, w, in].
 """
 
 import functools
@@ -27,21 +28,21 @@ import lrules
 
 
 class Net(NamedTuple):
-    """Layers a_l = f(op(w_l, a_{l-1})), the last one without f; hashable."""
+    """A network of layers a_l = f(op(w_l, a_{l-1})); the last layer has no f. It is hashable."""
 
     op: Callable[[Any, Any], Any]
     activation: Callable[[Any], Any] = jax.nn.relu
 
 
 class Data(NamedTuple):
-    """The whole batch."""
+    """The inputs and targets of the whole batch."""
 
     inputs: Any  # [n, ...]
     targets: Any  # the shape of the outputs
 
 
 class Responses(NamedTuple):
-    """Neurons' best responses beside their BackMAN updates, one entry per live neuron of a layer."""
+    """Best responses compared with BackMAN updates: one entry for each neuron of a layer with a nonzero update."""
 
     cosine: np.ndarray
     length: np.ndarray  # |best response| / |BackMAN update|
@@ -63,7 +64,7 @@ def loss(outputs: Any, targets: Any) -> Any:
 
 
 def forward(net: Net, weights: tuple, inputs: Any) -> tuple[list, list]:
-    """(what each layer reads, pre-activations)."""
+    """(the input of each layer, its pre-activations)."""
     reads, pre = [inputs], []
     for w in weights:
         pre.append(net.op(w, reads[-1]))
@@ -73,7 +74,7 @@ def forward(net: Net, weights: tuple, inputs: Any) -> tuple[list, list]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def updates(net: Net, weights: tuple, data: Data, alpha: Any) -> tuple[list, list]:
-    """Algorithms 1 and 2: (g, weight updates g^t a), both by layer; alpha None has c = 1.
+    """Algorithms 1 and 2: (g, weight updates g^t a), both for each layer. If alpha is None, c = 1.
 
     r^L = -dloss/dz^L, c_i = alpha / ||(r^t a)_i||, g = r diag(c), r^{l-1} = op(w, .)^t g * f'(z^{l-1})    (Eq. 5 to 9)
     """
@@ -95,7 +96,7 @@ def updates(net: Net, weights: tuple, data: Data, alpha: Any) -> tuple[list, lis
 
 
 def weight_signal(net: Net, w: Any, a: Any, g: Any) -> Any:
-    """g^t a, for a convolution psi(g, a)."""
+    """g^t a; for a convolution psi(g, a)."""
     return jax.vjp(lambda w: net.op(w, a), w)[1](g)[0]
 
 
@@ -107,13 +108,13 @@ def gradient(net: Net, weights: tuple, data: Data) -> tuple:
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def library_gradient(net: Net, weights: tuple, data: Data, alpha: float) -> tuple:
-    """What `lrules.backman(alpha)` gives as the gradient of the loss."""
+    """The gradient of the loss under `lrules.backman(alpha)`."""
     f = lrules.transform(lambda w, inputs: forward(net, w, inputs)[1][-1], lrules.backman(alpha))
     return jax.grad(lambda w: loss(f(w, lrules.Feedback({}, {}), data.inputs), data.targets))(weights)
 
 
 def utility(net: Net, weights: tuple, data: Data, alpha: Any, layer: int, unit: Any, response: Any, frozen: Any) -> Any:
-    """U_i(b) of neuron `unit` of a layer (Eq. 2, 3, 12), with g^{l+1} as in `frozen`, responding where that is None."""
+    """U_i(b) of neuron `unit` (Eq. 2, 3, 12). g^{l+1} is from `frozen`; if `frozen` is None, it responds to b."""
     moved = tuple(w.at[..., unit].add(response) if i == layer else w for i, w in enumerate(weights))
     reads, pre = forward(net, moved, data.inputs)
     if layer == len(weights) - 1:
@@ -125,7 +126,7 @@ def utility(net: Net, weights: tuple, data: Data, alpha: Any, layer: int, unit: 
 
 @functools.partial(jax.jit, static_argnames=("net", "layer", "responding", "steps"))
 def _best_responses(net, weights, data, alpha, layer, responding, steps):
-    """Projected gradient ascent on U over the ball |b| <= alpha, from b = 0, for every neuron of the layer."""
+    """Projected gradient ascent on U in the ball |b| <= alpha, from b = 0, for every neuron of the layer."""
     frozen = None if responding else updates(net, weights, data, alpha)[0]
 
     def best(unit):
@@ -140,22 +141,22 @@ def _best_responses(net, weights, data, alpha, layer, responding, steps):
 
         return jax.lax.fori_loop(0, steps, step, start)
 
-    return jax.lax.map(best, jnp.arange(weights[layer].shape[-1]))  # [units, ...]; vmap takes far longer to compile
+    return jax.lax.map(best, jnp.arange(weights[layer].shape[-1]))  # [units, ...]; vmap compiles much more slowly
 
 
 def best_responses(
     net: Net, weights: tuple, data: Data, alpha: float, layer: int, *, responding: bool = False, steps: int = 50
 ) -> Responses:
-    """Best responses of a layer's neurons, one at a time, against their updates by BackMAN.
+    """The best responses of the neurons of a layer, one neuron at a time, compared with their BackMAN updates.
 
-    Dead neurons, whose update is zero, are left out: the theorems do not speak of them.
+    Dead neurons, with an update of zero, are left out: the theorems say nothing about them.
 
     Args:
       net, weights, data: the network and its whole batch.
-      alpha: every neuron's limit.
-      layer: counted from 0.
-      responding: let g^{l+1} follow the neuron's response, in place of the theorems' assumption.
-      steps: of projected gradient ascent.
+      alpha: the limit of |b|, for every neuron.
+      layer: the number of the layer, from 0.
+      responding: False keeps g^{l+1} fixed, as the theorems assume. True lets it respond to b.
+      steps: the steps of projected gradient ascent.
     """
     with jax.enable_x64(True):
         weights, data, limit = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (weights, data, alpha))
@@ -170,14 +171,14 @@ def best_responses(
 
 
 def random_dense(seed: int, sizes: tuple[int, ...] = (6, 8, 7, 4), examples: int = 24) -> tuple[Net, tuple, Data]:
-    """A ReLU net, its weights, inputs [examples, in] and targets [examples, out], all normal."""
+    """A ReLU net, its weights, inputs [examples, in] and targets [examples, out], drawn from normal distributions."""
     rng = np.random.default_rng(seed)
     weights = tuple(rng.normal(size=(m, n)) * np.sqrt(2 / m) for m, n in zip(sizes, sizes[1:], strict=False))
     return Net(dense), weights, Data(*(rng.normal(size=(examples, n)) for n in (sizes[0], sizes[-1])))
 
 
 def random_conv(seed: int, examples: int = 12) -> tuple[Net, tuple, Data]:
-    """A ReLU net of three convolutions, the last one over the whole map, images [examples, 6, 6, 2] and targets."""
+    """A ReLU net of three convolutions (the last has a 1 x 1 output), with images [examples, 6, 6, 2] and targets."""
     rng = np.random.default_rng(seed)
     shapes = (3, 3, 2, 5), (3, 3, 5, 4), (2, 2, 4, 3)
     weights = tuple(rng.normal(size=s) * np.sqrt(2 / np.prod(s[:-1])) for s in shapes)

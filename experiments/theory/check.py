@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 
 class Check(NamedTuple):
-    """A claim of a paper, the figure that was measured for it, and the interval in which it holds."""
+    """A claim of a paper, its measured figure, and the interval of figures for which it holds."""
 
-    source: str  # paper and theorem
+    source: str  # the paper and the theorem
     claim: str
     measured: float
     most: float = float("inf")
@@ -18,7 +18,7 @@ class Check(NamedTuple):
 
     @property
     def wanted(self) -> str:
-        """The interval in words."""
+        """The interval as text."""
         below = [f"> {self.least:g}"] if self.least > -float("inf") else []
         above = [f"< {self.most:g}"] if self.most < float("inf") else []
         return " and ".join(below + above)

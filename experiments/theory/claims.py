@@ -1,4 +1,4 @@
-"""The theorems as measurements: each function of `CLAIMS` takes seeds and returns what it found."""
+"""The theorems as measurements: each function in `CLAIMS` takes seeds and returns its checks."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ Seeds = Sequence[int]
 
 
 def distance(a, b) -> float:
-    """The largest difference of two tuples of arrays, relative to 1 or the second's largest entry."""
+    """The largest difference of two tuples of arrays, relative to the largest entry of the second, or to 1."""
     difference = max(float(np.abs(np.subtract(x, y)).max()) for x, y in zip(a, b, strict=True))
     return difference / max(1.0, max(float(np.abs(y).max()) for y in b))
 
 
 def drift(path: np.ndarray) -> float:
-    """How much anything in a path [T, ...] varies, relative to 1 or its largest entry."""
+    """The largest change of an entry along a path [T, ...], relative to the largest entry, or to 1."""
     return float(np.ptp(path, axis=0).max() / max(1.0, np.abs(path).max()))
 
 
@@ -30,7 +30,7 @@ def drift(path: np.ndarray) -> float:
 
 
 def one_dimension(seeds: Seeds) -> list[Check]:
-    """Theorem 1: cubic flows end where the roots say, or have no solution."""
+    """Theorem 1: the roots of a cubic flow predict its limit, or that it diverges."""
     wrong, worst, source = 0, 0.0, f"{RBP}, Theorem 1"
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -46,8 +46,8 @@ def one_dimension(seeds: Seeds) -> list[Check]:
                 wrong += not np.isfinite(end)
                 worst = max(worst, abs(float(reached) - end))
     return [
-        Check(source, "flows predicted to diverge or converge wrongly (last case corrected)", wrong, most=0.5),
-        Check(source, "distance of the end from the predicted root", worst, most=1e-6),
+        Check(source, "number of flows with a wrong prediction (last case corrected)", wrong, most=0.5),
+        Check(source, "distance of the limit from the predicted root", worst, most=1e-6),
     ]
 
 
@@ -71,7 +71,7 @@ def chains(seeds: Seeds, depths: Sequence[int] = (2, 3, 4, 5)) -> list[Check]:
         source = f"{RBP}, Theorem {min(depth, 4)}, {depth} layers"
         found += [
             Check(source, f"distance from the root of degree {2**depth - 1}", max(gap), most=1e-5),
-            Check(source, "alpha - beta P at the end", max(error), most=1e-7),
+            Check(source, "alpha - beta P in the limit", max(error), most=1e-7),
             Check(source, "drift of a_(i+1) - c_(i+1) a_i^2 / 2 c_i", max(varied), most=1e-7),
             Check(source, "gradient descent: distance from its root", max(descent), most=1e-7),
         ]
@@ -88,18 +88,18 @@ def attractors(seeds: Seeds) -> list[Check]:
         problem = rbp_dynamics.chain_problem(fixed + [1e-4, 0.0], [1.0])
         flow = rbp_dynamics.integrate(rbp_dynamics.srbp, *problem, until=50.0)
         moved[slope > 0].append(float(np.abs(np.ravel(flow.last) - fixed).max()))
-        w = 1 - np.prod([w[:, 0, 0] for w in flow.states], 0)  # alpha - beta P, which Eq. 33 calls w
+        w = 1 - np.prod([w[:, 0, 0] for w in flow.states], 0)  # alpha - beta P, called w in Eq. 33
         early = np.searchsorted(flow.times, 0.1)
         rates.append(abs(np.log(w[early] / w[0]) / flow.times[early] / -slope - 1))
     return [
-        Check(source, "outside the parabola: how far a displacement of 1e-4 ends", max(moved[True]), most=1e-3),
-        Check(source, "inside the parabola: the same", min(moved[False]), least=0.1),
+        Check(source, "outside the parabola: final distance after a displacement of 1e-4", max(moved[True]), most=1e-3),
+        Check(source, "inside the parabola: the same distance", min(moved[False]), least=0.1),
         Check(f"{RBP}, Eq. 33", "relative error of the linear rate", max(rates), most=1e-2),
     ]
 
 
 def expansive(seeds: Seeds, hidden: int = 4) -> list[Check]:
-    """Theorem 5, A[1,N,1]."""
+    """Theorem 5: the limit in A[1,N,1]."""
     gap, varied, descent = [], [], []
     for seed in seeds:
         problem = rbp_dynamics.random_problem(seed, (1, hidden, 1))
@@ -116,7 +116,7 @@ def expansive(seeds: Seeds, hidden: int = 4) -> list[Check]:
 
 
 def compressive(seeds: Seeds, size: int = 4) -> list[Check]:
-    """Lemma 1 and Theorem 6, A[N,1,N]; then with any data, and from the line of negative multiples of C."""
+    """Lemma 1 and Theorem 6: A[N,1,N] as an autoencoder, with any data, and from negative multiples of C."""
     same, general, goal, varied, above, line, back = [], [], [], [], [], [], []
     for seed in seeds:
         problem = rbp_dynamics.random_problem(seed, (size, 1, size))
@@ -130,7 +130,7 @@ def compressive(seeds: Seeds, size: int = 4) -> list[Check]:
         flow = rbp_dynamics.integrate(rbp_dynamics.srbp, *problem)
         general.append(distance(flow.last, rbp_dynamics.compressive_limit(problem)))
         above.append(_excess(problem, flow, 1) / rbp_dynamics.best_excess_error(problem.ti, problem.ii, 1))
-        # A(0) = -C, with K low enough for two negative roots; C along an axis keeps A on the line in floating point
+        # A(0) = -3 C, and K is low enough for two negative roots. C is along an axis, so rounding keeps A on it.
         axis = np.eye(1, size)
         weights = -3.0 * axis, -2.0 * axis.T + 0.1 * np.random.default_rng(seed).normal(size=(size, 1))
         on_line = Problem(weights, (axis,), eye, eye)
@@ -141,18 +141,18 @@ def compressive(seeds: Seeds, size: int = 4) -> list[Check]:
         back.append(distance(flow.last, rbp_dynamics.compressive_limit(beside)))
     source = f"{RBP}, Theorem 6, A[{size},1,{size}]"
     return [
-        Check(f"{RBP}, Lemma 1", "drift of C B - A A^t / 2, doubled", max(varied), most=1e-7),
+        Check(f"{RBP}, Lemma 1", "twice the drift of C B - A A^t / 2", max(varied), most=1e-7),
         Check(source, "autoencoder: distance from the cubic's root", max(same), most=1e-7),
         Check(source, "autoencoder: distance of P from C^t C / C C^t", max(goal), most=1e-7),
         Check(source, "any S_TI, S_II: distance from the cubic's root (added)", max(general), most=1e-6),
-        Check(source, "any S_TI, S_II: mean error / rank 1's best, less 1 (added)", float(np.mean(above)), least=0.1),
+        Check(source, "any S_TI, S_II: mean error / best of rank 1, minus 1 (added)", float(np.mean(above)), least=0.1),
         Check(source, "A(0) = -3 C: distance from a negative root (exception)", max(line), most=1e-7),
-        Check(source, "beside that line: distance from the positive root", max(back), most=1e-6),
+        Check(source, "close to that line: distance from the positive root", max(back), most=1e-6),
     ]
 
 
 def three_layers(seeds: Seeds) -> list[Check]:
-    """Theorems 7 and 8, the monotone quantity of Eq. 109, and gradient descent; a wide and a narrow hidden layer."""
+    """Theorems 7 and 8, the monotone quantity of Eq. 109, gradient descent; for a wide and a narrow hidden layer."""
     found = []
     for sizes in ((4, 6, 3), (4, 2, 3)):
         size, goal, varied, rising, excess, descent, tail = [], [], [], [], [], [], []
@@ -174,7 +174,7 @@ def three_layers(seeds: Seeds) -> list[Check]:
         name = f"A[{','.join(map(str, sizes))}]"
         least = f"{RBP}, Theorem 8, {name}"
         found += [
-            Check(f"{RBP}, Theorem 7, {name}", "largest norm of A_1 over its bound", max(size), most=1.0),
+            Check(f"{RBP}, Theorem 7, {name}", "largest norm of A_1, divided by its bound", max(size), most=1.0),
             Check(f"{RBP}, Eq. 92, {name}", "drift of C A_2 + (C A_2)^t - A_1 A_1^t", max(varied), most=1e-7),
             Check(least, "distance of C_1 A_2 A_1 from C_1 S_TI S_II^-1", max(goal), most=1e-6),
             Check(f"{RBP}, Eq. 105, {name}", "share of the integral in the last third of log t", max(tail), most=1e-6),
@@ -183,9 +183,9 @@ def three_layers(seeds: Seeds) -> list[Check]:
         ]
         if sizes[1] >= sizes[2]:
             found.append(Check(least, "C_1 of full column rank: error above the least", max(excess), most=1e-7))
-        else:  # C_1 P determines P no more
+        else:  # C_1 P does not determine P
             mean = float(np.mean(excess))
-            found.append(Check(least, "narrower than the outputs: mean error above the least", mean, least=1e-2))
+            found.append(Check(least, "fewer neurons than outputs: mean error above the least", mean, least=1e-2))
     return found
 
 
@@ -200,7 +200,7 @@ def _gradient_descent_excess(problem: Problem, rank: int) -> float:
 
 
 def two_by_two(seeds: Seeds) -> list[Check]:
-    """Theorem 10, A[2,2,2] with identity moments and feedback."""
+    """Theorem 10: A[2,2,2], with moments and feedback equal to Id."""
     eye = np.eye(2)
     speed, inverse, alone = [], [], []
     for seed in seeds:
@@ -213,14 +213,14 @@ def two_by_two(seeds: Seeds) -> list[Check]:
         alone.append(rbp_dynamics.isolation(a))
     source = f"{RBP}, Theorem 10, A[2,2,2]"
     return [
-        Check(source, "speed of A and B at the end", max(speed), most=1e-7),
+        Check(source, "speed of A and B in the limit", max(speed), most=1e-7),
         Check(source, "distance of A B from Id", max(inverse), most=1e-7),
-        Check(source, "isolation of the limit in Eq. 112: least singular value", min(alone), least=1e-3),
+        Check(source, "the limit is isolated (Eq. 112): least singular value", min(alone), least=1e-3),
     ]
 
 
 def power_law(seeds: Seeds, powers: Sequence[float] = (1, 2, 3, 1 / 3)) -> list[Check]:
-    """Theorem 12 and section 7.9: O = a_2 (a_1 I)^mu with and without the derivative."""
+    """Theorem 12 and section 7.9: O = a_2 (a_1 I)^mu, with and without the derivative of the activation."""
     gap, varied, descent = [], [], []
     grown: list[tuple[float, float, float]] = []
     shrunk: list[tuple[float, float, float]] = []
@@ -236,7 +236,7 @@ def power_law(seeds: Seeds, powers: Sequence[float] = (1, 2, 3, 1 / 3)) -> list[
             start = start[0], abs(start[1])
             flow = rbp_dynamics.integrate(rbp_dynamics.power_gradient_descent, start, moments, mu)
             descent.append(distance(flow.last, rbp_dynamics.power_gradient_limit(start, moments, mu)))
-        for bend, until, fates in ((0.5, 50.0, grown), (-0.5, 1e4, shrunk)):  # gamma/delta above, below alpha/beta
+        for bend, until, fates in ((0.5, 50.0, grown), (-0.5, 1e4, shrunk)):  # gamma/delta > alpha/beta, then <
             moments = rbp_dynamics.power_moments(x, x**2 + bend * (1 - x), 2)
             field, arguments = rbp_dynamics.power_srbp_without_derivative, (moments, 1.0, 2.0)
             a1, a2 = rbp_dynamics.integrate(field, (0.5, 0.5), *arguments, until=until).last
@@ -247,8 +247,8 @@ def power_law(seeds: Seeds, powers: Sequence[float] = (1, 2, 3, 1 / 3)) -> list[
         Check(source, "distance from the positive root of Eq. 117", max(gap), most=1e-6),
         Check(source, "drift of a_2 - a_1^2 / 2 c mu", max(varied), most=1e-7),
         Check(f"{RBP}, Eq. 119", "gradient descent: distance from its root", max(descent), most=1e-6),
-        Check(without, "gamma/delta high: a_1 at t = 50 (added: grows for ever)", min(g[0] for g in grown), least=1.5),
-        Check(without, "gamma/delta high: error of its predicted speed", max(g[1] for g in grown), most=1e-2),
+        Check(without, "gamma/delta high: a_1 at t = 50 (added: no limit)", min(g[0] for g in grown), least=1.5),
+        Check(without, "gamma/delta high: error of the predicted speed of a_1", max(g[1] for g in grown), most=1e-2),
         Check(without, "gamma/delta high: distance of w from the optimum", max(g[2] for g in grown), most=1e-2),
         Check(without, "gamma/delta low: a_1 at t = 10^4 (added: falls to 0)", max(s[0] for s in shrunk), most=0.3),
         Check(without, "gamma/delta low: distance of w from gamma/delta", max(s[2] for s in shrunk), most=1e-2),
@@ -261,7 +261,7 @@ NETS: dict[str, Callable] = {"dense": backman.random_dense, "conv": backman.rand
 
 
 def backman_is_gradient_descent(seeds: Seeds) -> list[Check]:
-    """Theorem 3.1, and that the algorithm of the paper is the library's rule."""
+    """Theorem 3.1; and Algorithm 1 gives the same updates as the rule of the library."""
     found = []
     for name, make in NETS.items():
         plain, library = [], []
@@ -281,7 +281,7 @@ def backman_is_gradient_descent(seeds: Seeds) -> list[Check]:
 
 
 def best_responses(seeds: Seeds, alpha: float = 1e-4) -> list[Check]:
-    """Theorems 3.2 and 3.3, with g frozen and without."""
+    """Theorems 3.2 and 3.3, with g frozen and with g responding."""
     found = []
     for name, make in NETS.items():
         frozen, responding = [], []
@@ -295,7 +295,7 @@ def best_responses(seeds: Seeds, alpha: float = 1e-4) -> list[Check]:
         mean = float(np.mean(np.concatenate([r.cosine for r in responding])))
         found += [
             Check(source, "g frozen: least cosine of best response and update", least, least=1 - 1e-3),
-            Check(source, "g frozen: ratio of their lengths, less 1", length, most=1e-3),
+            Check(source, "g frozen: ratio of their lengths, minus 1", length, most=1e-3),
             Check(source, "g responding: mean cosine (the theorem does not hold)", mean, most=0.99),
         ]
     return found
@@ -305,7 +305,7 @@ def best_responses(seeds: Seeds, alpha: float = 1e-4) -> list[Check]:
 
 
 def relaxations(seeds: Seeds, trials: int = 2000, states: int = 40) -> list[Check]:
-    """Propositions 4.1 (as corrected) and 4.2, and the order of AROVR, SPROVR and the adversarial loss."""
+    """Propositions 4.1 (corrected) and 4.2, and the order of AROVR, SPROVR and the adversarial loss."""
     arovr = dual_propagation.arovr
     worst: dict[str, list[float]] = {}
 
@@ -324,7 +324,7 @@ def relaxations(seeds: Seeds, trials: int = 2000, states: int = 40) -> list[Chec
         positive = loss - loss.min(-1, keepdims=True)
         note("b", small * arovr(positive, energy, low, small) - large * arovr(positive, energy, low, large))
         note("b any sign", small * arovr(loss, energy, low, small) - large * arovr(loss, energy, low, large))
-        step = rng.uniform(0, small)  # (1 - alpha) beta, the same for both
+        step = rng.uniform(0, small)  # (1 - alpha) beta, equal for both values of beta
         note("4.2", arovr(loss, energy, 1 - step / large, large) - arovr(loss, energy, 1 - step / small, small))
         note("adversarial", arovr(loss, energy, low, large) - dual_propagation.adversarial(loss, energy, low, large))
         s = np.sort(rng.normal(size=states))
@@ -337,7 +337,7 @@ def relaxations(seeds: Seeds, trials: int = 2000, states: int = 40) -> list[Chec
         Check(f"{DP}, Prop. 4.1 (a)", "rise of J with alpha (corrected: it falls)", measured["a"], most=exact),
         Check(f"{DP}, Prop. 4.1 (a)", "fall of J with alpha (printed: none)", measured["a printed"], least=0.1),
         Check(f"{DP}, Prop. 4.1 (b)", "fall of beta J with beta, loss >= 0", measured["b"], most=exact),
-        Check(f"{DP}, Prop. 4.1 (b)", "the same, any loss (needs >= 0)", measured["b any sign"], least=0.1),
+        Check(f"{DP}, Prop. 4.1 (b)", "the same, loss of any sign (needs >= 0)", measured["b any sign"], least=0.1),
         Check(f"{DP}, Prop. 4.2", "excess of J(beta) over J(beta' < beta), same step", measured["4.2"], most=exact),
         Check(f"{DP}, Eq. 13 to 15", "excess of AROVR over the adversarial loss", measured["adversarial"], most=exact),
         Check(f"{DP}, section 4.3", "excess of SPROVR over AROVR, convex loss", measured["convex"], most=exact),
@@ -346,7 +346,7 @@ def relaxations(seeds: Seeds, trials: int = 2000, states: int = 40) -> list[Chec
 
 
 def corollary(seeds: Seeds, sizes: Sequence[int] = (4, 6, 5, 3)) -> list[Check]:
-    """Corollary 4.3: AROVR outermost and SPROVR below give the DP objective."""
+    """Corollary 4.3: AROVR at the outermost level and SPROVR below it give the DP objective."""
     worst = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -360,7 +360,7 @@ def corollary(seeds: Seeds, sizes: Sequence[int] = (4, 6, 5, 3)) -> list[Check]:
             )  # fmt: skip
             direct = dual_propagation.dp_objective(*arguments)
             worst.append(abs(float(direct - dual_propagation.relaxed_from_outermost(*arguments))))
-    return [Check(f"{DP}, Corollary 4.3", "difference of the nested relaxations and Eq. 1", max(worst), most=1e-12)]
+    return [Check(f"{DP}, Corollary 4.3", "difference: nested relaxations and Eq. 1", max(worst), most=1e-12)]
 
 
 def _half_square(target, s):
@@ -368,7 +368,7 @@ def _half_square(target, s):
 
 
 def closed_forms(seeds: Seeds) -> list[Check]:
-    """Appendix G: the signal, the fixed point and the rate of the iteration."""
+    """Appendix G: the error signal, the fixed point, and the rate of the iteration."""
     found = []
     for name, (outputs, signal) in dual_propagation.SIGNALS.items():
         affine, end, rate, half = [], [], [], []
@@ -394,8 +394,8 @@ def closed_forms(seeds: Seeds) -> list[Check]:
         found += [
             Check(source, f"distance of y+ - y- from M W z + v (Eq. {numbers}, corrected)", max(affine), most=1e-10),
             Check(source, "alpha' = 0, 1/4, 1: distance of the iteration from the closed form", max(end), most=1e-8),
-            Check(source, "alpha' = 1/2, norm of W 6: the same after one step", max(half), most=1e-10),
-            Check(source, "alpha' = 1, norm of W 6: relative error of the rate of divergence", max(rate), most=1e-3),
+            Check(source, "alpha' = 1/2, |W| = 6: the same after three steps", max(half), most=1e-10),
+            Check(source, "alpha' = 1, |W| = 6: relative error of the rate of divergence", max(rate), most=1e-3),
         ]
     return found
 

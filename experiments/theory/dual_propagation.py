@@ -18,10 +18,10 @@ import numpy as np
 
 
 def arovr(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> Any:
-    """Eq. 15 over a finite set of states, for which loss and energy [..., states] are given.
+    """Eq. 15 over a finite set of states, from the loss and energy [..., states] of each state.
 
-    Minimum and maximum are independent of each other. The proofs of Propositions 4.1 and 4.2 use nothing but that s+
-    and s- are optimal, so they hold on any set, for any numbers.
+    The minimum and the maximum are independent. The proofs of Propositions 4.1 and 4.2 use only that s+ and s- are
+    optimal, so they hold for any set of states and any numbers.
     """
     return (alpha * loss + energy / beta).min(-1) - (energy / beta - (1 - alpha) * loss).min(-1)
 
@@ -29,14 +29,14 @@ def arovr(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> An
 def sprovr(loss: Callable[[Any], Any], states: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> Any:
     """Eq. 10 over a finite set of real states [n] with energies [n]: min over s+ of max over s-.
 
-    Below AROVR where the loss is convex, and the same at alpha 0 and 1 (after Proposition 4.2).
+    It is at most AROVR if the loss is convex, and equal to AROVR for alpha 0 and 1 (after Proposition 4.2).
     """
     value = loss(alpha * states[:, None] + (1 - alpha) * states) + (energy[:, None] - energy) / beta
     return value.max(1).min(0)
 
 
 def adversarial(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """l(s*), s* = argmin E - ~alpha beta l [..., states] (Eq. 13), of which AROVR is a relaxation: never above it."""
+    """l(s*), s* = argmin E - ~alpha beta l [..., states] (Eq. 13). AROVR is a relaxation of it: at most l(s*)."""
     worst = (energy - (1 - alpha) * beta * loss).argmin(-1)
     return np.take_along_axis(loss, worst[..., None], -1)[..., 0]
 
@@ -45,11 +45,11 @@ def adversarial(loss: np.ndarray, energy: np.ndarray, alpha: float, beta: float)
 
 
 def layer_energy(weight: Any, potential: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """E(s, below) = G(s) - s . (below W), weight [in, out]; minimal at f(below W) with f = (G')^-1 (after Eq. 1)."""
+    """E(s, below) = G(s) - s . (below W), weight [in, out]; its minimum is f(below W), f = (G')^-1 (after Eq. 1)."""
     return lambda s, below: potential(s) - s @ (below @ weight)
 
 
-POTENTIALS: dict[str, Callable[[Any], Any]] = {  # G by activation f
+POTENTIALS: dict[str, Callable[[Any], Any]] = {  # the potential G for each activation f
     "identity": lambda s: 0.5 * (s**2).sum(),
     "tanh": lambda s: (s * jnp.arctanh(s) + 0.5 * jnp.log1p(-(s**2))).sum(),
     "sigmoid": lambda s: (s * jnp.log(s) + (1 - s) * jnp.log1p(-s)).sum(),
@@ -59,13 +59,13 @@ POTENTIALS: dict[str, Callable[[Any], Any]] = {  # G by activation f
 def dp_objective(
     loss: Callable, energies: Sequence[Callable], plus: Sequence, minus: Sequence, inputs: Any, alpha: Any, beta: Any
 ) -> Any:
-    """L^DP before min and max (Eq. 1).
+    """L^DP before the minimum and maximum (Eq. 1).
 
     alpha l(s+_L) + ~alpha l(s-_L) + sum_k (E_k(s+_k, sbar_{k-1}) - E_k(s-_k, sbar_{k-1})) / beta
 
     Args:
-      loss: of the outputs [N_L].
-      energies: E_k(s_k, s_{k-1}), k = 1 ... L.
+      loss: a function of the outputs [N_L].
+      energies: the functions E_k(s_k, s_{k-1}), k = 1 ... L.
       plus, minus: s+_k and s-_k [N_k], k = 1 ... L.
       inputs: s_0 [N_0].
       alpha, beta: numbers.
@@ -76,13 +76,13 @@ def dp_objective(
 
 
 def arovr_step(objective: Callable, energy: Callable, plus: Any, minus: Any, alpha: Any, beta: Any) -> Callable:
-    """Relax the level below an objective(s) by AROVR: a function of the level below that one (Eq. 15)."""
+    """Relax the level s of objective(s) by AROVR (Eq. 15): a function of the level below."""
     outer = alpha * objective(plus) + (1 - alpha) * objective(minus)
     return lambda below: outer + (energy(plus, below) - energy(minus, below)) / beta
 
 
 def sprovr_step(objective: Callable, energy: Callable, plus: Any, minus: Any, alpha: Any, beta: Any) -> Callable:
-    """Relax the level below an objective(s) by SPROVR: a function of the level below that one (Eq. 10)."""
+    """Relax the level s of objective(s) by SPROVR (Eq. 10): a function of the level below."""
     outer = objective(alpha * plus + (1 - alpha) * minus)
     return lambda below: outer + (energy(plus, below) - energy(minus, below)) / beta
 
@@ -90,7 +90,7 @@ def sprovr_step(objective: Callable, energy: Callable, plus: Any, minus: Any, al
 def relaxed_from_outermost(
     loss: Callable, energies: Sequence[Callable], plus: Sequence, minus: Sequence, inputs: Any, alpha: Any, beta: Any
 ) -> Any:
-    """AROVR on the outermost level and SPROVR on all others; Corollary 4.3: the same as `dp_objective`."""
+    """AROVR at the outermost level, SPROVR at all others. By Corollary 4.3 this is `dp_objective`."""
     objective, step = loss, arovr_step
     for energy, p, m in reversed(list(zip(energies, plus, minus, strict=True))):
         objective, step = step(objective, energy, p, m, alpha, beta), sprovr_step
@@ -101,9 +101,10 @@ def relaxed_from_outermost(
 
 
 class Quadratic(NamedTuple):
-    """min l(y), y = argmin F(y) - y^t W z, z = argmin G(z) - z^t x, all three quadratic (Eq. 51, 52), beta within l.
+    """min l(y), y = argmin F(y) - y^t W z, z = argmin G(z) - z^t x, with quadratic l, F and G (Eq. 51, 52).
 
-    l = y^t H_l y / 2 + b_l^t y; F with h_f, b_f; G with h_g, b_g; y [n], z [m], weight W [n, m].
+    l = y^t H_l y / 2 + b_l^t y, and it includes beta. F has h_f and b_f, G has h_g and b_g. Shapes: y [n], z [m],
+    weight W [n, m].
     """
 
     h_l: np.ndarray
@@ -117,7 +118,7 @@ class Quadratic(NamedTuple):
 
 
 def random_quadratic(seed: int, n: int = 4, m: int = 6, *, beta: float = 0.5, scale: float = 1.0) -> Quadratic:
-    """Positive definite H_F and H_G around the identity, H_l around beta; the weights' spectral norm is `scale`."""
+    """H_F and H_G are positive definite and near Id, H_l is near beta Id, and `scale` is the spectral norm of W."""
     rng = np.random.default_rng(seed)
 
     def definite(size: int) -> np.ndarray:
@@ -141,7 +142,7 @@ def arovr_outputs(q: Quadratic, alpha: float, z: np.ndarray) -> tuple[np.ndarray
 
 
 def sprovr_outputs(q: Quadratic, alpha: float, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """y+ and y- under SPROVR: the two stationary conditions of Eq. 64, solved together."""
+    """y+ and y- under SPROVR: the solution of the two stationarity conditions of Eq. 64."""
     down = 1 - alpha
     system = np.block(
         [[alpha * alpha * q.h_l + q.h_f, alpha * down * q.h_l], [down * alpha * q.h_l, down * down * q.h_l - q.h_f]]
@@ -152,10 +153,10 @@ def sprovr_outputs(q: Quadratic, alpha: float, z: np.ndarray) -> tuple[np.ndarra
 
 
 def arovr_signal(q: Quadratic, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """M [n, n] and v [n] of y+ - y- = M W z + v under AROVR: v = -M b_F - M' b_l (Eq. 55 to 59, with signs mended).
+    """M [n, n] and v [n] of y+ - y- = M W z + v under AROVR: v = -M b_F - M' b_l (Eq. 55 to 59, signs corrected).
 
     M = -(H_F + alpha H_l)^-1 H_l (H_F - ~alpha H_l)^-1 (Eq. 58) and M' = alpha (H_F + alpha H_l)^-1 + ~alpha (H_F -
-    ~alpha H_l)^-1 = (H_F + alpha H_l)^-1 H_F (H_F - ~alpha H_l)^-1: the paper subtracts the two terms of M'.
+    ~alpha H_l)^-1 = (H_F + alpha H_l)^-1 H_F (H_F - ~alpha H_l)^-1. The paper has a minus between the two terms of M'.
     """
     lower, upper = np.linalg.inv(q.h_f + alpha * q.h_l), np.linalg.inv(q.h_f - (1 - alpha) * q.h_l)
     m = -lower @ q.h_l @ upper
@@ -170,12 +171,12 @@ def sprovr_signal(q: Quadratic, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def signal_strength(alpha: float, beta: float) -> tuple[float, float]:
-    """|M| for H_F = I, H_l = beta I: (AROVR, SPROVR), the second never larger where beta < 1 / ~alpha (Eq. 60, 70)."""
+    """|M| for H_F = I, H_l = beta I: (AROVR, SPROVR); SPROVR <= AROVR if beta < 1 / ~alpha (Eq. 60, 70)."""
     return beta / ((1 + alpha * beta) * (1 - (1 - alpha) * beta)), beta / (1 + (2 * alpha - 1) * beta)
 
 
 def iterate(q: Quadratic, outputs: Callable, alpha: float, inner: float, steps: int) -> np.ndarray:
-    """zbar [steps + 1, m] from the clean z: y+ and y- by `outputs(q, alpha, zbar)`, then z+ and z- (Eq. 61).
+    """zbar [steps + 1, m], from the clean z. A step: y+, y- = outputs(q, alpha, zbar), then z+ and z- (Eq. 61).
 
     z+ = g(x + alpha' W^t (y+ - y-)), z- = g(x - ~alpha' W^t (y+ - y-)), g(a) = H_G^-1 (a - b_G), and
     zbar = alpha' z+ + ~alpha' z-, with alpha' = `inner`.
@@ -190,16 +191,16 @@ def iterate(q: Quadratic, outputs: Callable, alpha: float, inner: float, steps: 
 
 
 def fixed_point(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: float) -> np.ndarray:
-    """zbar [m] with zbar = H_G^-1 (x - b_G + (2 alpha' - 1) W^t (M W zbar + v)) (Eq. 62, 72)."""
+    """The solution zbar [m] of zbar = H_G^-1 (x - b_G + (2 alpha' - 1) W^t (M W zbar + v)) (Eq. 62, 72)."""
     m, v = signal
     tilt = 2 * inner - 1
     return np.linalg.solve(q.h_g - tilt * q.weight.T @ m @ q.weight, q.x - q.b_g + tilt * q.weight.T @ v)
 
 
 def contraction(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: float) -> float:
-    """By what factor an iteration brings zbar nearer to the fixed point in the end: spectral radius of Eq. 62 and 72.
+    """The factor by which the last iterations change the distance to the fixed point: spectral radius (Eq. 62, 72).
 
-    Zero for alpha' = 1/2, whatever the weights; else proportional to |W|^2, and the iteration fails above 1.
+    It is 0 for alpha' = 1/2 and any weights. Otherwise it is proportional to |W|^2. Above 1, the iteration diverges.
     """
     step = (2 * inner - 1) * np.linalg.solve(q.h_g, q.weight.T @ signal[0] @ q.weight)
     return float(np.abs(np.linalg.eigvals(step)).max())
@@ -208,10 +209,11 @@ def contraction(q: Quadratic, signal: tuple[np.ndarray, np.ndarray], inner: floa
 def network_gradient(
     lower: np.ndarray, upper: np.ndarray, x: np.ndarray, targets: np.ndarray, alpha: float, beta: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The weight gradients of dual propagation in a linear network O = x A B under half squared error, in closed form.
+    """The weight gradients of dual propagation in a linear network O = x A B with half squared error, in closed form.
 
-    Appendix G with H_F = H_G = Id, H_l = beta Id, b_l = -beta y and alpha' = alpha. Batch mean of minus
-    (s+ - s-) sbar^t / beta, for A [in, hidden] and B [hidden, out]; x [batch, in], targets [batch, out].
+    This is appendix G with H_F = H_G = Id, H_l = beta Id, b_l = -beta y and alpha' = alpha. A gradient is the mean of
+    -(s+ - s-) sbar^t / beta over the batch. Shapes: A [in, hidden], B [hidden, out], x [batch, in], targets
+    [batch, out].
     """
     n, m = upper.shape[1], upper.shape[0]
     gradients = np.zeros_like(lower), np.zeros_like(upper)

@@ -1,4 +1,4 @@
-"""Figures of the theory. Each function returns a figure to save or show; none touches the state of pyplot."""
+"""Figures of the theory. Each function returns a figure to save or show, and does not change the state of pyplot."""
 
 import matplotlib
 import numpy as np
@@ -10,7 +10,7 @@ COLOURS = matplotlib.colormaps["tab10"](range(10))
 
 
 def vector_field() -> Figure:
-    """Figure 11 of Baldi, Sadowski, Lu: A[1,1,1] with c_1 = alpha = beta = 1; some solutions with predicted ends."""
+    """Figure 11 of Baldi, Sadowski, Lu: A[1,1,1] with c_1 = alpha = beta = 1; solutions with their predicted limits."""
     figure = Figure(figsize=(7.2, 6.2), dpi=130, layout="constrained")
     axis = figure.subplots()
     reach = 3.0
@@ -38,7 +38,7 @@ def vector_field() -> Figure:
         axis.plot(*(w[:, 0, 0] for w in flow.states), color="tab:green", label=None if i else "solutions")
         axis.plot(*start, ".", color="tab:green")
         end = rbp_dynamics.chain_limit(start, [1.0])
-        axis.plot(*end, "o", markerfacecolor="none", color="tab:green", label=None if i else "ends predicted by roots")
+        axis.plot(*end, "o", markerfacecolor="none", color="tab:green", label=None if i else "predicted limits")
     axis.set(xlabel="$a_1$", ylabel="$a_2$", xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axis.set_title("Random backpropagation in A[1,1,1], $c_1 = \\alpha = \\beta = 1$", fontsize="medium")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
@@ -46,7 +46,7 @@ def vector_field() -> Figure:
 
 
 def linear_dynamics(seeds: int = 3) -> Figure:
-    """Excess error over the best of the network's rank, by time: random backpropagation beside gradient descent."""
+    """Error above the best of the network's rank, over time, for random backpropagation and gradient descent."""
     figure = Figure(figsize=(11, 5.4), dpi=130, layout="constrained")
     panels = [(1,) * 3, (1,) * 4, (1,) * 6, (1, 4, 1), (4, 1, 4), (4, 6, 3), (4, 2, 3), (2, 2, 2)]
     for axis, sizes in zip(figure.subplots(2, 4, sharex=True, sharey=True).flat, panels, strict=True):
@@ -69,14 +69,14 @@ def linear_dynamics(seeds: int = 3) -> Figure:
         if axis.get_subplotspec().is_last_row():
             axis.set(xlabel="time")
     figure.supylabel("error above the least", fontsize="medium")
-    figure.suptitle("Linear networks, averaged dynamics; one colour a random start and task", fontsize="medium")
+    figure.suptitle("Linear networks, averaged dynamics; one colour for each random start and task", fontsize="medium")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return figure
 
 
 def power_law() -> Figure:
-    """The hidden layer is a square: with and without its derivative, for targets on either side (section 7.9)."""
+    """O = a_2 (a_1 I)^2, with and without the derivative, for gamma/delta above and below alpha/beta (section 7.9)."""
     figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
     x = np.random.default_rng(0).uniform(0.2, 1.2, 50)
     c, mu, start = 1.0, 2.0, (0.5, 0.5)
@@ -84,7 +84,7 @@ def power_law() -> Figure:
         moments = rbp_dynamics.power_moments(x, x**2 + bend * (1 - x), mu)
         for name, colour, field, arguments in (
             ("with the derivative", COLOURS[0], rbp_dynamics.power_srbp, (moments, c, mu)),
-            ("without", COLOURS[3], rbp_dynamics.power_srbp_without_derivative, (moments, c, mu)),
+            ("without the derivative", COLOURS[3], rbp_dynamics.power_srbp_without_derivative, (moments, c, mu)),
             ("gradient descent", COLOURS[7], rbp_dynamics.power_gradient_descent, (moments, mu)),
         ):
             flow = rbp_dynamics.integrate(field, start, *arguments, until=50.0)
@@ -105,7 +105,7 @@ def power_law() -> Figure:
 
 
 def best_responses() -> Figure:
-    """BackMAN updates beside best responses: by alpha with g frozen and responding, and responding by width."""
+    """BackMAN updates and best responses: over alpha (g frozen or responding), and over the width (g responding)."""
     figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     alphas = np.geomspace(1e-5, 0.1, 9)
@@ -141,7 +141,7 @@ def best_responses() -> Figure:
 
 
 def relaxations() -> Figure:
-    """AROVR and SPROVR of one state by alpha and beta; strength of the error signal; convergence of the iteration."""
+    """AROVR and SPROVR of one state over alpha and beta; strength of the error signal; convergence of the iteration."""
     figure = Figure(figsize=(11, 7.4), dpi=130, layout="constrained")
     (by_alpha, by_beta), (strength, convergence) = figure.subplots(2, 2)
     states = np.linspace(-4, 4, 801)

@@ -1,4 +1,4 @@
-"""Learning dynamics of random backpropagation, averaged over the data, in continuous time (section 7).
+"""The learning dynamics of random backpropagation, averaged over the data, in continuous time (section 7).
 
 Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel, 2018.
 
@@ -6,11 +6,11 @@ A linear network O = P I, P = A_L ... A_1, learns T from I by skipped random bac
 
     dA_i/dt = C_i (S_TI - P S_II) A_1^t ... A_{i-1}^t,    S_TI = E(T I^t),  S_II = E(I I^t)
 
-Shapes: A_i [N_i, N_{i-1}], C_i [N_i, N_L], S_TI [N_L, N_0], S_II [N_0, N_0]. All linear cases of the section are this
-system: chains have sizes 1, with a_i, c_i, alpha = E(TI) and beta = E(I^2) as [1, 1] matrices. Gradient descent
-(Eq. 84) has A_{i+1}^t ... A_L^t in place of C_i. Weights and feedback are tuples of arrays; feedback has one fewer.
+Shapes: A_i [N_i, N_{i-1}], C_i [N_i, N_L], S_TI [N_L, N_0], S_II [N_0, N_0]. All linear cases of section 7 are this
+system. In chains all sizes are 1, and a_i, c_i, alpha = E(TI) and beta = E(I^2) are [1, 1] matrices. Gradient descent
+(Eq. 84) has A_{i+1}^t ... A_L^t instead of C_i. Weights and feedback are tuples of arrays; the last layer has no C.
 
-Everything takes and returns NumPy arrays and computes in float64.
+All functions take and return NumPy arrays, and compute in float64.
 """
 
 import functools
@@ -29,11 +29,11 @@ MOST_STEPS = 200_000
 
 Weights = tuple[Any, ...]
 Vector = Sequence[float] | np.ndarray
-Field = Callable[..., Any]  # a named function (state, *arguments) -> time derivative, of the structure of state
+Field = Callable[..., Any]  # a named function (state, *arguments) -> time derivative, with the structure of state
 
 
 class Flow(NamedTuple):
-    """A solution: `times` [T], `states` as the state with a leading time axis."""
+    """A solution: `times` [T], and `states`, the state with an axis of times in front."""
 
     times: np.ndarray
     states: Any
@@ -44,7 +44,7 @@ class Flow(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A linear network and what it has to learn."""
+    """A linear network, its feedback, and the moments of its data."""
 
     weights: Weights
     feedback: Weights
@@ -74,7 +74,7 @@ def product(matrices: Sequence[Any]) -> Any:
 
 
 def skipped(feedback: Weights) -> Weights:
-    """The C of SRBP that makes it RBP with the matrices C_i [N_i, N_{i+1}]: C_i C_{i+1} ... C_{L-1} (Eq. 87)."""
+    """The SRBP feedback C_i C_{i+1} ... C_{L-1} that equals RBP with the matrices C_i [N_i, N_{i+1}] (Eq. 87)."""
     return tuple(functools.reduce(lambda a, b: a @ b, feedback[i:]) for i in range(len(feedback)))
 
 
@@ -84,7 +84,7 @@ def optimum(ti: np.ndarray, ii: np.ndarray) -> np.ndarray:
 
 
 def excess_error(weights: Weights, ti: np.ndarray, ii: np.ndarray) -> np.ndarray:
-    """E|T - P I|^2 / 2 above its minimum over all P; leading axes of the weights are kept."""
+    """E|T - P I|^2 / 2 minus its minimum over all P. The weights may have leading axes; the result has them too."""
     gap = product(weights) - optimum(ti, ii)
     return 0.5 * np.einsum("...ij,jk,...ik->...", gap, ii, gap)
 
@@ -95,7 +95,7 @@ def best_excess_error(ti: np.ndarray, ii: np.ndarray, rank: int) -> float:
 
 
 def random_problem(seed: int, sizes: Sequence[int]) -> Problem:
-    """Normal weights and feedback of standard deviation 1/sqrt(fan-in), and moments of random data."""
+    """Normal weights and feedback with standard deviation 1/sqrt(fan-in), and the moments of random data."""
     rng = np.random.default_rng(seed)
     inputs, outputs = sizes[0], sizes[-1]
     weights = tuple(rng.normal(size=(n, m)) / np.sqrt(m) for m, n in zip(sizes, sizes[1:], strict=False))
@@ -106,27 +106,30 @@ def random_problem(seed: int, sizes: Sequence[int]) -> Problem:
 
 
 def integrate(field: Field, state: Any, *arguments: Any, until: float = 500.0, points: int = 300) -> Flow:
-    """Solve dstate/dt = field(state, *arguments) from t = 0, by diffrax's Dopri8 to a relative error of 1e-10.
+    """Solve dstate/dt = field(state, *arguments) from t = 0, with Dopri8 of diffrax, to a relative error of 1e-10.
 
     Args:
-      field: a function of the module; it is compiled once for each structure of its arguments.
+      field: a function of this module. JAX compiles it once for each structure of its arguments.
       state: arrays.
       *arguments: arrays.
       until: the last time.
-      points: how many times to keep: 0, and then evenly spaced logarithms from until / 10^5.
+      points: the number of times in the solution: 0, and then logarithmic steps from until / 10^5.
+
+    Raises:
+      RuntimeError: there is no finite solution until that time, or the solver takes too many steps.
     """
     times = np.concatenate([[0.0], np.geomspace(1e-5 * until, until, points - 1)])
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (state, arguments))
         solved, finite = _solve(field, *wide, times)
         if not finite:
-            raise RuntimeError(f"{field.__name__} has no solution until t = {until:g}, or takes {MOST_STEPS} steps")
+            raise RuntimeError(f"{field.__name__} has no solution until t = {until:g} within {MOST_STEPS} steps")
         return Flow(times, jax.tree.map(np.asarray, solved))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _solve(field, state, arguments, times):
-    flat, unflatten = ravel_pytree(state)  # one vector compiles in half the time of a tuple
+    flat, unflatten = ravel_pytree(state)  # a vector compiles in half the time of a tuple
 
     def velocity(t, y, arguments):
         return ravel_pytree(field(unflatten(y), *arguments))[0]
@@ -156,10 +159,10 @@ def polynomial_flow(x: Any, coefficients: Any) -> Any:
 
 
 def limit(velocity: Polynomial, start: float) -> float:
-    """Where dx/dt = velocity(x) goes from `start`: a root, or plus or minus infinity (Theorem 1).
+    """The limit of dx/dt = velocity(x) from `start`: a root, or plus or minus infinity (Theorem 1).
 
-    To the next root in the direction of the velocity. Where there is none, the solution leaves in finite time; above
-    the last root that happens if the velocity is positive there (the paper prints the opposite).
+    The limit is the next root in the direction of the velocity. If there is no such root, the solution reaches infinity
+    in finite time. Above the last root this happens if the velocity is positive (the paper prints the opposite).
     """
     speed = velocity(start)
     if abs(speed) < 1e-14:
@@ -172,7 +175,7 @@ def limit(velocity: Polynomial, start: float) -> float:
 
 
 def real_roots(polynomial: Polynomial) -> np.ndarray:
-    """The real roots, in increasing order, sharpened by Newton's method."""
+    """The real roots in increasing order, refined by Newton's method."""
     found = np.roots(polynomial.coef[::-1])
     roots = np.sort(found[np.abs(found.imag) < 1e-7 * (1 + np.abs(found))].real)
     slope = polynomial.deriv()
@@ -196,10 +199,10 @@ def chain_problem(start: Vector, feedback: Vector, alpha: float = 1.0, beta: flo
 
 
 def chain_polynomials(start: Vector, feedback: Vector) -> list[Polynomial]:
-    """Every a_i as a polynomial, of degree 2^(i-1), in tau = integral of alpha - beta P (c_L = 1).
+    """Each a_i as a polynomial of degree 2^(i-1) in tau = integral of alpha - beta P (c_L = 1).
 
-    da_i/dtau = c_i a_1 ... a_{i-1} (Eq. 45). As a_1 = a_1(0) + c_1 tau, these are the paper's polynomials in a_1, from
-    c_i da_{i+1} = c_{i+1} a_i da_i (Eq. 47 to 49), without its divisions by c_i: for double precision that matters.
+    da_i/dtau = c_i a_1 ... a_{i-1} (Eq. 45). The paper has polynomials in a_1, from c_i da_{i+1} = c_{i+1} a_i da_i
+    (Eq. 47 to 49). These are the same, because a_1 = a_1(0) + c_1 tau, but more exact: they need no division by c_i.
     """
     below, polynomials = Polynomial([1.0]), []
     for a0, c in zip(start, [*feedback, 1.0], strict=True):
@@ -217,15 +220,17 @@ def chain_limit(start: Vector, feedback: Vector, alpha: float = 1.0, beta: float
     """The fixed point a [L] that a chain reaches from `start` (Theorems 2 to 4)."""
     polynomials = chain_polynomials(start, feedback)
     tau = limit(chain_velocity(start, feedback, alpha, beta), 0.0)
-    for _ in range(5):  # Newton's method on P itself: with five layers the expanded polynomial has lost some digits
+    for _ in range(5):  # Newton's method with P itself: for five layers, the expanded polynomial is less exact
         a = np.array([p(tau) for p in polynomials])
         tau += (alpha / beta - a.prod()) / chain_slope(a, feedback)
     return np.array([p(tau) for p in polynomials])
 
 
 def chain_couplings(a: np.ndarray, feedback: Vector) -> np.ndarray:
-    """a_{i+1} - c_{i+1} / (2 c_i) a_i^2 [..., L - 1] of a [..., L]: constant, every weight a quadratic of the one below
-    (Eq. 48)."""
+    """a_{i+1} - c_{i+1} / (2 c_i) a_i^2 [..., L - 1] of a [..., L], which is constant in time (Eq. 48).
+
+    So every weight is a quadratic function of the weight below.
+    """
     c = np.array([*feedback, 1.0])
     return a[..., 1:] - c[1:] / (2 * c[:-1]) * a[..., :-1] ** 2
 
@@ -233,8 +238,8 @@ def chain_couplings(a: np.ndarray, feedback: Vector) -> np.ndarray:
 def chain_gradient_limit(start: Vector, alpha: float = 1.0, beta: float = 1.0) -> np.ndarray:
     """The fixed point a [L] of gradient descent from positive weights, alpha > 0.
 
-    a_i^2 - a_1^2 is constant (Eq. 54), so s = a_1^2 solves prod_i (s + a_i(0)^2 - a_1(0)^2) = (alpha / beta)^2; all a_i
-    keep their signs, which singles out the largest root.
+    a_i^2 - a_1^2 is constant (Eq. 54), so s = a_1^2 solves prod_i (s + a_i(0)^2 - a_1(0)^2) = (alpha / beta)^2. All a_i
+    stay positive, so s is the largest root.
     """
     offsets = np.square(start) - start[0] ** 2
     s = real_roots(Polynomial.fromroots(-offsets) - (alpha / beta) ** 2).max()
@@ -242,10 +247,10 @@ def chain_gradient_limit(start: Vector, alpha: float = 1.0, beta: float = 1.0) -
 
 
 def chain_slope(a: Vector, feedback: Vector) -> float:
-    """dP/dt over (alpha - beta P), sum_i c_i a_1 ... a_{i-1} prod_{k != i} a_k (Eq. 24, 37, 46).
+    """dP/dt divided by (alpha - beta P): sum_i c_i a_1 ... a_{i-1} prod_{k != i} a_k (Eq. 24, 37, 46).
 
-    At a fixed point, -beta times this is the rate of the linearised dynamics (Eq. 33): attracting where it is positive,
-    for A[1,1,1] where a_1^2 + c_1 a_2 > 0, outside the parabola of Eq. 28.
+    At a fixed point, -beta times this slope is the rate of the linearised dynamics (Eq. 33), so the point attracts if
+    the slope is positive. For A[1,1,1] this means a_1^2 + c_1 a_2 > 0, outside the parabola of Eq. 28.
     """
     c = [*feedback, 1.0]
     others = [np.prod([*a[:i], *a[i + 1 :]]) for i in range(len(a))]
@@ -258,7 +263,7 @@ def chain_slope(a: Vector, feedback: Vector) -> float:
 def expansive_limit(problem: Problem) -> Weights:
     """The fixed point of A[1,N,1]: the root of a cubic (Theorem 5).
 
-    With tau = integral of alpha - beta P, a_i = a_i(0) + c_i tau and db_i/dtau = a_i (Eq. 57), so P is a cubic of tau.
+    With tau = integral of alpha - beta P: a_i = a_i(0) + c_i tau and db_i/dtau = a_i (Eq. 57). So P is a cubic in tau.
     """
     (a0, b0), (c,) = (w.ravel() for w in problem.weights), (w.ravel() for w in problem.feedback)
     lower = [Polynomial([a, c_i]) for a, c_i in zip(a0, c, strict=True)]
@@ -271,9 +276,9 @@ def expansive_limit(problem: Problem) -> Weights:
 def compressive_limit(problem: Problem) -> Weights:
     """The fixed point of A[N,1,M]: A = r C P*, with P* = S_TI S_II^-1 and r the positive root of a cubic (Theorem 6).
 
-    |C P*|^2 r^3 / 2 + K r = 1 has one, with K of Lemma 1; B = S_TI A^t / (A S_II A^t). The paper treats the autoencoder
-    with S_TI = S_II = Id, where A = r C, B = C^t / (r |C|^2) and P = C^t C / |C|^2. Not from an A(0) = -k C P* with
-    k > 0 (see `compressive_line_limit`).
+    The cubic is |C P*|^2 r^3 / 2 + K r = 1, with K of Lemma 1. It has one positive root. B = S_TI A^t / (A S_II A^t).
+    The paper treats the autoencoder, S_TI = S_II = Id: there A = r C, B = C^t / (r |C|^2) and P = C^t C / |C|^2. If
+    A(0) = -k C P* with k > 0, use `compressive_line_limit`.
     """
     (a0, b0), (c,), ti, ii = problem
     direction = c @ optimum(ti, ii)
@@ -282,10 +287,10 @@ def compressive_limit(problem: Problem) -> Weights:
 
 
 def compressive_line_limit(problem: Problem) -> Weights:
-    """The fixed point of A[N,1,M] from A(0) = k C P*: A stays on that line.
+    """The fixed point of A[N,1,M] from A(0) = k C P*: A stays on this line.
 
-    The case that the proof of Theorem 6 calls easier. For k < 0 and K low enough it ends at a *negative* root of the
-    cubic, which the theorem does not foresee; from beside the line that point is unstable.
+    The proof of Theorem 6 calls this case easier. But for k < 0 and K low enough, the limit is a *negative* root of the
+    cubic, which the theorem does not include. This fixed point is unstable against displacements from the line.
     """
     (a0, b0), (c,), ti, ii = problem
     direction = c @ optimum(ti, ii)
@@ -307,7 +312,7 @@ def _compressive_point(a, ti, ii) -> Weights:
 
 
 def coupling(weights: Weights, feedback: Weights) -> np.ndarray:
-    """C A_2 + (C A_2)^t - A_1 A_1^t [..., N_1, N_1], constant in time (Eq. 92); for N_1 = 1 twice the K of Lemma 1."""
+    """C A_2 + (C A_2)^t - A_1 A_1^t [..., N_1, N_1], constant in time (Eq. 92). For N_1 = 1 it is 2 K of Lemma 1."""
     (a1, a2), (c,) = weights, feedback
     ca2 = c @ a2
     return ca2 + np.swapaxes(ca2, -1, -2) - a1 @ np.swapaxes(a1, -1, -2)
@@ -322,9 +327,9 @@ def balance(weights: Weights) -> list[np.ndarray]:
 
 
 def decreasing(weights: Weights, feedback: Weights, ti: np.ndarray, ii: np.ndarray) -> np.ndarray:
-    """(C A_2)(C A_2)^t - A_1 (C P*)^t - (C P*) A_1^t [..., N_1, N_1], which never increases as a matrix (Eq. 109).
+    """V = (C A_2)(C A_2)^t - A_1 (C P*)^t - (C P*) A_1^t [..., N_1, N_1]: a matrix that never increases (Eq. 109).
 
-    dV/dt = -2 U S_II U^t with U = C (P* - P). (Eq. 110 has the same quantity with two signs and S_II^-1 lost.)
+    dV/dt = -2 U S_II U^t with U = C (P* - P). (Eq. 110 has the same V, but two signs are wrong and S_II^-1 is missing.)
     """
     (a1, a2), (c,) = weights, feedback
     ca2, goal = c @ a2, c @ optimum(ti, ii)
@@ -333,10 +338,10 @@ def decreasing(weights: Weights, feedback: Weights, ti: np.ndarray, ii: np.ndarr
 
 
 def lower_layer_bound(problem: Problem) -> float:
-    """A number that |A_1| never exceeds (Theorem 7, its proof with explicit constants).
+    """An upper bound of |A_1| at all times (Theorem 7: its proof, with explicit constants).
 
     With f = |A_1|^2, g = |C S_TI|, K the coupling, l and L the extreme eigenvalues of S_II, r the largest rank of A_1:
-    df/dt <= 2 g sqrt(f) + |K| L f - l f^2 / r, so f cannot rise above the root of the right-hand side.
+    df/dt <= 2 g sqrt(f) + |K| L f - l f^2 / r. So f cannot grow above the root of the right-hand side.
     """
     (a1, _), (c,), ti, ii = problem
     least, most = np.linalg.eigvalsh(ii)[[0, -1]]
@@ -346,10 +351,10 @@ def lower_layer_bound(problem: Problem) -> float:
 
 
 def isolation(a: np.ndarray) -> float:
-    """How far the solutions of Eq. 112 around (A, A^-1) are from a continuum: a smallest singular value (Theorem 10).
+    """Whether the solution (A, A^-1) of Eq. 112 is isolated: the smallest singular value of a linear map (Theorem 10).
 
-    That of the linear map E -> (d(B + B^t - A A^t), d(A + A^t - B B^t)) with dA = E, dB = -B E B. Positive: the
-    solution is isolated, and A and B themselves converge.
+    The map is E -> (d(B + B^t - A A^t), d(A + A^t - B B^t)) with dA = E, dB = -B E B. If the value is positive, the
+    solution is isolated, and A and B converge.
     """
     b, n = np.linalg.inv(a), len(a)
 
@@ -367,7 +372,7 @@ def isolation(a: np.ndarray) -> float:
 
 
 class Moments(NamedTuple):
-    """alpha = E(T I^mu), beta = E(I^2mu), gamma = E(T I), delta = E(I^(mu+1)), of positive inputs."""
+    """The moments of positive inputs: alpha = E(T I^mu), beta = E(I^2mu), gamma = E(T I), delta = E(I^(mu+1))."""
 
     alpha: float
     beta: float
@@ -382,7 +387,7 @@ def power_moments(inputs: np.ndarray, targets: np.ndarray, mu: float) -> Moments
 
 
 def power_srbp(state: Any, moments: Moments, c: Any, mu: Any) -> Any:
-    """O = a_2 (a_1 I)^mu, with the activation's derivative (Eq. 114).
+    """SRBP for O = a_2 (a_1 I)^mu, with the derivative of the activation (Eq. 114).
 
     da_1/dt = c mu a_1^(mu-1) (alpha - beta a_2 a_1^mu),  da_2/dt = a_1^mu (alpha - beta a_2 a_1^mu)
     """
@@ -392,7 +397,7 @@ def power_srbp(state: Any, moments: Moments, c: Any, mu: Any) -> Any:
 
 
 def power_srbp_without_derivative(state: Any, moments: Moments, c: Any, mu: Any) -> Any:
-    """The same without the derivative (Eq. 113).
+    """SRBP for O = a_2 (a_1 I)^mu, without the derivative of the activation (Eq. 113).
 
     da_1/dt = c (gamma - delta a_2 a_1^mu),  da_2/dt = a_1^mu (alpha - beta a_2 a_1^mu)
     """
@@ -401,15 +406,15 @@ def power_srbp_without_derivative(state: Any, moments: Moments, c: Any, mu: Any)
 
 
 def power_gradient_descent(state: Any, moments: Moments, mu: Any) -> Any:
-    """Gradient descent: a_2 in place of c (Eq. 119)."""
+    """Gradient descent: `power_srbp` with a_2 instead of c (Eq. 119)."""
     return power_srbp(state, moments, state[1], mu)
 
 
 def power_limit(start: tuple[float, float], moments: Moments, c: float, mu: float) -> np.ndarray:
     """The fixed point (a_1, a_2) from a_1(0) > 0, for alpha, beta, c > 0 (Theorem 12).
 
-    a_2 = a_1^2 / (2 c mu) + K (Eq. 115) and a_2 a_1^mu = alpha / beta: one positive root whatever K is. For mu = p/q it
-    is that of a polynomial of degree p + 2q in u = a_1^(1/q). (From a_1(0) = 0 and mu > 1 nothing moves.)
+    It solves a_2 = a_1^2 / (2 c mu) + K (Eq. 115) and a_2 a_1^mu = alpha / beta: one positive root for every K. For
+    mu = p/q, u = a_1^(1/q) is a root of a polynomial of degree p + 2q. (If a_1(0) = 0 and mu > 1, nothing changes.)
     """
     k = start[1] - start[0] ** 2 / (2 * c * mu)
     a1 = _positive_power_root({2: 1 / (2 * c * mu), 0: k}, mu, moments.alpha / moments.beta)
@@ -417,14 +422,14 @@ def power_limit(start: tuple[float, float], moments: Moments, c: float, mu: floa
 
 
 def power_gradient_limit(start: tuple[float, float], moments: Moments, mu: float) -> np.ndarray:
-    """The fixed point (a_1, a_2) of gradient descent from positive weights, where a_1^2 - mu a_2^2 is constant."""
+    """The fixed point (a_1, a_2) of gradient descent from positive weights: a_1^2 - mu a_2^2 is constant."""
     k = start[0] ** 2 - mu * start[1] ** 2
     s = _positive_power_root({1: 1 / mu, 0: -k / mu}, mu, (moments.alpha / moments.beta) ** 2)
     return np.sqrt([s, (s - k) / mu])
 
 
 def _positive_power_root(terms: dict[int, float], mu: float, value: float) -> float:
-    """The positive a with a^mu sum_n terms[n] a^n = value."""
+    """The positive root a of a^mu sum_n terms[n] a^n = value."""
     ratio = Fraction(mu).limit_denominator(12)
     p, q = ratio.numerator, ratio.denominator
     coefficients = np.zeros(p + q * max(terms) + 1)
@@ -435,11 +440,11 @@ def _positive_power_root(terms: dict[int, float], mu: float, value: float) -> fl
 
 
 def power_fate_without_derivative(moments: Moments, c: float) -> tuple[float, float]:
-    """Where the system without derivative goes from positive weights, c > 0: limits of (da_1/dt, w = a_2 a_1^mu).
+    """The limits of (da_1/dt, w = a_2 a_1^mu) without the derivative, from positive weights, for c > 0.
 
-    There is no fixed point unless alpha / beta = gamma / delta (after Eq. 113), where the paper stops. But:
-    gamma / delta < alpha / beta: a_1 falls to 0, a_2 grows for ever, and w goes to gamma / delta, not the optimum;
-    gamma / delta > alpha / beta: a_1 grows for ever, in the end linearly, and w goes to the optimum alpha / beta.
+    There is no fixed point unless alpha / beta = gamma / delta (after Eq. 113). The paper says no more. We add:
+    gamma / delta < alpha / beta: a_1 falls to 0, a_2 grows without limit, and w goes to gamma / delta, not the optimum;
+    gamma / delta > alpha / beta: a_1 grows without limit, at last linearly, and w goes to the optimum alpha / beta.
     """
     best, other = moments.alpha / moments.beta, moments.gamma / moments.delta
     return (0.0, other) if other < best else (c * moments.delta * (other - best), best)

@@ -206,9 +206,11 @@ class Analysis(Findings):
 
     def generic(self, eqn: Equation, ins: list[Value], carried: bool = False) -> list[Value]:
         """The results of an equation without inner jaxprs: what they inherit from the operands."""
-        if of(eqn).same:
-            return [self.generic_one(eqn, [v], out.aval, carried) for v, out in zip(ins, eqn.outvars, strict=True)]
-        return [self.generic_one(eqn, ins, out.aval, carried) for out in eqn.outvars]
+        found = []
+        for result, out in enumerate(eqn.outvars):
+            found.append(self.generic_one(eqn, [ins[result]] if of(eqn).same else ins, out.aval, carried))
+            found[-1].result = result
+        return found
 
     def generic_one(self, eqn: Equation, ins: list[Value], aval: Aval, carried: bool) -> Value:
         row = of(eqn)

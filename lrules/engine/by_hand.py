@@ -49,8 +49,8 @@ class HandProduct:
     weight: Any
     dims: frozenset[int]
     outer: bool
-    kind: str = "product"
-    rank: int = 1
+    kind: str
+    rank: int
     bare: bool = True
     key: Any = None
 
@@ -83,8 +83,7 @@ def _cuts(weight: Any) -> set[str]:
         eqn = value.producer
         if eqn is not None and of(eqn).cuts:
             literals = [str(v.val) for v in eqn.invars if hasattr(v, "val")]
-            which = [i for i, out in enumerate(eqn.outvars) if out.aval is value.aval]
-            found.add(f"{of(eqn).name} {eqn.params} {literals} {which}")
+            found.add(f"{of(eqn).name} {eqn.params} {literals} {value.result}")
         stack.extend(value.operands)
     return found
 

@@ -195,6 +195,7 @@ class Value:
     source: Value | None = None  # the value that this one is a cast, reshape or transpose of
     view: Any = None
     producer: Any = None
+    result: int = 0  # which of the results of its producer it is
     operands: tuple[Value, ...] = ()
     block: Block | None = None  # where it is defined
     variable: Any = None
@@ -301,9 +302,7 @@ class Block:
         return own
 
     def value(self, atom: Atom) -> Value:
-        if is_literal(atom):
-            return Value(atom.aval)
-        return self.values[atom]
+        return Value(atom.aval) if is_literal(atom) else self.values[atom]
 
 
 def parameter(i: int, aval: Aval) -> Value:

@@ -147,6 +147,20 @@ def test_weights_that_meet_what_has_no_batch():
     zero_below(lrules.Network(chosen, batch_axes=(0, None)), params, (X, jnp.asarray(1)))
 
 
+def test_weights_made_in_a_loop_over_data():
+    """What the turns stack up is made of slices of parameters alone: it is a weight, each of several."""
+
+    def apply(p, x, k):
+        turn = lambda h, pair: (jnp.sin(h), (2 * pair[0], jnp.sin(pair[1])))  # noqa: E731
+        h, weights = lax.scan(turn, x @ p["a"], (p["b"], p["c"]))
+        return h @ weights[k][1]
+
+    for k, name in enumerate("bc"):
+        params = {"a": W["a"], "b": jnp.ones((2, 6, 3)), "c": jnp.ones((2, 6, 3))}
+        zero_below(lambda p, x, k=k: apply(p, x, k), params)
+        assert set(FA.init(KEY, lambda p, x, k=k: apply(p, x, k), params, X).fixed) == {name}
+
+
 def test_matrices_looked_up_for_each_example():
     """They are the weight of a layer, chosen by data; BackMAN alone has no norm of a neuron of the whole batch."""
 

@@ -1,8 +1,10 @@
 """Products of weights and data that a model sums by hand: refused, and told from scales."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tests.small import BACKMAN, DFA, FA, KEY, W, X, first, refused, zero_below
 
@@ -41,6 +43,17 @@ def test_normalisation_is_no_product_summed_by_hand():
     FA.init(KEY, pooled, {**W, "s": jnp.ones(6)}, X)
 
 
+def carried(z):
+    """The same values up to constants, by every kind of operation that only carries them."""
+    z = checkpoint_name(-z.astype(jnp.bfloat16), "carried").astype(jnp.float32)
+    z = jnp.flip(lax.optimization_barrier(lax.reduce_precision(z, 8, 7)), 1).swapaxes(0, 1).swapaxes(0, 1)
+    z = jnp.concatenate([z[:, :3], z[:, 3:]], 1).reshape(4, 6, 1, 3).squeeze(2)
+    z = jnp.where(jnp.arange(6)[None, :, None] < 5, z, 0.0) + jnp.ones_like(z) - jnp.ones_like(z)
+    z = jnp.stack([z, z], 0)[0]
+    first_half, second_half = jnp.split(lax.dynamic_slice(z, (0, 0, 0), (4, 6, 3)), 2, 1)
+    return jnp.pad(first_half, ((0, 0), (0, 3), (0, 0))) + jnp.pad(second_half / 2, ((0, 0), (3, 0), (0, 0)))
+
+
 BY_HAND = {
     "scaled": lambda h, w: (0.5 * (h[:, :, None] * w[None])).sum(1),
     "mean": lambda h, w: (h[:, :, None] * w[None]).mean(1),
@@ -53,6 +66,10 @@ BY_HAND = {
         0, 6, lambda i, s: s + lax.dynamic_slice_in_dim(h, i, 1, 1) * w[i][None], jnp.zeros((4, 3))
     ),
     "shifts": lambda h, w: sum(jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * w[i, 0] for i in range(3)),
+    "carried": lambda h, w: carried(h[:, :, None] * w[None]).sum(1),
+    "shifts_of_parts": lambda h, w: sum(
+        jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * part[None] for i, part in enumerate(jnp.split(w[:3, 0], 3))
+    ),
     "shifts_by_index": lambda h, w: sum(
         jnp.pad(h, ((0, 0), (i, 0)))[:, :6] * lax.dynamic_slice(w, (i, 0), (1, 1)) for i in range(3)
     ),
@@ -84,3 +101,32 @@ def test_scales_are_no_products_summed_by_hand():
     )
     zero_below(lambda p, x: ((first(p, x) * p["g"][None]).mean(-1, keepdims=True) * first(p, x)) @ p["c"], params)
     zero_below(lambda p, x: (x @ p["a"] + first(p, x) * p["g"][None]) @ p["c"], params)
+
+
+def test_scales_of_values_that_are_pooled():
+    """Each step of each head has its scale, and data weigh the steps: no matrix, as its columns have one scale."""
+
+    def pooled(p, x):
+        v = (first(p, x) @ p["b"]).reshape(4, 3, 2)
+        steps = jax.nn.softmax((first(p, x) @ p["steps"]), -1)
+        return jnp.einsum("bt,btd->bd", steps, v * p["s"][None, :, None])
+
+    zero_below(pooled, W | {"steps": jnp.ones((6, 3)), "s": jnp.ones(3)})
+
+    def heads(p, x):
+        v = (first(p, x) @ p["v"]).reshape(4, 3, 2, 2)
+        steps = jax.nn.softmax((first(p, x) @ p["steps"]), -1)
+        return jnp.einsum("bt,bthd->bhd", steps, v * p["s"][None, :, :, None]).reshape(4, 4)
+
+    zero_below(heads, W | {"v": jnp.ones((6, 12)), "steps": jnp.ones((6, 3)), "s": jnp.ones((3, 2))})
+
+
+def test_one_scale_of_two_values_that_are_added():
+    """The whole parameter scales both, so these are not the shifts of a convolution."""
+
+    def apply(p, x):
+        h = first(p, x)
+        both = h[:, :, None] * p["s"][None, None] + jnp.sin(h[:, None] + h[:, :, None]) * p["s"][None, None]
+        return both.reshape(4, 36) @ p["c"]
+
+    zero_below(apply, W | {"c": jnp.ones((36, 3)), "s": jnp.ones(6)})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import equinox
 import jax
@@ -64,6 +65,7 @@ MAKERS = {
     "partial_keyword": lambda alpha: functools.partial(keyword(1.0), alpha=alpha),
     "module": Module,
     "method": lambda alpha: Module(alpha).method,
+    "bound": lambda alpha: types.MethodType(lambda own, x: own["alpha"] * x, {"alpha": alpha}),
 }
 
 

@@ -118,12 +118,14 @@ def dense(w, x):
 dense.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, d: (r[1].T @ d, d @ r[0].T))
 
 
+@pytest.mark.parametrize("normal", [False, True])
 @pytest.mark.parametrize("product", [lambda w, x: x @ w, dense], ids=["plain", "own derivative"])
-def test_a_layer_that_makes_a_matrix_for_each_example(product):
-    """The matrix that one layer makes is the weight of the next."""
+def test_a_layer_that_makes_a_matrix_for_each_example(product, normal):
+    """The matrix that one layer makes is the weight of the next, also with columns of one size."""
 
     def apply(p, x):
         made = product(p["maker"], x).reshape(-1, 3, 2)
+        made = made / jnp.linalg.norm(made, axis=1, keepdims=True) if normal else made
         return jnp.einsum("bi,bio->bo", jnp.tanh(x @ p["a"]), made)
 
     net = graph(apply, {"a": A, "maker": jnp.ones((3, 6))})

@@ -248,6 +248,31 @@ def test_axes_lie_where_the_row_says(name):
             assert set(row.reduced(eqn, k)) == set(range(operands[k].ndim)) - set(kept)
 
 
+@pytest.mark.parametrize(
+    ("name", "k", "contracted", "members", "window"),
+    [
+        ("dot_general", 1, [0], [], []),
+        ("members", 1, [2], [0], []),
+        ("ragged", 1, [1], [0], []),
+        ("convolution", 1, [1, 2, 3], [], [2, 3]),
+        ("channels last", 1, [0, 1, 2], [], [0, 1]),
+        ("rows", 0, [0], [], []),
+        ("columns", 0, [1], [], []),
+        ("one row", 0, [0], [], []),
+        ("convolution", 0, [1, 2, 3], [], []),
+        ("rows", 1, [], [], []),
+    ],
+)
+def test_axes_of_a_weight(name, k, contracted, members, window):
+    """The axes over which the weight is summed or chosen, those of separate matrices, and those of a window."""
+    primitive, function, operands, _ = AXES[name]
+    (eqn,) = [e for e in jax.make_jaxpr(function)(*operands).jaxpr.eqns if e.primitive.name == primitive]
+    row = operations.of(eqn)
+    assert (list(row.contracted(eqn, k)), list(row.members(eqn, k))) == (contracted, members)
+    assert list(row.window(eqn, k)) == window
+    assert row.free(eqn, k) == frozenset(row.lies(eqn, k)) - set(members)
+
+
 VIEWS = {
     "reshape, merged": (lambda x: x.reshape(6, 4), (2, 3, 4), [(0, 1), (2,)]),
     "reshape, split": (lambda x: x.reshape(2, 3, 4), (6, 4), [(0,), (0,), (1,)]),

@@ -85,9 +85,11 @@ def test_two_layers_make_one_pre_activation():
 
 
 def test_none():
-    """No activation above, several, or one that no error comes from."""
+    """No activation above, several, one that no error comes from, or one whose input is more than a sum or multiple."""
     assert slopes(lambda p, x: (x @ p["a"]) @ p["c"])["a"] is None
     assert slopes(lambda p, x: jnp.max((x @ p["a"]).reshape(4, 3, 2), -1) @ p["c"][:3])["a"] is None
+    assert slopes(lambda p, x: jnp.tanh((x @ p["a"]) * jnp.sin(x @ p["a"])) @ p["c"])["a"] is None
+    assert slopes(lambda p, x: jnp.tanh(rows(p["scale"]) / (9 + x @ p["a"])) @ p["c"])["a"] is None
     two = slopes(lambda p, x: (lambda y: jnp.tanh(y) @ p["b"] + jax.nn.relu(y))(x @ p["a"]) @ p["c"])
     assert two["a"] is None
     one = slopes(lambda p, x: (lambda y: jnp.tanh(y) + jax.lax.stop_gradient(jax.nn.relu(y)))(x @ p["a"]) @ p["c"])

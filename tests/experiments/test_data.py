@@ -250,3 +250,11 @@ def test_a_large_array_on_disk_is_checked_in_blocks(tmp_path, monkeypatch):
         data.load(f"npy:{tmp_path}")
     x[5 * 37], x[5 * 37 + 1] = 0, np.nan  # and this one is not
     data.load(f"npy:{tmp_path}")
+
+
+def test_a_file_of_the_name_in_the_folder_comes_before_tfds(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 1), np.uint8)
+    y = np.arange(12) % 3
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    found = data.load("mnist", data_dir=str(tmp_path))
+    assert found.name == "mnist" and (found.x_train == x).all() and found.classes == 3

@@ -175,6 +175,47 @@ def test_what_cannot_be_trained_is_told_in_a_sentence():
         make_run(lrules.partition({"nowhere": lrules.backman(), ".*": lrules.backprop()}))
 
 
+def test_a_fault_of_the_model_is_shown_as_it_is():
+    class Wrong(nnx.Module):
+        def __init__(self, rngs):
+            self.out = nnx.Linear(16, 3, rngs=rngs)
+
+        def __call__(self, x):
+            if x.shape[0] == 10:
+                raise ValueError("this model counts to nine")
+            return self.out(x.reshape(len(x), -1))
+
+    with pytest.raises(ValueError, match="this model counts to nine") as caught:
+        make_run(lrules.feedback_alignment(), tasks.task(Wrong))
+    assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
+    run = make_run(lrules.feedback_alignment(), record_every=2, layers=layers)
+    record = run.epoch()
+    assert [(r["epoch"], r["step"]) for r in run.curve] == [(1, 2), (1, 4)]
+    first, last = run.curve
+    alone = make_run(lrules.feedback_alignment(), record_every=2)
+    alone.epoch(parts=2, advance=lambda steps: True)  # it stops after two steps
+    np.testing.assert_allclose(first["train_loss"], alone.state()["losses"].mean(1), rtol=1e-6)
+    assert (last["angle"] == record.angle).all() and not (first["angle"] == last["angle"]).all()
+    names = {"angle layers/0/kernel", "norm ratio layers/1/bias", "alignment layers/1/kernel", "dead units relu"}
+    assert names <= set(first) if layers else not names & set(first)
+
+
+def test_lanes_may_have_examples_of_their_own():
+    rows = np.array([np.arange(20), np.arange(20, 40)])
+    dataset = tiny()
+    run = make_run(dataset=dataset, rows=rows)
+    assert run.steps == 2
+    for own, order in zip(rows, run.order(0), strict=True):
+        assert sorted(order.ravel()) == list(own)
+    run.epoch()
+    run.rows = rows[::-1].copy()
+    assert sorted(run.order(1)[0].ravel()) == list(rows[1])
+
+
 def test_summary_is_of_the_last_epoch():
     run = make_run()
     records = [run.epoch(), run.epoch()]

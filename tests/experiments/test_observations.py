@@ -161,12 +161,9 @@ def test_the_program(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--observations=3,9", "Error: --observations holds 9: give numbers from 1 to 8, as in --observations=4,5."),
+        ("--observations=3,9", "Error: --observations has 9: give numbers from 1 to 8, as in --observations=4,5."),
         ("--observations=", "Error: --observations is empty: give numbers from 1 to 8"),
-        (
-            "--widths=100",
-            "Error: --widths holds less than two hidden layers: give two or more, as in --widths=100,100.",
-        ),
+        ("--widths=100", "Error: --widths must have two or more hidden layers, as in --widths=100,100."),
     ],
 )
 def test_bad_input_is_one_sentence_and_a_failure(tmp_path, flag, sentence):

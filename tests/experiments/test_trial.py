@@ -1,5 +1,7 @@
 """Trials: grids whose points are lanes, choosing on validation, stopping and going on to the last bit."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -46,6 +48,19 @@ def test_what_cannot_be_traced_gets_a_run_of_its_own():
     wanted = {"batch_size": 10, "learning_rate": 0.1, "iterations": 2}
     same = [point.fields | point.options for point in trial.points].index(wanted)
     np.testing.assert_allclose(trial.records[-1].train_loss[trial.lanes(same)], alone.records[-1].train_loss, rtol=1e-4)
+
+
+def test_traced_and_other_options_of_a_rule_together():
+    config = SMALL.replace(rule="quantize_error(backman, bits=1)")
+    trial = trained(config, "alpha=0.5,1.0", "bits=1,5")
+    assert len(trial.runs) == 2 and len(trial.points) == 4
+    alone = trained(config.replace(rule="quantize_error(backman(alpha=1.0), bits=5)"), dataset=trial_data())
+    same = [point.options for point in trial.points].index({"alpha": 1.0, "bits": 5})
+    np.testing.assert_allclose(trial.records[-1].train_loss[trial.lanes(same)], alone.records[-1].train_loss, rtol=1e-4)
+
+
+def trial_data():
+    return split_validation(tiny(), 0.25)
 
 
 def test_the_best_point_on_the_validation_set_is_chosen():
@@ -152,6 +167,28 @@ def test_tasks_learn(task):
     assert (last.accuracy is None) == (task == "autoencoding")
 
 
+def test_images_are_augmented_before_they_are_normalised():
+    """The steps of an augmentation are for images in [0, 1]; the model reads what the normalisation makes of them."""
+    dataset = tiny()._replace(x_train=np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8))
+    dataset = dataset._replace(x_test=dataset.x_train, y_test=dataset.y_train)
+    config = SMALL.replace(normalisation="0.5/0.25", augmentation="flip")
+    task, seen = tasks.build(config, dataset), []
+
+    def prepare(x):
+        seen.append(task.prepare(x))
+        return seen[-1]
+
+    method = build.method(config, task._replace(prepare=prepare), 4)
+    x, y = jnp.asarray(dataset.x_train[:10]), jnp.asarray(dataset.y_train[:10])
+    carry = method.init(jax.random.key(0), x, y)
+    seen.clear()
+    inputs = jax.jit(lambda x, y: (method.step(carry, jax.random.key(1), x, y), seen[-1])[1])
+    read = inputs(x, y)
+    plain = (dataset.x_train[:10] / 255 - 0.5) / 0.25
+    for image, wanted in zip(read, plain, strict=True):
+        assert np.allclose(image, wanted, atol=1e-5) or np.allclose(image, wanted[:, ::-1], atol=1e-5)
+
+
 def test_smoothing_by_hand():
     logits, label = np.array([[1.0, 2.0, 0.5]]), np.array([1])
     log_p = logits - np.log(np.exp(logits).sum())
@@ -165,7 +202,8 @@ def test_smoothing_by_hand():
         (["learning_rate"], "needs a name and values, as in --sweep=learning_rate=0.001,0.01"),
         (["lerning_rate=1,2"], "no setting 'lerning_rate' to sweep: did you mean 'learning_rate'"),
         (["alpha=0.1,-1"], "alpha"),
-        (["epochs=0,1"], "epochs must be an integer >= 1"),
+        (["batch_size=0,1"], "batch_size must be an integer >= 1"),
+        (["epochs=1,2"], "cannot have epochs, which all points share"),
     ],
 )
 def test_a_wrong_grid_is_told(grid, sentence):

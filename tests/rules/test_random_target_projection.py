@@ -80,3 +80,8 @@ def test_refusals():
         gradients(net, x, rule, jnp.ones((BATCH, 2)), lambda o, t: (o**2).sum(1))
     with pytest.raises(ValueError, match="first axis of the targets must be the batch of"):
         gradients(net, x, rule, jnp.ones((2, 3)), lambda o, t: (o**2).sum(1))
+    with pytest.raises(ValueError, match="must give 3 numbers per example"):  # a real target is no class
+        gradients(net, x, rule, jnp.ones((BATCH, 1)), lambda o, t: (o**2).sum(1))
+    one = bridge.random_dense(np.random.default_rng(0), (5, 6, 1), ["tanh"])
+    with pytest.raises(ValueError, match="must give 1 numbers per example"):
+        gradients(one, np.ones((BATCH, 5)), rule, (), lambda o, t: (o**2).sum(1))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from lrules.extend import require_description
-from lrules.options import ByName, is_number, is_whole, mesh_axes, require_flags
+from lrules.options import ByName, is_number, is_whole, mesh_axes, not_traced, require_flags
 from lrules.rule import Rule
 from lrules.typing import AxisName
 
@@ -55,6 +55,8 @@ class Options:
             )
         _check_feedback_rule(self.feedback_rule)
         nudge, tolerance = self.input_nudge, self.tolerance
+        for option, value in (("input_nudge", nudge), ("tolerance", tolerance)):
+            not_traced(option, value, "a number or None")
         if nudge is not None and not (is_number(nudge) and 0 < nudge < math.inf):
             raise ValueError(
                 f"input_nudge must be a finite number > 0, got {nudge!r}: leave it out if the inputs must not change"
@@ -65,6 +67,7 @@ class Options:
 
     def _check_damping(self) -> None:
         damping = self.damping
+        not_traced("damping", damping, "a number, a word or None")
         in_range = is_number(damping) and 0 <= damping < math.inf
         if not (damping is None or in_range or damping in get_args(Damping)):
             raise ValueError(

@@ -1,0 +1,24 @@
+"""Table 1 of Baldi, Sadowski and Lu (2018): random backpropagation and its variants on MNIST.
+
+    python -m experiments.papers.baldi_2018 --list
+    python -m experiments.papers.baldi_2018 --table=1 --seeds=2          # 20 minutes for each seed and row on two cores
+    python -m experiments.papers.baldi_2018 --table=1 --quick --data_dir=FOLDER   # one epoch; FOLDER has mnist.npz
+    python -m experiments.papers.baldi_2018 --report
+
+The settings of the paper (section 4.1): 784-100-100-100-100-10 with tanh, batches of 100, 100 epochs on all 60,000
+images, five seeds, SGD with rate 0.1, which each update multiplies by 1 - 1e-6. Errors are quantised at each hidden
+neuron before they go further down, with alpha 2^-3. Updates are quantised for each example before the sum over the
+batch, with alpha 2^-6 and a constant rate. RBP with adaptive feedback has a tenth of the rate.
+"""
+
+import pathlib
+
+from experiments import cli
+from experiments.papers import cells
+from experiments.papers.baldi_2018.table_1 import TABLE_1
+
+HOME = pathlib.Path(__file__).parent / "results"
+
+if __name__ == "__main__":
+    cells.define_flags()
+    cli.run(lambda: cells.main({"1": TABLE_1}, HOME))

@@ -1,0 +1,47 @@
+"""Several tasks in sequence: who sees which examples, and what is forgotten."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from experiments import data, sequence
+from experiments.config import Config
+from tests.experiments.programs import fork, is_png, results
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def test_each_seed_has_its_own_tasks(digits):
+    division = sequence.divide(digits, range(3), 2)
+    assert division.classes.shape == (3, 5, 2) and not (division.classes[0] == division.classes[1]).all()
+    for classes, numbers in zip(division.classes, division.numbers, strict=True):
+        assert sorted(classes.ravel()) == list(range(10)) and (numbers[classes] == [0, 1]).all()
+    labels = np.asarray(digits.y_train)
+    rows = division.rows(labels, 1, 100)
+    assert rows.shape == (3, 100)
+    for own, classes in zip(rows, division.classes, strict=True):
+        assert set(labels[own]) == set(classes[1]) and len(set(own)) == 100
+
+
+def test_a_task_is_learned_after_its_turn_and_not_before(digits):
+    config = Config(widths=(32,), epochs=4, seeds=2, optimizer="sgd", learning_rate=0.3, schedule="constant")
+    accuracy = sequence.train(config, digits, sequence.divide(digits, range(2), 2))
+    assert accuracy.shape == (2, 5, 5)
+    assert np.mean([accuracy[:, i, i] for i in range(5)]) > 0.9  # each just after it was trained
+    before = [accuracy[:, i, i + 1] for i in range(4)]
+    assert np.mean(before) < 0.8
+    assert accuracy[:, -1].mean() < np.mean([accuracy[:, i, i] for i in range(5)])  # some is forgotten
+
+
+def test_program(tmp_path):
+    done = fork("sequence", "--epochs=1", "--seeds=2", "--widths=8", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "| task 5 " in done.stdout and is_png(tmp_path / "sequence.png")
+    assert np.shape(results(tmp_path)["accuracy"]) == (2, 5, 5)
+    assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 50
+    done = fork("sequence", "--per_task=3", f"--output={tmp_path}")
+    assert done.returncode != 0 and "cannot be divided into tasks of 3" in done.stderr
