@@ -35,6 +35,7 @@ What a training loop does:
 """
 
 import os
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +47,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import InputError, nearest
-from experiments.loop import Placement
+from experiments.placement import Placement
 
 PyTree = Any
 DATA, MODEL = AXES = ("data", "model")
@@ -217,9 +218,11 @@ def shard_step(
 
 
 def gather(tree: PyTree) -> PyTree:
-    """The whole arrays, as NumPy arrays. With several processes, every process must call it."""
+    """The whole arrays, as NumPy arrays (keys stay keys). With several processes, every process must call it."""
 
-    def whole(leaf: Any) -> np.ndarray:
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         return np.asarray(leaf)
@@ -230,6 +233,35 @@ def gather(tree: PyTree) -> PyTree:
 def is_first() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return jax.process_index() == 0
+
+
+def largest(number: int) -> int:
+    """The largest number (below 2**31) of all processes. Every process must call it at the same place."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What a function returns in the first process, or the `InputError` that it raises there, for all processes.
+
+    Only the first one calls it, so it may read and write files. Every process must be here at the same place.
+    """
+    if jax.process_count() == 1:
+        return function()
+    outcome: tuple[Any, InputError | None] = None, None
+    if is_first():
+        try:
+            outcome = function(), None
+        except InputError as error:
+            outcome = None, error
+    told = np.frombuffer(pickle.dumps(outcome), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    told = multihost_utils.broadcast_one_to_all(told if is_first() else np.zeros(size, np.uint8))
+    value, fault = pickle.loads(np.asarray(told, np.uint8).tobytes())
+    if fault is not None:
+        raise fault
+    return value
 
 
 def initialize_processes(asked: bool = False, *, timeout: int = 300) -> bool:
@@ -261,6 +293,12 @@ def initialize_processes(asked: bool = False, *, timeout: int = 300) -> bool:
             f"{PROCESS_VARIABLES[2]} for each process."
         ) from error
     return jax.process_count() > 1
+
+
+def leave_processes() -> None:
+    """Waits for the other processes at the end of a program, so that none ends while another needs it."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def _explicit_processes() -> dict[str, Any]:
@@ -319,6 +357,10 @@ class MeshPlacement(Placement):
 
     def gather(self, tree: PyTree) -> PyTree:
         return gather(tree)
+
+    def least(self, number: int) -> int:
+        # In units that keep it below 2**31.
+        return -largest(-(number // 2**20)) * 2**20 if jax.process_count() > 1 else number
 
 
 def placement(devices: str | int, mesh: str | None, batch_size: int) -> Placement:
