@@ -115,6 +115,9 @@ class Checkpoints:
             lightweight_initialize=True,  # it reads nothing of a checkpoint, which may be damaged
             save_root_metadata=False,
             enable_async_checkpointing=False,
+            create=False,
+            # Of several processes only this one is here; Orbax would wait for the others.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}),
         )
         return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
 

@@ -163,7 +163,6 @@ def main() -> int:
     if devices.is_first():
         for paragraph in report(trials, refused, folder, title, stop):
             print(paragraph)
-    devices.leave_processes()
     return 0 if all(trial.finished for trial in trials.values()) else stop.exit_code
 
 

@@ -295,12 +295,6 @@ def initialize_processes(asked: bool = False, *, timeout: int = 300) -> bool:
     return jax.process_count() > 1
 
 
-def leave_processes() -> None:
-    """Waits for the other processes at the end of a program, so that none ends while another needs it."""
-    if jax.distributed.is_initialized():
-        jax.distributed.shutdown()
-
-
 def _explicit_processes() -> dict[str, Any]:
     """The options of `jax.distributed.initialize` from the three variables; none if they are not set."""
     given = {name: os.environ[name].strip() for name in PROCESS_VARIABLES if os.environ.get(name, "").strip()}

@@ -45,7 +45,6 @@ def main() -> int:
     if devices.is_first():
         for paragraph in report(trial, folder, stop):
             print(paragraph)
-    devices.leave_processes()
     return 0 if trial.finished else stop.exit_code
 
 
