@@ -53,7 +53,7 @@ def folder_of(path: str, described: Mapping[str, Any]) -> Iterator[pathlib.Path]
     folder = devices.from_first(take)
     try:
         if claims and claims[0].notice:
-            print(claims[0].notice)
+            print(claims[0].notice, flush=True)
             if "config.epochs: " in claims[0].notice:
                 print("A run with another number of epochs begins anew, as schedules depend on the number.")
         yield folder
@@ -95,7 +95,7 @@ class Keeper:
           described: see `describe`.
           keep: how many checkpoints stay; 0: none are made.
           resume: go on from the last one; False: remove all.
-          seconds: between two checkpoints, at least.
+          seconds: between two checkpoints, at least; 0: one after each part of an epoch.
         """
         self.trial, self.folder, self.seconds = trial, folder, seconds
         self._last, self._cost, self._at = time.monotonic(), 0.0, -1
@@ -111,7 +111,7 @@ class Keeper:
             self._tell()
             again = " The run is finished: --noresume trains it again." if trial.finished else ""
             if devices.is_first():
-                print(f"Goes on after {self._where()}, from the checkpoint in {folder}.{again}")
+                print(f"Goes on after {self._where()}, from the checkpoint in {folder}.{again}", flush=True)
 
     _saved: Checkpoints | None  # of the first process
 
@@ -153,7 +153,8 @@ class Keeper:
         if not self._makes or trial.steps_done == (trial.epochs + 1) * trial.steps:
             return  # all steps of an epoch are done, and it is not evaluated
         begin = time.monotonic()
-        due = begin - self._last > max(self.seconds, 20 * self._cost)  # a large state is not saved all the time
+        rest = max(self.seconds, 20 * self._cost) if self.seconds else 0.0  # a large state is not saved all the time
+        due = begin - self._last >= rest
         if not devices.largest(now or due) or self._position == self._at or not self._is_finite():
             return
         state, extra = self._state()

@@ -44,11 +44,11 @@ def run(program, *flags):
 def fork(program, *flags, signals=()):
     """The same, in a copy of a process that has imported JAX already.
 
-    Of the `signals`, (folder, changes, seconds, number), each is sent so many seconds after so many changes of what
-    the folder holds.
+    Of the `signals`, (path, changes, seconds, number), each is sent so many seconds after so many changes of the file,
+    or of the names in the folder.
     """
     process = server()
-    wanted = [(str(folder), changes, seconds, int(number)) for folder, changes, seconds, number in signals]
+    wanted = [(str(path), changes, seconds, int(number)) for path, changes, seconds, number in signals]
     print(json.dumps([[program, *flags], wanted]), file=process.stdin, flush=True)
     return Done(*json.loads(process.stdout.readline()))
 
@@ -95,14 +95,14 @@ def serve():
 
 def waited(child, signals):
     """The status of a process at its end, after the signals that are sent to it."""
-    for folder, changes, seconds, number in signals:
-        seen, begin = listing(folder), None
+    for path, changes, seconds, number in signals:
+        seen, begin = stamp(path), None
         while begin is None or time.monotonic() < begin + seconds:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return status
-            if listing(folder) != seen:
-                seen, changes = listing(folder), changes - 1
+            if stamp(path) != seen:
+                seen, changes = stamp(path), changes - 1
             if changes <= 0 and begin is None:
                 begin = time.monotonic()
             time.sleep(0.0005)
@@ -110,11 +110,12 @@ def waited(child, signals):
     return os.waitpid(child, 0)[1]
 
 
-def listing(folder):
+def stamp(path):
+    """What changes where a file is written, or where there is another file in a folder."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_mtime_ns
     except FileNotFoundError:
-        return []
+        return None
 
 
 def outcome(program, *flags):
