@@ -104,6 +104,7 @@ def train_epochs(trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title:
             record = trial.epoch(parts=keeper.parts(trial), advance=advance)
             if record is not None:
                 note = brief(record)
+                bar.advance(0, note)
                 devices.from_first(lambda: write(trial, folder, title, picture=False))
             kept.save(now=trial.finished or stop.requested)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments import checkpoints, files
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_a_loss_that_is_nan(tmp_path):
     """With --check_nan it stops, and names the step and the last checkpoint; else it goes on, and JSON stays JSON."""
     flags = [*SMALL, "--activation=relu", "--optimizer=sgd", "--learning_rate=1e30", "--epochs=2"]
-    done = fork("train", *flags, "--check_nan", f"--output={tmp_path}/a")
+    done = fork("train", *flags, "--check_nan", "--checkpoint_seconds=9999", f"--output={tmp_path}/a")
     assert done.returncode == 1 and "became NaN or Inf in epoch 1, step " in done.stderr
     assert "There is no checkpoint of this run." in done.stderr and "Traceback" not in done.stderr
     done = fork("train", *flags, f"--output={tmp_path}/a")
@@ -213,3 +214,29 @@ def test_compare_goes_on(tmp_path):
     done = fork("compare", *flags, f"--output={cut}")
     assert done.returncode == 0 and done.stdout.count("Goes on after") == 3
     assert without_times(cut) == without_times(whole) and curves(cut) == curves(whole)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--validation=0.05"], "The validation fraction 0.05 leaves a class of set.npz without examples"),
+        (["--batch_size=41"], "The batch size must be <= 40, the number of training examples of set.npz, got 41."),
+        (["--augmentation=flip"], "The augmentation flip is for images [height, width, channels], and the examples"),
+        (["--optimizer=sgd(momentun=0.9)"], "The optimizer sgd has no option 'momentun': did you mean 'momentum'?"),
+        (["--schedule=cosine(warmp=3)"], "The schedule cosine has no option 'warmp': did you mean 'warmup'?"),
+        (["--mesh=data=3"], "The mesh 'data=3' takes 3 devices, and there is 1: give sizes whose product is 1"),
+        (["--dataset=mnist"], "The data set 'mnist' is not prepared in "),
+        (["--model=lenet5"], "lenet5 needs images [height, width, channels], got the shape (20,): use mlp."),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(tmp_path, flags, sentence):
+    x, y = np.random.default_rng(0).normal(size=(40, 20)).astype(np.float32), np.arange(40) >= 37
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=y.astype(int), x_test=x[-10:], y_test=y[-10:].astype(int))
+    given = [f"--dataset=npz:{tmp_path}/set.npz", "--batch_size=10", f"--data_dir={tmp_path}/sets", *flags]
+    done = fork("train", *given, f"--output={tmp_path}/out/x")
+    assert done.returncode == 1 and f"Error: {sentence}" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+    assert os.listdir(tmp_path) == ["set.npz"]
