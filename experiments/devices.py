@@ -71,13 +71,13 @@ def make_mesh(devices: str | int = "all", mesh: str | None = None) -> Mesh:
     data = sizes.get(DATA, max(count // model, 1))
     if data * model != count:
         text = mesh or f"{DATA}={data}"
-        have = f"{count} devices" if count > 1 else "one device"
+        have, are = (f"{count} devices", "are") if count > 1 else ("one device", "is")
         raise InputError(
             f"The mesh '{text}' does not divide {have}, it takes {data * model}: give sizes whose product is {count}, "
             f"such as {DATA}={count}, or give {data * model} devices."
             if data * model <= jax.device_count()
-            else f"The mesh '{text}' takes {data * model} devices, and there {'are' if count > 1 else 'is'} {count}: give sizes whose product is "
-            f"{count}, such as {DATA}={count}."
+            else f"The mesh '{text}' takes {data * model} devices, and there {are} {count}: give sizes whose product "
+            f"is {count}, such as {DATA}={count}."
         )
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
 
