@@ -46,7 +46,7 @@ def make_trials(
     task = tasks.build(config, dataset) if task is None else task
     trials: Trials = {}
     refused: dict[str, str] = {}
-    for name in (bar := tqdm(chosen, desc="compiling", unit="rule", disable=None)):
+    for name in (bar := tqdm(chosen, desc="compiling", unit="rule", disable=None if devices.is_first() else True)):
         bar.set_postfix_str(name)
         try:
             trials[name] = Trial(config, dataset, rule=chosen[name], task=task, **options)

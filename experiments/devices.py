@@ -354,7 +354,7 @@ class MeshPlacement(Placement):
 
     def least(self, number: int) -> int:
         # In units that keep it below 2**31.
-        return -largest(-(number // 2**20)) * 2**20 if jax.process_count() > 1 else number
+        return -largest(-min(number // 2**20, 2**31 - 1)) * 2**20 if jax.process_count() > 1 else number
 
 
 def placement(devices: str | int, mesh: str | None, batch_size: int) -> Placement:

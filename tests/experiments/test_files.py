@@ -236,6 +236,23 @@ def test_claim_beside_a_run(tmp_path):
     claim.lock.release()
 
 
+def test_check_free(tmp_path):
+    """It refuses the run that is under way, and nothing else; it leaves nothing behind."""
+    files.check_free(tmp_path / "a" / "x", {"rule": "a"})
+    assert not os.listdir(tmp_path)
+    claim = files.claim(tmp_path / "x", {"rule": "a"})
+    with pytest.raises(files.Locked, match=f"process {os.getpid()} on"):
+        files.check_free(tmp_path / "x", {"rule": "a"})
+    files.check_free(tmp_path / "x", {"rule": "b"})
+    claim.lock.release()
+    files.check_free(tmp_path / "x", {"rule": "a"})
+    claimed(tmp_path / "x", {"rule": "a"})  # the check has not kept the folder
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        files.check_free(tmp_path / "file" / "x", {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "x"]
+
+
 def test_claim_of_older_results(tmp_path):
     """Results whose description is missing or damaged are not written over; files of other names do no harm."""
     for name, files_there, found in [
