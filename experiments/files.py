@@ -255,6 +255,8 @@ def claim(path: str | os.PathLike[str], description: Mapping[str, Any]) -> Claim
         else:
             taken = _why_taken(folder, description)
             if taken is None:
+                for rest in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                    rest.unlink(missing_ok=True)
                 write_json(folder / DESCRIPTION, description)
                 notice = None if why is None else f"{asked} holds {why}, so this run writes to {folder}."
                 return Claim(folder, lock, notice)

@@ -227,6 +227,14 @@ def test_claim(tmp_path):
     assert json.loads((path / files.DESCRIPTION).read_text()) == first
 
 
+def test_claim_removes_what_a_killed_run_has_left(tmp_path):
+    rest = tmp_path / ".metrics.json.1-2.tmp"
+    for description, stays in ({"rule": "a"}, False), ({"rule": "b"}, True), ({"rule": "a"}, False):
+        rest.write_text("")
+        claimed(tmp_path, description)
+        assert rest.exists() == stays
+
+
 def test_claim_beside_a_run(tmp_path):
     """The same run twice at once is refused; another run goes to the next folder."""
     claim = files.claim(tmp_path / "x", {"rule": "a"})
