@@ -7,8 +7,9 @@ from typing import Any
 import lrules
 from experiments import data, methods, optimizers, rules, tasks
 from experiments.config import Config
-from experiments.loop import Placement, Run, steps_per_epoch
+from experiments.loop import Run, steps_per_epoch
 from experiments.methods import Method
+from experiments.placement import Placement
 
 
 def dataset(config: Config, *, data_dir: str | None = None, download: bool = False) -> data.Dataset:

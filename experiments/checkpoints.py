@@ -21,6 +21,7 @@ leaves there, without those of size zero.
 import json
 import pathlib
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,17 @@ from experiments.errors import InputError
 
 # Orbax logs every error with its traceback, also those that are then raised, and that are told here in one sentence.
 logging.get_absl_logger().addFilter(lambda record: "orbax" not in pathlib.Path(record.pathname).parts)
+
+# Where the write of one array fails, threads of TensorStore would print a traceback for each array behind it.
+_hook = sys.unraisablehook
+
+
+def _without_echoes(told: Any) -> None:
+    if str(told.exc_value) != "Event loop is closed":
+        _hook(told)
+
+
+sys.unraisablehook = _without_echoes
 
 VERSION = 1  # of what `content` has; the three names around it stay as they are, so that any version can tell
 Pytree = Any
@@ -115,6 +127,9 @@ class Checkpoints:
             lightweight_initialize=True,  # it reads nothing of a checkpoint, which may be damaged
             save_root_metadata=False,
             enable_async_checkpointing=False,
+            create=False,
+            # Of several processes only this one is here; Orbax would wait for the others.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}),
         )
         return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
 

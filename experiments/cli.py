@@ -56,6 +56,8 @@ def define_execution_flags(*, output: str) -> None:
     flags.DEFINE_string("mesh", None, "How the devices share the work, such as data=4,model=2 (default: data=all).")
     flags.DEFINE_bool("resume", True, "Go on from the last checkpoint in the folder of the results.")
     flags.DEFINE_integer("keep", 2, "The checkpoints to keep, besides the best (0: make none).", lower_bound=0)
+    flags.DEFINE_float("checkpoint_seconds", 10.0, "The time between two checkpoints, at least.", lower_bound=0)
+    flags.DEFINE_bool("processes", False, "Wait for other processes that the environment does not show: a TPU pod's.")
     flags.DEFINE_float("minutes", None, "Stop after this time; the same command goes on later.", lower_bound=0)
     flags.DEFINE_bool("check_nan", False, "Stop when the loss becomes NaN or Inf, and name the step.")
 

@@ -8,9 +8,10 @@ The rules take turns, epoch by epoch. `make bench` compares their step times. Th
 by its text), curves.csv and curves.png after each epoch, and checkpoints: the same command goes on where it stopped.
 """
 
+import contextlib
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,10 @@ from absl import flags
 from tqdm import tqdm
 
 import lrules
-from experiments import build, cli, data, devices, files, results, rules, signals, sweep, tasks
+from experiments import build, cli, data, devices, keeper, results, rules, signals, sweep, tasks
 from experiments.config import Config
 from experiments.errors import InputError
-from experiments.keeper import Keeper, describe
-from experiments.loop import Run
+from experiments.loop import Diverged, Run
 from experiments.methods import Refused
 from experiments.progress import Progress
 from experiments.trial import Trial
@@ -46,7 +46,7 @@ def make_trials(
     task = tasks.build(config, dataset) if task is None else task
     trials: Trials = {}
     refused: dict[str, str] = {}
-    for name in (bar := tqdm(chosen, desc="compiling", unit="rule", disable=None)):
+    for name in (bar := tqdm(chosen, desc="compiling", unit="rule", disable=None if devices.is_first() else True)):
         bar.set_postfix_str(name)
         try:
             trials[name] = Trial(config, dataset, rule=chosen[name], task=task, **options)
@@ -59,7 +59,7 @@ def train(
     trials: Trials,
     *,
     watch: Callable[[str, Run], Any] | None = None,
-    keepers: Mapping[str, Keeper] | None = None,
+    keepers: Mapping[str, keeper.Keeper] | None = None,
     stop: signals.Stop | None = None,
     after: Callable[[], Any] = lambda: None,
 ) -> None:
@@ -67,22 +67,37 @@ def train(
 
     It calls `watch(name, run)` before the first epoch and after each, and `after()` when all have finished an epoch.
     """
-    stop, keepers = stop or signals.Stop(), keepers or {}
-    for trial in trials.values():
-        trial.warm_up()
+    stop, keepers, first = stop or signals.Stop(), keepers or {}, devices.is_first()
+
+    def advance_of(name: str) -> Callable[[int], bool]:
+        def advance(_: int) -> bool:
+            if name in keepers:
+                keepers[name].save()
+            return stop.requested
+
+        return advance
+
+    for name, trial in trials.items():
+        with naming(name, keepers):
+            warmed_up = trial.warm_up(advance=advance_of(name))
+        if not warmed_up:
+            if name in keepers:
+                keepers[name].save(now=True)
+            return
     if watch:
         for name, trial in trials.items():
             if not trial.epochs:
                 watch(name, trial.runs[0])
     total = sum(trial.config.epochs for trial in trials.values())
-    with Progress(total, "epoch", begin=sum(trial.epochs for trial in trials.values())) as bar:
+    with Progress(total, "epoch", begin=sum(trial.epochs for trial in trials.values()), show=first) as bar:
         while any(not trial.finished for trial in trials.values()) and not stop.requested:
             turn = min(trial.epochs for trial in trials.values())
             for name, trial in trials.items():
                 if trial.epochs > turn or trial.finished or stop.requested:
                     continue
-                record = trial.epoch(advance=lambda _: stop.requested)
-                if name in keepers and (record is not None or stop.requested):
+                with naming(name, keepers):
+                    record = trial.epoch(parts=keeper.parts(trial), advance=advance_of(name))
+                if name in keepers:
                     keepers[name].save(now=trial.finished or stop.requested)
                 if record is None:
                     continue
@@ -95,16 +110,25 @@ def train(
                 after()
 
 
+@contextlib.contextmanager
+def naming(name: str, keepers: Mapping[str, keeper.Keeper]) -> Iterator[None]:
+    """Where a loss becomes NaN, it says of which rule, and where that rule's last checkpoint is."""
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(f"{name}: {error}" + (f" {keepers[name].sentence}" if name in keepers else "")) from None
+
+
 def main() -> int:
     config = cli.config(rule="backprop")
     chosen = {FIRST: lrules.backprop()} | {
         name: rule for name, rule in rules.select(FLAGS.rules).items() if name not in rules.names_of_backprop()
     }
     grid = sweep.parse(FLAGS.sweep or [], config)
-    devices.initialize_processes()
+    devices.initialize_processes(FLAGS.processes)
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
-    described = describe(config, grid) | {"rules": list(chosen)}
-    files.check_writable(FLAGS.output)
+    described = keeper.describe(config, grid) | {"rules": list(chosen)}
+    keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trials, refused = make_trials(
         config, dataset, chosen, grid=grid, placement=placement, check_nan=FLAGS.check_nan
@@ -112,49 +136,50 @@ def main() -> int:
     if FIRST not in trials:
         raise InputError(f"backprop failed: {refused[FIRST]}")
     title = f"{config.model} on {dataset.name}, {config.seeds} seeds"
-    claim = files.claim(FLAGS.output, described)
-    if claim.notice:
-        print(claim.notice)
-    with claim.lock, signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
-        keepers = make_keepers(trials, claim.folder, described)
-        train(
-            trials,
-            keepers=keepers,
-            stop=stop,
-            after=lambda: write(trials, refused, claim.folder, None),
-        )
-        for keeper in keepers.values():
-            keeper.close()
-        if any(not trial.records for trial in trials.values()):
-            print(f"{stop.sentence} No epoch of all rules was finished.")
-            return stop.exit_code
-        write(trials, refused, claim.folder, title)
-    print(table(trials))
-    for name, reason in refused.items():
-        print(f"\n{name} refused this model: {reason}")
-    for sentence in remarks(trials):
-        print(f"\n{sentence}")
-    print(f"\n{title}, {config.epochs} epochs. Results: {claim.folder}/metrics.json, curves.csv, curves.png")
-    if stop.requested and any(not trial.finished for trial in trials.values()):
-        print(f"{stop.sentence} The same command goes on.")
-        return stop.exit_code
-    return 0
+    with (
+        keeper.folder_of(FLAGS.output, described) as folder,
+        keeper.listen(FLAGS.minutes) as stop,
+        contextlib.ExitStack() as opened,
+    ):
+        keepers = {}
+        for i, (name, trial) in enumerate(trials.items()):
+            own = folder / "checkpoints" / f"{i:02d}-{re.sub('[^a-zA-Z0-9]+', '_', name)[:60]}"
+            kept = keeper.Keeper(
+                trial,
+                own,
+                described | {"rule": name},
+                keep=FLAGS.keep,
+                resume=FLAGS.resume,
+                seconds=FLAGS.checkpoint_seconds,
+            )
+            keepers[name] = opened.enter_context(kept)
+
+        def save_results(title: str | None = None) -> None:
+            devices.from_first(lambda: write(trials, refused, folder, title))
+
+        train(trials, keepers=keepers, stop=stop, after=save_results)
+        if all(trial.records for trial in trials.values()):
+            save_results(title)
+    if devices.is_first():
+        for paragraph in report(trials, refused, folder, title, stop):
+            print(paragraph)
+    return 0 if all(trial.finished for trial in trials.values()) else stop.exit_code
 
 
-def make_keepers(trials: Trials, folder: pathlib.Path, described: Mapping[str, Any]) -> dict[str, Keeper]:
-    """The checkpoints of each trial, in folders of their own."""
-    if not FLAGS.keep:
-        return {}
-    return {
-        name: Keeper(
-            trial,
-            folder / "checkpoints" / f"{i:02d}-{re.sub('[^a-zA-Z0-9]+', '_', name)[:60]}",
-            dict(described) | {"rule": name},
-            keep=FLAGS.keep,
-            resume=FLAGS.resume,
-        )
-        for i, (name, trial) in enumerate(trials.items())
-    }
+def report(
+    trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str, stop: signals.Stop
+) -> list[str]:
+    """What the user is told at the end."""
+    goes_on = keeper.GOES_ON if FLAGS.keep else keeper.BEGINS_ANEW
+    if any(not trial.records for trial in trials.values()):
+        return [f"{stop.sentence} No epoch of all rules was finished: {goes_on}"]
+    told = [table(trials), *(f"\n{name} refused this model: {reason}" for name, reason in refused.items())]
+    told += [f"\n{sentence}" for sentence in remarks(trials)]
+    epochs = min(trial.epochs for trial in trials.values())
+    told.append(f"\n{title}, {epochs} epochs. Results: {folder}/metrics.json, curves.csv, curves.png")
+    if any(not trial.finished for trial in trials.values()):
+        told.append(f"{stop.sentence} {epochs} epochs of all rules are done: {goes_on}")
+    return told
 
 
 def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str | None) -> None:

@@ -35,6 +35,7 @@ What a training loop does:
 """
 
 import os
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +47,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import InputError, nearest
-from experiments.loop import Placement
+from experiments.placement import Placement
 
 PyTree = Any
 DATA, MODEL = AXES = ("data", "model")
@@ -70,13 +71,13 @@ def make_mesh(devices: str | int = "all", mesh: str | None = None) -> Mesh:
     data = sizes.get(DATA, max(count // model, 1))
     if data * model != count:
         text = mesh or f"{DATA}={data}"
-        have = f"{count} devices" if count > 1 else "one device"
+        have, are = (f"{count} devices", "are") if count > 1 else ("one device", "is")
         raise InputError(
             f"The mesh '{text}' does not divide {have}, it takes {data * model}: give sizes whose product is {count}, "
             f"such as {DATA}={count}, or give {data * model} devices."
             if data * model <= jax.device_count()
-            else f"The mesh '{text}' takes {data * model} devices, and there are {count}: give sizes whose product is "
-            f"{count}, such as {DATA}={count}."
+            else f"The mesh '{text}' takes {data * model} devices, and there {are} {count}: give sizes whose product "
+            f"is {count}, such as {DATA}={count}."
         )
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
 
@@ -217,9 +218,11 @@ def shard_step(
 
 
 def gather(tree: PyTree) -> PyTree:
-    """The whole arrays, as NumPy arrays. With several processes, every process must call it."""
+    """The whole arrays, as NumPy arrays (keys stay keys). With several processes, every process must call it."""
 
-    def whole(leaf: Any) -> np.ndarray:
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         return np.asarray(leaf)
@@ -230,6 +233,35 @@ def gather(tree: PyTree) -> PyTree:
 def is_first() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return jax.process_index() == 0
+
+
+def largest(number: int) -> int:
+    """The largest number (below 2**31) of all processes. Every process must call it at the same place."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What a function returns in the first process, or the `InputError` that it raises there, for all processes.
+
+    Only the first one calls it, so it may read and write files. Every process must be here at the same place.
+    """
+    if jax.process_count() == 1:
+        return function()
+    outcome: tuple[Any, InputError | None] = None, None
+    if is_first():
+        try:
+            outcome = function(), None
+        except InputError as error:
+            outcome = None, error
+    told = np.frombuffer(pickle.dumps(outcome), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    told = multihost_utils.broadcast_one_to_all(told if is_first() else np.zeros(size, np.uint8))
+    value, fault = pickle.loads(np.asarray(told, np.uint8).tobytes())
+    if fault is not None:
+        raise fault
+    return value
 
 
 def initialize_processes(asked: bool = False, *, timeout: int = 300) -> bool:
@@ -319,6 +351,10 @@ class MeshPlacement(Placement):
 
     def gather(self, tree: PyTree) -> PyTree:
         return gather(tree)
+
+    def least(self, number: int) -> int:
+        # In units that keep it below 2**31.
+        return -largest(-min(number // 2**20, 2**31 - 1)) * 2**20 if jax.process_count() > 1 else number
 
 
 def placement(devices: str | int, mesh: str | None, batch_size: int) -> Placement:

@@ -5,6 +5,7 @@
     claim.lock.release()                                                       # also where the process dies
 """
 
+import contextlib
 import csv
 import datetime
 import errno
@@ -113,8 +114,10 @@ def plain(value: Any, *, finite: bool = False) -> Any:
     return plain(np.asarray(value).tolist(), finite=finite) if hasattr(value, "__array__") else value
 
 
-def check_writable(folder: str | os.PathLike[str]) -> pathlib.Path:
+def check_writable(folder: str | os.PathLike[str], *, leave: bool = True) -> pathlib.Path:
     """Make a folder, and write a file there to see whether results can be written later.
+
+    With `leave=False`, folders that were made are removed again.
 
     Returns:
       The folder.
@@ -124,6 +127,7 @@ def check_writable(folder: str | os.PathLike[str]) -> pathlib.Path:
     """
     folder = pathlib.Path(folder).expanduser()
     probe = folder / f".writable.{os.getpid()}.tmp"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -132,6 +136,11 @@ def check_writable(folder: str | os.PathLike[str]) -> pathlib.Path:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"The folder {folder} cannot be written ({reason(error)}): give another --output.") from error
+    finally:
+        if not leave:
+            with contextlib.suppress(OSError):  # another run may have put something there
+                for path in made:
+                    path.rmdir()
     return folder
 
 
@@ -246,12 +255,29 @@ def claim(path: str | os.PathLike[str], description: Mapping[str, Any]) -> Claim
         else:
             taken = _why_taken(folder, description)
             if taken is None:
+                for rest in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                    rest.unlink(missing_ok=True)
                 write_json(folder / DESCRIPTION, description)
                 notice = None if why is None else f"{asked} holds {why}, so this run writes to {folder}."
                 return Claim(folder, lock, notice)
             lock.release()
         why = why or taken
     raise AssertionError("there is always a next folder")
+
+
+def check_free(path: str | os.PathLike[str], description: Mapping[str, Any]) -> None:
+    """Refuse what `claim` would refuse, early, before the data are read. It leaves nothing behind.
+
+    Raises:
+      Locked, InputError: as `claim` does.
+    """
+    check_writable(path, leave=False)
+    for folder in _candidates(pathlib.Path(path).expanduser()):
+        if not (folder / LOCK).exists():
+            return
+        if _why_taken(folder, description) is None:
+            Lock(folder).release()
+            return
 
 
 def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:

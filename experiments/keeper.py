@@ -1,15 +1,33 @@
-"""Checkpoints of a `Trial`: saved now and then, and taken up again by the same command."""
+"""What keeps the work of a `Trial`: its folder, its checkpoints, and one end for all processes.
 
+    with keeper.folder_of("results/train", described) as folder, keeper.listen(minutes=30) as stop:
+        with keeper.Keeper(trial, folder / "checkpoints", described, keep=2, resume=True) as kept:
+            trial.epoch(advance=lambda steps: kept.save() or stop.requested)
+
+Of several processes, only the first reads and writes files; what it finds is told to the others.
+"""
+
+import contextlib
+import math
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments import sweep
-from experiments.checkpoints import Checkpoints
+import jax
+import numpy as np
+
+from experiments import devices, files, signals, sweep
+from experiments.checkpoints import Checkpoints, Restored
 from experiments.config import Config
+from experiments.loop import PARTS
 from experiments.trial import Trial
+
+FIRST_PARTS = 100  # of the first epoch, of which nobody knows how long it takes
+GOES_ON = "the same command goes on."
+BEGINS_ANEW = "the same command begins anew, as --keep=0 makes no checkpoints."
+PART = 2.0  # seconds that a part of a later epoch may take; a run that is asked to end does so after a part
 
 
 def describe(config: Config, grid: sweep.Grid) -> dict[str, Any]:
@@ -18,34 +36,178 @@ def describe(config: Config, grid: sweep.Grid) -> dict[str, Any]:
     return {"config": config.to_dict()} | ({"sweep": swept} if swept else {})
 
 
+def check_free(path: str, described: Mapping[str, Any]) -> None:
+    """Refuses a folder that cannot be written or that the same run has, before the data are read."""
+    devices.from_first(lambda: files.check_free(path, described))
+
+
+@contextlib.contextmanager
+def folder_of(path: str, described: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+    """The folder of a run, which has it alone; tells the user where it is not the one that was asked for."""
+    claims: list[files.Claim] = []
+
+    def take() -> pathlib.Path:
+        claims.append(files.claim(path, described))
+        return claims[0].folder
+
+    folder = devices.from_first(take)
+    try:
+        if claims and claims[0].notice:
+            print(claims[0].notice, flush=True)
+            if "config.epochs: " in claims[0].notice:
+                print("A run with another number of epochs begins anew, as schedules depend on the number.")
+        yield folder
+    finally:
+        for claim in claims:
+            claim.lock.release()
+
+
+def listen(minutes: float | None) -> signals.Stop:
+    """Ends the run by a signal or after some minutes; all processes at the same place."""
+    return signals.Stop(None if minutes is None else 60 * minutes, agree=devices.largest)
+
+
+def parts(trial: Trial) -> int:
+    """The parts of the next epoch, each short enough that a run which is asked to end does so in time."""
+    if not trial.records:
+        return FIRST_PARTS
+    return max(PARTS, devices.largest(math.ceil(trial.records[-1].seconds / len(trial.runs) / PART)))
+
 
 class Keeper:
-    """Saves checkpoints of a trial, and goes on from the last one."""
+    """Saves checkpoints of a trial, and goes on from the last one. It is a context."""
 
-    EVERY = 10.0  # seconds between two checkpoints, at least; the last epoch is always saved
+    def __init__(
+        self,
+        trial: Trial,
+        folder: pathlib.Path,
+        described: Mapping[str, Any],
+        *,
+        keep: int,
+        resume: bool,
+        seconds: float = 10.0,
+    ):
+        """Opens the folder, and restores the last checkpoint.
 
-    def __init__(self, trial: Trial, folder: pathlib.Path, described: Mapping[str, Any], *, keep: int, resume: bool):
-        if not resume and folder.exists():
-            shutil.rmtree(folder)
-        self.trial, self.last = trial, time.monotonic()
-        self.saved = Checkpoints(folder, described, keep=keep, best="max" if trial.config.validation else None)
-        found = self.saved.restore(trial.state()[0])
+        Args:
+          trial: what is kept.
+          folder: the folder of its checkpoints alone.
+          described: see `describe`.
+          keep: how many checkpoints stay; 0: none are made.
+          resume: go on from the last one; False: remove all.
+          seconds: between two checkpoints, at least; 0: one after each part of an epoch.
+        """
+        self.trial, self.folder, self.seconds = trial, folder, seconds
+        self._last, self._cost, self._at = time.monotonic(), 0.0, -1
+        self._makes, self._saved, self._told = keep > 0, None, "There is no checkpoint of this run."
+        if not self._makes:
+            return
+        template = self._state()[0]
+        found = devices.from_first(lambda: self._open(described, keep, resume, template))
         if found is not None:
-            trial.restore(found.state, found.extra)
-            at = f", step {trial.runs[-1].step}" if trial.runs[-1].step else ""
+            leaves = [_key_like(*each) for each in zip(found.state, jax.tree.leaves(template), strict=True)]
+            trial.restore(jax.tree.unflatten(jax.tree.structure(template), leaves), found.extra)
+            self._at = self._position
+            self._tell()
             again = " The run is finished: --noresume trains it again." if trial.finished else ""
-            print(f"Goes on after epoch {trial.epochs}{at}, from the checkpoint in {folder}.{again}")
+            if devices.is_first():
+                print(f"Goes on after {self._where()}, from the checkpoint in {folder}.{again}", flush=True)
 
-    def save(self, *, now: bool) -> None:
-        """Saves if it is time, or `now`."""
-        if now or time.monotonic() - self.last > self.EVERY:
-            state, extra = self.trial.state()
-            accuracy = self.trial.records[-1].validation_accuracy if self.trial.records else None
-            metric = None if accuracy is None else float(accuracy.mean())
-            self.saved.save(self.trial.steps_done, state, extra, metric=metric)
-            self.last = time.monotonic()
+    _saved: Checkpoints | None  # of the first process
 
-    def close(self) -> None:
+    def _open(self, described: Mapping[str, Any], keep: int, resume: bool, template: Any) -> Restored | None:
+        """The last checkpoint, with its leaves as the state."""
+        if not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        validates = self.trial.config.validation > 0
+        self._saved = Checkpoints(self.folder, described, keep=keep, best="max" if validates else None)
+        found = self._saved.restore(template)
+        several = jax.process_count() > 1
+        return found and found._replace(
+            state=[jax.random.key_data(v) if several and _is_key(v) else v for v in jax.tree.leaves(found.state)]
+        )
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        arrays, extra = self.trial.state()
+        return (devices.gather(arrays) if jax.process_count() > 1 else arrays), extra
+
+    @property
+    def _position(self) -> int:
+        """The steps of the warm-up and of the epochs."""
+        return self.trial.warm_up_steps_done + self.trial.steps_done
+
+    def _where(self) -> str:
+        trial = self.trial
+        if not trial.warmed_up:
+            return f"{trial.warm_up_steps_done} steps of the warm-up"
+        step = trial.steps_done - trial.epochs * trial.steps
+        return f"{step} of {trial.steps} steps of epoch {trial.epochs + 1}" if step else f"epoch {trial.epochs}"
+
+    def save(self, *, now: bool = False) -> None:
+        """Saves if it is time, or `now`; it may be called between two parts of an epoch, and after it.
+
+        Raises:
+          InputError: the checkpoint before cannot be written; those that were there stay.
+        """
+        trial = self.trial
+        if not self._makes or trial.steps_done == (trial.epochs + 1) * trial.steps:
+            return  # all steps of an epoch are done, and it is not evaluated
+        begin = time.monotonic()
+        rest = max(self.seconds, 20 * self._cost) if self.seconds else 0.0  # a large state is not saved all the time
+        due = begin - self._last >= rest
+        if not devices.largest(now or due) or self._position == self._at or not self._is_finite():
+            return
+        state, extra = self._state()
+        whole = trial.records and trial.steps_done == trial.epochs * trial.steps
+        accuracy = trial.records[-1].validation_accuracy if whole else None
+        metric = None if accuracy is None else float(accuracy.mean())
+        devices.from_first(lambda: self._write(state, extra, metric))
+        self._at = self._position
+        self._tell()
+        self._last = time.monotonic()
+        self._cost = self._last - begin
+
+    def _write(self, state: Any, extra: Any, metric: float | None) -> None:
+        if self._saved is not None:
+            self._saved.save(self._position, state, extra, metric=metric)
+
+    def _is_finite(self) -> bool:
+        """False where the next loss will be NaN, and the run is to stop there: the checkpoint before is better."""
+        if not self.trial.runs[0].check_nan:
+            return True
+        carries = [getattr(run.carry, "params", run.carry) for run in self.trial.runs]
+        leaves = [leaf for leaf in jax.tree.leaves(carries) if jax.numpy.issubdtype(leaf.dtype, np.inexact)]
+        return all(bool(jax.numpy.isfinite(leaf).all()) for leaf in leaves)
+
+    def _tell(self) -> None:
+        self._told = f"The last checkpoint, after {self._where()}, is in {self.folder}."
+
+    @property
+    def sentence(self) -> str:
+        """Where the last checkpoint is."""
+        return self._told
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
         """Waits until all is written."""
-        self.saved.wait()
-        self.saved.close()
+        if kind is None:
+            devices.from_first(self._close)
+        elif self._saved is not None:
+            self._saved.__exit__(kind, *error)
+
+    def _close(self) -> None:
+        if self._saved is not None:
+            self._saved.close()
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_like(value: Any, like: Any) -> Any:
+    """A value that another process has told, as a key where it is one."""
+    if not _is_key(like) or _is_key(value):
+        return value
+    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))

@@ -25,6 +25,7 @@ from experiments.data import Dataset, fits
 from experiments.errors import InputError
 from experiments.feed import Feed, Resident, Streamed
 from experiments.methods import Method
+from experiments.placement import Placement
 
 Array = jax.Array
 PyTree = Any
@@ -49,30 +50,6 @@ class Diverged(InputError):
     """A loss became NaN or Inf."""
 
 
-class Placement:
-    """Where arrays lie: here on the one device that JAX uses; `devices.py` has one for many devices."""
-
-    def whole(self, array: Any) -> Array:
-        """An array that each device has: data sets, keys, settings."""
-        return jnp.asarray(array)
-
-    def batch(self, array: Array) -> Array:
-        """A batch of one lane, inside a compiled step."""
-        return array
-
-    def carry(self, tree: PyTree) -> PyTree:
-        """What training carries, [lanes, ...]."""
-        return jax.tree.map(jnp.asarray, tree)
-
-    def layout(self, tree: PyTree) -> PyTree | None:
-        """The shardings of a carry; None where JAX chooses."""
-        return None
-
-    def gather(self, tree: PyTree) -> PyTree:
-        """The arrays as NumPy arrays."""
-        return jax.tree.map(np.asarray, tree)
-
-
 @dataclasses.dataclass
 class _Group:
     """Lanes that train together by vmap."""
@@ -91,7 +68,7 @@ class Run:
     """A method on a data set, for many lanes at once.
 
     Attributes:
-      epochs, step: the finished epochs, and the finished steps of the epoch that has begun.
+      epochs, step, warmed: the finished epochs, steps of the epoch that has begun, and epochs of the warm-up.
       curve: records inside the epochs: {"epoch", "step", "train_loss" and what the method measures [lanes]}.
       compile_seconds: the time that initialising and compiling took.
     """
@@ -134,7 +111,8 @@ class Run:
         self.record_every, self.curve = record_every, list[dict[str, Any]]()
         self.rows = rows
         self._examples = len(data.x_train) if rows is None else rows.shape[1]
-        self.steps, self.epochs, self.step = steps_per_epoch(data, batch_size, self._examples), 0, 0
+        self.steps = steps_per_epoch(data, batch_size, self._examples)
+        self.epochs, self.step, self.warmed = 0, 0, 0
         self._seconds, self._losses = 0.0, list[np.ndarray | list[Array]]()
         self._names = tuple(settings or ())
         self._make = method if not isinstance(method, Method) else lambda: method
@@ -147,7 +125,9 @@ class Run:
         # The loop, and the lanes of a group, are those of one compiled program.
         self._looped = jax.default_backend() != "cpu" or not example.convolves
         self._feed: Feed
-        if rows is not None or fits(data, memory.available() // 2 if resident is None else resident):
+        available = self._place.least(memory.available())
+        limit = available if limit is None else limit
+        if rows is not None or fits(data, available // 2 if resident is None else resident):
             self._feed = Resident(data, self._place.whole)
         else:
             self._feed = Streamed(
@@ -279,7 +259,10 @@ class Run:
                 self.curve.append(self._curve_record([keys for keys, _ in shuffled]))
             if advance:
                 jax.block_until_ready(losses)
-                if advance(done) and stop < self.steps:
+                pause = time.perf_counter()
+                stopped = advance(done)
+                begin += time.perf_counter() - pause  # a checkpoint, perhaps
+                if stopped and stop < self.steps:
                     finished = False
                     break
         jax.block_until_ready([group.carry for group in self._groups])
@@ -292,15 +275,18 @@ class Run:
         feedback = getattr(self._groups[0].carry, "feedback", None)
         return feedback is not None and bool(jax.tree.leaves((feedback.learned, feedback.state)))
 
-    def warm_up(self, epochs: int, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> None:
+    def warm_up(self, epochs: int, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> bool:
         """Trains only what the method says must be ready before, for some epochs, which do not count as epochs.
 
-        The later epochs have the same batches as without a warm-up.
+        The later epochs have the same batches as without a warm-up. `advance` is that of `epoch`; if it stops the
+        warm-up, the result is False, and the next call goes on from there.
         """
-        for epoch in range(epochs if self._warms_up and self.learns_feedback else 0):
-            self._finish("warm_up", 3, epoch, parts, advance)
-            self.step, self._losses = 0, []
+        while self._warms_up and self.learns_feedback and self.warmed < epochs:
+            if not self._finish("warm_up", 3, self.warmed, parts, advance):
+                return False
+            self.warmed, self.step, self._losses = self.warmed + 1, 0, []
         self._seconds = 0.0
+        return True
 
     def epoch(self, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> Record | None:
         """Trains to the end of the epoch and evaluates.
@@ -408,19 +394,21 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: give it to `restore` of a run that was made the same way."""
+        losses = self._epoch_losses()
         return {
             "carry": self.carry,
-            "losses": self._epoch_losses(),
+            "losses": np.pad(losses, ((0, 0), (0, self.steps - self.step))),  # always of one shape
             "epochs": self.epochs,
             "step": self.step,
+            "warmed": self.warmed,
             "seconds": self._seconds,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state`."""
         self.carry = state["carry"]
-        self._losses = [np.asarray(state["losses"])]
-        self.epochs, self.step, self._seconds = int(state["epochs"]), int(state["step"]), float(state["seconds"])
+        self.epochs, self.step, self.warmed = (int(state[name]) for name in ("epochs", "step", "warmed"))
+        self._losses, self._seconds = [np.asarray(state["losses"])[:, : self.step]], float(state["seconds"])
 
 
 def _over_lanes(function: Callable[..., Any], size: int, shared: int) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import jax
 
 def available() -> int:
     """The bytes that a program may take: of the accelerator, or of the host if that computes."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     info = pathlib.Path("/proc/meminfo")

@@ -15,11 +15,11 @@ class Progress:
             bar.advance(5, "loss 0.3")
     """
 
-    def __init__(self, total: int, unit: str, *, every: float = 30.0, begin: int = 0):
-        """`every`: seconds between two lines in a file; `begin`: units that are done already."""
+    def __init__(self, total: int, unit: str, *, every: float = 30.0, begin: int = 0, show: bool = True):
+        """`every`: seconds between two lines in a file; `begin`: units that are done already; `show`: or nothing."""
         self.total, self.unit, self.every = total, unit, every
-        self.done, self.begin, self.label, self.note = begin, begin, "", ""
-        self.bar: Any = tqdm(total=total, unit=unit, initial=begin) if sys.stderr.isatty() else None
+        self.done, self.begin, self.label, self.note, self.show = begin, begin, "", "", show
+        self.bar: Any = tqdm(total=total, unit=unit, initial=begin) if show and sys.stderr.isatty() else None
         self.start = self.last = time.monotonic()
         self.lines = 0
 
@@ -50,6 +50,8 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        if not self.show:
+            return
         self.last = time.monotonic()
         meter = tqdm.format_meter(
             self.done, self.total, self.last - self.start, initial=self.begin, ncols=0, unit=self.unit,

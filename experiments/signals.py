@@ -25,6 +25,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -48,18 +49,30 @@ class Stop:
       reason: "SIGTERM", "Ctrl-C" or "time"; None if nothing asked the run to end.
     """
 
-    def __init__(self, seconds: float | None = None):
-        """Nothing is asked for yet; `seconds` is the time limit, from now on."""
+    def __init__(self, seconds: float | None = None, *, agree: Callable[[int], int] = lambda code: code):
+        """Nothing is asked for yet.
+
+        Args:
+          seconds: the time limit, from now on.
+          agree: the largest number of all processes, for a program of several: they end at the same place.
+        """
         self.reason: str | None = None
+        self._agree, self._agreed = agree, False
         self._end = None if seconds is None else time.monotonic() + seconds
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether the run should end. It stays True."""
+        """Whether the run should end. It stays True. Of several processes, all must ask at the same place."""
+        if self._agreed:
+            return True
         if self.reason is None and self._end is not None and time.monotonic() >= self._end:
             self.reason = "time"
-        return self.reason is not None
+        code = self._agree(self.exit_code)
+        if code:
+            self.reason = next(reason for reason, known in _REASONS.items() if known.exit_code == code)
+            self._agreed = True
+        return self._agreed
 
     @property
     def exit_code(self) -> int:

@@ -13,16 +13,16 @@ The program writes metrics.json (figures, curves, config, versions, device and c
 each epoch, and a checkpoint. The same command goes on from there if it was stopped. docs/training.md has more.
 """  # noqa: E501
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, devices, files, results, rules, signals, sweep
+from experiments import build, cli, devices, keeper, results, rules, signals, sweep
 from experiments.config import Config
-from experiments.keeper import Keeper, describe
-from experiments.loop import Record
+from experiments.loop import Diverged, Record
 from experiments.progress import Progress
 from experiments.trial import Trial
 
@@ -33,73 +33,97 @@ def main() -> int:
     config = cli.config()
     rules.parse(config.rule)  # a wrong rule is refused before the data are read
     grid = sweep.parse(FLAGS.sweep or [], config)
-    devices.initialize_processes()
+    devices.initialize_processes(FLAGS.processes)
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
-    described = describe(config, grid)
-    files.check_writable(FLAGS.output)
+    described = keeper.describe(config, grid)
+    keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan)
     title = f"{config.model} on {dataset.name}"
-    claim = files.claim(FLAGS.output, described)
-    if claim.notice:
-        print(claim.notice)
-    with claim.lock, signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
-        train(trial, claim.folder, described, title, stop, keep=FLAGS.keep, resume=FLAGS.resume)
-    if not trial.records:
-        print(f"{stop.sentence} No epoch was finished.")
-        return stop.exit_code
-    final = trial.result()
-    print(table(final, config))
-    for sentence in remarks(trial, final):
-        print(f"\n{sentence}")
-    print(f"\nResults: {claim.folder}/metrics.json, curves.csv, curves.png")
-    if stop.requested and not trial.finished:
-        print(f"{stop.sentence} {trial.epochs} of {config.epochs} epochs are done: the same command goes on.")
-        return stop.exit_code
-    return 0
+    with keeper.folder_of(FLAGS.output, described) as folder, keeper.listen(FLAGS.minutes) as stop:
+        train(trial, folder, described, title, stop)
+    if devices.is_first():
+        for paragraph in report(trial, folder, stop):
+            print(paragraph)
+    return 0 if trial.finished else stop.exit_code
 
 
-def train(
-    trial: Trial,
-    folder: Any,
-    described: Mapping[str, Any],
-    title: str,
-    stop: signals.Stop,
-    *,
-    keep: int,
-    resume: bool,
-) -> None:
+def train(trial: Trial, folder: pathlib.Path, described: Mapping[str, Any], title: str, stop: signals.Stop) -> None:
     """Trains to the end or to a stop; writes checkpoints, and results after each epoch."""
-    keeper = Keeper(trial, folder / "checkpoints", described, keep=keep, resume=resume) if keep else None
-    if trial.config.warmup_epochs and not trial.warms_up:
+    with keeper.Keeper(
+        trial,
+        folder / "checkpoints",
+        described,
+        keep=FLAGS.keep,
+        resume=FLAGS.resume,
+        seconds=FLAGS.checkpoint_seconds,
+    ) as kept:
+        try:
+            if warm_up(trial, kept, stop):
+                train_epochs(trial, kept, folder, title, stop)
+        except Diverged as error:
+            raise Diverged(f"{error} {kept.sentence}") from None
+        if trial.records:
+            devices.from_first(lambda: write(trial, folder, title))
+
+
+def warm_up(trial: Trial, kept: keeper.Keeper, stop: signals.Stop) -> bool:
+    """The warm-up, if there is one; False if it was stopped."""
+    config, first = trial.config, devices.is_first()
+    if config.warmup_epochs and not trial.warms_up and first:
         print("This rule does not learn feedback: there is nothing to warm up.")
-    elif not trial.warmed_up:
-        with Progress(trial.config.warmup_epochs * trial.steps, "step") as bar:
-            bar.describe("warm-up")
-            trial.warm_up(advance=bar.advance)
-    total = trial.config.epochs * trial.steps
-    with Progress(total, "step", begin=trial.steps_done) as bar:
-        note = None
+    if trial.warmed_up:
+        return True
+    total = config.warmup_epochs * trial.steps
+    with Progress(total, "step", begin=trial.warm_up_steps_done, show=first) as bar:
+        bar.describe("warm-up")
+
+        def advance(steps: int) -> bool:
+            bar.advance(steps)
+            kept.save()
+            return stop.requested
+
+        finished = trial.warm_up(parts=keeper.FIRST_PARTS, advance=advance)
+    if not finished:
+        kept.save(now=True)
+    return finished
+
+
+def train_epochs(trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title: str, stop: signals.Stop) -> None:
+    """The epochs."""
+    first, note = devices.is_first(), None
+    with Progress(trial.config.epochs * trial.steps, "step", begin=trial.steps_done, show=first) as bar:
 
         def advance(steps: int) -> bool:
             bar.advance(steps, note)
+            kept.save()
             return stop.requested
 
         while not trial.finished and not stop.requested:
             bar.describe(f"epoch {trial.epochs + 1}/{trial.config.epochs}")
-            record = trial.epoch(advance=advance)
+            record = trial.epoch(parts=keeper.parts(trial), advance=advance)
             if record is not None:
                 note = brief(record)
-                write(trial, folder, title, picture=False)
-            if keeper and (record is not None or stop.requested):
-                keeper.save(now=trial.finished or stop.requested)
-    if trial.records:
-        write(trial, folder, title)
-    if keeper:
-        keeper.close()
+                bar.advance(0, note)
+                devices.from_first(lambda: write(trial, folder, title, picture=False))
+            kept.save(now=trial.finished or stop.requested)
 
 
-def write(trial: Trial, folder: Any, title: str, *, picture: bool = True) -> None:
+def report(trial: Trial, folder: pathlib.Path, stop: signals.Stop) -> list[str]:
+    """What the user is told at the end."""
+    goes_on = keeper.GOES_ON if FLAGS.keep else keeper.BEGINS_ANEW
+    if not trial.records:
+        return [f"{stop.sentence} No epoch was finished: {goes_on}"]
+    final = trial.result()
+    told = [table(final, trial.config), *(f"\n{sentence}" for sentence in remarks(trial, final))]
+    told.append(f"\nResults: {folder}/metrics.json, curves.csv, curves.png")
+    if not trial.finished:
+        done = f"{trial.epochs} of {trial.config.epochs} epochs are done"
+        told.append(f"{stop.sentence} {done}: {goes_on}")
+    return told
+
+
+def write(trial: Trial, folder: pathlib.Path, title: str, *, picture: bool = True) -> None:
     """Writes the results so far."""
     config, chosen = trial.config, trial.chosen()
     name = ", ".join(filter(None, (config.rule, trial.points[chosen].text())))

@@ -16,7 +16,8 @@ from experiments import build, results, sweep, tasks
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.errors import InputError
-from experiments.loop import PARTS, Placement, Record, Run
+from experiments.loop import PARTS, Record, Run
+from experiments.placement import Placement
 
 
 class Trial:
@@ -91,9 +92,16 @@ class Trial:
     @property
     def steps_done(self) -> int:
         """The finished steps of all epochs."""
+        if not self.warmed_up:
+            return 0
         return self.epochs * self.steps + sum(
             run.step if run.epochs == self.epochs else run.steps for run in self.runs
         )
+
+    @property
+    def warm_up_steps_done(self) -> int:
+        """The finished steps of the warm-up."""
+        return sum(run.warmed * run.steps + run.step * (not self.warmed_up) for run in self.runs)
 
     @property
     def finished(self) -> bool:
@@ -105,12 +113,12 @@ class Trial:
         """Whether there is feedback that a warm-up would train."""
         return any(run.learns_feedback for run in self.runs)
 
-    def warm_up(self, *, advance: Callable[[int], Any] | None = None) -> None:
-        """The warm-up of the config, where it has one and the rule learns feedback."""
-        if not self.warmed_up:
-            for run in self.runs:
-                run.warm_up(self.config.warmup_epochs, advance=advance)
-            self.warmed_up = True
+    def warm_up(self, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> bool:
+        """The warm-up of the config, where it has one and the rule learns feedback; False if `advance` stopped it."""
+        self.warmed_up = self.warmed_up or all(
+            run.warm_up(self.config.warmup_epochs, parts=parts, advance=advance) for run in self.runs
+        )
+        return self.warmed_up
 
     def epoch(self, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> Record | None:
         """One epoch of all runs, or the rest of one; None if `advance` stopped it (see `Run.epoch`)."""

@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,10 +41,15 @@ def run(program, *flags):
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def fork(program, *flags):
-    """The same, in a copy of a process that has imported JAX already."""
+def fork(program, *flags, signals=()):
+    """The same, in a copy of a process that has imported JAX already.
+
+    Of the `signals`, (path, changes, seconds, number), each is sent so many seconds after so many changes of the file,
+    or of the names in the folder.
+    """
     process = server()
-    print(json.dumps([program, *flags]), file=process.stdin, flush=True)
+    wanted = [(str(path), changes, seconds, int(number)) for path, changes, seconds, number in signals]
+    print(json.dumps([[program, *flags], wanted]), file=process.stdin, flush=True)
     return Done(*json.loads(process.stdout.readline()))
 
 
@@ -76,14 +82,40 @@ def serve():
 
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            command, signals = json.loads(line)
             child = os.fork()
             if not child:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                os._exit(outcome(*json.loads(line)))
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                os._exit(outcome(*command))
+            code = os.waitstatus_to_exitcode(waited(child, signals))
             texts = [file.read() for file in (out, err) if file.seek(0) == 0]
         print(json.dumps([code, *texts]), flush=True)
+
+
+def waited(child, signals):
+    """The status of a process at its end, after the signals that are sent to it."""
+    for path, changes, seconds, number in signals:
+        seen, begin = stamp(path), None
+        while begin is None or time.monotonic() < begin + seconds:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status
+            if stamp(path) != seen:
+                seen, changes = stamp(path), changes - 1
+            if changes <= 0 and begin is None:
+                begin = time.monotonic()
+            time.sleep(0.0005)
+        os.kill(child, number)
+    return os.waitpid(child, 0)[1]
+
+
+def stamp(path):
+    """What changes where a file is written, or where there is another file in a folder."""
+    try:
+        return sorted(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def outcome(program, *flags):

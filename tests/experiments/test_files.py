@@ -227,6 +227,14 @@ def test_claim(tmp_path):
     assert json.loads((path / files.DESCRIPTION).read_text()) == first
 
 
+def test_claim_removes_what_a_killed_run_has_left(tmp_path):
+    rest = tmp_path / ".metrics.json.1-2.tmp"
+    for description, stays in ({"rule": "a"}, False), ({"rule": "b"}, True), ({"rule": "a"}, False):
+        rest.write_text("")
+        claimed(tmp_path, description)
+        assert rest.exists() == stays
+
+
 def test_claim_beside_a_run(tmp_path):
     """The same run twice at once is refused; another run goes to the next folder."""
     claim = files.claim(tmp_path / "x", {"rule": "a"})
@@ -234,6 +242,23 @@ def test_claim_beside_a_run(tmp_path):
         files.claim(tmp_path / "x", {"rule": "a"})
     assert claimed(tmp_path / "x", {"rule": "b"}).folder.name == "x-2"
     claim.lock.release()
+
+
+def test_check_free(tmp_path):
+    """It refuses the run that is under way, and nothing else; it leaves nothing behind."""
+    files.check_free(tmp_path / "a" / "x", {"rule": "a"})
+    assert not os.listdir(tmp_path)
+    claim = files.claim(tmp_path / "x", {"rule": "a"})
+    with pytest.raises(files.Locked, match=f"process {os.getpid()} on"):
+        files.check_free(tmp_path / "x", {"rule": "a"})
+    files.check_free(tmp_path / "x", {"rule": "b"})
+    claim.lock.release()
+    files.check_free(tmp_path / "x", {"rule": "a"})
+    claimed(tmp_path / "x", {"rule": "a"})  # the check has not kept the folder
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        files.check_free(tmp_path / "file" / "x", {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "x"]
 
 
 def test_claim_of_older_results(tmp_path):

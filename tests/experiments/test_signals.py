@@ -89,3 +89,13 @@ def test_in_another_thread():
     thread.start()
     thread.join()
     assert found == [True]
+
+
+def test_several_processes_agree():
+    """What one was asked holds for all, with its reason; nobody asks again after that."""
+    told = []
+    stop = Stop(agree=lambda code: told.append(code) or max(code, 143))
+    assert stop.requested and (stop.reason, stop.exit_code) == ("SIGTERM", 143)
+    assert stop.requested and told == [0]
+    alone = Stop(seconds=0.0, agree=lambda code: code)
+    assert alone.requested and alone.exit_code == 75

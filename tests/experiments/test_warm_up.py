@@ -52,6 +52,19 @@ def test_the_averages_of_batch_norm_stay():
     assert same(before.state, run.carry.state) and not same(before.feedback.learned, run.carry.feedback.learned)
 
 
+def test_a_warm_up_goes_on_to_the_last_bit():
+    """Stopped inside its second epoch, and its state taken up by a new run."""
+    whole, first, second = (make_run(lrules.direct_feedback_alignment(adaptive=True)) for _ in range(3))
+    assert whole.warm_up(2)
+    parts = []
+    assert not first.warm_up(2, parts=4, advance=lambda steps: parts.append(steps) or len(parts) == 6)
+    assert (first.warmed, first.step, first.epochs) == (1, 2, 0)
+    second.restore(first.state())
+    assert second.warm_up(2) and second.warm_up(2)  # once more does nothing
+    assert same(second.carry, whole.carry)
+    assert (second.epoch().train_loss == whole.epoch().train_loss).all()
+
+
 def test_a_rule_that_learns_no_feedback_has_nothing_to_warm_up():
     steps = []
     warm, cold = make_run(lrules.feedback_alignment()), make_run(lrules.feedback_alignment())

@@ -1,0 +1,38 @@
+"""Where the arrays of a run lie: on one device here, on many with `devices.MeshPlacement`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+
+
+class Placement:
+    """Where arrays lie: here on the one device that JAX uses; `devices.py` has one for many devices."""
+
+    def whole(self, array: Any) -> Array:
+        """An array that each device has: data sets, keys, settings."""
+        return jnp.asarray(array)
+
+    def batch(self, array: Array) -> Array:
+        """A batch of one lane, inside a compiled step."""
+        return array
+
+    def carry(self, tree: PyTree) -> PyTree:
+        """What training carries, [lanes, ...]."""
+        return jax.tree.map(jnp.asarray, tree)
+
+    def layout(self, tree: PyTree) -> PyTree | None:
+        """The shardings of a carry; None where JAX chooses."""
+        return None
+
+    def gather(self, tree: PyTree) -> PyTree:
+        """The arrays as NumPy arrays."""
+        return jax.tree.map(np.asarray, tree)
+
+    def least(self, number: int) -> int:
+        """The smallest number of all processes."""
+        return number
