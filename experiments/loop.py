@@ -92,7 +92,8 @@ class Run:
 
     Attributes:
       epochs, step: the finished epochs, and the finished steps of the epoch that has begun.
-      curve: records inside the epochs: {"epoch", "step", "train_loss" and what the method measures [lanes]}.
+      curve: records inside the epochs and at their ends: {"epoch", "step", "train_loss" (the mean since the record
+        before, or of the epoch) and what the method measures [lanes]}.
       compile_seconds: the time that initialising and compiling took.
     """
 
@@ -311,7 +312,9 @@ class Run:
         if not self._finish("step", 2, self.epochs, parts, advance):
             return None
         measured = self.measure(self.epochs)
-        train_loss = self._epoch_losses().mean(1)
+        losses = self._epoch_losses()
+        train_loss = losses.mean(1)
+        since = (self.steps - 1) // self.record_every * self.record_every if self.record_every else 0
         self.epochs, self.step, self._losses = self.epochs + 1, 0, []
         seconds, self._seconds = self._seconds, 0.0
         test = self.evaluate(*self._feed.sets["test"])
@@ -328,7 +331,8 @@ class Run:
             held.get("loss"),
             held.get("accuracy"),
         )
-        self.curve.append({"epoch": self.epochs, "step": self.steps, "train_loss": train_loss} | measured)
+        recent = losses[:, since:].mean(1)
+        self.curve.append({"epoch": self.epochs, "step": self.steps, "train_loss": recent} | measured)
         return record
 
     def steps_of_an_epoch(self) -> np.ndarray:

@@ -199,6 +199,8 @@ def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
     alone = make_run(lrules.feedback_alignment(), record_every=2)
     alone.epoch(parts=2, advance=lambda steps: True)  # it stops after two steps
     np.testing.assert_allclose(first["train_loss"], alone.state()["losses"].mean(1), rtol=1e-6)
+    of_both = (first["train_loss"] + last["train_loss"]) / 2  # each has the loss of its own two steps
+    np.testing.assert_allclose(of_both, record.train_loss, rtol=1e-6)
     assert (last["angle"] == record.angle).all() and not (first["angle"] == last["angle"]).all()
     names = {"angle layers/0/kernel", "norm ratio layers/1/bias", "alignment layers/1/kernel", "dead units relu"}
     assert names <= set(first) if layers else not names & set(first)
