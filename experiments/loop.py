@@ -24,7 +24,7 @@ from experiments import memory
 from experiments.data import Dataset, fits
 from experiments.errors import InputError
 from experiments.feed import Feed, Resident, Streamed
-from experiments.methods import Method
+from experiments.methods import Method, of_examples, one_loss
 
 Array = jax.Array
 PyTree = Any
@@ -184,7 +184,8 @@ class Run:
         """A function of the method for all lanes of a group; the last `shared` arguments are the same for all."""
 
         def one(settings: Any, *args: Any) -> Any:
-            return getattr(self._method(settings), name)(*args)
+            found = getattr(self._method(settings), name)(*args)
+            return of_examples(found, len(args[-1])) if name in ("evaluate", "attacked") else found
 
         if (name, group.size) not in self._functions:
             self._functions[name, group.size] = jax.jit(_over_lanes(one, group.size, shared))
@@ -207,7 +208,7 @@ class Run:
                 rows = order[i if self._feed.chunk else start + i]
                 batch = [self._place.batch(a[rows]) for a in (x, y)]
                 carry, loss = step(carry, jax.random.fold_in(key, start + i), *batch)
-                return carry, loss.astype(jnp.float32)
+                return carry, one_loss(loss)
 
             if self._looped:
                 return jax.lax.scan(body, carry, jnp.arange(length))

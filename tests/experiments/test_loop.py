@@ -190,6 +190,25 @@ def test_a_fault_of_the_model_is_shown_as_it_is():
     assert not isinstance(caught.value, InputError)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"step": lambda carry, key, x, y: (carry, jnp.zeros(len(y)))}, "one number as its loss, got shape"),
+        ({"evaluate": lambda carry, x, y: {"score": jnp.zeros(len(y))}}, "must return a 'loss', got score"),
+        ({"evaluate": lambda carry, x, y: {"loss": jnp.zeros(())}}, "a number for each of the 40 examples"),
+    ],
+)
+def test_what_a_method_of_ones_own_must_return(change, sentence):
+    method = methods.Method(
+        lambda key, x, y: jnp.zeros(3),
+        lambda carry, key, x, y: (carry, 0.5),
+        lambda carry, x, y: {"loss": y.astype(jnp.float32)},
+    )
+    assert loop.Run(method, tiny(), batch_size=10).epoch().train_loss == 0.5
+    with pytest.raises(InputError, match=sentence):
+        loop.Run(method._replace(**change), tiny(), batch_size=10).epoch()
+
+
 @pytest.mark.parametrize("layers", [False, True])
 def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
     run = make_run(lrules.feedback_alignment(), record_every=2, layers=layers)
