@@ -44,7 +44,7 @@ class Config:
     dataset: str = option("digits", "digits (embedded), npz:FILE, npy:FOLDER, or a TFDS name such as mnist or cifar10.")
     classes: str = option("", "Only these classes, such as 3,5; a number alone, such as 2: as many, drawn by the seed.")
     validation: float = option(
-        0.0, "The fraction of the training set that is kept for validation.", least=0, most=0.999
+        0.0, "The fraction of the training set kept for validation, drawn by the first seed.", least=0, most=0.999
     )
     normalisation: str = option("", "Mean and sd of the inputs, such as 0.13/0.31; or mnist, cifar10, cifar100.")
     augmentation: str = option("", "Random changes of training images, such as crop(4),flip.")
@@ -92,8 +92,10 @@ class Config:
     seed: int = option(0, "The first seed.", least=0)
     seeds: int = option(1, "The number of seeds.", least=1)
     # adversarial training
-    fgsm: float = option(0.0, "Train on adversarial inputs with this step (FGSM, by backprop; 0: do not).", least=0)
-    attack: float = option(0.0, "Measure accuracy also under an FGSM attack with this step (0: do not).", least=0)
+    fgsm: float = option(
+        0.0, "Train on adversarial inputs with this step (FGSM by backprop, after the normalisation; 0: no).", least=0
+    )
+    attack: float = option(0.0, "Measure accuracy also under an FGSM attack with such a step (0: do not).", least=0)
     # what is measured
     select: Literal["last", "best_validation"] = option(
         "last", "Report the last epoch, or that with the best validation accuracy."
@@ -105,8 +107,11 @@ class Config:
     def __post_init__(self) -> None:
         for field, kind in zip(dataclasses.fields(self), kinds(), strict=True):
             object.__setattr__(self, field.name, _checked(field, kind, getattr(self, field.name)))
-        if self.select == "best_validation" and not self.validation:
-            raise InputError("select is best_validation and validation is 0: keep a part, as in validation=0.1.")
+        if self.seed + self.seeds > 2**31:  # JAX makes a key of 32 bits
+            last = self.seed + self.seeds - 1
+            raise InputError(f"The last seed must be below 2**31, got {last}: give a smaller seed.")
+        if self.layers and not self.probe:
+            raise InputError("layers needs training examples to measure on and probe is 0: give some, as in probe=256.")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}: choose a divisor."

@@ -24,7 +24,7 @@ from experiments import memory
 from experiments.data import Dataset, fits
 from experiments.errors import InputError
 from experiments.feed import Feed, Resident, Streamed
-from experiments.methods import Method
+from experiments.methods import Method, of_examples, one_loss
 from experiments.placement import Placement
 
 Array = jax.Array
@@ -69,7 +69,8 @@ class Run:
 
     Attributes:
       epochs, step, warmed: the finished epochs, steps of the epoch that has begun, and epochs of the warm-up.
-      curve: records inside the epochs: {"epoch", "step", "train_loss" and what the method measures [lanes]}.
+      curve: records inside the epochs and at their ends: {"epoch", "step", "train_loss" (the mean since the record
+        before, or of the epoch) and what the method measures [lanes]}.
       compile_seconds: the time that initialising and compiling took.
     """
 
@@ -163,7 +164,8 @@ class Run:
         """A function of the method for all lanes of a group; the last `shared` arguments are the same for all."""
 
         def one(settings: Any, *args: Any) -> Any:
-            return getattr(self._method(settings), name)(*args)
+            found = getattr(self._method(settings), name)(*args)
+            return of_examples(found, len(args[-1])) if name in ("evaluate", "attacked") else found
 
         if (name, group.size) not in self._functions:
             self._functions[name, group.size] = jax.jit(_over_lanes(one, group.size, shared))
@@ -186,7 +188,7 @@ class Run:
                 rows = order[i if self._feed.chunk else start + i]
                 batch = [self._place.batch(a[rows]) for a in (x, y)]
                 carry, loss = step(carry, jax.random.fold_in(key, start + i), *batch)
-                return carry, loss.astype(jnp.float32)
+                return carry, one_loss(loss)
 
             if self._looped:
                 return jax.lax.scan(body, carry, jnp.arange(length))
@@ -297,7 +299,9 @@ class Run:
         if not self._finish("step", 2, self.epochs, parts, advance):
             return None
         measured = self.measure(self.epochs)
-        train_loss = self._epoch_losses().mean(1)
+        losses = self._epoch_losses()
+        train_loss = losses.mean(1)
+        since = (self.steps - 1) // self.record_every * self.record_every if self.record_every else 0
         self.epochs, self.step, self._losses = self.epochs + 1, 0, []
         seconds, self._seconds = self._seconds, 0.0
         test = self.evaluate(*self._feed.sets["test"])
@@ -314,7 +318,8 @@ class Run:
             held.get("loss"),
             held.get("accuracy"),
         )
-        self.curve.append({"epoch": self.epochs, "step": self.steps, "train_loss": train_loss} | measured)
+        recent = losses[:, since:].mean(1)
+        self.curve.append({"epoch": self.epochs, "step": self.steps, "train_loss": recent} | measured)
         return record
 
     def steps_of_an_epoch(self) -> np.ndarray:

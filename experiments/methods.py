@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import lrules
@@ -49,10 +50,12 @@ class Method(NamedTuple):
 
     Attributes:
       init: `(key, x, y) -> carry`, from one batch.
-      step: `(carry, key, x, y) -> (carry, loss)`.
-      evaluate: `(carry, x, y) -> {name: figures [batch]}`.
+      step: `(carry, key, x, y) -> (carry, loss)`, the loss one number; `x` as the data set stores it.
+      evaluate: `(carry, x, y) -> {name: figures [batch]}`. "loss" must be there; it and "accuracy" come into the
+        records. `Run.evaluate` returns the means of all.
       attacked: the same under attack, or None.
-      measure: `(carry, key, x, y) -> {name: array}` on a fixed batch, or None.
+      measure: `(carry, key, x, y) -> {name: number}` on a fixed batch, or None; they come into `Run.curve`, and "angle"
+        into the records, too.
       warm_up: a step that trains only what must be ready before the others begin, or None.
       convolves: whether there are convolutions, which XLA makes slow in a loop on a CPU.
     """
@@ -64,6 +67,28 @@ class Method(NamedTuple):
     measure: Callable[[PyTree, Array, Array, Array], dict[str, Array]] | None = None
     warm_up: Callable[[PyTree, Array, Array, Array], tuple[PyTree, Array]] | None = None
     convolves: bool = False
+
+
+def one_loss(loss: Any) -> Array:
+    """The loss of a step in float32, or an error if it is not one number."""
+    loss = jnp.asarray(loss, jnp.float32)
+    if loss.ndim:
+        raise InputError(f"The step of a method must return one number as its loss, got shape {loss.shape}: average.")
+    return loss
+
+
+def of_examples(figures: dict[str, Array], count: int) -> dict[str, Array]:
+    """The figures of an evaluation, or an error if they are not those of a method."""
+    if "loss" not in figures:
+        found = ", ".join(figures) or "nothing"
+        raise InputError(f"The evaluation of a method must return a 'loss', got {found}: add it.")
+    for name, values in figures.items():
+        if jnp.shape(values) != (count,):
+            raise InputError(
+                f"The evaluation of a method must return a number for each of the {count} examples, got the shape "
+                f"{jnp.shape(values)} as {name}: do not average over the batch."
+            )
+    return figures
 
 
 def by_rule(

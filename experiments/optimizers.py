@@ -28,11 +28,14 @@ class Optimizers(NamedTuple):
     feedback: optax.GradientTransformation
 
 
+_UNSUITED = ("lbfgs", "optimistic_adam", "rprop", "sm3")  # one needs the loss as a function, three take no schedule
+
+
 def names() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """Every optimizer of optax that a learning rate is enough for, by name, and `momentum`: SGD with 0.9."""
     found = {}
     for name, function in vars(optax).items():
-        if name.startswith(("_", "scale_by_")) or name == "lbfgs":  # that one needs the loss as a function
+        if name.startswith(("_", "scale_by_")) or name in _UNSUITED:
             continue
         if inspect.isfunction(function) and next(iter(inspect.signature(function).parameters), "") == "learning_rate":
             found[name] = function
@@ -72,6 +75,8 @@ def _cosine(
 def _step(length: _Length, epochs: Sequence[float], factor: float = 0.1) -> optax.Schedule:
     """Multiplied by `factor` after each of these epochs."""
     after = [epochs] if isinstance(epochs, (int, float)) else list(epochs)
+    if not all(isinstance(epoch, (int, float)) and epoch >= 0 for epoch in after):
+        raise InputError(f"The schedule step: epochs must be numbers >= 0, got {epochs!r}: write step(epochs=[60,80]).")
     return optax.piecewise_constant_schedule(1.0, {round(epoch * length.per_epoch): factor for epoch in after})
 
 
@@ -151,11 +156,22 @@ def _decayed(
     if own and coupled:
         options = {"weight_decay": 0.0} | options
     optimizer = expressions.call(known, (name, args, options), "optimizer", schedule)
+    _try(optimizer, text)
     if decay is None or (own and not coupled) or (isinstance(decay, float) and not decay):
         return optimizer
     if coupled:
         return optax.chain(optax.add_decayed_weights(decay, mask), optimizer)
     return optax.chain(optimizer, _decoupled(schedule, decay, mask))
+
+
+def _try(optimizer: optax.GradientTransformation, text: str) -> None:
+    """Refuses options that optax takes when the optimizer is made, and that fail in the first step."""
+    params = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32"), "bias": jax.ShapeDtypeStruct((2,), "float32")}
+    try:
+        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise InputError(f"The optimizer {text!r} cannot make a step ({reason}): correct its options.") from error
 
 
 def _matrices(params: Any) -> Any:

@@ -48,7 +48,9 @@ def learning_curves(histories: Mapping[str, tuple[Sequence[Record], slice]], tit
         for records, _ in histories.values()
         for record in records
     )
-    figure = Figure(figsize=(11, 4.6) if angles else (7, 4.6), dpi=130, layout="constrained")
+    columns = 1 + len(histories) // 22  # of the legend, beside the panels
+    legend = max(0.0, columns * (0.6 + 0.075 * max(map(len, histories))) - 2.6)  # what it takes more than usual
+    figure = Figure(figsize=((11 if angles else 7) + legend, 4.6), dpi=130, layout="constrained")
     axes = figure.subplots(1, 2 if angles else 1, squeeze=False)[0]
     panels = [(axes[0], lambda r: 100 * (1 - r.accuracy) if classes else r.test_loss)]
     if angles:
@@ -65,7 +67,8 @@ def learning_curves(histories: Mapping[str, tuple[Sequence[Record], slice]], tit
             low = np.maximum(mean - sd, mean / 3) if axis is axes[0] else mean - sd
             axis.fill_between(epochs, low, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
     axes[0].set(ylabel="test error (%)" if classes else "test loss")
-    logarithmic(axes[0])
+    if not any(height <= 0 for line in axes[0].lines for height in line.get_ydata()):
+        logarithmic(axes[0])  # a log axis would leave out an error of 0, and a negative loss
     if angles:
         axes[1].set(ylabel="angle to backprop (degrees)", ylim=(-3, None))
     for axis in axes:
@@ -73,13 +76,13 @@ def learning_curves(histories: Mapping[str, tuple[Sequence[Record], slice]], tit
         axis.grid(alpha=0.3)
         axis.set_xlim(0.5, 0.5 + max(len(records) for records, _ in histories.values()))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.suptitle(title)
+    axes[0].set_title(title, loc="left")  # a title of the figure would lie under a wide legend
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="outside right upper",
         fontsize="small",
         frameon=False,
-        ncols=1 + len(histories) // 22,
+        ncols=columns,
     )
     return figure
 

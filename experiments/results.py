@@ -41,7 +41,7 @@ def summary(records: Sequence[Record], lanes: slice = slice(None), *, select: st
     """The figures of the last epoch over seeds, those of each seed, and the curves [epochs][seeds] of some lanes.
 
     With `select="best_validation"` it also has, under "selected", the figures of the epoch in which each seed had its
-    best validation accuracy.
+    best validation accuracy (where there is no accuracy, its lowest validation loss).
     """
     last = records[-1]
     measured = [name for name in Record._fields if getattr(last, name) is not None and name not in ("epoch", "seconds")]
@@ -50,7 +50,10 @@ def summary(records: Sequence[Record], lanes: slice = slice(None), *, select: st
         name: statistics(curve[-1]) | {"by_seed": curve[-1]} for name, curve in curves.items()
     }
     if select == "best_validation":
-        best = np.nan_to_num(curves["validation_accuracy"]).argmax(0)
+        if "validation_accuracy" in curves:
+            best = np.nan_to_num(curves["validation_accuracy"]).argmax(0)
+        else:
+            best = np.nan_to_num(curves["validation_loss"], nan=np.inf).argmin(0)
         seeds = np.arange(len(best))
         found["selected"] = {
             name: statistics(curve[best, seeds]) | {"by_seed": curve[best, seeds]} for name, curve in curves.items()

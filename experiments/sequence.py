@@ -26,6 +26,11 @@ from experiments.progress import Progress
 
 FLAGS = flags.FLAGS
 PyTree = Any
+# What has no part here: every task is classified, and measured on its test examples after the last of its steps.
+FIXED: dict[str, Any] = {
+    **{"task": "classification", "loss": "cross_entropy", "classes": "", "validation": 0.0, "select": "last"},
+    **{"warmup_epochs": 0, "attack": 0.0, "probe": 0, "record_every": 0, "layers": False},
+}
 
 
 class Division(NamedTuple):
@@ -80,7 +85,7 @@ def train(
     y_train, y_test = np.asarray(dataset.y_train), np.asarray(dataset.y_test)
     examples = min(division.rows(y_train, task).shape[1] for task in range(count))
     task = tasks.build(config, dataset._replace(classes=division.classes.shape[2]))
-    method = build.method(config.replace(probe=0), task, steps_per_epoch(dataset, config.batch_size, examples))
+    method = build.method(config, task, steps_per_epoch(dataset, config.batch_size, examples))
     run = Run(
         renumbered(method, dataset.classes),
         dataset,
@@ -134,7 +139,7 @@ def figure(accuracy: np.ndarray, title: str) -> Figure:
 
 
 def main() -> None:
-    config = cli.config(task="classification", loss="cross_entropy")
+    config = cli.config(**FIXED)
     folder = cli.output_folder()
     dataset = build.dataset(config, data_dir=FLAGS.data_dir)
     division = divide(
@@ -161,7 +166,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.define_config_flags(omit=("task", "loss", "select", "validation", "classes"), epochs=5, seeds=5, widths=(100,))
+    cli.define_config_flags(omit=tuple(FIXED), epochs=5, seeds=5, widths=(100,))
     cli.define_output_flags(output="results/sequence")
     flags.DEFINE_integer("per_task", 2, "The classes of a task.", lower_bound=2)
     flags.DEFINE_bool("tuning", False, "Divide the classes another way, to choose settings.")

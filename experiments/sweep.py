@@ -90,6 +90,8 @@ def parse(texts: Sequence[str], config: Config) -> Grid:
         name, values = name.strip(), _values(right)
         if not values:
             raise InputError(f"--sweep needs a name and values, as in --sweep=learning_rate=0.001,0.01, got {text!r}.")
+        if name in fields | options:
+            raise InputError(f"--sweep has {name} twice: write all its values in one, as in --sweep={name}=A,B,C.")
         if name in known:
             fields[name] = tuple(getattr(config.replace(**{name: value}), name) for value in values)
         elif name in SHARED:
@@ -107,10 +109,22 @@ def parse(texts: Sequence[str], config: Config) -> Grid:
 
 
 def _values(text: str) -> tuple[Any, ...]:
+    """Values separated by commas, each once: literals, or texts such as `sgd(momentum=0.9,nesterov=True)`."""
     try:
-        return tuple(ast.literal_eval(f"({text},)"))
-    except (ValueError, SyntaxError):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        tree = ast.parse(f"[{text}]", mode="eval").body
+        assert isinstance(tree, ast.List)
+    except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError):
+        parts: list[Any] = [part.strip() for part in text.split(",") if part.strip()]
+    else:
+        parts = [_literal(node, ast.get_source_segment(f"[{text}]", node)) for node in tree.elts]
+    return tuple(value for i, value in enumerate(parts) if value not in parts[:i])
+
+
+def _literal(node: ast.expr, text: str | None) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return text
 
 
 def _is_number(value: Any) -> bool:

@@ -52,10 +52,15 @@ class Trial:
         self._parts: dict[int, Record] = {}  # of the epoch that some runs have finished and others not
         self.runs: list[Run] = []
         self.points: list[sweep.Point] = []
-        if len(grid.points()) > 1 and not config.validation and dataset.x_val is None:
+        if len(grid.points()) > 1 and dataset.x_val is None:
             raise InputError(
                 "A sweep chooses on the validation set, and there is none: keep a part of the training set, as in "
                 "--validation=0.2."
+            )
+        if config.select == "best_validation" and dataset.x_val is None:
+            raise InputError(
+                "select is best_validation, and there is no validation set: keep a part of the training set, as in "
+                "--validation=0.1."
             )
         for points in grid.runs():
             fixed = {name: value for name, value in points[0].fields.items() if name not in grid.traced}
@@ -121,7 +126,11 @@ class Trial:
         return self.warmed_up
 
     def epoch(self, *, parts: int = PARTS, advance: Callable[[int], Any] | None = None) -> Record | None:
-        """One epoch of all runs, or the rest of one; None if `advance` stopped it (see `Run.epoch`)."""
+        """One epoch of all runs, or the rest of one; None if `advance` stopped it (see `Run.epoch`).
+
+        The warm-up, where the config has one, comes before the first.
+        """
+        self.warm_up()
         for i, run in enumerate(self.runs):
             if run.epochs == self.epochs:  # otherwise it has trained this epoch already, before a stop
                 record = run.epoch(parts=parts, advance=advance)
@@ -167,7 +176,7 @@ class Trial:
                 {"settings": p.fields | p.options} | {k: v for k, v in self.summary(i).items() if k != "curves"}
                 for i, p in enumerate(self.points)
             ]
-        if self.config.record_every:
+        if self.config.record_every or self.config.layers:
             content["records"] = [record for run in self.runs for record in run.curve]
         return content
 

@@ -206,7 +206,8 @@ def points(axis: Any, ours: Sequence[np.ndarray], paper: Sequence[tuple[float, f
     """One row for each run: mean and sd of our values [runs][seeds], and of the paper if it has all runs."""
     rows = np.arange(len(ours))
     bars: dict[str, Any] = {"linestyle": "none", "capsize": 3}
-    axis.errorbar([v.mean() for v in ours], rows, xerr=[v.std() for v in ours], marker="o", label="ours", **bars)
+    sds = [results.statistics(v)["sd"] or 0.0 for v in ours]
+    axis.errorbar([v.mean() for v in ours], rows, xerr=sds, marker="o", label="ours", **bars)
     if len(paper) == len(ours):
         means, sds = zip(*paper, strict=True)
         axis.errorbar(means, rows + 0.25, xerr=sds, marker="x", color="0.4", label="paper", **bars)

@@ -155,7 +155,8 @@ def figure(
 
 def band(axis: Any, epochs: Sequence[int], values: Any, colour: str, line: str, label: str | None = None) -> None:
     """A line for the mean over the seeds, and a band of one standard error around it."""
-    mean, error = np.mean(values, axis=1), np.std(values, axis=1) / np.sqrt(np.shape(values)[1])
+    seeds = np.shape(values)[1]
+    mean, error = np.mean(values, axis=1), np.std(values, axis=1, ddof=int(seeds > 1)) / np.sqrt(seeds)
     axis.plot(epochs, mean, color=colour, linestyle=line, label=label)
     axis.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
 

@@ -296,7 +296,8 @@ def figure(chosen: Mapping[int, Observation], found: Found, title: str) -> Figur
                 value = 100 * (1 - tested(found, reference + transfer))
                 axis.vlines(value, row - 0.5, row + 0.5, color=colour, linewidth=1.5)
             error, training = 100 * (1 - found[name].test), 100 * (1 - found[name].train)
-            axis.errorbar(error.mean(), row, xerr=error.std(), fmt="o", color="tab:blue", capsize=2, markersize=5)
+            sd = results.statistics(error)["sd"] or 0.0
+            axis.errorbar(error.mean(), row, xerr=sd, fmt="o", color="tab:blue", capsize=2, markersize=5)
             axis.plot(training.mean(), row, "o", markerfacecolor="none", markeredgecolor="0.4", markersize=5)
         lines = [*textwrap.wrap(f"{number}. {observation.claim}", 62), verdict(observation, found)]
         axis.set_title("\n".join(lines), fontsize="small", loc="left")

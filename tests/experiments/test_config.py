@@ -64,7 +64,8 @@ def test_the_difference_names_the_fields():
         ({"rule": 3}, "rule must be a text, got 3"),
         ({"layers": 1}, "layers must be true or false, got 1"),
         ({"widths": [8, 0]}, "widths must be an integer >= 1, got 0"),
-        ({"select": "best_validation"}, "as in validation=0.1"),
+        ({"seed": 2**31 - 1, "seeds": 2}, "The last seed must be below 2\\*\\*31, got 2147483648"),
+        ({"layers": True, "probe": 0}, "as in probe=256"),
         ({"accumulate": 3}, "accumulate must divide the batch size 64, got 3"),
     ],
 )

@@ -190,6 +190,25 @@ def test_a_fault_of_the_model_is_shown_as_it_is():
     assert not isinstance(caught.value, InputError)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"step": lambda carry, key, x, y: (carry, jnp.zeros(len(y)))}, "one number as its loss, got shape"),
+        ({"evaluate": lambda carry, x, y: {"score": jnp.zeros(len(y))}}, "must return a 'loss', got score"),
+        ({"evaluate": lambda carry, x, y: {"loss": jnp.zeros(())}}, "a number for each of the 40 examples"),
+    ],
+)
+def test_what_a_method_of_ones_own_must_return(change, sentence):
+    method = methods.Method(
+        lambda key, x, y: jnp.zeros(3),
+        lambda carry, key, x, y: (carry, 0.5),
+        lambda carry, x, y: {"loss": y.astype(jnp.float32)},
+    )
+    assert loop.Run(method, tiny(), batch_size=10).epoch().train_loss == 0.5
+    with pytest.raises(InputError, match=sentence):
+        loop.Run(method._replace(**change), tiny(), batch_size=10).epoch()
+
+
 @pytest.mark.parametrize("layers", [False, True])
 def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
     run = make_run(lrules.feedback_alignment(), record_every=2, layers=layers)
@@ -199,6 +218,8 @@ def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
     alone = make_run(lrules.feedback_alignment(), record_every=2)
     alone.epoch(parts=2, advance=lambda steps: True)  # it stops after two steps
     np.testing.assert_allclose(first["train_loss"], alone.state()["losses"].mean(1), rtol=1e-6)
+    of_both = (first["train_loss"] + last["train_loss"]) / 2  # each has the loss of its own two steps
+    np.testing.assert_allclose(of_both, record.train_loss, rtol=1e-6)
     assert (last["angle"] == record.angle).all() and not (first["angle"] == last["angle"]).all()
     names = {"angle layers/0/kernel", "norm ratio layers/1/bias", "alignment layers/1/kernel", "dead units relu"}
     assert names <= set(first) if layers else not names & set(first)

@@ -111,6 +111,11 @@ def test_feedback_keeps_its_rate_through_the_warm_up():
     np.testing.assert_allclose(found, [0.5] * 10 + list(0.5 * (1 - np.arange(20) / 20)), rtol=1e-5)
 
 
+def test_every_optimizer_that_is_offered_can_make_a_step():
+    for name in optimizers.names():
+        optimizers.make(Config(optimizer=name, weight_decay=0.1), 10)
+
+
 def test_rates_and_decay_may_be_traced():
     config = Config(optimizer="sgd", schedule="cosine(warmup=1)", weight_decay=0.5, learning_rate=7.0)
 
@@ -131,6 +136,9 @@ def test_rates_and_decay_may_be_traced():
         ({"optimizer": "sgd(0.9"}, "is malformed: write a name"),
         ({"optimizer": "sgd, adam"}, "must be one name, got 2"),
         ({"optimizer": "adamw(weight_decay=0.1)", "weight_decay": 0.1}, "given twice"),
+        ({"optimizer": "sgd(momentum='a')"}, "cannot make a step .*: correct its options"),
+        ({"optimizer": "rprop"}, "There is no optimizer 'rprop'"),  # it takes no schedule
+        ({"schedule": "step(epochs=['a'])"}, "epochs must be numbers >= 0"),
         ({"schedule": "cosin"}, "There is no schedule 'cosin': did you mean 'cosine'"),
         ({"schedule": "cosine(ende=0)"}, "The schedule cosine has no option 'ende': did you mean 'end'"),
         ({"schedule": "cosine(warmup=50)"}, "that leave epochs for the cosine, got 50 and 0 of 30 epochs"),

@@ -43,5 +43,7 @@ def test_program(tmp_path):
     assert "| task 5 " in done.stdout and is_png(tmp_path / "sequence.png")
     assert np.shape(results(tmp_path)["accuracy"]) == (2, 5, 5)
     assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 50
+    done = fork("sequence", "--warmup_epochs=1", f"--output={tmp_path}")  # it would do nothing
+    assert done.returncode != 0 and "Unknown command line flag 'warmup_epochs'" in done.stderr
     done = fork("sequence", "--per_task=3", f"--output={tmp_path}")
     assert done.returncode != 0 and "cannot be divided into tasks of 3" in done.stderr

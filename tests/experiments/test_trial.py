@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, loop, sweep, tasks
+from experiments import build, loop, results, sweep, tasks
 from experiments.config import Config
 from experiments.data import split_validation
 from experiments.errors import InputError
@@ -80,6 +80,41 @@ def test_the_figure_of_the_best_validation_epoch():
     assert (chosen["epoch_by_seed"] == validation.argmax(0) + 1).all()
     for seed, epoch in enumerate(validation.argmax(0)):
         assert chosen["accuracy"]["by_seed"][seed] == trial.records[epoch].accuracy[seed]
+
+
+def test_the_best_epoch_of_a_set_with_validation_examples_of_its_own():
+    """`validation` would be refused then: it is not needed."""
+    config = SMALL.replace(select="best_validation")
+    assert "selected" in trained(config, dataset=trial_data()).result()
+    with pytest.raises(InputError, match="as in --validation=0.1"):
+        trained(config)
+
+
+def test_without_an_accuracy_the_best_epoch_has_the_lowest_validation_loss():
+    config = SMALL.replace(select="best_validation", task="autoencoding", loss="squared_error", learning_rate=0.6)
+    trial = trained(config.replace(epochs=4), dataset=trial_data())
+    losses = np.array([record.validation_loss for record in trial.records])
+    assert (trial.result()["selected"]["epoch_by_seed"] == losses.argmin(0) + 1).all()
+    lost = [[3, 1], [2, np.nan]]
+    records = [loop.Record(i, *np.ones((2, 2)), validation_loss=np.array(v)) for i, v in enumerate(lost)]
+    assert (results.summary(records, select="best_validation")["selected"]["epoch_by_seed"] == [2, 1]).all()
+
+
+def test_an_epoch_begins_with_the_warm_up():
+    """Also where nobody calls it."""
+    config = SMALL.replace(rule="node_perturbation(std=0.01)", warmup_epochs=1)
+    first, second = Trial(config, tiny()), Trial(config, tiny())
+    second.warm_up()
+    for trial in (first, second):
+        trial.epoch()
+        trial.warm_up()  # it was done
+    assert (first.records[0].test_loss == second.records[0].test_loss).all()
+
+
+def test_what_is_measured_by_layer_is_in_the_result():
+    result = trained(SMALL.replace(layers=True)).result()
+    assert [record["step"] for record in result["records"]] == [4, 4]
+    assert all("angle layers/0/kernel" in record for record in result["records"])
 
 
 @pytest.mark.parametrize(
@@ -204,11 +239,27 @@ def test_smoothing_by_hand():
         (["alpha=0.1,-1"], "alpha"),
         (["batch_size=0,1"], "batch_size must be an integer >= 1"),
         (["epochs=1,2"], "cannot have epochs, which all points share"),
+        (["alpha=1,2", "alpha=3"], "has alpha twice: write all its values in one"),
     ],
 )
 def test_a_wrong_grid_is_told(grid, sentence):
     with pytest.raises(InputError, match=sentence):
         sweep.parse(grid, SMALL.replace(rule="backman"))
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("optimizer=sgd(momentum=0.9,nesterov=True),adam", ("sgd(momentum=0.9,nesterov=True)", "adam")),
+        ("normalisation=0.5/0.25,mnist", ("0.5/0.25", "mnist")),
+        ("augmentation='crop(1),flip',flip", ("crop(1),flip", "flip")),
+        ("widths=(8,8),4", ((8, 8), (4,))),
+        ("learning_rate=0.1,0.2,0.1", (0.1, 0.2)),
+    ],
+)
+def test_values_of_a_grid_may_have_options(text, values):
+    (found,) = sweep.parse([text], SMALL).fields.values()
+    assert found == values
 
 
 def test_a_grid_needs_a_validation_set():
