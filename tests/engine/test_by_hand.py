@@ -130,3 +130,26 @@ def test_one_scale_of_two_values_that_are_added():
         return both.reshape(4, 36) @ p["c"]
 
     zero_below(apply, W | {"c": jnp.ones((36, 3)), "s": jnp.ones(6)})
+
+
+def test_distances_to_what_does_not_learn():
+    """Of the inputs, or of a hidden signal that no error reaches, a distance is no layer."""
+    params = W | {"m": jnp.ones((3, 6)), "n": jnp.ones((3, 5))}
+
+    def distances(z, m):
+        return ((z[:, None] - m[None]) ** 2).sum(-1)
+
+    learns = lambda p, x: distances(first(p, x), p["m"]) + first(p, x) @ p["c"]  # noqa: E731
+    refused(learns, "'m'", "distance", params=params)
+    FA.init(KEY, lambda p, x: distances(lax.stop_gradient(first(p, x)), p["m"]) + first(p, x) @ p["c"], params, X)
+    FA.init(KEY, lambda p, x: distances(x, p["n"]) + first(p, x) @ p["c"], params, X)
+
+
+def test_a_product_that_a_loop_adds_up():
+    """The sum over the turns of one product is that product still, and a layer reads it."""
+
+    def apply(p, x):
+        product = lambda: first(p, x)[:, :, None] * p["s"][None, None]  # noqa: E731
+        return lax.scan(lambda s, _: (0.5 * s + product(), None), product(), None, length=3)[0].reshape(4, 12) @ p["c"]
+
+    zero_below(apply, W | {"c": jnp.ones((12, 3)), "s": jnp.ones(2)})

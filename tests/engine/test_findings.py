@@ -85,3 +85,10 @@ def test_walking_a_loop_until_its_classes_settle_writes_nothing_twice():
     assert [activation.site for activation in found.activations] == ["tanh"]
     grads = jax.grad(lambda p: lrules.transform(apply, lrules.backprop())(p, lrules.Feedback({}, {}), X).sum())(params)
     assert grads["a"].shape == (3, 3)
+
+
+def test_what_is_found_is_shown_in_a_short_line():
+    params = {"a": jnp.ones((3, 3)), "bias": jnp.ones(3), "b": jnp.ones((3, 3))}
+    found = graph(lambda p, x: jnp.tanh(x @ p["a"] + p["bias"][None]) @ p["b"], params)
+    for thing in (*found.layers, *found.hidden, *found.activations, *found.affines):
+        assert len(repr(thing)) < 300 and "readers=" not in repr(thing)

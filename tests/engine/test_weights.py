@@ -56,3 +56,27 @@ def test_the_shape_of_direct_feedback_is_told():
     assert told(mlp) == {"b": "3 outputs x (6,)", "c": "3 outputs x (6,)"}
     assert told(mlp, rank=2, at="b") == {"b": "2 rank x (6,)", "c": "-"}
     assert told(loop) == {"b": "2 iterations x 3 outputs x (6,)", "c": "3 outputs x (6,)"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_feedback_of_a_weight_divided_by_its_norm_is_drawn_as_for_the_weight(turned):
+    """The norm has no axes of the parameter any more: those of the weight count, whichever stands first."""
+    params = {"a": jnp.ones((5, 64)), "b": jnp.ones((64, 16))}
+
+    def apply(p, x):
+        norm = 1 / jnp.sqrt(jnp.square(p["b"]).sum()) * jnp.ones((64, 16))
+        return jnp.tanh(x @ p["a"]) @ (norm * p["b"] if turned else p["b"] * norm)
+
+    drawn = FA.init(KEY, apply, params, X).fixed["b"]
+    assert 0.9 < float(drawn.std()) * ((64 + 16) / 2) ** 0.5 < 1.1
+
+
+def test_feedback_of_normalised_weights_in_a_loop():
+    params = {"a": jnp.ones((5, 64)), "b": jnp.ones((2, 64, 64)), "c": jnp.ones((64, 3))}
+
+    def apply(p, x):
+        turn = lambda h, w: (jnp.tanh(h @ (w / jnp.linalg.norm(w, axis=0, keepdims=True))), None)  # noqa: E731
+        return lax.scan(turn, x @ p["a"], p["b"])[0] @ p["c"]
+
+    drawn = FA.init(KEY, apply, params, X).fixed["b"]
+    assert drawn.shape == (2, 64, 64) and 0.9 < float(drawn.std()) * 64**0.5 < 1.1

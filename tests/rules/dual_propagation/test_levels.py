@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import lrules
+from lrules.rules.dual_propagation.levels import levels_of
 from tests import bridge
 from tests.reference import dual_propagation as reference
 from tests.rules.dual_propagation.common import NO_FEEDBACK, expected, half_squared, stacked, targets_of
@@ -36,6 +37,18 @@ def test_a_loop_counts_as_many_layers_as_it_has_iterations():
     rule = lrules.dual_propagation(order="forward", iterations=6)
     with pytest.raises(ValueError, match="at least iterations=7"):
         lrules.transform(apply, rule)(params, NO_FEEDBACK, jnp.asarray(x))
+
+
+@pytest.mark.parametrize(("reverse", "wanted"), [(False, [1, 2, 3]), (True, [3, 2, 1])])
+def test_the_last_turn_of_a_reversed_loop_comes_first(reverse, wanted):
+    def net(p, x):
+        turn = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+        return jnp.sin(jax.lax.scan(turn, x, p["w"], reverse=reverse)[0] @ p["out"])
+
+    params = {"w": jnp.ones((3, 4, 4)), "out": jnp.ones((4, 2))}
+    graph = lrules.Network(net).graph(params, jnp.ones((5, 4)))
+    levels, outputs = levels_of(graph, {activation.site for activation in graph.activations})
+    assert levels["tanh"].tolist() == wanted and (int(levels["sin"]), outputs) == (4, 5)
 
 
 def vgg16(params, x):
