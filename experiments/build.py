@@ -7,7 +7,7 @@ from typing import Any
 import lrules
 from experiments import data, methods, optimizers, rules, tasks
 from experiments.config import Config
-from experiments.loop import Run, steps_per_epoch
+from experiments.loop import PARTS, Run, steps_per_epoch
 from experiments.methods import Method
 from experiments.placement import Placement
 
@@ -82,6 +82,7 @@ def run(
     check_nan: bool = False,
     limit: int | None = None,
     resident: int | None = None,
+    parts: int = PARTS,
 ) -> Run:
     """The run of a config. Each of the `settings` has a number for each seed of each point, point after point."""
     task = tasks.build(config, dataset) if task is None else task
@@ -111,4 +112,5 @@ def run(
         placement=placement,
         limit=limit,
         resident=resident,
+        parts=parts,
     )

@@ -131,7 +131,7 @@ def main() -> int:
     keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trials, refused = make_trials(
-        config, dataset, chosen, grid=grid, placement=placement, check_nan=FLAGS.check_nan
+        config, dataset, chosen, grid=grid, placement=placement, check_nan=FLAGS.check_nan, parts=keeper.FIRST_PARTS
     )
     if FIRST not in trials:
         raise InputError(f"backprop failed: {refused[FIRST]}")

@@ -28,6 +28,7 @@ FIRST_PARTS = 100  # of the first epoch, of which nobody knows how long it takes
 GOES_ON = "the same command goes on."
 BEGINS_ANEW = "the same command begins anew, as --keep=0 makes no checkpoints."
 PART = 2.0  # seconds that a part of a later epoch may take; a run that is asked to end does so after a part
+LEAST = 0.02  # seconds of a part, below which fewer parts cost less
 
 
 def describe(config: Config, grid: sweep.Grid) -> dict[str, Any]:
@@ -68,10 +69,17 @@ def listen(minutes: float | None) -> signals.Stop:
 
 
 def parts(trial: Trial) -> int:
-    """The parts of the next epoch, each short enough that a run which is asked to end does so in time."""
-    if not trial.records:
-        return FIRST_PARTS
-    return max(PARTS, devices.largest(math.ceil(trial.records[-1].seconds / len(trial.runs) / PART)))
+    """The parts of the next epoch, each short enough that a run which is asked to end does so in time.
+
+    It seldom changes, because an accelerator compiles the loop for each number of parts.
+    """
+    if trial.records:
+        seconds = devices.largest(trial.records[-1].seconds / len(trial.runs) / trial.parts)
+        if seconds < LEAST:
+            trial.parts = min(trial.parts, PARTS)
+        elif seconds > PART:
+            trial.parts *= 2 ** math.ceil(math.log2(seconds / PART))
+    return trial.parts
 
 
 class Keeper:

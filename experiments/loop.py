@@ -9,7 +9,6 @@ not vmapped. A part of an epoch is one compiled loop. (On a CPU, a model with co
 and its lanes one after another: XLA's convolutions are much slower there in a loop, and under vmap.)
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -24,6 +23,7 @@ from experiments import memory
 from experiments.data import Dataset, fits
 from experiments.errors import InputError
 from experiments.feed import Feed, Resident, Streamed
+from experiments.lanes import Group, over_lanes, shuffle
 from experiments.methods import Method, of_examples, one_loss
 from experiments.placement import Placement
 
@@ -48,20 +48,6 @@ class Record(NamedTuple):
 
 class Diverged(InputError):
     """A loss became NaN or Inf."""
-
-
-@dataclasses.dataclass
-class _Group:
-    """Lanes that train together by vmap."""
-
-    lanes: slice
-    keys: Array
-    settings: tuple[Array, ...]
-    carry: PyTree = None
-
-    @property
-    def size(self) -> int:
-        return self.lanes.stop - self.lanes.start
 
 
 class Run:
@@ -89,6 +75,7 @@ class Run:
         placement: Placement | None = None,
         limit: int | None = None,
         resident: int | None = None,
+        parts: int = PARTS,
     ):
         """Initialises and compiles.
 
@@ -106,6 +93,7 @@ class Run:
           limit: bytes that a group of lanes may take (default: what the device has).
           resident: bytes that a data set on the device may take; a larger one is read from the disk (default: half of
             what the device has).
+          parts: of the first epoch; on an accelerator the loop is compiled for them.
         """
         begin = time.perf_counter()
         self.seeds, self.batch_size, self.check_nan = tuple(seeds), batch_size, check_nan
@@ -124,7 +112,8 @@ class Run:
         self._measures, self._attacks = probe > 0 and example.measure is not None, example.attacked is not None
         self._warms_up = example.warm_up is not None
         # The loop, and the lanes of a group, are those of one compiled program.
-        self._looped = jax.default_backend() != "cpu" or not example.convolves
+        self._fixed = jax.default_backend() != "cpu"
+        self._looped = self._fixed or not example.convolves
         self._feed: Feed
         available = self._place.least(memory.available())
         limit = available if limit is None else limit
@@ -142,17 +131,17 @@ class Run:
         self._probe = self._feed.first(probe)
         keys = self._place.whole(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
 
-        def group(start: int, stop: int) -> _Group:
+        def group(start: int, stop: int) -> Group:
             lanes = slice(start, stop)
-            return _Group(lanes, keys[lanes], tuple(self._place.whole(v[lanes]) for v in values))
+            return Group(lanes, keys[lanes], tuple(self._place.whole(v[lanes]) for v in values))
 
         lanes = len(self.seeds)
-        length = self._stops(PARTS)[0]
-        size = memory.fitting(lanes, lambda n: self._train(group(0, n), length), limit) if self._looped else 1
+        longest = self._stops(parts)[0] if self._fixed else self._longest
+        size = memory.fitting(lanes, lambda n: self._train(group(0, n), longest), limit) if self._looped else 1
         self._groups = [group(i, min(i + size, lanes)) for i in range(0, lanes, size)]
         for g in self._groups:
             g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._feed.first(batch_size)))
-            self._train(g, length)
+            self._train(g, longest)
         self.compile_seconds = time.perf_counter() - begin
 
     # The functions of the method, for the lanes of a group
@@ -160,7 +149,7 @@ class Run:
     def _method(self, settings: Sequence[Any]) -> Method:
         return self._make(**dict(zip(self._names, settings, strict=True)))
 
-    def _call(self, name: str, shared: int, group: _Group, *args: Any) -> Any:
+    def _call(self, name: str, shared: int, group: Group, *args: Any) -> Any:
         """A function of the method for all lanes of a group; the last `shared` arguments are the same for all."""
 
         def one(settings: Any, *args: Any) -> Any:
@@ -168,32 +157,40 @@ class Run:
             return of_examples(found, len(args[-1])) if name in ("evaluate", "attacked") else found
 
         if (name, group.size) not in self._functions:
-            self._functions[name, group.size] = jax.jit(_over_lanes(one, group.size, shared))
+            self._functions[name, group.size] = jax.jit(over_lanes(one, group.size, shared))
         return self._functions[name, group.size](group.settings, *args)
 
-    def _train(self, group: _Group, length: int, name: str = "step") -> Any:
-        """The compiled loop: (settings, carry, keys, order, start, x, y) -> (carry, losses [lanes, length]).
+    @property
+    def _longest(self) -> int:
+        """The most steps of a call of the compiled loop."""
+        return (self._feed.chunk or self.steps) if self._looped else 1
 
-        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`. The
-        number of steps is known when the loop is compiled: otherwise a GPU asks the host after each step.
+    def _train(self, group: Group, longest: int, name: str = "step") -> Any:
+        """The compiled loop: (settings, carry, keys, order, start, length, x, y) -> (carry, losses [lanes, longest]).
+
+        The order has the rows of x and y for each step; where a part of the set is given, it begins at `start`. On an
+        accelerator the length is always `longest`, which XLA knows: otherwise it would ask the host after each step.
         """
-        key = (f"{length} times {name}", group.size)
+        key = (f"{longest} times {name}", group.size)
         if key in self._functions:
             return self._functions[key]
 
-        def train(settings: Any, carry: PyTree, key: Array, order: Array, start: Any, x: Array, y: Array):
+        def train(
+            settings: Any, carry: PyTree, key: Array, order: Array, start: Any, length: Any, x: Array, y: Array
+        ) -> tuple[PyTree, Array]:
             step = getattr(self._method(settings), name)
 
-            def body(carry: PyTree, i: Array) -> tuple[PyTree, Array]:
+            def body(i: Any, loop: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+                carry, losses = loop
                 rows = order[i if self._feed.chunk else start + i]
                 batch = [self._place.batch(a[rows]) for a in (x, y)]
                 carry, loss = step(carry, jax.random.fold_in(key, start + i), *batch)
-                return carry, one_loss(loss)
+                return carry, losses.at[i].set(one_loss(loss))
 
-            if self._looped:
-                return jax.lax.scan(body, carry, jnp.arange(length))
-            carry, loss = body(carry, jnp.zeros((), jnp.int32))
-            return carry, loss[None]
+            first = carry, jnp.zeros(longest)
+            if not self._looped:
+                return body(0, first)
+            return jax.lax.fori_loop(0, longest if self._fixed else length, body, first)
 
         init = functools.partial(self._call, "init", 2, group)
         carry = jax.eval_shape(init, group.keys, *self._feed.first(self.batch_size))
@@ -202,16 +199,16 @@ class Run:
             carry = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), carry, layout)
         keys, order = self._shuffle(group, 2, 0)
         x, y = next(iter(self._feed.parts(0, 0)))
-        arguments = carry, keys, self._feed.order(order), 0, x, y
-        jitted = jax.jit(_over_lanes(train, group.size, 3), donate_argnums=1, out_shardings=(layout, None))
+        arguments = carry, keys, self._feed.order(order), 0, longest, x, y
+        jitted = jax.jit(over_lanes(train, group.size, 4), donate_argnums=1, out_shardings=(layout, None))
         self._functions[key] = jitted.lower(group.settings, *arguments).compile()
         return self._functions[key]
 
     # Training
 
-    def _shuffle(self, group: _Group, purpose: int, epoch: int) -> tuple[Array, Array]:
+    def _shuffle(self, group: Group, purpose: int, epoch: int) -> tuple[Array, Array]:
         """The keys [lanes] and orders of examples [lanes, steps, batch] of an epoch."""
-        keys, order = _shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
+        keys, order = shuffle(group.keys, purpose, epoch, self._examples, self.steps, self.batch_size)
         if self.rows is None:
             return keys, order
         rows = self._place.whole(self.rows[group.lanes])
@@ -250,9 +247,10 @@ class Run:
             losses = []
             x, y = next(parts_read)
             for group, (keys, order) in zip(self._groups, shuffled, strict=True):
-                train = self._train(group, stop - self.step, name)
-                group.carry, loss = train(group.settings, group.carry, keys, order, self.step, x, y)
-                losses.append(loss)
+                length = stop - self.step
+                train = self._train(group, length if self._fixed else self._longest, name)
+                group.carry, loss = train(group.settings, group.carry, keys, order, self.step, length, x, y)
+                losses.append(loss[:, :length])
             self._losses.append(losses)
             done, self.step = stop - self.step, stop
             if self.check_nan:
@@ -414,27 +412,6 @@ class Run:
         self.carry = state["carry"]
         self.epochs, self.step, self.warmed = (int(state[name]) for name in ("epochs", "step", "warmed"))
         self._losses, self._seconds = [np.asarray(state["losses"])[:, : self.step]], float(state["seconds"])
-
-
-def _over_lanes(function: Callable[..., Any], size: int, shared: int) -> Callable[..., Any]:
-    """The function for arguments [lanes, ...], but for the last `shared` ones, which all lanes share."""
-
-    def over(*args: Any) -> Any:
-        split = len(args) - shared
-        if size > 1:
-            return jax.vmap(function, (0,) * split + (None,) * shared)(*args)
-        lane = jax.tree.map(lambda leaf: leaf[0], args[:split])
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], function(*lane, *args[split:]))
-
-    return over
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-@functools.partial(jax.vmap, in_axes=(0, None, None, None, None, None))
-def _shuffle(key: Array, purpose: int, epoch: int, examples: int, steps: int, batch_size: int) -> tuple[Array, Array]:
-    key = jax.random.fold_in(jax.random.fold_in(key, purpose), epoch)
-    order = jax.random.permutation(key, examples)[: steps * batch_size]
-    return key, order.reshape(steps, batch_size)
 
 
 def steps_per_epoch(data: Dataset, batch_size: int, examples: int | None = None) -> int:

@@ -38,7 +38,7 @@ def main() -> int:
     described = keeper.describe(config, grid)
     keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
-    trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan)
+    trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan, parts=keeper.FIRST_PARTS)
     title = f"{config.model} on {dataset.name}"
     with keeper.folder_of(FLAGS.output, described) as folder, keeper.listen(FLAGS.minutes) as stop:
         train(trial, folder, described, title, stop)

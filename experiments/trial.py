@@ -40,6 +40,7 @@ class Trial:
         placement: Placement | None = None,
         check_nan: bool = False,
         resident: int | None = None,
+        parts: int = PARTS,
     ):
         """Initialises and compiles; `rule` and `task` are given where they are not those of the config.
 
@@ -49,6 +50,7 @@ class Trial:
           Refused: the rule cannot train the model.
         """
         self.config, self.grid, self.records = config, grid, list[Record]()
+        self.parts = parts
         self._parts: dict[int, Record] = {}  # of the epoch that some runs have finished and others not
         self.runs: list[Run] = []
         self.points: list[sweep.Point] = []
@@ -79,6 +81,7 @@ class Trial:
                     placement=placement,
                     check_nan=check_nan,
                     resident=resident,
+                    parts=parts,
                 )
             )
         self.compile_seconds = sum(run.compile_seconds for run in self.runs)

@@ -110,24 +110,25 @@ def measure(cell: Cell, config: Config, dataset: data.Dataset, work: pathlib.Pat
     begin = time.monotonic()
     trial = Trial(config, dataset)
     described = {"cell": cell.name, "config": config.to_dict()}
-    keeper = Keeper(trial, work / cell.file.removesuffix(".json"), described, keep=1, resume=True)
-    with Progress(config.epochs, "epoch", begin=trial.epochs) as bar:
+    folder = work / cell.file.removesuffix(".json")
+    with (
+        Keeper(trial, folder, described, keep=1, resume=True) as kept,
+        Progress(config.epochs, "epoch", begin=trial.epochs) as bar,
+    ):
         bar.describe(cell.name)
-        trial.warm_up()
         while not trial.finished and not stop.requested:
             record = trial.epoch(advance=lambda _: stop.requested)
-            keeper.save(now=trial.finished or stop.requested)
+            kept.save(now=trial.finished or stop.requested)
             if record is not None:
                 bar.advance(1, f"{record.accuracy.mean():.2%}")
-    keeper.close()
     if not trial.finished:
         return None
     figures = trial.summary(0)
     curves = figures.pop("curves")
-    kept = np.unique(np.linspace(0, config.epochs - 1, min(POINTS, config.epochs)).round().astype(int))
-    thin = {name: np.asarray(values)[kept] for name, values in curves.items()}
+    points = np.unique(np.linspace(0, config.epochs - 1, min(POINTS, config.epochs)).round().astype(int))
+    thin = {name: np.asarray(values)[points] for name, values in curves.items()}
     content = {"cell": cell.name, "config": config.to_dict()} | figures
-    content |= {"curves": {"epoch": kept + 1} | thin, "seconds": sum(curves["seconds"])}
+    content |= {"curves": {"epoch": points + 1} | thin, "seconds": sum(curves["seconds"])}
     return content | {"wall_seconds": time.monotonic() - begin, "provenance": results.provenance()}
 
 

@@ -209,8 +209,8 @@ def points(axis: Any, ours: Sequence[np.ndarray], paper: Sequence[tuple[float, f
     sds = [results.statistics(v)["sd"] or 0.0 for v in ours]
     axis.errorbar([v.mean() for v in ours], rows, xerr=sds, marker="o", label="ours", **bars)
     if len(paper) == len(ours):
-        means, sds = zip(*paper, strict=True)
-        axis.errorbar(means, rows + 0.25, xerr=sds, marker="x", color="0.4", label="paper", **bars)
+        means, spreads = zip(*paper, strict=True)
+        axis.errorbar(means, rows + 0.25, xerr=spreads, marker="x", color="0.4", label="paper", **bars)
         axis.legend(frameon=False)
     axis.set(yticks=rows)
     axis.invert_yaxis()

@@ -217,7 +217,7 @@ def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
     first, last = run.curve
     alone = make_run(lrules.feedback_alignment(), record_every=2)
     alone.epoch(parts=2, advance=lambda steps: True)  # it stops after two steps
-    np.testing.assert_allclose(first["train_loss"], alone.state()["losses"].mean(1), rtol=1e-6)
+    np.testing.assert_allclose(first["train_loss"], alone.state()["losses"][:, :2].mean(1), rtol=1e-6)
     of_both = (first["train_loss"] + last["train_loss"]) / 2  # each has the loss of its own two steps
     np.testing.assert_allclose(of_both, record.train_loss, rtol=1e-6)
     assert (last["angle"] == record.angle).all() and not (first["angle"] == last["angle"]).all()
