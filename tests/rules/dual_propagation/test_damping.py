@@ -184,3 +184,13 @@ def test_networks_that_cannot_be_damped():
     with pytest.raises(NotImplementedError, match="chains"):
         fn = lrules.value_and_grad(lambda p, x: residual_net(p, x), half_squared, lrules.dual_propagation(**damped))
         fn(params, NO_FEEDBACK, x, y)
+
+    def two_layers(p, x):  # make one pre-activation
+        h = jax.nn.relu(x @ p["a"])
+        return jax.nn.relu(h @ p["b"] + h @ p["c"]) @ p["d"]
+
+    shapes = {"a": (4, 6), "b": (6, 6), "c": (6, 6), "d": (6, 3)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    with pytest.raises(NotImplementedError, match="chains"):
+        fn = lrules.value_and_grad(two_layers, half_squared, lrules.dual_propagation(**damped))
+        fn(params, NO_FEEDBACK, jnp.ones((5, 4)), jnp.ones((5, 3)))

@@ -7,6 +7,7 @@ import pytest
 
 import lrules
 from tests import bridge
+from tests.rules.dual_propagation.common import NO_FEEDBACK, half_squared
 from tests.sampling import mostly_slow, pairs
 
 EMPTY = lrules.Feedback({}, {})
@@ -180,3 +181,28 @@ def test_what_is_not_holomorphic_is_refused(name):
     offered = str(refusal.value).split("passing={'")[1].split("'")[0]
     found = gradient(net, lrules.dual_propagation(beta=1e-3, passing=offered), params, x)
     bridge.close(found, gradient(net, lrules.backprop(), params, x), 1e-2)
+
+
+@jax.custom_vjp
+def scaled(x, factor):
+    return jnp.tanh(factor * x)
+
+
+scaled.defvjp(lambda x, factor: (scaled(x, factor), x), lambda x, error: (error * (1 - jnp.tanh(x) ** 2), None))
+
+
+@pytest.mark.parametrize("number", [1.0, 0.5])
+def test_numbers_that_an_activation_takes(number):
+    """Its declared derivative is the true one if this number, which the network computes, is 1."""
+
+    def net(p, x):
+        h = x @ p["a"]
+        return scaled(h, jnp.broadcast_to(jnp.asarray(number / 2, h.dtype) * 2, h.shape)) @ p["b"]
+
+    params, x, y = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 3))}, jnp.ones((5, 4)), jnp.ones((5, 3))
+    fn = lrules.value_and_grad(net, half_squared, lrules.dual_propagation(0.0, beta=0.1))
+    if number == 1:
+        fn(params, NO_FEEDBACK, x, y)
+    else:
+        with pytest.raises(NotImplementedError, match="declares a derivative"):
+            fn(params, NO_FEEDBACK, x, y)
