@@ -74,7 +74,7 @@ def parts(trial: Trial) -> int:
     It seldom changes, because an accelerator compiles the loop for each number of parts.
     """
     if trial.records:
-        seconds = devices.largest(trial.records[-1].seconds / len(trial.runs) / trial.parts)
+        seconds = 1e-6 * devices.largest(round(1e6 * trial.records[-1].seconds / len(trial.runs) / trial.parts))
         if seconds < LEAST:
             trial.parts = min(trial.parts, PARTS)
         elif seconds > PART:
