@@ -221,7 +221,7 @@ def test_the_curve_has_what_is_measured_inside_an_epoch(layers):
     of_both = (first["train_loss"] + last["train_loss"]) / 2  # each has the loss of its own two steps
     np.testing.assert_allclose(of_both, record.train_loss, rtol=1e-6)
     assert (last["angle"] == record.angle).all() and not (first["angle"] == last["angle"]).all()
-    names = {"angle layers/0/kernel", "norm ratio layers/1/bias", "alignment layers/1/kernel", "dead units relu"}
+    names = {"angle layers/0/kernel", "norm ratio layers/1/bias", "alignment layers/1/kernel", "dead units tanh"}
     assert names <= set(first) if layers else not names & set(first)
 
 
