@@ -17,6 +17,7 @@ from experiments.config import Config
 from experiments.errors import InputError
 
 FLAGS = flags.FLAGS
+UNUSED_BY_PAPERS = ("layers", "record_every", "attack", "select", "validation")  # their tables do not have these
 
 
 def define_config_flags(*, omit: Sequence[str] = (), **defaults: Any) -> None:
@@ -80,6 +81,12 @@ def config(**fixed: Any) -> Config:
     return (Config.load(FLAGS.config) if FLAGS.config else Config()).replace(**given | fixed)
 
 
+def sweep() -> list[str]:
+    """The texts of --sweep, or those of the result that --config names."""
+    given = FLAGS.sweep or []
+    return given if given or not FLAGS.config else configs.sweep_of(FLAGS.config)
+
+
 def _value(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return positive_integers(name, value)
@@ -141,7 +148,14 @@ def use_compilation_cache() -> None:
 
 def output_folder() -> pathlib.Path:
     """The results folder of --output; it is made if it does not exist."""
+    check_output()
     return files.check_writable(FLAGS.output)
+
+
+def check_output() -> None:
+    """Refuses an empty --output, which would be the present folder."""
+    if not FLAGS.output.strip():
+        raise InputError("--output is empty: give a folder, as in --output=results/mine.")
 
 
 def provenance_and_settings(seed: int) -> dict[str, Any]:

@@ -124,10 +124,11 @@ def main() -> int:
     chosen = {FIRST: lrules.backprop()} | {
         name: rule for name, rule in rules.select(FLAGS.rules).items() if name not in rules.names_of_backprop()
     }
-    grid = sweep.parse(FLAGS.sweep or [], config)
+    grid = sweep.parse(cli.sweep(), config)
     devices.initialize_processes(FLAGS.processes)
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = keeper.describe(config, grid) | {"rules": list(chosen)}
+    cli.check_output()
     keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trials, refused = make_trials(
@@ -135,7 +136,7 @@ def main() -> int:
     )
     if FIRST not in trials:
         raise InputError(f"backprop failed: {refused[FIRST]}")
-    title = f"{config.model} on {dataset.name}, {config.seeds} seeds"
+    title = f"{config.model} on {dataset.name}, {results.counted(config.seeds, 'seed')}"
     with (
         keeper.folder_of(FLAGS.output, described) as folder,
         keeper.listen(FLAGS.minutes) as stop,
@@ -186,7 +187,9 @@ def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, titl
     """Writes the results so far; the picture only with a title."""
     first = next(iter(trials.values()))
     found: dict[str, Any] = {name: trial.result() for name, trial in trials.items()}
-    content = {"config": first.config.to_dict()}
+    content: dict[str, Any] = {"config": first.config.to_dict()}
+    if len(first.points) > 1:
+        content["sweep"] = first.grid.texts()
     content["rules"] = {
         name: {k: v for k, v in result.items() if k != "config"} for name, result in found.items()
     } | {name: {"refused": reason} for name, reason in refused.items()}

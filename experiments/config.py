@@ -136,17 +136,8 @@ class Config:
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Config:
         """The config in a JSON file: its content, or what a result file has under "config"."""
-        path = pathlib.Path(path).expanduser()
-        try:
-            content = json.loads(path.read_text())
-        except OSError as error:
-            raise InputError(f"The config {path} cannot be read ({error.strerror}): give a JSON file.") from None
-        except ValueError:
-            raise InputError(f"The config {path} is not JSON: give a config, or the metrics.json of a run.") from None
-        content = content.get("config", content) if isinstance(content, dict) else content
-        if not isinstance(content, dict):
-            raise InputError(f"The config {path} must hold a JSON object, got {type(content).__name__}.")
-        return cls.from_dict(content)
+        content = _read(path)
+        return cls.from_dict(content.get("config", content))
 
     def hash(self) -> str:
         """Twelve hexadecimal digits that stay the same when the config gets new fields with default values."""
@@ -162,6 +153,26 @@ class Config:
 
 def _names() -> list[str]:
     return [field.name for field in dataclasses.fields(Config)]
+
+
+def _read(path: str | pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file, whose "config" is one too if it is there."""
+    path = pathlib.Path(path).expanduser()
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"The config {path} cannot be read ({error.strerror}): give a JSON file.") from None
+    except ValueError:
+        raise InputError(f"The config {path} is not JSON: give a config, or the metrics.json of a run.") from None
+    for value in (content, content.get("config", {}) if isinstance(content, dict) else {}):
+        if not isinstance(value, dict):
+            raise InputError(f"The config {path} must hold a JSON object, got {type(value).__name__}.")
+    return content
+
+
+def sweep_of(path: str | pathlib.Path) -> list[str]:
+    """The sweep of the run that wrote a result file, as the texts of --sweep."""
+    return list(_read(path).get("sweep", []))
 
 
 def kinds() -> list[Any]:

@@ -127,7 +127,7 @@ class Keeper:
         """The last checkpoint, with its leaves as the state."""
         if not resume and self.folder.exists():
             shutil.rmtree(self.folder)
-        validates = self.trial.config.validation > 0
+        validates = self.trial.runs[0].validates
         self._saved = Checkpoints(self.folder, described, keep=keep, best="max" if validates else None)
         found = self._saved.restore(template)
         several = jax.process_count() > 1
@@ -167,8 +167,7 @@ class Keeper:
             return
         state, extra = self._state()
         whole = trial.records and trial.steps_done == trial.epochs * trial.steps
-        accuracy = trial.records[-1].validation_accuracy if whole else None
-        metric = None if accuracy is None else float(accuracy.mean())
+        metric = trial.records[-1].validation_figure() if whole else None
         devices.from_first(lambda: self._write(state, extra, metric))
         self._at = self._position
         self._tell()

@@ -46,6 +46,13 @@ class Record(NamedTuple):
     validation_accuracy: Any = None
 
 
+    def validation_figure(self) -> float | None:
+        """The mean validation accuracy, or else minus the validation loss; None without a validation set."""
+        if self.validation_accuracy is not None:
+            return float(self.validation_accuracy.mean())
+        return None if self.validation_loss is None else -float(self.validation_loss.mean())
+
+
 class Diverged(InputError):
     """A loss became NaN or Inf."""
 
@@ -268,6 +275,11 @@ class Run:
         jax.block_until_ready([group.carry for group in self._groups])
         self._seconds += time.perf_counter() - begin
         return finished
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation set."""
+        return "val" in self._feed.sets
 
     @property
     def learns_feedback(self) -> bool:

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -33,8 +33,8 @@ def statistics(values: np.ndarray) -> dict[str, Any]:
 
 def text(values: Mapping[str, Any], unit: float = 1, digits: int = 2) -> str:
     """Statistics as `97.44 ± 0.49`: the mean and the sd, or the mean alone."""
-    mean = f"{unit * values['mean']:.{digits}f}"
-    return mean if values["sd"] is None else f"{mean} ± {unit * values['sd']:.{digits}f}"
+    mean = number(unit * values["mean"], digits)
+    return mean if values["sd"] is None else f"{mean} ± {number(unit * values['sd'], digits)}"
 
 
 def summary(records: Sequence[Record], lanes: slice = slice(None), *, select: str = "last") -> dict[str, Any]:
@@ -92,6 +92,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 seed`, `5 seeds`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def number(value: float, digits: int) -> str:
+    """A number with some digits; a huge one as 1.2e+30."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
     rows = [list(header), *map(list, rows)]
@@ -128,12 +138,18 @@ def write(
     histories: Mapping[str, tuple[Sequence[Record], slice]],
     seeds: Sequence[int],
     title: str | None,
+    *,
+    shown: Collection[str] | None = None,
 ) -> None:
-    """Writes metrics.json, curves.csv and, with a title, curves.png; `histories` has each run's records and lanes."""
+    """Writes metrics.json, curves.csv and, with a title, curves.png, which has the runs `shown` (default: all).
+
+    `histories` has the records of each run, and its lanes.
+    """
     write_json(folder / "metrics.json", {"provenance": provenance()} | dict(content))
     rows = [row for name, (records, lanes) in histories.items() for row in curve_rows(name, records, seeds, lanes)]
     write_csv(folder / "curves.csv", ("rule", "seed", "epoch", *CURVES), rows)
     if title:
         from experiments import plots  # matplotlib is slow to import
 
-        savefig(plots.learning_curves(histories, title), folder / "curves.png")
+        of = {name: history for name, history in histories.items() if shown is None or name in shown}
+        savefig(plots.learning_curves(of, title), folder / "curves.png")

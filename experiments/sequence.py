@@ -159,7 +159,7 @@ def main() -> None:
         for task in range(count)
     ]
     files.write_csv(folder / "table.csv", ("seed", "after", "task", "accuracy"), flat)
-    title = f"{config.rule}, {config.model} on {dataset.name}, {config.seeds} seeds"
+    title = f"{config.rule}, {config.model} on {dataset.name}, {results.counted(config.seeds, 'seed')}"
     files.savefig(figure(accuracy, title), folder / "sequence.png")
     print(table(accuracy))
     print(f"\n{title}. Results: {folder}/metrics.json, table.csv, sequence.png")

@@ -54,6 +54,11 @@ class Grid(NamedTuple):
             Point({n: p[n] for n in self.fields}, {n: p[n] for n in self.options}) for p in combined
         ]
 
+    def texts(self) -> list[str]:
+        """The texts that `parse` makes it of."""
+        values = self.fields | self.options
+        return [f"{name}={','.join(map(_text, found))}" for name, found in values.items()]
+
     def runs(self) -> list[list[Point]]:
         """The points that share a run."""
         groups: dict[tuple[Any, ...], list[Point]] = {}
@@ -71,6 +76,10 @@ class Grid(NamedTuple):
             if len(values[name]) > 2 and all(_is_number(v) for v in values[name])
             and value in (min(values[name]), max(values[name]))
         ]  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
 
 
 NO_GRID = Grid({}, {}, frozenset())

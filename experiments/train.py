@@ -32,10 +32,11 @@ FLAGS = flags.FLAGS
 def main() -> int:
     config = cli.config()
     rules.parse(config.rule)  # a wrong rule is refused before the data are read
-    grid = sweep.parse(FLAGS.sweep or [], config)
+    grid = sweep.parse(cli.sweep(), config)
     devices.initialize_processes(FLAGS.processes)
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = keeper.describe(config, grid)
+    cli.check_output()
     keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan, parts=keeper.FIRST_PARTS)
@@ -126,10 +127,11 @@ def report(trial: Trial, folder: pathlib.Path, stop: signals.Stop) -> list[str]:
 def write(trial: Trial, folder: pathlib.Path, title: str, *, picture: bool = True) -> None:
     """Writes the results so far."""
     config, chosen = trial.config, trial.chosen()
-    name = ", ".join(filter(None, (config.rule, trial.points[chosen].text())))
+    names = [", ".join(filter(None, (config.rule, point.text()))) for point in trial.points]
     content = {"rule": config.rule} | trial.result()
     seeds = range(config.seed, config.seed + config.seeds)
-    results.write(folder, content, {name: (trial.records, trial.lanes(chosen))}, seeds, title if picture else None)
+    histories = {name: (trial.records, trial.lanes(i)) for i, name in enumerate(names)}
+    results.write(folder, content, histories, seeds, title if picture else None, shown=[names[chosen]])
 
 
 def brief(record: Record) -> str:
@@ -159,15 +161,19 @@ def table(final: Mapping[str, Any], config: Config) -> str:
     """The figures of the selected epoch as a Markdown table."""
     where = f"after epoch {final['epochs']}"
     if "selected" in final:
-        final, where = final | final["selected"], "epoch with the best validation accuracy"
+        final, where = final | final["selected"], "in the best epoch on the validation set"
     rows = []
     for label, name, unit, digits in FIGURES:
         if name in final:
             values = final[name]
-            spread = ["-" if values[key] is None else f"{unit * values[key]:.{digits}f}" for key in ("sd", "interval")]
-            rows.append((label, f"{unit * values['mean']:.{digits}f}", spread[0], f"± {spread[1]}".replace("± -", "-")))
+            mean, sd, half = (
+                "-" if values[key] is None else results.number(unit * values[key], digits)
+                for key in ("mean", "sd", "interval")
+            )
+            rows.append((label, mean, sd, half if half == "-" else f"± {half}"))
     rows.append(("step (ms)", f"{1e3 * final['step_seconds']:.2f}", "-", "-"))
-    return results.table((where, "mean", f"sd of {config.seeds} seeds", "95% interval of the mean"), rows)
+    seeds = results.counted(config.seeds, "seed")
+    return results.table((where, "mean", f"sd of {seeds}", "95% interval of the mean"), rows)
 
 
 def remarks(trial: Trial, final: Mapping[str, Any]) -> list[str]:

@@ -173,6 +173,7 @@ class Trial:
         content["step_seconds"] = sum(r.seconds for r in self.records) / (self.steps * self.epochs)
         if len(self.points) > 1:
             point = self.points[chosen]
+            content["sweep"] = self.grid.texts()
             content["chosen"] = point.fields | point.options
             content["at_edge"] = self.grid.at_edge(point)
             content["points"] = [

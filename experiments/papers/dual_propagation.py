@@ -256,7 +256,8 @@ def main() -> None:
     files.write_csv(folder / "table.csv", ("table", "run", "seed", "accuracy", "lipschitz", "residual"), rows)
     shown = [*([config.widths] if one else []), *([deep_widths] if two else [])]
     nets = " and ".join("-".join(map(str, widths)) for widths in shown)
-    title = f"{nets} on {dataset.name}, beta {beta:g}, {FLAGS.seeds} seeds, {FLAGS.epochs} epochs"
+    seeds, epochs = results.counted(config.seeds, "seed"), results.counted(config.epochs, "epoch")
+    title = f"{nets} on {dataset.name}, beta {beta:g}, {seeds}, {epochs}"
     files.savefig(figure(one, two, paper, title), folder / "tables.png")
     if one:
         print(table_one_shown(one, paper))
@@ -267,7 +268,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_config_flags(
-        omit=("rule", "loss", "task"),
+        omit=("rule", "loss", "task", *cli.UNUSED_BY_PAPERS),
         epochs=20,
         seeds=3,
         learning_rate=1e-3,

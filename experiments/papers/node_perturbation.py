@@ -191,7 +191,8 @@ def main() -> None:
     ]
     files.write_csv(folder / "curves.csv", ("run", "seed", "epoch", "layer", *Alignment._fields, "accuracy"), rows)
     widths = "-".join(map(str, config.widths))
-    title = f"{widths} on {dataset.name}, {FLAGS.solver}, {config.seeds} seeds, {config.epochs} epochs"
+    seeds, epochs = results.counted(config.seeds, "seed"), results.counted(config.epochs, "epoch")
+    title = f"{widths} on {dataset.name}, {FLAGS.solver}, {seeds}, {epochs}"
     files.savefig(figure(histories, watch.measured, title), folder / "figure_1.png")
     print(table(histories, watch.measured, known))
     print(f"\nLayers, from the lowest: {', '.join(watch.measured['BP'][0])}.")
@@ -202,7 +203,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("stds", ["1e-4", "1e-3", "1e-2", "1e-1"], "Standard deviations of the noise.")
     flags.DEFINE_enum("solver", "rls", ["rls", "sgd"], "How the feedback weights learn.")
     cli.define_config_flags(
-        omit=("rule", "loss", "task"),
+        omit=("rule", "loss", "task", *cli.UNUSED_BY_PAPERS),
         epochs=120,
         seeds=5,
         learning_rate=0.2,

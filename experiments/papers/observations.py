@@ -354,7 +354,8 @@ def main() -> None:
         for i in range(FLAGS.seeds)
     ]
     files.write_csv(folder / "runs.csv", ("run", "seed", "train_accuracy", "test_accuracy"), rows)
-    title = f"{'-'.join(map(str, widths))} on {dataset.name}, {FLAGS.seeds} seeds, {FLAGS.epochs} epochs"
+    seeds, epochs = results.counted(FLAGS.seeds, "seed"), results.counted(FLAGS.epochs, "epoch")
+    title = f"{'-'.join(map(str, widths))} on {dataset.name}, {seeds}, {epochs}"
     files.savefig(figure(chosen, found, title), folder / "observations.png")
     print(table(chosen, found))
     for number, observation in chosen.items():

@@ -44,6 +44,12 @@ def test_compare_sweeps_and_refuses(tmp_path):
     assert list(found) == ["backprop", refused]
     assert found["backprop"]["chosen"] == {"learning_rate": 0.01} and len(found["backprop"]["points"]) == 2
     assert "nowhere" in found[refused]["refused"]
+    done = fork("train", f"--config={tmp_path}/metrics.json", "--epochs=1", "--seeds=1", f"--output={tmp_path}/again")
+    assert done.returncode == 0, done.stderr
+    again = results(tmp_path / "again")
+    assert again["sweep"] == ["learning_rate=0.01,0.001"] and again["config"]["widths"] == [8]
+    rows = list(csv.DictReader((tmp_path / "again" / "curves.csv").open()))
+    assert [row["rule"] for row in rows] == ["backprop, learning_rate=0.01", "backprop, learning_rate=0.001"]
     assert is_png(tmp_path / "curves.png")
 
 
@@ -167,11 +173,12 @@ def test_benchmarked_models_exist(size):
             ["--mono_net=zeros", "--activation=gelu"],
             "Error: mono_net: the activation 'gelu' decreases, at -",
         ),
+        ("train", ["--output="], "Error: --output is empty: give a folder"),
         ("benchmark", ["--models=mpl"], "Error: There is no model 'mpl' in the benchmark: did you mean 'mlp'?"),
     ],
 )
 def test_bad_input_is_one_sentence_and_a_failure(tmp_path, program, flags, sentence):
-    done = fork(program, *flags, f"--output={tmp_path}")
+    done = fork(program, f"--output={tmp_path}", *flags)
     assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
     assert not [path for path in tmp_path.iterdir() if path.name in ("metrics.json", "curves.csv")]
 

@@ -262,6 +262,12 @@ def test_values_of_a_grid_may_have_options(text, values):
     assert found == values
 
 
+def test_a_grid_is_made_of_its_own_texts():
+    texts = ["optimizer=sgd(momentum=0.9),adam", "widths=(4,5),(3,)", "alpha=0.5,1.0"]
+    grid = sweep.parse(texts, SMALL.replace(rule="backman"))
+    assert sweep.parse(grid.texts(), SMALL.replace(rule="backman")) == grid
+
+
 def test_a_grid_needs_a_validation_set():
     with pytest.raises(InputError, match="as in --validation=0.2"):
         trained(SMALL, "learning_rate=0.1,0.2", dataset=tiny())
