@@ -79,12 +79,16 @@ def step(net, rule, params=PARAMS, x=X, y=Y):
     return lrules.value_and_grad(net, loss, rule)(params, feedback, x, y, **({"rng": KEY} if rule.stochastic else {}))
 
 
-def both(rules: dict[str, dict[str, lrules.Rule]]):
+def both(rules: dict[str, dict[str, lrules.Rule]], slow=()):
     given = [(rule, n, f"{kind} {name}") for (kind, n), some in rules.items() for name, rule in some.items()]
-    return pytest.mark.parametrize("rule, times", [g[:2] for g in given], ids=[g[2] for g in given])
+    marks = {name: [pytest.mark.slow] for name in slow}
+    return pytest.mark.parametrize(
+        "rule, times", [pytest.param(rule, n, marks=marks.get(name, []), id=name) for rule, n, name in given]
+    )
 
 
-every_rule = both({("sequential", 1): SEQUENTIAL, ("direct", 2): DIRECT})  # type: ignore[dict-item]
+EVERY = {("sequential", 1): SEQUENTIAL, ("direct", 2): DIRECT}
+every_rule = both(EVERY)  # type: ignore[arg-type]
 
 
 @every_rule
@@ -280,7 +284,10 @@ def test_arrays_too_large_to_be_compared_are_read_anew():
 # -- tracers
 
 
-@pytest.mark.parametrize("rule", [lrules.feedback_alignment(), lrules.direct_feedback_alignment()])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(lrules.feedback_alignment(), marks=pytest.mark.slow), lrules.direct_feedback_alignment()],
+)
 def test_a_function_may_close_over_a_tracer(rule):
     def scaled(c):
         net = lrules.Network(lambda params, x: model(params, x) * c)
@@ -321,7 +328,7 @@ def test_a_tracer_may_be_put_where_a_kept_network_reads_it():
     del key
 
 
-@every_rule
+@both(EVERY, slow=["direct updates", "sequential dual_propagation", "direct modified"])  # type: ignore[arg-type]
 def test_a_network_that_is_kept_leaks_no_tracers(rule, times):
     net = lrules.Network(model)
     with jax.checking_leaks():
@@ -462,6 +469,7 @@ def test_it_belongs_to_neither_equality_nor_copies():
     assert pickle.loads(pickle.dumps(net)).graph(PARAMS, X) is not graph
 
 
+@pytest.mark.slow
 def test_caches_of_jax_may_be_cleared(monkeypatch):
     counted = Counted(monkeypatch)
     wanted = step(counted.net, lrules.backman())

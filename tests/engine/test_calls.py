@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import lrules
 from lrules.extend import correlate, project
 from tests.bridge import close
+from tests.sampling import mostly_slow
 from tests.small import half_square
 
 NORMAL = jax.nn.initializers.normal(1.0)
@@ -425,7 +426,7 @@ CONFORMING = {
 }
 
 
-@pytest.mark.parametrize("name", CONFORMING)
+@pytest.mark.parametrize("name", mostly_slow(CONFORMING, ["sequential"]))
 def test_conformance(name):
     with jax.enable_x64(False):
         lrules.testing.check_rule(CONFORMING[name]())

@@ -137,6 +137,7 @@ def test_table_and_figure_show_every_run():
     assert len(obs.figure({3: OBSERVATIONS[3]}, found, "title").axes) == 1
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path):
     flags = ["--observations=6,4", "--widths=6,6", "--epochs=1", "--seeds=2", "--seed=7", "--batch_size=100"]
     done = run("papers.observations", *flags, f"--output={tmp_path}")

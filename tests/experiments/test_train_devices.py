@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from tests.experiments.programs import ROOT, environment, fork, results
 
@@ -54,6 +55,7 @@ def check_alike(folder, other):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5 if name != "angle" else 1e-3)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_one(tmp_path):
     """A checkpoint made on the ones goes on on the other."""
     one, first, second = (tmp_path / name for name in ("one", "first", "second"))
@@ -71,6 +73,7 @@ def test_eight_devices_and_one(tmp_path):
     check_alike(second, one)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """They stop together and go on together; the first one alone writes, prints and shows its progress."""
     one, two = tmp_path / "one", tmp_path / "two"

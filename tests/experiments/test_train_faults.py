@@ -62,6 +62,7 @@ def killed(tmp_path, kills, flags, seed=0):
     assert places
 
 
+@pytest.mark.slow
 def test_killed_while_training(tmp_path):
     killed(tmp_path, 3, RULES["learned"])
 
@@ -88,7 +89,7 @@ def stopped(folder, *flags, number=signal.SIGTERM, after="curves.csv", program="
 
 @pytest.mark.parametrize(
     ("number", "code", "reason", "after"),
-    [(signal.SIGTERM, 143, "SIGTERM", "curves.csv"), (signal.SIGINT, 130, "Ctrl-C", "checkpoints")],
+    [(signal.SIGTERM, 143, "SIGTERM", "curves.csv"), pytest.param(signal.SIGINT, 130, "Ctrl-C", "checkpoints", marks=pytest.mark.slow)],
 )
 def test_stopped_by_a_signal(tmp_path, number, code, reason, after):
     """In an epoch, and in the warm-up: it saves, says how far it is, and goes on."""
@@ -103,6 +104,7 @@ def test_stopped_by_a_signal(tmp_path, number, code, reason, after):
     assert without_times(cut) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_the_time_limit_and_more_epochs(tmp_path):
     """At the limit it saves, too. With more epochs it is another run, and that is said."""
     flags = [*SMALL, *RULES["sequential"], f"--output={tmp_path}/x"]
@@ -116,6 +118,7 @@ def test_the_time_limit_and_more_epochs(tmp_path):
     assert f"this run writes to {tmp_path}/x-3" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(tmp_path):
     """The newest one is cut off: the one before is taken, and the numbers are those of the whole run."""
     flags, whole, cut = [*SMALL, *RULES["sequential"]], tmp_path / "whole", tmp_path / "cut"
@@ -130,6 +133,7 @@ def test_a_damaged_checkpoint(tmp_path):
     assert without_times(cut) == without_times(whole) and before < newest
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_newer_version(tmp_path):
     flags = [*SMALL, *RULES["sequential"], f"--output={tmp_path}"]
     assert stopped(tmp_path, *flags).returncode == 143
@@ -143,6 +147,7 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
     assert "Traceback" not in done.stderr and len(saved(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """Training stops with one sentence; the checkpoint that was there stays, and the same command goes on later."""
     flags = [*SMALL, *RULES["sequential"], "--widths=200,200", f"--output={tmp_path}"]
@@ -183,6 +188,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert "epoch" not in done.stderr and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan(tmp_path):
     """With --check_nan it stops, and names the step and the last checkpoint; else it goes on, and JSON stays JSON."""
     flags = [*SMALL, "--activation=relu", "--optimizer=sgd", "--learning_rate=1e30", "--epochs=2"]
@@ -202,6 +208,7 @@ def test_a_loss_that_becomes_nan(tmp_path):
     assert f"is in {tmp_path}/checkpoints." in done.stderr
 
 
+@pytest.mark.slow
 def test_compare_goes_on(tmp_path):
     """Stopped in the middle of a turn; and killed."""
     flags = [*SMALL, "--rules=feedback_alignment,node_perturbation(std=0.01)", "--warmup_epochs=1", "--seeds=2"]
