@@ -35,6 +35,7 @@ from experiments import cli, data, files, models, results, rules, tasks
 from experiments.errors import InputError, nearest
 from experiments.loop import Run
 from experiments.methods import by_rule
+from lrules.rule import Backprop
 
 FLAGS = flags.FLAGS
 RATE = 1e-3
@@ -72,6 +73,11 @@ def make_task(case: Case) -> tasks.Task:
     return tasks.task(lambda rngs: models.build(case.model, case.shape, 10, rngs=rngs, **options))
 
 
+def is_backprop(rule: lrules.Rule) -> bool:
+    """Whether a rule is backprop, without modifiers."""
+    return rule.description is not None and isinstance(rule.description.layer, Backprop)
+
+
 def ours(case: Case, dataset: data.Dataset, rule: lrules.Rule, *, seeds: int = 1, **options: Any) -> Epoch:
     """An epoch of `loop.Run`, without the evaluation."""
     method = by_rule(make_task(case), rule, optax.adam(RATE), angle=False)
@@ -87,7 +93,7 @@ def scan(case: Case, dataset: data.Dataset, rule: lrules.Rule) -> Epoch:
     steps = case.examples // case.batch
     feedback = rule.init(jax.random.key(1), task.net, params, (state, data.scale(x[: case.batch])))
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
-    plain = not jax.tree.leaves(feedback) and rule.description == lrules.backprop().description
+    plain = is_backprop(rule)
 
     def step(carry: Any, rows: Any) -> Any:
         params, state, optimizer_state = carry
@@ -161,7 +167,7 @@ def loops(case: Case, rule: lrules.Rule, folder: pathlib.Path) -> dict[str, Epoc
     """Every loop of one rule on one model, and what it is compared with: `A / B` is the ratio of the two."""
     dataset = make_data(case)
     found = {"ours": ours(case, dataset, rule), "scan": scan(case, dataset, rule)}
-    if rule.description == lrules.backprop().description:
+    if is_backprop(rule):
         in_torch = torch_loop(case, dataset)
         found |= {"torch": in_torch} if in_torch else {}
         found["ten seeds"] = ours(case, dataset, rule, seeds=10)

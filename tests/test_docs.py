@@ -134,7 +134,7 @@ def test_page(page):
 TAUGHT = {"mixed": (), "signs": (), "normalised": (), "limited": ("net", "params", "x")}  # its network
 
 
-@pytest.mark.parametrize("name", mostly_slow(TAUGHT, {"mixed", "signs"}))
+@pytest.mark.parametrize("name", mostly_slow(TAUGHT, {"signs"}))
 def test_rules_that_the_page_teaches(name):
     page = run_page("docs/writing_rules.md")
     lrules.testing.check_rule(page[name], *(page[argument] for argument in TAUGHT[name]))

@@ -102,7 +102,7 @@ MODIFIERS = {
     "quantize_update": lambda rule: lrules.quantize_update(rule, 4),
 }
 MODIFIED = ("last_layer_only", "feedback_alignment", "kolen_pollack", "direct_feedback_alignment", "skipped_backprop",
-            "random_target_projection", "sign_symmetry random", "backman", "node_perturbation", "dual_propagation")
+            "random_target_projection", "backman", "node_perturbation", "dual_propagation")
 WITHOUT_DERIVATIVES = {"without_derivatives", "replace_derivative"}
 PAIRS = {
     f"{name}({of})": (make, of)
@@ -116,7 +116,7 @@ PAIRS = {
 
 
 QUICK = {
-    "backprop", "last_layer_only", "feedback_alignment adaptive of zeros", "kolen_pollack",
+    "backprop", "feedback_alignment adaptive of zeros", "kolen_pollack",
     "direct_feedback_alignment rank", "monotone_dfa", "random_target_projection", "skipped_backprop",
     "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "dual_propagation", "partition",
 }  # fmt: skip
