@@ -284,10 +284,8 @@ def test_arrays_too_large_to_be_compared_are_read_anew():
 # -- tracers
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [pytest.param(lrules.feedback_alignment(), marks=pytest.mark.slow), lrules.direct_feedback_alignment()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [lrules.feedback_alignment(), lrules.direct_feedback_alignment()])
 def test_a_function_may_close_over_a_tracer(rule):
     def scaled(c):
         net = lrules.Network(lambda params, x: model(params, x) * c)

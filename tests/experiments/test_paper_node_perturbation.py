@@ -42,7 +42,10 @@ def test_backprop_has_the_weights_themselves(setting):
         assert (layer.relative_error, layer.sign_agreement) == (0, 1) and layer.angle < 0.1
 
 
-@pytest.mark.parametrize("rule", [lrules.feedback_alignment(), lrules.node_perturbation(0.01, solver="rls")])
+@pytest.mark.parametrize(
+    "rule",
+    [lrules.node_perturbation(0.01, solver="rls"), pytest.param(lrules.feedback_alignment(), marks=pytest.mark.slow)],
+)
 def test_figures_of_one_layer(setting, rule):
     """By hand: |B - W| / |W|, signs; and the angle below the top layer, where e B^T meets the derivative."""
     feedback, params, found = measured(setting, rule)

@@ -242,9 +242,7 @@ def test_classifiers_of_maps():
     assert not np.any(params["0"]["kernel"]) and np.any(learned["1/kernel"])  # zeros send nothing, and learn
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [recipes.weight_mirror(), pytest.param(recipes.difference_target_propagation(), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [recipes.weight_mirror(), recipes.difference_target_propagation()])
 def test_conformance(rule):
     lrules.testing.check_rule(rule)

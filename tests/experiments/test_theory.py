@@ -120,6 +120,7 @@ def test_limits_in_one_dimension(coefficients, start, end):
     assert rbp_dynamics.limit(Polynomial(coefficients), start) == pytest.approx(end)
 
 
+@pytest.mark.slow
 def test_flow_without_a_solution_is_refused():
     with pytest.raises(RuntimeError, match="polynomial_flow has no solution until t = 500"):
         rbp_dynamics.integrate(rbp_dynamics.polynomial_flow, 2.0, np.array([0.0, -1.0, 0.0, 1.0]))

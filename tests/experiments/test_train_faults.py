@@ -87,12 +87,10 @@ def stopped(folder, *flags, number=signal.SIGTERM, after="curves.csv", program="
     return fork(program, *flags, "--checkpoint_seconds=9999", f"--output={folder}", signals=signals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "reason", "after"),
-    [
-        (signal.SIGTERM, 143, "SIGTERM", "curves.csv"),
-        pytest.param(signal.SIGINT, 130, "Ctrl-C", "checkpoints", marks=pytest.mark.slow),
-    ],
+    [(signal.SIGTERM, 143, "SIGTERM", "curves.csv"), (signal.SIGINT, 130, "Ctrl-C", "checkpoints")],
 )
 def test_stopped_by_a_signal(tmp_path, number, code, reason, after):
     """In an epoch, and in the warm-up: it saves, says how far it is, and goes on."""

@@ -123,7 +123,9 @@ def test_what_is_measured_by_layer_is_in_the_result():
         (SMALL, ()),
         (SMALL.replace(rule="direct_feedback_alignment(adaptive=True)", optimizer="momentum", warmup_epochs=1), ()),
         (SMALL.replace(rule="node_perturbation(std=0.01)", average=0.9, record_every=2), ()),
-        (SMALL.replace(rule="dual_propagation"), ("iterations=1,2", "learning_rate=0.1,0.2")),
+        pytest.param(
+            SMALL.replace(rule="dual_propagation"), ("iterations=1,2", "learning_rate=0.1,0.2"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_it_goes_on_to_the_last_bit(config, grid):

@@ -89,7 +89,8 @@ def test_feedback_has_a_rate_of_its_own():
     np.testing.assert_allclose(run.carry.feedback.learned["c"], 1 - 4 * 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("solver", mostly_slow(["sgd", "rls"], ["sgd"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["sgd", "rls"])
 def test_node_perturbation_aligns_with_the_weights_on_digits(solver):
     """Before the warm-up the top layer's B and W stand at right angles, more or less; after it they do not."""
     rule = lrules.node_perturbation(1e-3, solver=solver)

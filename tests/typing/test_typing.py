@@ -64,7 +64,7 @@ def test_mypy(readme):
     check("mypy", *settings, *OWN, *readme)
 
 
-@pytest.mark.parametrize("mode", ["strict", "standard"])
+@pytest.mark.parametrize("mode", ["strict", pytest.param("standard", marks=pytest.mark.slow)])
 def test_pyright(mode, readme, tmp_path):
     """Ours strictly, the README by the rules of most users."""
     config = {
