@@ -26,7 +26,7 @@ help:
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
 	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
 	@echo "make mutate      change operators of MODULE=lrules/..., and show what its tests do not notice"
-	@echo "make bench       time and memory of every rule, and the time to trace it (an hour on two cores; BENCH_ARGS=--quick: minutes)"
+	@echo "make bench       time and memory of every rule, the time to trace it, and epochs of training (an hour on two cores; BENCH_ARGS=--quick: minutes)"
 	@echo "make gpu         all that needs a GPU, with the Python that has JAX for it (GPU_ARGS=--tiny for a CPU)"
 	@echo "make clean       remove the environments and caches"
 

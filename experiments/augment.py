@@ -177,7 +177,7 @@ def _step(node: ast.expr) -> Step:
 def _literal(name: str, option: str, node: ast.expr) -> float:
     try:
         value = ast.literal_eval(node)
-    except ValueError:
+    except (TypeError, ValueError):
         value = None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{name}: {option} must be a number, got {ast.unparse(node)}: write {_example(name)}.")

@@ -40,6 +40,13 @@ def define_config_flags(*, omit: Sequence[str] = (), **defaults: Any) -> None:
     flags.DEFINE_string("config", None, "A JSON file with a config, or the metrics.json of a run; flags come on top.")
 
 
+def define_sweep_flag() -> None:
+    """Defines the flag of grids of settings; `sweep` reads it."""
+    flags.DEFINE_multi_string(
+        "sweep", None, "A setting and its values, such as learning_rate=0.01,0.1; given again, all combinations."
+    )
+
+
 def define_output_flags(*, output: str) -> None:
     """Defines the flags that say where a program finds data and puts results."""
     flags.DEFINE_string("output", output, "Folder for the results.")
@@ -148,14 +155,12 @@ def use_compilation_cache() -> None:
 
 def output_folder() -> pathlib.Path:
     """The results folder of --output; it is made if it does not exist."""
-    check_output()
     return files.check_writable(FLAGS.output)
 
 
-def check_output() -> None:
-    """Refuses an empty --output, which would be the present folder."""
-    if not FLAGS.output.strip():
-        raise InputError("--output is empty: give a folder, as in --output=results/mine.")
+def keeping() -> dict[str, Any]:
+    """The options of a `keeper.Keeper` that the flags give."""
+    return {"keep": FLAGS.keep, "resume": FLAGS.resume, "seconds": FLAGS.checkpoint_seconds}
 
 
 def provenance_and_settings(seed: int) -> dict[str, Any]:

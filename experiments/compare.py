@@ -128,7 +128,6 @@ def main() -> int:
     devices.initialize_processes(FLAGS.processes)
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = keeper.describe(config, grid) | {"rules": list(chosen)}
-    cli.check_output()
     keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trials, refused = make_trials(
@@ -145,14 +144,7 @@ def main() -> int:
         keepers = {}
         for i, (name, trial) in enumerate(trials.items()):
             own = folder / "checkpoints" / f"{i:02d}-{re.sub('[^a-zA-Z0-9]+', '_', name)[:60]}"
-            kept = keeper.Keeper(
-                trial,
-                own,
-                described | {"rule": name},
-                keep=FLAGS.keep,
-                resume=FLAGS.resume,
-                seconds=FLAGS.checkpoint_seconds,
-            )
+            kept = keeper.Keeper(trial, own, described | {"rule": name}, **cli.keeping())
             keepers[name] = opened.enter_context(kept)
 
         def save_results(title: str | None = None) -> None:
@@ -162,24 +154,23 @@ def main() -> int:
         if all(trial.records for trial in trials.values()):
             save_results(title)
     if devices.is_first():
-        for paragraph in report(trials, refused, folder, title, stop):
+        for paragraph in report(trials, refused, folder, title, stop, keeper.goes_on(FLAGS.keep)):
             print(paragraph)
     return 0 if all(trial.finished for trial in trials.values()) else stop.exit_code
 
 
 def report(
-    trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str, stop: signals.Stop
+    trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str, stop: signals.Stop, goes_on: str
 ) -> list[str]:
     """What the user is told at the end."""
-    goes_on = keeper.GOES_ON if FLAGS.keep else keeper.BEGINS_ANEW
     if any(not trial.records for trial in trials.values()):
         return [f"{stop.sentence} No epoch of all rules was finished: {goes_on}"]
     told = [table(trials), *(f"\n{name} refused this model: {reason}" for name, reason in refused.items())]
     told += [f"\n{sentence}" for sentence in remarks(trials)]
-    epochs = min(trial.epochs for trial in trials.values())
-    told.append(f"\n{title}, {epochs} epochs. Results: {folder}/metrics.json, curves.csv, curves.png")
+    epochs = results.counted(min(trial.epochs for trial in trials.values()), "epoch")
+    told.append(f"\n{title}, {epochs}. Results: {folder}/metrics.json, curves.csv, curves.png")
     if any(not trial.finished for trial in trials.values()):
-        told.append(f"{stop.sentence} {epochs} epochs of all rules are done: {goes_on}")
+        told.append(f"{stop.sentence} All rules have done {epochs}: {goes_on}")
     return told
 
 
@@ -191,7 +182,7 @@ def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, titl
     if len(first.points) > 1:
         content["sweep"] = first.grid.texts()
     content["rules"] = {
-        name: {k: v for k, v in result.items() if k != "config"} for name, result in found.items()
+        name: {k: v for k, v in result.items() if k not in ("config", "hash")} for name, result in found.items()
     } | {name: {"refused": reason} for name, reason in refused.items()}
     histories = {name: (trial.records, trial.lanes(trial.chosen())) for name, trial in trials.items()}
     seeds = range(first.config.seed, first.config.seed + first.config.seeds)
@@ -202,25 +193,20 @@ def table(trials: Trials) -> str:
     """The figures of the selected epoch as a Markdown table, mean ± sd over the seeds."""
     found = {name: trial.summary(trial.chosen()) for name, trial in trials.items()}
     found = {name: figures | figures.get("selected", {}) for name, figures in found.items()}
-    columns = (
-        ("test accuracy (%)", "accuracy", 100, 2),
-        ("validation accuracy (%)", "validation_accuracy", 100, 2),
-        ("under attack (%)", "attacked", 100, 2),
-        ("test loss", "test_loss", 1, 4),
-        ("angle to backprop (°)", "angle", 1, 1),
-    )
     classes = any("accuracy" in figures for figures in found.values())
-    shown = [c for c in columns if any(c[1] in f for f in found.values()) and not (classes and c[1] == "test_loss")]
+    names = ["accuracy", "validation_accuracy", "attacked", *([] if classes else ["test_loss"]), "angle"]
+    shown = [name for name in names if any(name in figures for figures in found.values())]
+    labels = {name: label for name, (label, _, _) in results.FIGURES.items()} | {"attacked": "under attack (%)"}
     swept = any(len(trial.points) > 1 for trial in trials.values())
     rows = []
     for name, figures in found.items():
         cells = [
-            results.text(figures[figure], unit, digits) if figure in figures else "-"
-            for _, figure, unit, digits in shown
+            results.text(figures[figure], *results.FIGURES[figure][1:]) if figure in figures else "-"
+            for figure in shown
         ]
         trial = trials[name]
         rows.append((name, *cells, *([trial.points[trial.chosen()].text()] if swept else [])))
-    return results.table(("rule", *(column[0] for column in shown), *(["chosen"] if swept else [])), rows)
+    return results.table(("rule", *(labels[figure] for figure in shown), *(["chosen"] if swept else [])), rows)
 
 
 def remarks(trials: Trials) -> list[str]:
@@ -236,9 +222,7 @@ def remarks(trials: Trials) -> list[str]:
 
 if __name__ == "__main__":
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule without a required argument).")
-    flags.DEFINE_multi_string(
-        "sweep", None, "A setting and its values, such as learning_rate=0.01,0.1; given again, all combinations."
-    )
+    cli.define_sweep_flag()
     cli.define_config_flags(omit=("rule",), seeds=5)
     cli.define_execution_flags(output="results/compare")
     flags.adopt_module_key_flags(cli)

@@ -4,7 +4,7 @@
     config.replace(rule="feedback_alignment").hash()
     Config.load("results/train/metrics.json")  # the config of an earlier run, or a file that holds one
 
-The flags of the programs are made from its fields (`flags.py`); a checkpoint and a result hold it. Where the results go
+The flags of the programs are made from its fields (`cli.py`); a checkpoint and a result hold it. Where the results go
 and which devices compute them is no part of it.
 """
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import checks
+from experiments import checks, memory
 from experiments.errors import InputError
 from experiments.rows import on_disk, take
 
@@ -91,12 +91,10 @@ def scale(x: jax.Array | np.ndarray) -> jax.Array:
 
 
 def on_device(data: Dataset) -> Dataset:
-    """The same set with its arrays on the accelerator, so that several runs share them."""
-    parts = {}
-    for part, (x, y) in data.parts.items():
-        inputs = jnp.asarray(x)
-        parts[part] = inputs, inputs if y is x else jnp.asarray(y)
-    return data.with_parts(parts)
+    """The same set with its arrays on the accelerator, so that several runs share them; too large a set as it is."""
+    if not fits(data, memory.available() // 2):
+        return data
+    return data.with_parts({part: (jnp.asarray(x), jnp.asarray(y)) for part, (x, y) in data.parts.items()})
 
 
 def fits(data: Dataset, limit: int) -> bool:
@@ -194,16 +192,14 @@ def _npz(file: str) -> Dataset:
         raise InputError(f"There is no file {path}: give --dataset=npz:FILE with the arrays {', '.join(NAMES)}.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in NAMES if name not in arrays]
-            if missing:
-                raise InputError(f"{path} has no array {missing[0]}: save {', '.join(NAMES)} with numpy.savez.")
             found = {name: arrays[name] for name in (*NAMES, *OPTIONAL) if name in arrays}
-    except InputError:
-        raise
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile):
         raise InputError(
             f"{path} is not an npz file of plain arrays: save {', '.join(NAMES)} with numpy.savez."
         ) from None
+    missing = [name for name in NAMES if name not in found]
+    if missing:
+        raise InputError(f"{path} has no array {missing[0]}: save {', '.join(NAMES)} with numpy.savez.")
     return _of_arrays(found, path.name)
 
 

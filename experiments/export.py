@@ -40,7 +40,8 @@ def export(folder: str | pathlib.Path, params: Pytree, feedback: lrules.Feedback
     Raises:
       InputError: the folder cannot be written.
     """
-    folder, structure = files.check_writable(folder), folder.absolute() / "structure.json"
+    folder = files.check_writable(folder)
+    structure = folder / "structure.json"
     structure.unlink(missing_ok=True)  # it would describe other arrays
     arrays: dict[str, Any] = {}
     entries: dict[str, Any] = {}

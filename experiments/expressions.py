@@ -20,7 +20,7 @@ def parse(text: str, what: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
         nodes = ast.parse(f"[{text}]", mode="eval").body
         assert isinstance(nodes, ast.List)
         return [_entry(node) for node in nodes.elts]
-    except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError):
+    except (AssertionError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         raise malformed from None
 
 

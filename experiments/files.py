@@ -125,6 +125,8 @@ def check_writable(folder: str | os.PathLike[str], *, leave: bool = True) -> pat
     Raises:
       InputError: it cannot be made or written.
     """
+    if not os.fspath(folder).strip():  # it would be the present folder
+        raise InputError("--output is empty: give a folder, as in --output=results/mine.")
     folder = pathlib.Path(folder).expanduser()
     probe = folder / f".writable.{os.getpid()}.tmp"
     made = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -63,6 +63,11 @@ def folder_of(path: str, described: Mapping[str, Any]) -> Iterator[pathlib.Path]
             claim.lock.release()
 
 
+def goes_on(keep: int) -> str:
+    """What the same command does after a stop, for so many checkpoints."""
+    return GOES_ON if keep else BEGINS_ANEW
+
+
 def listen(minutes: float | None) -> signals.Stop:
     """Ends the run by a signal or after some minutes; all processes at the same place."""
     return signals.Stop(None if minutes is None else 60 * minutes, agree=devices.largest)

@@ -312,8 +312,7 @@ class Run:
         losses = self._epoch_losses()
         train_loss = losses.mean(1)
         since = (self.steps - 1) // self.record_every * self.record_every if self.record_every else 0
-        self.epochs, self.step, self._losses = self.epochs + 1, 0, []
-        seconds, self._seconds = self._seconds, 0.0
+        seconds = self._end_epoch()
         test = self.evaluate(*self._feed.sets["test"])
         held = self.evaluate(*self._feed.sets["val"]) if "val" in self._feed.sets else {}
         attacked = self.evaluate(*self._feed.sets["test"], name="attacked") if self._attacks else {}
@@ -333,11 +332,17 @@ class Run:
         return record
 
     def steps_of_an_epoch(self) -> np.ndarray:
-        """Trains for an epoch without evaluating; returns the losses [lanes, steps]. (For timing.)"""
+        """Trains for an epoch without evaluating; returns the losses [lanes, steps]."""
         self._finish("step", 2, self.epochs, 1, None)
         losses = self._epoch_losses()
-        self.epochs, self.step, self._losses = self.epochs + 1, 0, []
+        self._end_epoch()
         return losses
+
+    def _end_epoch(self) -> float:
+        """Counts the epoch as finished; returns the seconds of its steps."""
+        seconds, self._seconds = self._seconds, 0.0
+        self.epochs, self.step, self._losses = self.epochs + 1, 0, []
+        return seconds
 
     def measure(self, epoch: int) -> dict[str, np.ndarray]:
         """What the method measures on the probe [lanes], with the keys of an epoch."""

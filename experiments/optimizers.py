@@ -31,6 +31,7 @@ class Optimizers(NamedTuple):
 _UNSUITED = ("lbfgs", "optimistic_adam", "rprop", "sm3")  # one needs the loss as a function, three take no schedule
 
 
+@functools.cache
 def names() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """Every optimizer of optax that a learning rate is enough for, by name, and `momentum`: SGD with 0.9."""
     found = {}

@@ -1,6 +1,7 @@
 """Results: figures over seeds, tables, files, and all that is needed to repeat them."""
 
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -12,11 +13,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is slow to import
 
 from experiments.files import savefig, write_csv, write_json
 from experiments.loop import Record
 
 PACKAGES = ("lrules", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+# What tables show of a `Record`: the label, the unit and the digits.
+FIGURES = {
+    "accuracy": ("test accuracy (%)", 100, 2),
+    "validation_accuracy": ("validation accuracy (%)", 100, 2),
+    "attacked": ("test accuracy under attack (%)", 100, 2),
+    "test_loss": ("test loss", 1, 4),
+    "validation_loss": ("validation loss", 1, 4),
+    "train_loss": ("training loss", 1, 4),
+    "angle": ("angle to backprop (°)", 1, 1),
+}
 
 
 def statistics(values: np.ndarray) -> dict[str, Any]:
@@ -25,10 +39,8 @@ def statistics(values: np.ndarray) -> dict[str, Any]:
     n = len(values)
     if n < 2:
         return {"mean": float(values.mean()), "sd": None, "interval": None}
-    from scipy import stats  # slow to import
-
     sd = float(values.std(ddof=1))
-    return {"mean": float(values.mean()), "sd": sd, "interval": float(stats.t.ppf(0.975, n - 1) * sd / n**0.5)}
+    return {"mean": float(values.mean()), "sd": sd, "interval": float(stdtrit(n - 1, 0.975) * sd / n**0.5)}
 
 
 def text(values: Mapping[str, Any], unit: float = 1, digits: int = 2) -> str:
@@ -74,6 +86,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def describe_device() -> str:
     """The name of the accelerator, or of the processor with its number of cores."""
     device = jax.devices()[0]
@@ -85,6 +98,7 @@ def describe_device() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

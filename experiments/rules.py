@@ -180,7 +180,7 @@ def _value(node: ast.expr, given: Mapping[int, dict[str, Any]] = MappingProxyTyp
             return [_value(element, given) for element in elements]
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (TypeError, ValueError):
         text = ast.unparse(node)
         raise InputError(f"A rule cannot contain '{text}': use names of rules, their options and literals.") from None
 

@@ -1,7 +1,7 @@
 """Grids of settings: `--sweep="learning_rate=0.002,0.01" --sweep="alpha=0.5,1"`.
 
     grid = sweep.parse(["learning_rate=0.002,0.01", "weight_decay=0,1e-4"], config)
-    grid.points()  # [{"learning_rate": 0.002, "weight_decay": 0.0}, ...]
+    grid.points()  # [Point({"learning_rate": 0.002, "weight_decay": 0.0}, {}), ...]
 
 A name is a field of the config, or an option of the rule. The lanes of one run may differ in learning rates, in weight
 decay, and in the numbers of a rule that may be traced. All other settings need a run each.
@@ -132,7 +132,7 @@ def _values(text: str) -> tuple[Any, ...]:
 def _literal(node: ast.expr, text: str | None) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (TypeError, ValueError):
         return text
 
 

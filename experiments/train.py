@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, devices, keeper, results, rules, signals, sweep
+from experiments import build, cli, devices, export, keeper, results, rules, signals, sweep
 from experiments.config import Config
 from experiments.loop import Diverged, Record
 from experiments.progress import Progress
@@ -36,29 +36,31 @@ def main() -> int:
     devices.initialize_processes(FLAGS.processes)
     placement = devices.placement(FLAGS.devices, FLAGS.mesh, config.batch_size)
     described = keeper.describe(config, grid)
-    cli.check_output()
     keeper.check_free(FLAGS.output, described)
     dataset = build.dataset(config, data_dir=FLAGS.data_dir, download=FLAGS.download)
     trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan, parts=keeper.FIRST_PARTS)
     title = f"{config.model} on {dataset.name}"
     with keeper.folder_of(FLAGS.output, described) as folder, keeper.listen(FLAGS.minutes) as stop:
-        train(trial, folder, described, title, stop)
+        train(trial, folder, described, title, stop, **cli.keeping())
     if devices.is_first():
-        for paragraph in report(trial, folder, stop):
+        for paragraph in report(trial, folder, stop, keeper.goes_on(FLAGS.keep)):
             print(paragraph)
     return 0 if trial.finished else stop.exit_code
 
 
-def train(trial: Trial, folder: pathlib.Path, described: Mapping[str, Any], title: str, stop: signals.Stop) -> None:
-    """Trains to the end or to a stop; writes checkpoints, and results after each epoch."""
-    with keeper.Keeper(
-        trial,
-        folder / "checkpoints",
-        described,
-        keep=FLAGS.keep,
-        resume=FLAGS.resume,
-        seconds=FLAGS.checkpoint_seconds,
-    ) as kept:
+def train(
+    trial: Trial,
+    folder: pathlib.Path,
+    described: Mapping[str, Any],
+    title: str,
+    stop: signals.Stop,
+    **keeping: Any,
+) -> None:
+    """Trains to the end or to a stop; writes checkpoints, results after each epoch, and at the end plain arrays.
+
+    `keeping` are the options of the `Keeper`.
+    """
+    with keeper.Keeper(trial, folder / "checkpoints", described, **keeping) as kept:
         try:
             if warm_up(trial, kept, stop):
                 train_epochs(trial, kept, folder, title, stop)
@@ -66,6 +68,9 @@ def train(trial: Trial, folder: pathlib.Path, described: Mapping[str, Any], titl
             raise Diverged(f"{error} {kept.sentence}") from None
         if trial.records:
             devices.from_first(lambda: write(trial, folder, title))
+            carry = trial.carry(trial.chosen())
+            params, feedback = devices.gather((carry.evaluated, carry.feedback))
+            devices.from_first(lambda: export.export(folder / "export", params, feedback))
 
 
 def warm_up(trial: Trial, kept: keeper.Keeper, stop: signals.Stop) -> bool:
@@ -110,14 +115,13 @@ def train_epochs(trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title:
             kept.save(now=trial.finished or stop.requested)
 
 
-def report(trial: Trial, folder: pathlib.Path, stop: signals.Stop) -> list[str]:
+def report(trial: Trial, folder: pathlib.Path, stop: signals.Stop, goes_on: str) -> list[str]:
     """What the user is told at the end."""
-    goes_on = keeper.GOES_ON if FLAGS.keep else keeper.BEGINS_ANEW
     if not trial.records:
         return [f"{stop.sentence} No epoch was finished: {goes_on}"]
     final = trial.result()
     told = [table(final, trial.config), *(f"\n{sentence}" for sentence in remarks(trial, final))]
-    told.append(f"\nResults: {folder}/metrics.json, curves.csv, curves.png")
+    told.append(f"\nResults: {folder}/metrics.json, curves.csv, curves.png; parameters and feedback: {folder}/export")
     if not trial.finished:
         done = f"{trial.epochs} of {trial.config.epochs} epochs are done"
         told.append(f"{stop.sentence} {done}: {goes_on}")
@@ -126,12 +130,13 @@ def report(trial: Trial, folder: pathlib.Path, stop: signals.Stop) -> list[str]:
 
 def write(trial: Trial, folder: pathlib.Path, title: str, *, picture: bool = True) -> None:
     """Writes the results so far."""
-    config, chosen = trial.config, trial.chosen()
+    config = trial.config
     names = [", ".join(filter(None, (config.rule, point.text()))) for point in trial.points]
     content = {"rule": config.rule} | trial.result()
     seeds = range(config.seed, config.seed + config.seeds)
     histories = {name: (trial.records, trial.lanes(i)) for i, name in enumerate(names)}
-    results.write(folder, content, histories, seeds, title if picture else None, shown=[names[chosen]])
+    shown = [names[trial.chosen()]] if picture else None
+    results.write(folder, content, histories, seeds, title if picture else None, shown=shown)
 
 
 def brief(record: Record) -> str:
@@ -146,24 +151,13 @@ def brief(record: Record) -> str:
     return ", ".join(words)
 
 
-FIGURES = (
-    ("test accuracy (%)", "accuracy", 100, 2),
-    ("validation accuracy (%)", "validation_accuracy", 100, 2),
-    ("test accuracy under attack (%)", "attacked", 100, 2),
-    ("test loss", "test_loss", 1, 4),
-    ("validation loss", "validation_loss", 1, 4),
-    ("training loss", "train_loss", 1, 4),
-    ("angle to backprop (°)", "angle", 1, 1),
-)
-
-
 def table(final: Mapping[str, Any], config: Config) -> str:
     """The figures of the selected epoch as a Markdown table."""
     where = f"after epoch {final['epochs']}"
     if "selected" in final:
         final, where = final | final["selected"], "in the best epoch on the validation set"
     rows = []
-    for label, name, unit, digits in FIGURES:
+    for name, (label, unit, digits) in results.FIGURES.items():
         if name in final:
             values = final[name]
             mean, sd, half = (
@@ -192,8 +186,6 @@ def remarks(trial: Trial, final: Mapping[str, Any]) -> list[str]:
 if __name__ == "__main__":
     cli.define_config_flags()
     cli.define_execution_flags(output="results/train")
-    flags.DEFINE_multi_string(
-        "sweep", None, "A setting and its values, such as learning_rate=0.01,0.1; given again, all combinations."
-    )
+    cli.define_sweep_flag()
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -9,6 +9,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 import lrules
@@ -148,15 +149,21 @@ class Trial:
         """The lanes of a point."""
         return slice(point * self.config.seeds, (point + 1) * self.config.seeds)
 
+    def carry(self, point: int) -> Any:
+        """What the run of a point carries now, every leaf [seeds, ...]."""
+        places = [(run, i) for run, points in zip(self.runs, self.grid.runs(), strict=True) for i in range(len(points))]
+        run, place = places[point]
+        return jax.tree.map(lambda leaf: leaf[self.lanes(place)], run.carry)
+
     def chosen(self) -> int:
         """The point with the best mean validation accuracy, at the epochs that the config selects."""
-        if len(self.points) == 1:
-            return 0
+        return 0 if len(self.points) == 1 else self._best([self.summary(i) for i in range(len(self.points))])
+
+    def _best(self, summaries: Sequence[Mapping[str, Any]]) -> int:
         figure = "validation_accuracy" if self.records[-1].validation_accuracy is not None else "validation_loss"
         sign = 1 if figure == "validation_accuracy" else -1
         means = []
-        for i in range(len(self.points)):
-            found = self.summary(i)
+        for found in summaries:
             mean = found.get("selected", found)[figure]["mean"]
             means.append(sign * mean if np.isfinite(mean) else -np.inf)
         return int(np.argmax(means))
@@ -167,8 +174,9 @@ class Trial:
 
     def result(self) -> dict[str, Any]:
         """What metrics.json has of this trial: the figures of the chosen point, and those of every point of a grid."""
-        chosen = self.chosen()
-        content = {"config": self.config.to_dict(), "hash": self.config.hash()} | self.summary(chosen)
+        summaries = [self.summary(i) for i in range(len(self.points))]
+        chosen = self._best(summaries) if len(summaries) > 1 else 0
+        content = {"config": self.config.to_dict(), "hash": self.config.hash()} | summaries[chosen]
         content |= {"epochs": self.epochs, "compile_seconds": self.compile_seconds}
         content["step_seconds"] = sum(r.seconds for r in self.records) / (self.steps * self.epochs)
         if len(self.points) > 1:
@@ -177,8 +185,8 @@ class Trial:
             content["chosen"] = point.fields | point.options
             content["at_edge"] = self.grid.at_edge(point)
             content["points"] = [
-                {"settings": p.fields | p.options} | {k: v for k, v in self.summary(i).items() if k != "curves"}
-                for i, p in enumerate(self.points)
+                {"settings": p.fields | p.options} | {k: v for k, v in summary.items() if k != "curves"}
+                for p, summary in zip(self.points, summaries, strict=True)
             ]
         if self.config.record_every or self.config.layers:
             content["records"] = [record for run in self.runs for record in run.curve]

@@ -100,7 +100,7 @@ def load(folder: pathlib.Path, cell: Cell) -> Measured | None:
 
 
 def missing(folder: pathlib.Path, cell: Cell, config: Config) -> bool:
-    """Whether a run of `config` (of the cell, perhaps reduced) has more epochs or seeds than the file."""
+    """Whether a run of `config` (perhaps reduced) has more epochs than the file, or as many and more seeds."""
     there = load(folder, cell)
     return there is None or (there.epochs, len(there.accuracy)) < (config.epochs, config.seeds)
 
@@ -110,7 +110,7 @@ def measure(cell: Cell, config: Config, dataset: data.Dataset, work: pathlib.Pat
     begin = time.monotonic()
     trial = Trial(config, dataset)
     described = {"cell": cell.name, "config": config.to_dict()}
-    folder = work / cell.file.removesuffix(".json")
+    folder = work / f"{cell.file.removesuffix('.json')}-{config.hash()}"
     with (
         Keeper(trial, folder, described, keep=1, resume=True) as kept,
         Progress(config.epochs, "epoch", begin=trial.epochs) as bar,
@@ -213,37 +213,50 @@ def main(tables: Mapping[str, Table], home: pathlib.Path) -> int:
     elif FLAGS.report:
         print("\n\n".join(report(table, root / f"table_{key}") for key, table in chosen.items()))
     else:
-        return run(chosen, root)
+        epochs, seeds = (1, 1) if FLAGS.quick else (FLAGS.epochs, FLAGS.seeds)
+        try:
+            pattern = re.compile(FLAGS.cells)
+        except re.error as error:
+            raise InputError(f"--cells is not a regular expression ({error}): write it as in --cells=SRBP.") from None
+        wanted = Wanted(pattern, epochs, seeds, FLAGS.minutes, FLAGS.data_dir, pathlib.Path(FLAGS.work))
+        return run(chosen, root, wanted)
     return 0
 
 
-def run(tables: Mapping[str, Table], root: pathlib.Path) -> int:
+class Wanted(NamedTuple):
+    """Which cells to train, how much of each, for how long, and where their data and checkpoints are."""
+
+    pattern: re.Pattern[str]
+    epochs: int | None
+    seeds: int | None
+    minutes: float | None
+    data_dir: str | None
+    work: pathlib.Path
+
+    def of(self, config: Config) -> Config:
+        """The config with these seeds, and with these epochs if they are fewer."""
+        epochs = min(self.epochs or config.epochs, config.epochs)
+        return config.replace(epochs=epochs, seeds=self.seeds or config.seeds)
+
+
+def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted) -> int:
     """Trains the missing cells."""
-    try:
-        pattern = re.compile(FLAGS.cells)
-    except re.error as error:
-        raise InputError(f"--cells is not a regular expression ({error}): write it as in --cells=SRBP.") from None
-    sets: dict[str, data.Dataset] = {}
-    with signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
+    sets: dict[tuple[Any, ...], data.Dataset] = {}
+    with signals.Stop(seconds=wanted.minutes and 60 * wanted.minutes) as stop:
         for key, table in tables.items():
             folder = files.check_writable(root / f"table_{key}")
-            for cell in (cell for cell in table.cells if pattern.search(cell.name)):
-                config = reduced(cell.config)
+            for cell in (cell for cell in table.cells if wanted.pattern.search(cell.name)):
+                config = wanted.of(cell.config)
                 rules.parse(config.rule)
                 if stop.requested or not missing(folder, cell, config):
                     continue
-                if config.dataset not in sets:
-                    sets[config.dataset] = data.on_device(build.dataset(config, data_dir=FLAGS.data_dir))
-                content = measure(cell, config, sets[config.dataset], pathlib.Path(FLAGS.work) / f"table_{key}", stop)
+                own = config.dataset, config.classes, config.validation, config.seed
+                if own not in sets:
+                    sets[own] = data.on_device(build.dataset(config, data_dir=wanted.data_dir))
+                content = measure(cell, config, sets[own], wanted.work / f"table_{key}", stop)
                 if content is not None:
                     files.write_json(folder / cell.file, content)
             print(report(table, folder))
     if stop.requested:
         print(f"\n{stop.sentence} The same command goes on.")
     return stop.exit_code
-
-
-def reduced(config: Config) -> Config:
-    """The config with the seeds that the flags give, and their epochs if these are fewer."""
-    epochs, seeds = (1, 1) if FLAGS.quick else (FLAGS.epochs, FLAGS.seeds)
-    return config.replace(epochs=min(epochs or config.epochs, config.epochs), seeds=seeds or config.seeds)

@@ -245,13 +245,13 @@ def main() -> None:
         table: {name: result._asdict() | {"settled": result.settled} for name, result in found.items()}
         for table, found in tables.items()
     }
-    content = cli.provenance_and_settings(FLAGS.seed) | {"config": config.to_dict()} | figures | {"paper": paper}
+    content = cli.provenance_and_settings(config.seed) | {"config": config.to_dict()} | figures | {"paper": paper}
     files.write_json(folder / "metrics.json", content)
     rows = [
-        (table, name, FLAGS.seed + i, r.accuracy[i], r.lipschitz[i], r.residual[i, -1] if r.residual.size else "")
+        (table, name, config.seed + i, r.accuracy[i], r.lipschitz[i], r.residual[i, -1] if r.residual.size else "")
         for table, found in tables.items()
         for name, r in found.items()
-        for i in range(FLAGS.seeds)
+        for i in range(config.seeds)
     ]
     files.write_csv(folder / "table.csv", ("table", "run", "seed", "accuracy", "lipschitz", "residual"), rows)
     shown = [*([config.widths] if one else []), *([deep_widths] if two else [])]

@@ -77,3 +77,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
         export(tmp_path / "file", {})
+
+
+def test_the_folder_may_be_a_text(tmp_path):
+    folder = export(f"{tmp_path}/new", {"w": np.ones(2)})
+    assert sorted(path.name for path in folder.iterdir()) == ["params.npz", "structure.json"]

@@ -134,6 +134,7 @@ def test_rates_and_decay_may_be_traced():
         ({"optimizer": "adm"}, "There is no optimizer 'adm': did you mean 'adam'"),
         ({"optimizer": "sgd(moment=1)"}, "The optimizer sgd has no option 'moment': did you mean 'momentum'"),
         ({"optimizer": "sgd(0.9"}, "is malformed: write a name"),
+        ({"optimizer": "sgd({[]})"}, "is malformed: write a name"),
         ({"optimizer": "sgd, adam"}, "must be one name, got 2"),
         ({"optimizer": "adamw(weight_decay=0.1)", "weight_decay": 0.1}, "given twice"),
         ({"optimizer": "sgd(momentum='a')"}, "cannot make a step .*: correct its options"),

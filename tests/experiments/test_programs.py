@@ -30,6 +30,9 @@ def test_train(tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "curves.csv").open()))
     assert [(row["epoch"], row["seed"]) for row in rows] == [(e, s) for e in "123" for s in "78"]
     assert is_png(tmp_path / "out" / "curves.png")
+    arrays = np.load(tmp_path / "out" / "export" / "params.npz")
+    assert arrays["layers/0/kernel"].shape == (2, 16, 4)  # [seeds, inputs, outputs]
+    assert lrules.feedback.load(tmp_path / "out" / "export" / "feedback.npz").learned == {}
 
 
 def test_compare_sweeps_and_refuses(tmp_path):
