@@ -1,6 +1,7 @@
 """From a `Config` to what it describes: the data, the task, the method, the run."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -86,22 +87,12 @@ def run(
 ) -> Run:
     """The run of a config. Each of the `settings` has a number for each seed of each point, point after point."""
     task = tasks.build(config, dataset) if task is None else task
-    if config.augmentation:
-        from experiments import augment
-
-        augment.parse(config.augmentation).check(dataset.shape)
     steps = steps_per_epoch(dataset, config.batch_size)
-    seeds = list(range(config.seed, config.seed + config.seeds))
+    seeds = list(config.all_seeds)
     points = len(next(iter(settings.values()))) // len(seeds) if settings else 1
-    make: Method | Callable[..., Method]
-    if settings:
-
-        def make(**given: Any) -> Method:
-            return method(config, task, steps, rule=rule, options=options, **given)
-    else:
-        make = method(config, task, steps, rule=rule, options=options)
+    make = functools.partial(method, config, task, steps, rule=rule, options=options)
     return Run(
-        make,
+        make if settings else make(),
         dataset,
         seeds=seeds * points,
         settings=settings,

@@ -185,7 +185,7 @@ def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, titl
         name: {k: v for k, v in result.items() if k not in ("config", "hash")} for name, result in found.items()
     } | {name: {"refused": reason} for name, reason in refused.items()}
     histories = {name: (trial.records, trial.lanes(trial.chosen())) for name, trial in trials.items()}
-    seeds = range(first.config.seed, first.config.seed + first.config.seeds)
+    seeds = first.config.all_seeds
     results.write(folder, content, histories, seeds, title)
 
 

@@ -139,6 +139,11 @@ class Config:
         content = _read(path)
         return cls.from_dict(content.get("config", content))
 
+    @property
+    def all_seeds(self) -> range:
+        """Every seed of the run."""
+        return range(self.seed, self.seed + self.seeds)
+
     def hash(self) -> str:
         """Twelve hexadecimal digits that stay the same when the config gets new fields with default values."""
         default = Config().to_dict()

@@ -31,7 +31,7 @@ from absl import flags
 from tqdm import tqdm
 
 import lrules
-from experiments import cli, data, files, models, results, rules, tasks
+from experiments import benchmark, cli, data, files, models, results, rules, tasks
 from experiments.errors import InputError, nearest
 from experiments.loop import Run
 from experiments.methods import by_rule
@@ -81,7 +81,7 @@ def ours(case: Case, dataset: data.Dataset, rule: lrules.Rule, *, seeds: int = 1
     """An epoch of `loop.Run`, without the evaluation."""
     method = by_rule(make_task(case), rule, optax.adam(RATE), angle=False)
     run = Run(method, dataset, seeds=range(seeds), batch_size=case.batch, probe=0, **options)
-    return lambda: run.steps_of_an_epoch()
+    return run.steps_of_an_epoch
 
 
 def scan(case: Case, dataset: data.Dataset, rule: lrules.Rule) -> Epoch:
@@ -91,22 +91,12 @@ def scan(case: Case, dataset: data.Dataset, rule: lrules.Rule) -> Epoch:
     x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
     steps = case.examples // case.batch
     feedback = rule.init(jax.random.key(1), task.net, params, (state, data.scale(x[: case.batch])))
-    value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
-    plain = is_backprop(rule)
+    gradients = benchmark.plain_step(task) if is_backprop(rule) else benchmark.rule_step(task, rule)
 
     def step(carry: Any, rows: Any) -> Any:
         params, state, optimizer_state = carry
-        inputs, targets = data.scale(x[rows]), y[rows]
-        if plain:
-
-            def objective(params: Any) -> Any:
-                outputs, new = task.net(params, (state, inputs))
-                return task.loss(outputs, targets).mean(), new
-
-            (value, state), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        else:
-            (value, _, state), (grads, *_) = value_and_grad(params, feedback, (state, inputs), targets)
-        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+        value, state, grads = gradients(params, feedback, state, data.scale(x[rows]), y[rows])
+        updates, optimizer_state = optimizer.update(grads.params, optimizer_state, params)
         return (optax.apply_updates(params, updates), state, optimizer_state), value
 
     @functools.partial(jax.jit, donate_argnums=0)

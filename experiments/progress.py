@@ -21,7 +21,6 @@ class Progress:
         self.done, self.begin, self.label, self.note, self.show = begin, begin, "", "", show
         self.bar: Any = tqdm(total=total, unit=unit, initial=begin) if show and sys.stderr.isatty() else None
         self.start = self.last = time.monotonic()
-        self.lines = 0
 
     def __enter__(self) -> "Progress":
         return self

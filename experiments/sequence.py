@@ -39,11 +39,10 @@ class Division(NamedTuple):
     classes: np.ndarray
     numbers: np.ndarray  # [seeds, classes]
 
-    def rows(self, labels: np.ndarray, task: int, count: int | None = None) -> np.ndarray:
-        """The examples of a task [seeds, examples]: the first `count` of each seed, or as many as all seeds have."""
+    def rows(self, labels: np.ndarray, task: int) -> np.ndarray:
+        """The examples of a task [seeds, examples]: as many as all seeds have."""
         found = [np.flatnonzero(np.isin(labels, classes[task])) for classes in self.classes]
-        count = min(map(len, found)) if count is None else count
-        return np.stack([rows[:count] for rows in found]).astype(np.int32)
+        return np.stack([rows[: min(map(len, found))] for rows in found]).astype(np.int32)
 
 
 def divide(dataset: data.Dataset, seeds: range, per_task: int, *, tuning: bool = False) -> Division:
@@ -80,10 +79,11 @@ def train(
     advance: Callable[[int], Any] | None = None,
 ) -> np.ndarray:
     """Test accuracy of every task after every task [seeds, after, task], each task trained for the config's epochs."""
-    seeds = range(config.seed, config.seed + config.seeds)
+    seeds = config.all_seeds
     count = division.classes.shape[1]
     y_train, y_test = np.asarray(dataset.y_train), np.asarray(dataset.y_test)
-    examples = min(division.rows(y_train, task).shape[1] for task in range(count))
+    rows = [division.rows(y_train, task) for task in range(count)]
+    examples = min(own.shape[1] for own in rows)
     task = tasks.build(config, dataset._replace(classes=division.classes.shape[2]))
     method = build.method(config, task, steps_per_epoch(dataset, config.batch_size, examples))
     run = Run(
@@ -92,12 +92,12 @@ def train(
         seeds=seeds,
         batch_size=config.batch_size,
         probe=0,
-        rows=division.rows(y_train, 0, examples),
+        rows=rows[0][:, :examples],
     )
     fresh = jax.tree.map(np.asarray, run.carry[0].optimizer)
     accuracy = np.zeros((config.seeds, count, count))
     for after in range(count):
-        run.rows = division.rows(y_train, after, examples)
+        run.rows = rows[after][:, :examples]
         run.carry = run.carry[0]._replace(optimizer=fresh), jnp.asarray(division.numbers)
         for _ in range(config.epochs):
             run.steps_of_an_epoch()
@@ -143,7 +143,7 @@ def main() -> None:
     folder = cli.output_folder()
     dataset = build.dataset(config, data_dir=FLAGS.data_dir)
     division = divide(
-        dataset, range(config.seed, config.seed + config.seeds), FLAGS.per_task, tuning=FLAGS.tuning
+        dataset, config.all_seeds, FLAGS.per_task, tuning=FLAGS.tuning
     )
     with Progress(division.classes.shape[1] * config.epochs, "epoch") as bar:
         accuracy = train(config, dataset, division, advance=bar.advance)

@@ -106,8 +106,12 @@ def task(make_model: Callable[[nnx.Rngs], nnx.Module], loss: Loss = cross_entrop
     return Task(net, loss, init, predict)
 
 
-def build(config: Config, dataset: Dataset, *, widths: Sequence[int] | None = None) -> Task:
-    """The task of a config, for the shape of the data; `widths` replaces the config's."""
+def build(config: Config, dataset: Dataset) -> Task:
+    """The task of a config, for the shape of the data."""
+    if config.augmentation:
+        from experiments import augment  # dm-pix is slow to import
+
+        augment.parse(config.augmentation).check(dataset.shape)
     loss = LOSSES[config.loss]
     if config.label_smoothing:
         if config.loss != "cross_entropy":
@@ -115,7 +119,7 @@ def build(config: Config, dataset: Dataset, *, widths: Sequence[int] | None = No
         loss = smoothed(config.label_smoothing)
     autoencodes = config.task == "autoencoding"
     outputs = math.prod(dataset.shape) if autoencodes else dataset.classes
-    options: dict[str, Any] = {"widths": widths or config.widths, "activation": config.activation}
+    options: dict[str, Any] = {"widths": config.widths, "activation": config.activation}
     options["dtype"] = jnp.dtype(config.dtype)
     built = task(lambda rngs: models.build(config.model, dataset.shape, outputs, rngs=rngs, **options), _wide(loss))
     if autoencodes:

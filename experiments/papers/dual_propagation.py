@@ -228,7 +228,7 @@ def main() -> None:
     except ValueError as error:
         raise InputError(f"{error}.") from None
     deep_widths = cli.positive_integers("deep_widths", FLAGS.deep_widths)
-    shallow, deep = tasks.build(config, dataset), tasks.build(config, dataset, widths=deep_widths)
+    shallow, deep = tasks.build(config, dataset), tasks.build(config.replace(widths=deep_widths), dataset)
     for task, rules, other in ((shallow, rules_one, "2"), (deep, rules_two, "1")):
         if FLAGS.table != other:
             methods.check(task, rules, dataset.x_train, dataset.y_train, config.batch_size)
