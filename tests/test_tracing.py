@@ -326,7 +326,13 @@ def test_a_tracer_may_be_put_where_a_kept_network_reads_it():
     del key
 
 
-@both(EVERY, slow=["direct updates", "sequential dual_propagation", "direct modified"])  # type: ignore[arg-type]
+LONG = [
+    *("direct updates", "direct modified", "sequential dual_propagation", "sequential modified"),
+    *("sequential derivatives", "sequential partition"),
+]
+
+
+@both(EVERY, slow=LONG)  # type: ignore[arg-type]
 def test_a_network_that_is_kept_leaks_no_tracers(rule, times):
     net = lrules.Network(model)
     with jax.checking_leaks():
