@@ -37,6 +37,14 @@ class Progress:
         if self.bar:
             self.bar.set_description(label)
 
+    def restart(self, total: int, begin: int = 0) -> None:
+        """Another total, of which `begin` units are done already."""
+        self.total, self.done, self.begin, self.start = total, begin, begin, time.monotonic()
+        if self.bar:
+            self.bar.initial = begin
+            self.bar.reset(total)
+            self.bar.update(begin)
+
     def advance(self, units: int, note: str | None = None) -> None:
         """`units` more are done; `note` is the text after the bar."""
         self.done += units

@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -82,8 +83,21 @@ def provenance() -> dict[str, Any]:
         "platform": device.platform,
         "processes": jax.process_count(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of the checkout that runs, with a + if files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + "+" * bool(changed)
 
 
 @functools.cache

@@ -1,262 +1,233 @@
-"""Tables of the papers. A table is a list of cells; a cell has the config of a run and the number in the paper.
+"""Tables and figures of the papers as lists of cells. A cell is a run, and what the paper says about it.
 
-The program of a paper gives its tables to `main`. Then it has these commands:
+    Cell("Sparse-1", "SRBP", Config(dataset="mnist", rule="srbp(init=sparse(1))", seeds=5), paper={"accuracy": (94.6, 0.6)})
 
-    python -m experiments.papers.baldi_2018 --list                   # the cells: done, reduced, missing, and their time
-    python -m experiments.papers.baldi_2018 --table=1 --minutes=60   # trains missing cells; goes on where it stopped
-    python -m experiments.papers.baldi_2018 --table=1 --cells="SRBP" --seeds=2 --epochs=20   # some cells, reduced
-    python -m experiments.papers.baldi_2018 --table=1 --report       # the table as Markdown, from the finished cells
-
-A finished cell is one JSON file: config, figures for each seed, some points of the curves, versions, device, time. To
-combine the results of two machines, copy their files into one folder. A cell with fewer epochs or seeds than its config
-is *reduced*: the table marks it, and a full run replaces it.
+A run gives its figures for each seed: `measure` trains a config, and a paper may have a `Measure` of its own. The file
+of a measured block of seeds holds the config, those figures, some points of the curves, versions, device, commit and
+time. Every seed is a run of its own, so the blocks of a cell add up, on whichever machine they were measured: to merge
+two folders, copy their files. What was measured for fewer epochs than the config has is *reduced*, and so is a cell
+with fewer seeds; reports say so, and a fuller run replaces it.
 """
 
 import json
 import pathlib
 import re
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 
-from experiments import build, cli, data, files, results, rules, signals
+from experiments import files, results, sweep
 from experiments.config import Config
-from experiments.errors import InputError, nearest
+from experiments.data import Dataset
 from experiments.keeper import Keeper
 from experiments.progress import Progress
+from experiments.signals import Stop
 from experiments.trial import Trial
 
-FLAGS = flags.FLAGS
-POINTS = 25  # how many points of a curve a file keeps
+POINTS = 25  # of a curve, that a file keeps
+Number = tuple[float, float | None]  # mean and sd
+
+
+class Job(NamedTuple):
+    """What a `Measure` gets: the cell's config with the epochs and seeds to measure now, and where the work goes on.
+
+    Attributes:
+      config: what to train; `config.seed` and `config.seeds` are the block of seeds.
+      sweep: the grid of the cell.
+      dataset: loads the data set of a config; it keeps the last one.
+      work: a folder for checkpoints, of this job alone.
+      stop: whether to end after the present part; a job that ends so returns None and goes on in the same folder later.
+      bar: shows epochs; `bar.restart` sets its total.
+    """
+
+    config: Config
+    sweep: Sequence[str]
+    dataset: Callable[[Config], Dataset]
+    work: pathlib.Path
+    stop: Stop
+    bar: Progress
+
+
+# The figures of a job by name, each {"by_seed": [a number for each seed]}, and whatever else the file should hold, such
+# as "curves"; None if it was stopped before the end.
+Measure = Callable[[Job], Mapping[str, Any] | None]
+
+
+def measure(job: Job) -> Mapping[str, Any] | None:
+    """Trains a config to its end; of a grid, it has the figures of the point that the validation set chooses."""
+    grid = sweep.parse(job.sweep, job.config)
+    trial = Trial(job.config, job.dataset(job.config), grid=grid)
+    described = {"config": job.config.to_dict(), "sweep": list(job.sweep)}
+    with Keeper(trial, job.work, described, keep=1, resume=True) as kept:
+        job.bar.restart(job.config.epochs, trial.epochs)
+        while not trial.finished and not job.stop.requested:
+            record = trial.epoch(advance=lambda _: job.stop.requested)
+            kept.save(now=trial.finished or job.stop.requested)
+            if record is not None:
+                note = f"{record.accuracy.mean():.2%}" if record.accuracy is not None else f"{record.test_loss.mean():.3g}"
+                job.bar.advance(1, note)
+    if not trial.finished:
+        return None
+    found = trial.result()
+    found |= found.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
+    return found | {"curves": thin(found["curves"], job.config.epochs)}
+
+
+def thin(curves: Mapping[str, Any], epochs: int, points: int = POINTS) -> dict[str, Any]:
+    """Some points of curves [epochs, ...], the first and the last among them, with their epochs."""
+    kept = np.unique(np.linspace(0, epochs - 1, min(points, epochs)).round().astype(int))
+    return {"epoch": kept + 1} | {name: np.asarray(curve)[kept] for name, curve in curves.items()}
 
 
 class Cell(NamedTuple):
-    """One number of a table.
+    """One run of a table: its place, its config, and the numbers in the paper.
 
     Attributes:
-      row, column: its place in the table.
-      config: the run that measures it, with the paper's settings and seeds.
-      paper, spread: the number in the paper and its sd, in percent; None if the paper does not give it.
-      minutes: our estimate of the time for one seed on two cores.
+      row, column: its place in the table, and the name that --cells searches.
+      config: the run, with the settings and the number of seeds of the paper.
+      paper: by figure, the mean and the sd in the paper (None: it does not give one), in the unit of the table.
+      minutes: our estimate for one seed on two cores.
+      gpu_minutes: our estimate for all seeds on one GPU.
+      sweep: settings to choose on the validation set, as --sweep has them.
+      measure: what runs it.
       beyond: whether the paper does not have this row.
     """
 
     row: str
     column: str
     config: Config
-    paper: float | None = None
-    spread: float | None = None
+    paper: Mapping[str, Number] = {}
     minutes: float = 1.0
+    gpu_minutes: float | None = None
+    sweep: Sequence[str] = ()
+    measure: Measure = measure
     beyond: bool = False
 
     @property
     def name(self) -> str:
-        """The name that --cells searches."""
-        return f"{self.row}, {self.column}"
+        return f"{self.row}, {self.column}" if self.column else self.row
 
     @property
-    def file(self) -> str:
-        """The name of the file of this cell."""
-        return re.sub("[^a-z0-9]+", "_", self.name.lower()).strip("_") + ".json"
+    def stem(self) -> str:
+        """What the names of its files begin with."""
+        return re.sub("[^a-z0-9]+", "_", self.name.lower().replace("α", "alpha")).strip("_")
+
+    def described(self) -> dict[str, Any]:
+        """What a file must have measured to count; epochs and seeds may be fewer."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in ("epochs", "seed", "seeds")}
+        return {"config": config, "sweep": list(self.sweep)}
+
+
+class Shown(NamedTuple):
+    """A figure in a table: its name in the files, its label, the unit that it is multiplied by, and its digits."""
+
+    name: str = "accuracy"
+    label: str = ""
+    unit: float = 100
+    digits: int = 2
 
 
 class Table(NamedTuple):
-    """A table: its title, its cells in the order of the paper, and notes on our settings."""
+    """A table or a figure of a paper: its cells in the order of the paper.
+
+    Attributes:
+      title: what it shows, with the unit.
+      cells: its cells.
+      shown: the figures that each cell has in it.
+      notes: on our settings, and reasons for differences; Markdown.
+      plot: makes a picture of the measured cells; None: `report.comparison`, which sets ours beside the paper's.
+    """
 
     title: str
     cells: Sequence[Cell]
+    shown: Sequence[Shown] = (Shown(),)
     notes: str = ""
+    plot: Callable[[Sequence["Found"]], Any] | None = None
 
 
-class Measured(NamedTuple):
-    """The content of a cell's file: test accuracy in percent for each seed, the epochs, and all the rest."""
+class Found(NamedTuple):
+    """What was measured of a cell: the epochs, the seeds, and the contents of the files in the order of their seeds."""
 
-    accuracy: np.ndarray
+    cell: Cell
     epochs: int
-    content: Mapping[str, Any]
+    seeds: Sequence[int]
+    contents: Sequence[Mapping[str, Any]]
 
-    def reduced(self, cell: Cell) -> str:
+    def values(self, figure: str) -> np.ndarray | None:
+        """A figure for each seed; None if it was not measured."""
+        if not all(figure in content for content in self.contents):
+            return None
+        return np.concatenate([np.asarray(c[figure]["by_seed"], float) for c in self.contents])
+
+    def curve(self, figure: str) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs [points], and the figure there [points, seeds]."""
+        curves = [content["curves"] for content in self.contents]
+        return np.asarray(curves[0]["epoch"]), np.concatenate([np.asarray(c[figure], float) for c in curves], 1)
+
+    @property
+    def less(self) -> str:
         """What it has less than the cell's config, such as `20 of 100 epochs`; empty if it has all."""
-        less = [f"{self.epochs} of {cell.config.epochs} epochs"] if self.epochs < cell.config.epochs else []
-        if len(self.accuracy) < cell.config.seeds:
-            less.append(f"{len(self.accuracy)} of {cell.config.seeds} seeds")
+        config = self.cell.config
+        less = [f"{self.epochs} of {config.epochs} epochs"] if self.epochs < config.epochs else []
+        if len(self.seeds) < config.seeds:
+            less.append(f"{len(self.seeds)} of {results.counted(config.seeds, 'seed')}")
         return ", ".join(less)
 
 
-def load(folder: pathlib.Path, cell: Cell) -> Measured | None:
-    """The measured cell; None if there is no file, or a file with other settings."""
-    try:
-        content = json.loads((folder / cell.file).read_text())
-    except FileNotFoundError:
+def load(folder: pathlib.Path, cell: Cell) -> Found | None:
+    """What was measured of a cell: of its files with the most epochs, every seed once; None if there is nothing."""
+    whole: dict[int, list[tuple[range, Mapping[str, Any]]]] = {}
+    for path in sorted(folder.glob(f"{cell.stem}.*.json")):
+        content = json.loads(path.read_text())
+        config = Config.from_dict(content["config"])
+        if cell._replace(config=config, sweep=content.get("sweep", [])).described() == cell.described():
+            whole.setdefault(config.epochs, []).append((config.all_seeds, content))
+    if not whole:
         return None
-    found = Config.from_dict(content["config"])
-    same = cell.config.replace(epochs=found.epochs, seeds=found.seeds)
-    if found != same:
-        return None
-    return Measured(100 * np.array(content["accuracy"]["by_seed"], float), found.epochs, content)
+    epochs = max(whole)
+    seeds: list[int] = []
+    contents = []
+    for block, content in sorted(whole[epochs], key=lambda each: (-len(each[0]), each[0].start)):
+        if not set(block) & set(seeds):  # a larger block may hold the seeds of a smaller one
+            seeds += block
+            contents.append(content)
+    order = np.argsort([content["config"]["seed"] for content in contents])
+    return Found(cell, epochs, sorted(seeds), [contents[i] for i in order])
 
 
-def missing(folder: pathlib.Path, cell: Cell, config: Config) -> bool:
-    """Whether a run of `config` (perhaps reduced) has more epochs than the file, or as many and more seeds."""
-    there = load(folder, cell)
-    return there is None or (there.epochs, len(there.accuracy)) < (config.epochs, config.seeds)
-
-
-def measure(cell: Cell, config: Config, dataset: data.Dataset, work: pathlib.Path, stop: signals.Stop) -> Any:
-    """Trains a cell, or goes on with it. Returns the content of its file, or None if it was stopped before the end."""
-    begin = time.monotonic()
-    trial = Trial(config, dataset)
-    described = {"cell": cell.name, "config": config.to_dict()}
-    folder = work / f"{cell.file.removesuffix('.json')}-{config.hash()}"
-    with (
-        Keeper(trial, folder, described, keep=1, resume=True) as kept,
-        Progress(config.epochs, "epoch", begin=trial.epochs) as bar,
-    ):
-        bar.describe(cell.name)
-        while not trial.finished and not stop.requested:
-            record = trial.epoch(advance=lambda _: stop.requested)
-            kept.save(now=trial.finished or stop.requested)
-            if record is not None:
-                bar.advance(1, f"{record.accuracy.mean():.2%}")
-    if not trial.finished:
-        return None
-    figures = trial.summary(0)
-    curves = figures.pop("curves")
-    points = np.unique(np.linspace(0, config.epochs - 1, min(POINTS, config.epochs)).round().astype(int))
-    thin = {name: np.asarray(values)[points] for name, values in curves.items()}
-    content = {"cell": cell.name, "config": config.to_dict()} | figures
-    content |= {"curves": {"epoch": points + 1} | thin, "seconds": sum(curves["seconds"])}
-    return content | {"wall_seconds": time.monotonic() - begin, "provenance": results.provenance()}
-
-
-def report(table: Table, folder: pathlib.Path) -> str:
-    """The table as Markdown: numbers of the paper and ours, in the order of the paper; then rows beyond the paper."""
-    columns = list(dict.fromkeys(cell.column for cell in table.cells))
-    header = ["", *(text for column in columns for text in (f"{column}, paper", f"{column}, ours"))]
-    rows: list[list[str]] = []
-    remarks: list[str] = []
-    for beyond in (False, True):
-        own = [cell for cell in table.cells if cell.beyond == beyond]
-        if beyond and own:
-            rows.append(["*beyond the paper*", *[""] * (len(header) - 1)])
-        for row in dict.fromkeys(cell.row for cell in own):
-            line = [row]
-            for column in columns:
-                cell = next((cell for cell in own if (cell.row, cell.column) == (row, column)), None)
-                line += ["", ""] if cell is None else [_papers(cell), _ours(folder, cell, remarks)]
-            rows.append(line)
-    shown = f"{table.title}\n\n{results.table(header, rows)}"
-    return "\n\n".join(filter(None, [shown, "\n".join(remarks), table.notes]))
-
-
-def _papers(cell: Cell) -> str:
-    if cell.paper is None:
-        return "-"
-    return f"{cell.paper:g}" + ("" if cell.spread is None else f" ± {cell.spread:g}")
-
-
-def _ours(folder: pathlib.Path, cell: Cell, remarks: list[str]) -> str:
+def missing(folder: pathlib.Path, cell: Cell, epochs: int, seeds: int) -> list[Config]:
+    """The runs that a cell still needs for so many epochs and seeds: one for each block of seeds without a gap."""
     found = load(folder, cell)
-    if found is None:
-        return "missing"
-    figures = results.statistics(found.accuracy)
-    less = found.reduced(cell)
-    ours = results.text(figures) + ("*" if less else "")
-    if less:
-        remarks.append(f"\\* {cell.name}: {less}.")
-    sd = max(filter(None, (figures["sd"], cell.spread)), default=None)
-    if not less and cell.paper is not None and sd and abs(figures["mean"] - cell.paper) > 2 * sd:
-        remarks.append(f"{cell.name}: {figures['mean'] - cell.paper:+.2f} from the paper, more than two sd.")
-    return ours
+    if found is not None and found.epochs > epochs:
+        return []
+    done = set(found.seeds) if found is not None and found.epochs == epochs else set()
+    left = [seed for seed in range(cell.config.seed, cell.config.seed + seeds) if seed not in done]
+    blocks: list[list[int]] = []
+    for seed in left:
+        if blocks and seed == blocks[-1][-1] + 1:
+            blocks[-1].append(seed)
+        else:
+            blocks.append([seed])
+    return [cell.config.replace(epochs=epochs, seed=block[0], seeds=len(block)) for block in blocks]
 
 
-def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
-    """A list of all cells: done, reduced or missing, and the minutes that they need on two cores."""
-    rows = []
-    for key, table in tables.items():
-        for cell in table.cells:
-            found = load(root / f"table_{key}", cell)
-            less = "" if found is None else found.reduced(cell)
-            state = "missing" if found is None else f"reduced: {less}" if less else "done"
-            needs = 0.0 if state == "done" else cell.minutes * cell.config.seeds
-            rows.append((f"{key}: {cell.name}", state, f"{needs:.0f}"))
-    return results.table(("table, cell", "state", "minutes, two cores"), rows)
+def keep(folder: pathlib.Path, cell: Cell, config: Config, content: Mapping[str, Any]) -> pathlib.Path:
+    """Writes the file of a measured block, and removes those of fewer epochs that it replaces."""
+    last = config.all_seeds[-1]
+    seeds = f"{config.seed}" if config.seed == last else f"{config.seed}-{last}"
+    reduced = "" if config.epochs == cell.config.epochs else f".{config.epochs}_epochs"
+    path = folder / f"{cell.stem}.{seeds}{reduced}.json"
+    files.write_atomic(path, _lines(content))
+    for other in folder.glob(f"{cell.stem}.*.json"):
+        before = Config.from_dict(json.loads(other.read_text())["config"])
+        if before.epochs < config.epochs and set(before.all_seeds) <= set(config.all_seeds):
+            other.unlink()
+    return path
 
 
-def define_flags() -> None:
-    """Defines the flags of the program of a paper."""
-    flags.DEFINE_string("table", None, "The table to train or show (default: all).")
-    flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name.")
-    flags.DEFINE_integer("seeds", None, "The number of seeds (default: as in the paper).", lower_bound=1)
-    flags.DEFINE_integer("epochs", None, "The number of epochs (default: as in the paper).", lower_bound=1)
-    flags.DEFINE_float("minutes", None, "Stop after this time; the same command goes on later.", lower_bound=0)
-    flags.DEFINE_bool("quick", False, "One epoch and one seed.")
-    flags.DEFINE_bool("list", False, "Show the cells: done, reduced, missing.")
-    flags.DEFINE_bool("report", False, "Show the tables, from the finished cells.")
-    flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS sets, or of NAME.npz files.")
-    flags.DEFINE_string("output", None, "Folder for the cells (default: in the repository).")
-    flags.DEFINE_string("work", "results/papers", "Folder for checkpoints.")
-    cli.define_cache_flag()
-
-
-def main(tables: Mapping[str, Table], home: pathlib.Path) -> int:
-    """The program of a paper. The files of its cells are in `home`."""
-    root = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else home
-    if FLAGS.table is not None and FLAGS.table not in tables:
-        raise InputError(f"There is no table '{FLAGS.table}' here: {nearest(FLAGS.table, tables)}")
-    chosen = {key: table for key, table in tables.items() if FLAGS.table in (None, key)}
-    if FLAGS.list:
-        print(listing(chosen, root))
-    elif FLAGS.report:
-        print("\n\n".join(report(table, root / f"table_{key}") for key, table in chosen.items()))
-    else:
-        epochs, seeds = (1, 1) if FLAGS.quick else (FLAGS.epochs, FLAGS.seeds)
-        try:
-            pattern = re.compile(FLAGS.cells)
-        except re.error as error:
-            raise InputError(f"--cells is not a regular expression ({error}): write it as in --cells=SRBP.") from None
-        wanted = Wanted(pattern, epochs, seeds, FLAGS.minutes, FLAGS.data_dir, pathlib.Path(FLAGS.work))
-        return run(chosen, root, wanted)
-    return 0
-
-
-class Wanted(NamedTuple):
-    """Which cells to train, how much of each, for how long, and where their data and checkpoints are."""
-
-    pattern: re.Pattern[str]
-    epochs: int | None
-    seeds: int | None
-    minutes: float | None
-    data_dir: str | None
-    work: pathlib.Path
-
-    def of(self, config: Config) -> Config:
-        """The config with these seeds, and with these epochs if they are fewer."""
-        epochs = min(self.epochs or config.epochs, config.epochs)
-        return config.replace(epochs=epochs, seeds=self.seeds or config.seeds)
-
-
-def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted) -> int:
-    """Trains the missing cells."""
-    sets: dict[tuple[Any, ...], data.Dataset] = {}
-    with signals.Stop(seconds=wanted.minutes and 60 * wanted.minutes) as stop:
-        for key, table in tables.items():
-            folder = files.check_writable(root / f"table_{key}")
-            for cell in (cell for cell in table.cells if wanted.pattern.search(cell.name)):
-                config = wanted.of(cell.config)
-                rules.parse(config.rule)
-                if stop.requested or not missing(folder, cell, config):
-                    continue
-                own = config.dataset, config.classes, config.validation, config.seed
-                if own not in sets:
-                    sets[own] = data.on_device(build.dataset(config, data_dir=wanted.data_dir))
-                content = measure(cell, config, sets[own], wanted.work / f"table_{key}", stop)
-                if content is not None:
-                    files.write_json(folder / cell.file, content)
-            print(report(table, folder))
-    if stop.requested:
-        print(f"\n{stop.sentence} The same command goes on.")
-    return stop.exit_code
+def _lines(content: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry, and floats of six digits, so that hundreds of files stay small."""
+    text = json.dumps(files.plain({k: v for k, v in content.items() if k != "config"}, finite=True))
+    rounded = {"config": content["config"]} | json.loads(text, parse_float=lambda t: float(f"{float(t):.6g}"))
+    return "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in rounded.items()) + "\n}\n"

@@ -1,7 +1,7 @@
 """Table 1 of Baldi, Sadowski and Lu (2018): random backpropagation and its variants on MNIST.
 
     python -m experiments.papers.baldi_2018 --list
-    python -m experiments.papers.baldi_2018 --table=1 --seeds=2          # 20 minutes for each seed and row on two cores
+    python -m experiments.papers.baldi_2018 --table=1 --seeds=2          # half a minute for each seed and row on two cores
     python -m experiments.papers.baldi_2018 --table=1 --quick --data_dir=FOLDER   # one epoch; FOLDER has mnist.npz
     python -m experiments.papers.baldi_2018 --report
 
@@ -14,11 +14,13 @@ batch, with alpha 2^-6 and a constant rate. RBP with adaptive feedback has a ten
 import pathlib
 
 from experiments import cli
-from experiments.papers import cells
+from experiments.papers import program
 from experiments.papers.baldi_2018.table_1 import TABLE_1
 
+HEADING = "Baldi, Sadowski and Lu (2018): random backpropagation"
+TABLES = {"table 1": TABLE_1}
 HOME = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":
-    cells.define_flags()
-    cli.run(lambda: cells.main({"1": TABLE_1}, HOME))
+    program.define_flags()
+    cli.run(lambda: program.main(TABLES, HOME, HEADING))
