@@ -1,6 +1,7 @@
 """Tables and figures of the papers as lists of cells. A cell is a run, and what the paper says about it.
 
-    Cell("Sparse-1", "SRBP", Config(dataset="mnist", rule="srbp(init=sparse(1))", seeds=5), paper={"accuracy": (94.6, 0.6)})
+    config = Config(dataset="mnist", rule="srbp(init=sparse(1))", seeds=5)
+    Cell("Sparse-1", "SRBP", config, paper={"accuracy": (94.6, 0.6)})
 
 A run gives its figures for each seed: `measure` trains a config, and a paper may have a `Measure` of its own. The file
 of a measured block of seeds holds the config, those figures, some points of the curves, versions, device, commit and
@@ -65,8 +66,8 @@ def measure(job: Job) -> Mapping[str, Any] | None:
             record = trial.epoch(advance=lambda _: job.stop.requested)
             kept.save(now=trial.finished or job.stop.requested)
             if record is not None:
-                note = f"{record.accuracy.mean():.2%}" if record.accuracy is not None else f"{record.test_loss.mean():.3g}"
-                job.bar.advance(1, note)
+                loss, accuracy = record.test_loss, record.accuracy
+                job.bar.advance(1, f"{loss.mean():.3g}" if accuracy is None else f"{accuracy.mean():.2%}")
     if not trial.finished:
         return None
     found = trial.result()

@@ -22,7 +22,8 @@ def markdown(table: Table, folder: pathlib.Path) -> str:
     """The table: numbers of the paper, ours (mean ± sd, number of seeds) and the difference; then rows beyond it."""
     columns = list(dict.fromkeys(cell.column for cell in table.cells))
     heads = [", ".join(filter(None, (column, each.label))) for column in columns for each in table.shown]
-    header = ["", *(", ".join(filter(None, (head, word))) for head in heads for word in ("paper", "ours", "difference"))]
+    words = ("paper", "ours", "difference")
+    header = ["", *(", ".join(filter(None, (head, word))) for head in heads for word in words)]
     rows: list[list[str]] = []
     remarks: list[str] = []
     for beyond in (False, True):
@@ -45,14 +46,15 @@ def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: 
     found = load(folder, cell)
     texts = []
     for figure in shown:
-        paper, values = cell.paper.get(figure.name), found and found.values(figure.name)
+        paper, values = cell.paper.get(figure.name), None if found is None else found.values(figure.name)
         texts.append("-" if paper is None else f"{paper[0]:g}" + ("" if paper[1] is None else f" ± {paper[1]:g}"))
         if found is None or values is None:
             texts += [MISSING, ""]
             continue
         figures = results.statistics(values)
         mean = figures["mean"] * figure.unit
-        texts.append(f"{results.text(figures, figure.unit, figure.digits)} ({len(values)})" + ("*" if found.less else ""))
+        reduced = "*" if found.less else ""
+        texts.append(f"{results.text(figures, figure.unit, figure.digits)} ({len(values)}){reduced}")
         texts.append("-" if paper is None else f"{mean - paper[0]:+.{figure.digits}f}")
     if found is not None and found.less:
         remarks.append(f"\\* {cell.name}: {found.less}.")
@@ -64,7 +66,9 @@ def far(table: Table, folder: pathlib.Path) -> list[str]:
     named = []
     for cell in table.cells:
         found = load(folder, cell)
-        for figure in table.shown if found is not None and not found.less else ():
+        if found is None or found.less:
+            continue
+        for figure in table.shown:
             values, paper = found.values(figure.name), cell.paper.get(figure.name)
             if values is None or paper is None:
                 continue
@@ -130,7 +134,7 @@ def comparison(table: Table, found: Sequence[Found]) -> Figure:
         for row, each in enumerate(found):
             paper, values = each.cell.paper.get(figure.name), each.values(figure.name)
             if paper is not None:
-                axis.errorbar(paper[0], row, xerr=paper[1], fmt="|", color=papers, markersize=11, elinewidth=3, alpha=0.6)
+                axis.errorbar(paper[0], row, xerr=paper[1], fmt="|", color=papers, ms=11, elinewidth=3, alpha=0.6)
             if values is not None:
                 sd = figure.unit * (results.statistics(values)["sd"] or 0.0)
                 face = "none" if each.less else ours
@@ -140,7 +144,8 @@ def comparison(table: Table, found: Sequence[Found]) -> Figure:
     axes[0].set_ylim(len(found) - 0.4, -0.6)
     axes[0].errorbar([], [], fmt="|", color=papers, markersize=11, label="paper ± sd")
     axes[0].errorbar([], [], fmt="o", color=ours, label="ours ± sd (hollow: reduced)")
-    made.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize="small")
+    handles = axes[0].get_legend_handles_labels()
+    made.legend(*handles, loc="outside upper right", ncols=2, frameon=False, fontsize="small")
     return made
 
 

@@ -1,0 +1,160 @@
+"""Tables as cells: what is run, kept, added up, reduced, and reported."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from experiments import rules, signals
+from experiments.config import Config
+from experiments.papers import cells, program, report
+from experiments.papers.baldi_2018.table_1 import TABLE_1
+from tests.experiments.programs import fork
+
+CONFIG = Config(epochs=4, seeds=3, widths=(8,))
+TABLE = cells.Table(
+    "A table",
+    [
+        cells.Cell("Baseline", "BP", CONFIG, {"accuracy": (97.9, 0.1)}, minutes=2.0),
+        cells.Cell("Baseline", "FA", CONFIG.replace(rule="fa"), {"accuracy": (97.2, None)}),
+        cells.Cell("Signs", "FA", CONFIG.replace(rule="sign_symmetry"), beyond=True),
+    ],
+)
+
+
+def keep(folder, cell, accuracy, epochs=4, seed=0):
+    config = cell.config.replace(epochs=epochs, seed=seed, seeds=len(accuracy))
+    curve = {"epoch": [1, epochs], "accuracy": [[0.5] * len(accuracy), accuracy]}
+    content = {"config": config.to_dict(), "accuracy": {"by_seed": accuracy}, "curves": curve}
+    return cells.keep(folder, cell, config, content)
+
+
+def lines(text):
+    return [[c.strip() for c in line.split("|")] for line in text.splitlines()]
+
+
+def test_a_report_has_the_papers_numbers_beside_ours(tmp_path):
+    keep(tmp_path, TABLE.cells[0], [0.97, 0.975, 0.98])
+    keep(tmp_path, TABLE.cells[1], [0.9, 0.92], epochs=2)
+    found = lines(report.markdown(TABLE, tmp_path))
+    assert found[2][:5] == ["", "", "BP, paper", "BP, ours", "BP, difference"]
+    ours = ["97.9 ± 0.1", "97.50 ± 0.50 (3)", "-0.40", "97.2", "91.00 ± 1.41 (2)*", "-6.20"]
+    assert found[4] == ["", "Baseline", *ours, ""]
+    assert found[5][1] == "*beyond the paper*" and found[6] == ["", "Signs", "", "", "", "-", "missing", "", ""]
+    assert ["\\* Baseline, FA: 2 of 4 epochs, 2 of 3 seeds."] in found
+    assert report.far(TABLE, tmp_path) == []
+    keep(tmp_path, TABLE.cells[0], [0.92, 0.921, 0.922])
+    assert report.far(TABLE, tmp_path) == ["Baseline, BP"]  # 5.8 points, with an sd of 0.1
+
+
+def test_blocks_of_seeds_add_up(tmp_path):
+    cell = TABLE.cells[0]
+    keep(tmp_path, cell, [0.93], seed=2)
+    assert [c.all_seeds for c in cells.missing(tmp_path, cell, 4, 5)] == [range(0, 2), range(3, 5)]
+    keep(tmp_path, cell, [0.91, 0.92])
+    found = cells.load(tmp_path, cell)
+    assert found.seeds == [0, 1, 2] and found.values("accuracy").tolist() == [0.91, 0.92, 0.93] and not found.less
+    epochs, values = found.curve("accuracy")
+    assert epochs.tolist() == [1, 4] and values.tolist() == [[0.5] * 3, [0.91, 0.92, 0.93]]
+    assert found.values("lipschitz") is None
+    keep(tmp_path, cell, [0.8, 0.8, 0.8])  # a larger block takes the place of the smaller ones
+    assert cells.load(tmp_path, cell).values("accuracy").tolist() == [0.8] * 3
+
+
+def test_what_was_measured_with_other_settings_is_missing(tmp_path):
+    cell = TABLE.cells[0]
+    keep(tmp_path, cell, [0.9] * 3)
+    assert cells.load(tmp_path, cell) and not cells.missing(tmp_path, cell, 4, 3)
+    other = cell.config.replace(learning_rate=0.5)
+    assert cells.load(tmp_path, cell._replace(config=other)) is None
+    assert cells.load(tmp_path, cell._replace(sweep=["learning_rate=0.1,0.2"])) is None
+
+
+def test_more_epochs_take_the_place_of_fewer(tmp_path):
+    cell = TABLE.cells[0]
+    first = keep(tmp_path, cell, [0.9], epochs=2)
+    assert cells.missing(tmp_path, cell, 1, 1) == [] and len(cells.missing(tmp_path, cell, 4, 1)) == 1
+    shown = report.listing({"table 1": TABLE}, tmp_path.parent)
+    assert "table 1: Baseline, BP" in shown and "missing" in shown
+    assert keep(tmp_path, cell, [0.95]) != first and not first.exists()
+    assert cells.load(tmp_path, cell).epochs == 4
+
+
+def test_a_report_is_written_with_its_picture_and_data(tmp_path):
+    folder = report.folder_of(tmp_path, "table 1")
+    folder.mkdir()
+    keep(folder, TABLE.cells[0], [0.97, 0.98])
+    text = report.write({"table 1": TABLE}, tmp_path, "A paper")
+    assert (tmp_path / "README.md").read_text() == text and text.startswith("# A paper\n\n## Table 1\n")
+    assert (tmp_path / "table_1.png").stat().st_size > 5000
+    rows = list(csv.reader((tmp_path / "table_1.csv").open()))
+    assert rows[1:] == [["Baseline, BP", "accuracy", "0", "4", "0.97"], ["Baseline, BP", "accuracy", "1", "4", "0.98"]]
+
+
+def test_a_measure_of_ones_own_goes_on_after_a_stop(tmp_path):
+    seen = []
+
+    def half(job):
+        seen.append(job.work)
+        if len(seen) == 1:
+            return None
+        return {"lipschitz": {"by_seed": [2.0] * job.config.seeds}}
+
+    table = TABLE._replace(cells=[TABLE.cells[0]._replace(measure=half)], shown=[cells.Shown("lipschitz", "", 1, 1)])
+    wanted = program.Wanted(seeds=2, work=tmp_path / "work")
+    for _ in range(3):
+        program.run({"table 1": table}, tmp_path, wanted, signals.Stop())
+    assert len(seen) == 2 and seen[0] == seen[1]  # the third time it is there
+    found = cells.load(tmp_path / "table_1", table.cells[0])
+    assert found.values("lipschitz").tolist() == [2.0, 2.0] and found.contents[0]["provenance"]["versions"]
+    assert "2.0 ± 0.0 (2)*" in report.markdown(table, tmp_path / "table_1")
+
+
+def test_a_cell_with_a_sweep_has_the_figures_of_the_chosen_point(tmp_path):
+    config = Config(widths=(8,), epochs=2, validation=0.3, select="best_validation", optimizer="sgd", probe=0)
+    sweep = ["learning_rate=0.000001,0.1"]
+    table = cells.Table("A sweep", [cells.Cell("BP", "", config, sweep=sweep)])
+    program.run({"table 1": table}, tmp_path, program.Wanted(work=tmp_path / "work"), signals.Stop())
+    found = cells.load(tmp_path / "table_1", table.cells[0])
+    content = found.contents[0]
+    assert content["chosen"] == {"learning_rate": 0.1} and content["sweep"] == sweep
+    best = content["epoch_by_seed"][0] - 1
+    assert found.values("accuracy")[0] == pytest.approx(found.curve("accuracy")[1][best, 0])
+
+
+def test_every_cell_of_the_papers_table_has_its_own_rule():
+    own = [cell for cell in TABLE_1.cells if cell.config.dataset == "mnist"]
+    assert len(own) == 42 and len({cell.config.rule for cell in own}) == 42
+    assert len({cell.stem for cell in TABLE_1.cells}) == len(TABLE_1.cells)
+    for cell in TABLE_1.cells:
+        rules.parse(cell.config.rule)
+    by_name = {cell.name: cell.paper["accuracy"] for cell in own}
+    assert by_name["Sparse-1, RBP"] == (90.3, 1.1) and by_name["Sparse-1, SRBP"] == (94.6, 0.6)
+
+
+def test_the_program_measures_reports_and_goes_on(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=np.arange(200) % 3, x_test=x[:50], y_test=np.arange(50) % 3)
+    flags = ["--table=1", "--quick", "--cells=^Baseline.*BP$", f"--data_dir={tmp_path}", f"--work={tmp_path}/work"]
+    flags.append(f"--output={tmp_path}/out")
+    done = fork("papers.baldi_2018", *flags)
+    assert done.returncode == 0, done.stderr
+    kept = sorted(path.name for path in (tmp_path / "out" / "table_1").glob("baseline_*bp.*"))
+    assert kept[:3] == [f"baseline_{rule}.0.1_epochs.json" for rule in ("bp", "rbp", "srbp")]
+    content = json.loads((tmp_path / "out" / "table_1" / kept[0]).read_text())
+    assert content["config"]["epochs"] == 1 and content["curves"]["epoch"] == [1] and content["provenance"]["versions"]
+    assert "1 of 100 epochs, 1 of 5 seeds" in done.stdout
+    again = fork("papers.baldi_2018", *flags)
+    assert again.returncode == 0 and "epoch/s" not in again.stderr  # nothing is measured twice
+    listed = fork("papers.baldi_2018", "--table=1", "--list", f"--output={tmp_path}/out")
+    assert "reduced: 1 of 100 epochs" in listed.stdout and "missing" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [("--table=9", "There is no table '9' here: use one of: 1"), ("--cells=(", "--cells is not a regular expression")],
+)
+def test_bad_input(tmp_path, flag, sentence):
+    done = fork("papers.baldi_2018", flag, f"--output={tmp_path}")
+    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
