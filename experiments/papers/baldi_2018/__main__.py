@@ -1,7 +1,7 @@
 """Table 1 of Baldi, Sadowski and Lu (2018): random backpropagation and its variants on MNIST.
 
     python -m experiments.papers.baldi_2018 --list
-    python -m experiments.papers.baldi_2018 --table=1 --seeds=2          # half a minute for each seed and cell, two cores
+    python -m experiments.papers.baldi_2018 --table=1 --seeds=2          # half a minute a seed and cell, two cores
     python -m experiments.papers.baldi_2018 --table=1 --quick --data_dir=FOLDER   # one epoch; FOLDER has mnist.npz
     python -m experiments.papers.baldi_2018 --report
 
