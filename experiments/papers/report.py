@@ -13,9 +13,9 @@ from experiments.papers.cells import Cell, Found, Shown, Table, load
 MISSING = "missing"
 
 
-def folder_of(root: pathlib.Path, key: str) -> pathlib.Path:
-    """The folder of a table's cells: `table_1` for "table 1"."""
-    return root / key.replace(" ", "_")
+def folder_of(root: pathlib.Path, key: str, table: Table | None = None) -> pathlib.Path:
+    """The folder of a table's cells: `table_1` for "table 1", or for a table that has its cells there."""
+    return root / ((table and table.folder) or key).replace(" ", "_")
 
 
 def markdown(table: Table, folder: pathlib.Path) -> str:
@@ -38,7 +38,13 @@ def markdown(table: Table, folder: pathlib.Path) -> str:
             rows.append(line)
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("", "-") for row in rows)]
     shown = results.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    return "\n\n".join(filter(None, [table.title, shown, "\n".join(remarks), table.notes]))
+    notes = table.notes if isinstance(table.notes, str) else table.notes(measured(table, folder))
+    return "\n\n".join(filter(None, [table.title, shown, "\n".join(remarks), notes]))
+
+
+def measured(table: Table, folder: pathlib.Path) -> list[Found]:
+    """The cells that have results."""
+    return [found for cell in table.cells if (found := load(folder, cell)) is not None]
 
 
 def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: list[str]) -> list[str]:
@@ -84,7 +90,7 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
     rows = []
     for key, table in tables.items():
         for cell in table.cells:
-            found = load(folder_of(root, key), cell)
+            found = load(folder_of(root, key, table), cell)
             state = MISSING if found is None else f"reduced: {found.less}" if found.less else "done"
             left = cell.config.seeds
             if found is not None and found.epochs >= cell.config.epochs:
@@ -98,8 +104,8 @@ def write(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
     """Writes README.md with all tables and, for each that has results, TABLE.csv and TABLE.png; returns the text."""
     parts = [f"# {heading}"]
     for key, table in tables.items():
-        folder = folder_of(root, key)
-        found = [each for cell in table.cells if (each := load(folder, cell)) is not None]
+        folder = folder_of(root, key, table)
+        found = measured(table, folder)
         text = markdown(table, folder)
         if named := far(table, folder):
             text += f"\n\nMore than two sd from the paper: {'; '.join(named)}."
