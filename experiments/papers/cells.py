@@ -58,21 +58,25 @@ Measure = Callable[[Job], Mapping[str, Any] | None]
 def measure(job: Job) -> Mapping[str, Any] | None:
     """Trains a config to its end; of a grid, it has the figures of the point that the validation set chooses."""
     grid = sweep.parse(job.sweep, job.config)
-    trial = Trial(job.config, job.dataset(job.config), grid=grid)
+    return trained(job, Trial(job.config, job.dataset(job.config), grid=grid))
+
+
+def trained(job: Job, trial: Trial) -> Mapping[str, Any] | None:
+    """Trains a trial to its end in the folder of a job, and gives its figures; None if it was stopped before."""
     described = {"config": job.config.to_dict(), "sweep": list(job.sweep)}
     with Keeper(trial, job.work, described, keep=1, resume=True) as kept:
-        job.bar.restart(job.config.epochs, trial.epochs)
+        job.bar.restart(trial.config.epochs, trial.epochs)
         while not trial.finished and not job.stop.requested:
             record = trial.epoch(advance=lambda _: job.stop.requested)
             kept.save(now=trial.finished or job.stop.requested)
             if record is not None:
-                loss, accuracy = record.test_loss, record.accuracy
-                job.bar.advance(1, f"{loss.mean():.3g}" if accuracy is None else f"{accuracy.mean():.2%}")
+                note = f"{record.accuracy.mean():.2%}" if record.accuracy is not None else f"{record.test_loss.mean():.3g}"
+                job.bar.advance(1, note)
     if not trial.finished:
         return None
     found = trial.result()
     found |= found.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
-    return found | {"curves": thin(found["curves"], job.config.epochs)}
+    return found | {"curves": thin(found["curves"], trial.config.epochs)}
 
 
 def thin(curves: Mapping[str, Any], epochs: int, points: int = POINTS) -> dict[str, Any]:
