@@ -64,17 +64,24 @@ def measure(job: Job, *, task: Task | None = None, training: bool = False) -> Ma
       task: the model and its loss, where they are not those of the config.
       training: also measure the accuracy on the training set, where the curves have points; not for a grid.
     """
-    grid = sweep.parse(job.sweep, job.config)
     dataset = job.dataset(job.config)
-    trial = Trial(job.config, dataset, grid=grid, task=task)
+    trial = Trial(job.config, dataset, grid=sweep.parse(job.sweep, job.config), task=task)
+    return trained(job, trial, measured_on=dataset if training else None)
+
+
+def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Mapping[str, Any] | None:
+    """Trains a trial to its end in the folder of a job, and gives its figures; None if it was stopped before.
+
+    With a data set to be `measured_on`, it also has the accuracy on its training set.
+    """
     described = {"config": job.config.to_dict(), "sweep": list(job.sweep)}
     with Keeper(trial, job.work, described, keep=1, resume=True) as kept:
-        job.bar.restart(job.config.epochs, trial.epochs)
+        job.bar.restart(trial.config.epochs, trial.epochs)
         while not trial.finished and not job.stop.requested:
             record = trial.epoch(advance=lambda _: job.stop.requested)
-            if training and record is not None and trial.epochs in kept_epochs(job.config.epochs):
+            if measured_on is not None and record is not None and trial.epochs in kept_epochs(trial.config.epochs):
                 run = trial.runs[0]  # a checkpoint has its curve
-                found = run.evaluate(dataset.x_train, dataset.y_train, batch_size=1000)
+                found = run.evaluate(measured_on.x_train, measured_on.y_train, batch_size=1000)
                 run.curve[-1]["train_accuracy"] = found["accuracy"]
             kept.save(now=trial.finished or job.stop.requested)
             if record is not None:
@@ -84,8 +91,8 @@ def measure(job: Job, *, task: Task | None = None, training: bool = False) -> Ma
         return None
     result = trial.result()
     result |= result.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
-    curves = thin(result["curves"], job.config.epochs)
-    if training:
+    curves = thin(result["curves"], trial.config.epochs)
+    if measured_on is not None:
         curve = np.array([entry["train_accuracy"] for entry in trial.runs[0].curve if "train_accuracy" in entry])
         result["train_accuracy"] = results.statistics(curve[-1]) | {"by_seed": curve[-1]}
         curves["train_accuracy"] = curve
@@ -95,6 +102,11 @@ def measure(job: Job, *, task: Task | None = None, training: bool = False) -> Ma
 def kept_epochs(epochs: int, points: int = POINTS) -> np.ndarray:
     """The epochs that curves keep, from 1; the first and the last are among them."""
     return np.unique(np.linspace(0, epochs - 1, min(points, epochs)).round().astype(int)) + 1
+=======
+    found = trial.result()
+    found |= found.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
+    return found | {"curves": thin(found["curves"], trial.config.epochs)}
+>>>>>>> 0f38da37e0cd2994b592d836e09a441ffff35a35
 
 
 def thin(curves: Mapping[str, Any], epochs: int, points: int = POINTS) -> dict[str, Any]:
