@@ -102,11 +102,6 @@ def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Ma
 def kept_epochs(epochs: int, points: int = POINTS) -> np.ndarray:
     """The epochs that curves keep, from 1; the first and the last are among them."""
     return np.unique(np.linspace(0, epochs - 1, min(points, epochs)).round().astype(int)) + 1
-=======
-    found = trial.result()
-    found |= found.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
-    return found | {"curves": thin(found["curves"], trial.config.epochs)}
->>>>>>> 0f38da37e0cd2994b592d836e09a441ffff35a35
 
 
 def thin(curves: Mapping[str, Any], epochs: int, points: int = POINTS) -> dict[str, Any]:
