@@ -11,6 +11,7 @@ from experiments import files, plots, results
 from experiments.papers.cells import Cell, Found, Shown, Table, load
 
 MISSING = "missing"
+DATA = ("cell", "figure", "seed", "epochs", "value")  # the columns of a CSV file
 
 
 def folder_of(root: pathlib.Path, key: str, table: Table | None = None) -> pathlib.Path:
@@ -100,28 +101,41 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
     return results.table(("cell", "state", "minutes, two cores", "minutes, one GPU"), rows)
 
 
-def write(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
-    """Writes README.md with all tables and, for each that has results, TABLE.csv and TABLE.png; returns the text."""
-    parts = [f"# {heading}"]
-    for key, table in tables.items():
-        folder = folder_of(root, key, table)
-        found = measured(table, folder)
-        text = markdown(table, folder)
-        if named := far(table, folder):
-            text += f"\n\nMore than two sd from the paper: {'; '.join(named)}."
-        if found:
-            name = key.replace(" ", "_")
-            figure = table.plot(found) if table.plot else comparison(table, found)
-            files.savefig(figure, root / f"{name}.png")
-            files.write_csv(root / f"{name}.csv", ("cell", "figure", "seed", "epochs", "value"), _data(table, found))
-            text += f"\n\n![{key}]({name}.png)"
-        parts.append(f"## {key.capitalize()}\n\n{text}")
-    text = "\n\n".join(parts) + "\n"
-    files.write_atomic(root / "README.md", text)
+def section(key: str, table: Table, root: pathlib.Path) -> str:
+    """What a report says of one table: the table, its notes, and which cells are far from the paper."""
+    folder = folder_of(root, key, table)
+    text = markdown(table, folder)
+    if named := far(table, folder):
+        text += f"\n\nMore than two sd from the paper: {'; '.join(named)}."
     return text
 
 
-def _data(table: Table, found: Sequence[Found]) -> list[tuple[Any, ...]]:
+def text(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
+    """The report of a paper: its README.md."""
+    parts = [f"# {heading}"]
+    for key, table in tables.items():
+        own = section(key, table, root)
+        if measured(table, folder_of(root, key, table)):
+            own += f"\n\n![{key}]({key.replace(' ', '_')}.png)"
+        parts.append(f"## {key.capitalize()}\n\n{own}")
+    return "\n\n".join(parts) + "\n"
+
+
+def write(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
+    """Writes README.md with all tables and, for each that has results, TABLE.csv and TABLE.png; returns the text."""
+    for key, table in tables.items():
+        if found := measured(table, folder_of(root, key, table)):
+            name = key.replace(" ", "_")
+            figure = table.plot(found) if table.plot else comparison(table, found)
+            files.savefig(figure, root / f"{name}.png")
+            files.write_csv(root / f"{name}.csv", DATA, data(table, found))
+    written = text(tables, root, heading)
+    files.write_atomic(root / "README.md", written)
+    return written
+
+
+def data(table: Table, found: Sequence[Found]) -> list[tuple[Any, ...]]:
+    """The rows of the CSV file of a table: a number of each cell, figure and seed."""
     return [
         (each.cell.name, figure.name, seed, each.epochs, float(f"{value:.6g}"))
         for each in found
