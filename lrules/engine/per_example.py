@@ -22,6 +22,12 @@ from lrules.rule import Rule, Sequential, require_description
 from lrules.typing import Pytree
 
 
+# Of gradients of single examples, at most so many elements are made at once, so that they do not fill the memory. (A CPU
+# is fastest if they stay in its cache; elsewhere XLA adds them up without storing them.)
+ELEMENTS = {"cpu": 2**16}
+ELEMENTS_ELSEWHERE = 2**24
+
+
 class PerExample(Handler):
     """Functions of each example's weight gradient, summed over the batch.
 
@@ -118,17 +124,18 @@ class PerExample(Handler):
                 (g,) = pull(placed_as(d, jax.typeof(y)))
                 return g.astype(at_least_float32(g.dtype)) * c, db
 
-            def example(total: Any, slices: Any) -> tuple[Any, None]:
+            def example(slices: Any) -> Any:
                 if whole:
                     found = raw(x, _alone(d, slices, y_axis))
                 else:
                     found = raw(jax.tree.map(lambda leaf: _one(leaf, x_axis), slices[0]), _one(slices[1], y_axis))  # type: ignore[arg-type]
-                return jax.tree.map(lambda t, g: t + self.changed(g, layer.site).astype(t.dtype), total, found), None
+                return jax.tree.map(lambda g: self.changed(g, layer.site).astype(at_least_float32(g.dtype)), found)
 
             split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
             if not whole:
                 split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)  # type: ignore[arg-type]
-            totals, _ = jax.lax.scan(example, jax.tree.map(_nothing, (dw, db)), split)
+            at_once = 1 if whole else max(1, ELEMENTS.get(jax.default_backend(), ELEMENTS_ELSEWHERE) // max(1, dw.size))
+            totals = _sum(example, split, jax.tree.map(_nothing, (dw, db)), at_once)
             dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
             return None, dw, db, dx
 
@@ -161,6 +168,21 @@ class PerExample(Handler):
 
         meet.defvjp(lambda p, others: (op(p, others), (p, others)), backward)
         return meet(p, others)
+
+
+def _sum(fn: Callable[[Any], Any], slices: Any, zero: Any, at_once: int) -> Any:
+    """The sum of a function over the first axis of the slices, some of them at once: XLA adds up as it computes."""
+    count = len(jax.tree.leaves(slices)[0])
+    at_once = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0) if count else 1
+
+    def add(total: Any, chunk: Any) -> tuple[Any, None]:
+        found = jax.vmap(fn)(chunk)
+        return jax.tree.map(lambda t, g: t + g.sum(0), total, found), None
+
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), slices)
+    if count == at_once:
+        return add(zero, slices)[0]
+    return jax.lax.scan(add, zero, chunks)[0]
 
 
 def _meeting(graph: Graph) -> dict[str, list[Any]]:

@@ -47,10 +47,28 @@ def quantize(x: jax.Array, bits: int, scale: float) -> jax.Array:
         return by_parts(lambda part: quantize(part, bits, scale), jnp.asarray(x))
     wide = jnp.asarray(x)
     wide = wide.astype(jnp.float32) if jnp.finfo(wide.dtype).bits < 32 else wide
-    mantissa, power = jnp.frexp(jnp.abs(wide) / scale)
-    exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
-    level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
+    ratio = jnp.abs(wide) / scale
+    if bits <= -jnp.finfo(wide.dtype).minexp:
+        level = jnp.asarray(scale, wide.dtype) * _power(ratio, bits)
+    else:  # powers below the smallest normal number
+        mantissa, power = jnp.frexp(ratio)
+        exponent = jnp.clip(jnp.where(mantissa >= _root_half(wide.dtype), power, power - 1), 1 - min(bits, LEVELS), 0)
+        level = jnp.ldexp(jnp.asarray(scale, wide.dtype), exponent)
     return (jnp.sign(wide) * level).astype(jnp.result_type(x))
+
+
+def _power(ratio: jax.Array, bits: int) -> jax.Array:
+    """2^round(clip(log2 ratio, 1 - bits, 0)) by integer arithmetic on the bits of the floats, the fastest way.
+
+    The exponent of a float stands above its mantissa. The sum adds one to it where the mantissa is at least sqrt(2).
+    """
+    info = jnp.finfo(ratio.dtype)
+    integer: Any = np.dtype(f"int{info.bits}")
+    one = 1 << info.nmant
+    root = int(2 * _root_half(ratio.dtype) * 2**info.nmant) - one  # the mantissa of the smallest root of two
+    bias = 1 - info.minexp
+    exponent = (jax.lax.bitcast_convert_type(ratio, integer) + (one - root)) >> info.nmant
+    return jax.lax.bitcast_convert_type(jnp.clip(exponent, bias + 1 - bits, bias) << info.nmant, ratio.dtype)
 
 
 def by_parts(fn: Callable[..., Any], x: jax.Array) -> Any:

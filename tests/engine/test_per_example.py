@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lrules
+from lrules.engine import per_example
 from tests import bridge
 from tests.reference import backman, backprop, nets, quantise
 from tests.rules.common import BATCH, FAMILIES, NETS, NOTHING, agrees, make, pull, references
@@ -131,6 +132,25 @@ def test_memory_of_quantised_updates():
     sizes = 4 * sum(p.size for p in params.values())
     assert peak(128) < 8 * sizes
     assert peak(128) - peak(8) < 120 * 4 * 1_500 * 4  # a few copies of the activations
+
+
+def test_several_examples_at_once_are_each_alone(monkeypatch):
+    """However many gradients are made at once: one, a divisor of the batch, or all."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"a": jax.random.normal(keys[0], (5, 7)), "b": jax.random.normal(keys[1], (7, 3))}
+    x = jax.random.normal(keys[2], (12, 5))
+    f = lrules.transform(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lrules.quantize_update(lrules.backprop(), 3))
+
+    def gradients(elements):
+        monkeypatch.setattr(per_example, "ELEMENTS", {"cpu": elements})
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: (f(p, NOTHING, x) ** 2).mean()))(params)
+        found = jax.jit(jax.grad(lambda p: (f(p, NOTHING, x) ** 2).mean()))(params)
+        return found, str(jaxpr).count("scan[")
+
+    (alone, loops), (some, fewer), (together, none) = (gradients(n) for n in (1, 21 * 12, 10**6))
+    assert (loops, fewer, none) == (2, 1, 0)  # the lower layer makes 6 at once, the upper one all 12
+    for other in (some, together):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), alone, other)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
