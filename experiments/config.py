@@ -54,10 +54,10 @@ class Config:
         "cross_entropy", "The loss. squared_error is half the squared distance to the one-hot target."
     )
     label_smoothing: float = option(0.0, "The share of the target that all classes get.", least=0, most=0.999)
-    model: str = option("mlp", "A model of models.py: mlp, lenet5, cnn, resnet18, vgg16.")
+    model: str = option("mlp", "A model of models.py: mlp, lenet5, cnn, resnet18, resnet50, vgg16.")
     widths: tuple[int, ...] = option((64, 64, 64), "The MLP's hidden widths.", least=1)
     activation: str = option(
-        "", "The activation of mlp, lenet5 and cnn, such as relu (default: tanh; resnet18 and vgg16 have ReLU)."
+        "", "The activation of mlp, lenet5 and cnn, such as relu (default: tanh; the other models have ReLU)."
     )
     mono_net: str = option("", "Turn the model into a mono-net (for mdfa); its first weights: zeros, uniform, ...")
     dtype: Literal["float32", "bfloat16"] = option("float32", "The dtype of the computation; parameters are float32.")

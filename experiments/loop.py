@@ -6,7 +6,8 @@
 
 Each seed with its settings is a *lane*. Lanes train together by vmap, in groups that fit the memory; a lane alone is
 not vmapped. A part of an epoch is one compiled loop. (On a CPU, a model with convolutions takes its steps one by one
-and its lanes one after another: XLA's convolutions are much slower there in a loop, and under vmap.)
+and its lanes one after another: XLA's convolutions are much slower there in a loop, and under vmap. On an accelerator
+a model with many convolutions does so, as XLA takes minutes to compile them in a loop.)
 """
 
 import functools
@@ -30,6 +31,7 @@ from experiments.placement import Placement
 Array = jax.Array
 PyTree = Any
 PARTS = 20  # of an epoch, between which the progress is shown
+MANY = 10  # convolutions, with which a step on an accelerator takes far longer than its call
 
 
 class Record(NamedTuple):
@@ -120,7 +122,7 @@ class Run:
         self._warms_up = example.warm_up is not None
         # The loop, and the lanes of a group, are those of one compiled program.
         self._fixed = jax.default_backend() != "cpu"
-        self._looped = self._fixed or not example.convolves
+        self._looped = example.convolves < MANY if self._fixed else not example.convolves
         self._feed: Feed
         available = self._place.least(memory.available())
         limit = available if limit is None else limit

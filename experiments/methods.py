@@ -57,7 +57,8 @@ class Method(NamedTuple):
       measure: `(carry, key, x, y) -> {name: number}` on a fixed batch, or None; they come into `Run.curve`, and "angle"
         into the records, too.
       warm_up: a step that trains only what must be ready before the others begin, or None.
-      convolves: whether there are convolutions, which XLA makes slow in a loop on a CPU.
+      convolves: how many convolutions there are: in a loop, XLA makes them slow on a CPU, and compiles many of them
+        for minutes on a GPU.
     """
 
     init: Callable[[Array, Array, Array], PyTree]
@@ -66,7 +67,7 @@ class Method(NamedTuple):
     attacked: Callable[[PyTree, Array, Array], dict[str, Array]] | None = None
     measure: Callable[[PyTree, Array, Array, Array], dict[str, Array]] | None = None
     warm_up: Callable[[PyTree, Array, Array, Array], tuple[PyTree, Array]] | None = None
-    convolves: bool = False
+    convolves: int = 0
 
 
 def one_loss(loss: Any) -> Array:
@@ -202,7 +203,7 @@ def by_rule(
         functools.partial(evaluate, epsilon=attack) if attack else None,
         measure if angle or layers else None,
         functools.partial(step, warm_up=True),
-        convolves=any(leaf.ndim > 3 for leaf in jax.tree.leaves(shapes)),  # [height, width, in, out]
+        convolves=sum(leaf.ndim > 3 for leaf in jax.tree.leaves(shapes)),  # [height, width, in, out]
     )
 
 

@@ -1,4 +1,4 @@
-"""Flax NNX models without any part of lrules inside: MLP, LeNet-5, a small CNN, ResNet-18 and VGG16."""
+"""Flax NNX models without any part of lrules inside: MLP, LeNet-5, a small CNN, ResNet-18 and 50, and VGG16."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments import expressions
 from experiments.errors import InputError, nearest
 
 Array = jax.Array
@@ -15,7 +16,8 @@ ACTIVATIONS = {
     name: getattr(jax.nn, name)
     for name in ("relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "hard_tanh", "mish")
 }
-MODELS = ("mlp", "lenet5", "cnn", "resnet18", "vgg16")
+MODELS = ("mlp", "lenet5", "cnn", "resnet18", "resnet50", "vgg16")
+OPTIONS = {"resnet18": ("width",), "resnet50": ("width", "blocks"), "vgg16": ("width",)}  # as in resnet50(blocks=4)
 
 
 def build(
@@ -30,15 +32,24 @@ def build(
 ) -> nnx.Module:
     """The named model for inputs of `shape` (without the batch axis); `widths` are for the MLP.
 
-    Without an `activation` each model has its own: tanh for mlp, lenet5 and cnn, and ReLU for resnet18 and vgg16, which
-    take no other.
+    Without an `activation` each model has its own: tanh for mlp, lenet5 and cnn, and ReLU for the others, which take
+    no other. A name may have `OPTIONS`, as in `resnet50(blocks=4)`.
     """
+    name, values, given = expressions.single(name, "model")
     if name not in MODELS:
         raise InputError(f"There is no model '{name}': {nearest(name, MODELS)}")
+    known = OPTIONS.get(name, ())
+    wrong = [*values, *(option for option in given if option not in known)]
+    if wrong:
+        remedy = f"write it as in {name}({known[0]}=8)." if known else f"write {name} alone."
+        raise InputError(f"The model {name} has no option {wrong[0]!r}: {remedy}")
+    for option, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"The model {name}: {option} must be a whole number above 0, got {value!r}.")
     if activation and activation not in ACTIVATIONS:
         raise InputError(f"There is no activation '{activation}': {nearest(activation, ACTIVATIONS)}")
-    options: dict[str, Any] = {"rngs": rngs, "dtype": dtype}
-    if name not in ("resnet18", "vgg16"):
+    options: dict[str, Any] = {"rngs": rngs, "dtype": dtype} | given
+    if name not in OPTIONS:
         options |= {"activation": ACTIVATIONS[activation]} if activation else {}
     elif activation not in ("", "relu"):
         raise InputError(f"{name} has the activation relu, got '{activation}': leave it out, or use lenet5 or cnn.")
@@ -46,7 +57,8 @@ def build(
         return MLP((math.prod(shape), *widths, classes), **options)
     if len(shape) != 3:
         raise InputError(f"{name} needs images [height, width, channels], got the shape {tuple(shape)}: use mlp.")
-    convolutional: dict[str, Any] = {"lenet5": LeNet5, "cnn": CNN, "resnet18": ResNet18, "vgg16": VGG16}
+    convolutional: dict[str, Any] = {"lenet5": LeNet5, "cnn": CNN, "vgg16": VGG16, "resnet18": ResNet18}
+    convolutional["resnet50"] = ResNet50
     return convolutional[name](shape, classes, **options)
 
 
@@ -186,6 +198,61 @@ class Block(nnx.Module):
         y = self.norm2(self.conv2(y))
         skip = self.skip_norm(self.skip(x)) if self.projects else x
         return jax.nn.relu(y + skip)
+
+
+class ResNet50(nnx.Module):
+    """ResNet-50 with the stem for small images; with fewer than 16 `blocks`, the upper ones are left out."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        width: int = 64,
+        blocks: int = 16,
+    ):
+        counts = (3, 4, 6, 3)  # of the stages; the first block of a later stage halves the image
+        sizes = [(width * 2**s, 2 if s and not i else 1) for s, count in enumerate(counts) for i in range(count)]
+        if blocks > len(sizes):
+            raise InputError(f"ResNet-50 has {len(sizes)} blocks, got blocks={blocks}: ask for fewer.")
+        self.stem = _conv(shape[-1], width, 3, 1, rngs, dtype)
+        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs, dtype=dtype)
+        outputs = [width, *(4 * middle for middle, _ in sizes)]
+        self.blocks = nnx.List([Bottleneck(outputs[i], *sizes[i], rngs, dtype) for i in range(blocks)])
+        self.out = nnx.Linear(outputs[blocks], classes, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> logits [batch, classes]."""
+        x = jax.nn.relu(self.norm(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.mean((1, 2)))
+
+
+class Bottleneck(nnx.Module):
+    """Convolutions of 1x1, 3x3 and 1x1 to `4 middle` features, and a skip connection as in `Block`."""
+
+    def __init__(self, inputs: int, middle: int, stride: int, rngs: nnx.Rngs, dtype: Any):
+        outputs = 4 * middle
+        self.conv1 = _conv(inputs, middle, 1, 1, rngs, dtype)
+        self.norm1 = nnx.BatchNorm(middle, momentum=0.9, rngs=rngs, dtype=dtype)
+        self.conv2 = _conv(middle, middle, 3, stride, rngs, dtype)
+        self.norm2 = nnx.BatchNorm(middle, momentum=0.9, rngs=rngs, dtype=dtype)
+        self.conv3 = _conv(middle, outputs, 1, 1, rngs, dtype)
+        self.norm3 = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs, dtype=dtype)
+        self.projects = stride != 1 or inputs != outputs
+        if self.projects:
+            self.skip = _conv(inputs, outputs, 1, stride, rngs, dtype)
+            self.skip_norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, inputs] -> [batch, height / stride, width / stride, 4 middle]."""
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = jax.nn.relu(self.norm2(self.conv2(y)))
+        skip = self.skip_norm(self.skip(x)) if self.projects else x
+        return jax.nn.relu(self.norm3(self.conv3(y)) + skip)
 
 
 class VGG16(nnx.Module):

@@ -1,16 +1,16 @@
 """Train one network on several tasks in sequence, and measure every task after every task (Split-MNIST).
 
     python -m experiments.sequence                                     # digits: five pairs of classes, half a minute
-    python -m experiments.sequence --dataset=mnist --rule='backman("dynamic")' --seeds=100
+    python -m experiments.sequence --dataset=mnist --rule='backman("gradient_norm")' --seeds=100
 
 The classes are divided at random, for each seed anew, into tasks of two (--per_task). Within a task they are numbered
 from 0, so one head serves all tasks. The optimizer and its schedule start anew with each task. Every task has as many
-training examples as the rarest pair has. All seeds train at once. With --tuning the division is another one, for
-choosing settings. The program writes metrics.json, table.csv and sequence.png.
+training examples as the two rarest classes have. All seeds train at once. With --tuning the division is another one,
+for choosing settings. The program writes metrics.json, table.csv and sequence.png.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,10 @@ class Division(NamedTuple):
     numbers: np.ndarray  # [seeds, classes]
 
     def rows(self, labels: np.ndarray, task: int) -> np.ndarray:
-        """The examples of a task [seeds, examples]: as many as all seeds have."""
+        """The examples of a task [seeds, examples]: as many as the rarest classes have together."""
+        count = np.sort(np.bincount(labels, minlength=self.numbers.shape[1]))[: self.classes.shape[2]].sum()
         found = [np.flatnonzero(np.isin(labels, classes[task])) for classes in self.classes]
-        return np.stack([rows[: min(map(len, found))] for rows in found]).astype(np.int32)
+        return np.stack([rows[:count] for rows in found]).astype(np.int32)
 
 
 def divide(dataset: data.Dataset, seeds: range, per_task: int, *, tuning: bool = False) -> Division:
@@ -71,6 +72,77 @@ def renumbered(method: Method, classes: int) -> Method:
     return Method(init, step, evaluate, convolves=method.convolves)
 
 
+class Course:
+    """The training on all tasks in turn, epoch by epoch.
+
+    Attributes:
+      config, epochs, finished: what is trained, the epochs done, and whether those of all tasks are.
+      accuracy: of every task after every task [lanes, after, task]; 0 for what is not measured yet.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: data.Dataset,
+        division: Division,
+        *,
+        rates: Sequence[float] = (),
+        part: Literal["test", "val"] = "test",
+    ):
+        """Compiles; each seed is a lane, and with `rates` each learning rate has all seeds; `part` is measured."""
+        self.config, self.epochs = config, 0
+        lanes = max(1, len(rates))
+        self.classes = np.tile(division.classes, (lanes, 1, 1))
+        self._numbers = np.tile(division.numbers, (lanes, 1))
+        self._measured = [np.asarray(a) if i else a for i, a in enumerate(dataset.parts[part])]
+        labels, count = np.asarray(dataset.y_train), division.classes.shape[1]
+        self._rows = [np.tile(division.rows(labels, task), (lanes, 1)) for task in range(count)]
+        task = tasks.build(config, dataset._replace(classes=division.classes.shape[2]))
+        steps = steps_per_epoch(dataset, config.batch_size, self._rows[0].shape[1])
+
+        def method(**settings: Any) -> Method:
+            return renumbered(build.method(config, task, steps, **settings), dataset.classes)
+
+        self._run = Run(
+            method if rates else method(),
+            dataset,
+            seeds=[*config.all_seeds] * lanes,
+            settings={"learning_rate": [rate for rate in rates for _ in config.all_seeds]} if rates else None,
+            batch_size=config.batch_size,
+            probe=0,
+            rows=self._rows[0],
+        )
+        self._fresh = jax.tree.map(np.asarray, self._run.carry[0].optimizer)
+        self.accuracy = np.zeros((len(self.classes), count, count))
+
+    @property
+    def finished(self) -> bool:
+        return self.epochs == len(self._rows) * self.config.epochs
+
+    def epoch(self) -> None:
+        """Trains for an epoch on the present task; after its last one, measures all tasks."""
+        task, begun = divmod(self.epochs, self.config.epochs)
+        self._run.rows = self._rows[task]
+        if not begun:
+            self._run.carry = self._run.carry[0]._replace(optimizer=self._fresh), jnp.asarray(self._numbers)
+        self._run.steps_of_an_epoch()
+        self.epochs += 1
+        if begun + 1 == self.config.epochs:
+            x, y = self._measured
+            hits = self._run.figures(x, y)["accuracy"]
+            for lane, classes in enumerate(self.classes):
+                self.accuracy[lane, task] = [hits[lane, np.isin(y, own)].mean() for own in classes]
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on, and what is measured."""
+        return {"run": self._run.state(), "epochs": self.epochs, "accuracy": self.accuracy}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state`."""
+        self._run.restore(state["run"])
+        self.epochs, self.accuracy = int(state["epochs"]), np.array(state["accuracy"])
+
+
 def train(
     config: Config,
     dataset: data.Dataset,
@@ -79,35 +151,12 @@ def train(
     advance: Callable[[int], Any] | None = None,
 ) -> np.ndarray:
     """Test accuracy of every task after every task [seeds, after, task], each task trained for the config's epochs."""
-    seeds = config.all_seeds
-    count = division.classes.shape[1]
-    y_train, y_test = np.asarray(dataset.y_train), np.asarray(dataset.y_test)
-    rows = [division.rows(y_train, task) for task in range(count)]
-    examples = min(own.shape[1] for own in rows)
-    task = tasks.build(config, dataset._replace(classes=division.classes.shape[2]))
-    method = build.method(config, task, steps_per_epoch(dataset, config.batch_size, examples))
-    run = Run(
-        renumbered(method, dataset.classes),
-        dataset,
-        seeds=seeds,
-        batch_size=config.batch_size,
-        probe=0,
-        rows=rows[0][:, :examples],
-    )
-    fresh = jax.tree.map(np.asarray, run.carry[0].optimizer)
-    accuracy = np.zeros((config.seeds, count, count))
-    for after in range(count):
-        run.rows = rows[after][:, :examples]
-        run.carry = run.carry[0]._replace(optimizer=fresh), jnp.asarray(division.numbers)
-        for _ in range(config.epochs):
-            run.steps_of_an_epoch()
-            if advance:
-                advance(1)
-        hits = run.figures(dataset.x_test, dataset.y_test)["accuracy"]
-        for seed, classes in enumerate(division.classes):
-            for measured in range(count):
-                accuracy[seed, after, measured] = hits[seed, np.isin(y_test, classes[measured])].mean()
-    return accuracy
+    course = Course(config, dataset, division)
+    while not course.finished:
+        course.epoch()
+        if advance:
+            advance(1)
+    return course.accuracy
 
 
 def table(accuracy: np.ndarray) -> str:

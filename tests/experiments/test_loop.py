@@ -96,6 +96,18 @@ def test_a_seed_alone_gives_what_it_gives_among_others():
     assert len(set(several.train_loss.tolist())) == 3
 
 
+def test_many_convolutions_take_their_steps_one_by_one_on_an_accelerator(monkeypatch):
+    records = {}
+    for many in (1, loop.MANY):
+        monkeypatch.setattr(loop, "MANY", many)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # what the loop asks
+        run = make_run(task=make_task("cnn"))
+        assert run._looped == (many > 2) and len(run._stops(2)) == (2 if many > 2 else 4)
+        records[many] = run.epoch()
+    for name in ("train_loss", "test_loss"):
+        np.testing.assert_allclose(*(getattr(record, name) for record in records.values()), rtol=1e-5)
+
+
 def test_parts_of_an_epoch_make_the_epoch():
     task, steps = make_task(), []
     whole, parts = make_run(task=task), make_run(task=task)

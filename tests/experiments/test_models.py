@@ -39,6 +39,17 @@ def test_sizes_of_the_published_models():
     assert size(nnx.eval_shape(lambda: build("mlp", (28, 28, 1), widths=(2000,) * 4))) == 13_596_010
 
 
+def test_resnet50_without_its_upper_blocks():
+    """The blocks of the four stages have 256, 512, 1024 and 2048 features; each later stage halves the image."""
+    whole = nnx.eval_shape(lambda: build("resnet50", (32, 32, 3)))
+    features = [block.conv3.out_features for block in whole.blocks]
+    assert size(whole) == 23_520_842
+    assert features == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3 and whole.out.in_features == 2048
+    assert [i for i, block in enumerate(whole.blocks) if block.conv2.strides != 1] == [3, 7, 13]
+    cut = nnx.eval_shape(lambda: build("resnet50(blocks=4,width=2)", (32, 32, 3)))
+    assert len(cut.blocks) == 4 and cut.out.in_features == 16
+
+
 def test_vgg16_has_sixteen_layers_and_pools_while_it_can():
     """On 32x32 images five times, to a single pixel; on 2x3 once."""
     for shape, pools in (((32, 32, 3), 5), ((2, 3, 1), 1), ((1, 1, 1), 0)):
@@ -123,6 +134,11 @@ def test_a_model_has_its_activation_and_no_other(name, activation, function):
         (("resnet18", (8, 8, 1)), {"activation": "gelu"}, ["resnet18 has the activation relu", "'gelu'"]),
         (("lenet5", (64,)), {}, ["lenet5 needs images [height, width, channels]", "(64,)", "use mlp"]),
         (("cnn", (3, 3, 1)), {}, ["at least 4x4", "3x3", "use mlp"]),
+        (("lenet5(width=3)", (8, 8, 1)), {}, ["lenet5 has no option 'width'", "write lenet5 alone"]),
+        (("resnet50(depth=3)", (8, 8, 1)), {}, ["resnet50 has no option 'depth'", "resnet50(width=8)"]),
+        (("resnet50(3)", (8, 8, 1)), {}, ["resnet50 has no option 3"]),
+        (("resnet50(blocks=17)", (8, 8, 1)), {}, ["16 blocks", "ask for fewer"]),
+        (("vgg16(width=0)", (8, 8, 1)), {}, ["width must be a whole number above 0, got 0"]),
     ],
 )
 def test_wrong_model_is_told_in_a_sentence(arguments, options, words):
