@@ -1,20 +1,8 @@
 """Table 1 on MNIST: the rule of each row for BP, RBP and SRBP, and the numbers of the paper."""
 
-from experiments.config import Config
+from experiments.papers.baldi_2018.settings import MNIST, train
 from experiments.papers.cells import Cell, Table
 
-CONFIG = Config(
-    dataset="mnist",
-    widths=(100, 100, 100, 100),
-    activation="tanh",
-    batch_size=100,
-    optimizer="sgd",
-    learning_rate=0.1,
-    schedule="exponential(factor=0.999999)",
-    epochs=100,
-    seeds=5,
-    probe=0,
-)
 RULES = {"BP": "bp", "RBP": "rbp", "SRBP": "srbp"}
 Number = tuple[float, float | None] | None  # mean and sd
 
@@ -42,18 +30,18 @@ def _cell(row: str, column: str, number: tuple[float, float | None]) -> Cell:
     values = [RULES[column]]
     if row.startswith("Sparse"):
         values.append(", rescale=True" if column == "RBP" else "")  # sparse RBP is scaled by 1 / sqrt(n)
-    config = CONFIG.replace(rule=ROWS[row][0].format(*values))
+    config = MNIST.replace(rule=ROWS[row][0].format(*values))
     if row.startswith("Quantized update"):
         config = config.replace(schedule="constant")
     if (row, column) == ("Adaptive", "RBP"):
         config = config.replace(learning_rate=0.01)
-    return Cell(row, column, config, {"accuracy": number}, minutes=0.5)
+    return Cell(row, column, config, {"accuracy": number}, minutes=0.5, measure=train)
 
 
 TABLE_1 = Table(
     "Test accuracy (%) on MNIST after 100 epochs",
     [
-        Cell("Top layer only", "BP", CONFIG.replace(rule="last_layer_only"), {"accuracy": (84.7, 0.7)}, minutes=0.4),
+        Cell("Top layer only", "BP", MNIST.replace(rule="last_layer_only"), {"accuracy": (84.7, 0.7)}, 0.4, measure=train),
         *(
             _cell(row, column, number)
             for row, (_, numbers) in ROWS.items()
