@@ -225,8 +225,12 @@ def observations(hidden: int, mean: float = MEAN) -> dict[str, Observation]:
 
 def accuracies(found: Iterable[Found]) -> dict[str, Accuracy]:
     """The accuracies of the measured runs, by name."""
-    values = {each.cell.row: (each.values("train_accuracy"), each.values("accuracy")) for each in found}
-    return {name: Accuracy(*pair) for name, pair in values.items() if pair[0] is not None and pair[1] is not None}
+    made = {}
+    for each in found:
+        train, test = each.values("train_accuracy"), each.values("accuracy")
+        if train is not None and test is not None:
+            made[each.cell.row] = Accuracy(train, test)
+    return made
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
