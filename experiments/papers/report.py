@@ -26,7 +26,7 @@ def markdown(table: Table, folder: pathlib.Path) -> str:
     words = ("paper", "ours", "difference")
     header = ["", *(", ".join(filter(None, (head, word))) for head in heads for word in words)]
     rows: list[list[str]] = []
-    remarks: list[str] = []
+    remarks: dict[str, list[str]] = {}  # what is less, and the cells of which it is
     for beyond in (False, True):
         own = [cell for cell in table.cells if cell.beyond == beyond]
         if beyond and own:
@@ -40,7 +40,8 @@ def markdown(table: Table, folder: pathlib.Path) -> str:
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("", "-") for row in rows)]
     shown = results.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
     notes = table.notes if isinstance(table.notes, str) else table.notes(measured(table, folder))
-    return "\n\n".join(filter(None, [table.title, shown, "\n".join(remarks), notes]))
+    reduced = "\n".join(f"\\* {'; '.join(names)}: {less}." for less, names in remarks.items())
+    return "\n\n".join(filter(None, [table.title, shown, reduced, notes]))
 
 
 def measured(table: Table, folder: pathlib.Path) -> list[Found]:
@@ -48,7 +49,7 @@ def measured(table: Table, folder: pathlib.Path) -> list[Found]:
     return [found for cell in table.cells if (found := load(folder, cell)) is not None]
 
 
-def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: list[str]) -> list[str]:
+def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: dict[str, list[str]]) -> list[str]:
     """For each figure the paper's number, ours, and the difference."""
     found = load(folder, cell)
     texts = []
@@ -64,7 +65,7 @@ def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: 
         texts.append(f"{results.text(figures, figure.unit, figure.digits)} ({len(values)}){reduced}")
         texts.append("-" if paper is None else f"{mean - paper[0]:+.{figure.digits}f}")
     if found is not None and found.less:
-        remarks.append(f"\\* {cell.name}: {found.less}.")
+        remarks.setdefault(found.less, []).append(cell.name)
     return texts
 
 

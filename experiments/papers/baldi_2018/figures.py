@@ -1,0 +1,135 @@
+"""Figures 1 to 9: accuracy on the training set and the test set, by epoch. Most cells are those of Table 1.
+
+    python -m experiments.papers.baldi_2018 --figure=1,2,3,7,8,9     # MNIST: the cells that Table 1 has not measured
+    python -m experiments.papers.baldi_2018 --figure=4 --seeds=2     # the sparsity of SRBP
+    python -m experiments.papers.baldi_2018 --figure=5,6 --seeds=1   # CIFAR-10
+
+The curves of the paper are pictures, so only the final accuracies of Table 1 stand beside ours. Figures 1 and 5 also
+have skipped backpropagation (SBP). The paper names only two of the n in figure 4, 0 and 100. Times are those of Table 1
+(`table_1.py`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import plots
+from experiments.papers.baldi_2018.table_1 import CELLS, CIFAR, TOP, cell
+from experiments.papers.cells import Cell, Found, Table
+
+BY_NAME = {each.name: each for each in CELLS}
+COLOURS = {"BP": plots.COLOURS[0], "SBP": plots.COLOURS[3], "RBP": plots.COLOURS[1], "SRBP": plots.COLOURS[2]}
+SPARSITY = (0, 1, 2, 4, 8, 16, 32, 64, 90, 99, 100)
+
+
+def _rows(rows: Sequence[str], columns: Sequence[str] = ("BP", "RBP", "SRBP")) -> list[Cell]:
+    """The cells of Table 1 in these rows and columns."""
+    return [BY_NAME[name] for row in rows for column in columns if (name := f"{row}, {column}") in BY_NAME]
+
+
+def _nine(data: str) -> list[Cell]:
+    """The algorithms of figures 1 and 5."""
+    made = []
+    for row, rule in (("Baseline", "sbp"), ("No-f'", "without_derivatives(sbp)")):
+        bp, *others = _rows([data + row])
+        made += [bp, cell(data + row, "SBP", rule), *others]
+    return [*made, *_rows([data + TOP])]
+
+
+def _sparse(n: int) -> Cell:
+    """A cell of figure 4, of Table 1 where that has it."""
+    row = f"Sparse-{n}"
+    return BY_NAME.get(f"{row}, SRBP") or cell(row, "SRBP", f"srbp(init=sparse({n}))")
+
+
+def by_epoch(found: Sequence[Found]) -> Figure:
+    """Two panels by epoch, the mean over the seeds and one sd: the training set above, the test set below.
+
+    Where some cell has no accuracy on the training set, the upper panel has the loss in training. A rule has a colour,
+    a row a line style; a star marks reduced cells.
+    """
+    trained = all(each.values("train_accuracy") is not None for each in found)
+    upper = ("train_accuracy", "training accuracy (%)", 100) if trained else ("train_loss", "training loss", 1)
+    figure = Figure(figsize=(9, 7.6), dpi=130, layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    lines = dict(zip(dict.fromkeys(each.cell.row for each in found), plots.LINES, strict=False))
+    for axis, (name, label, unit) in zip(axes, (upper, ("accuracy", "test accuracy (%)", 100)), strict=True):
+        ends = []
+        for each in found:
+            epochs, values = each.curve(name)
+            mean = unit * values.mean(1)
+            sd = unit * (values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(mean)))
+            colour = "black" if TOP in each.cell.row else COLOURS[each.cell.column]
+            marker = "." if len(epochs) == 1 else None
+            named = each.cell.name + "*" * bool(each.less)
+            axis.plot(epochs, mean, color=colour, linestyle=lines[each.cell.row], marker=marker, label=named)
+            axis.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+            ends.append(mean[-1])
+        if unit == 100:  # the failures would press the others together
+            axis.set_ylim(max(0.0, min(min(ends) - 5, 80.0)), None)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].set_xlabel("epoch")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def by_sparsity(found: Sequence[Found]) -> Figure:
+    """Figure 4: the final accuracy over n, ours and that of Table 1 of the paper."""
+    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for each in found:
+        n = int(each.cell.row.removeprefix("Sparse-"))
+        paper, values = each.cell.paper.get("accuracy"), 100 * np.asarray(each.values("accuracy"))
+        if paper:
+            axis.errorbar(
+                n, paper[0], paper[1], fmt="_", color=plots.COLOURS[1], markersize=13, elinewidth=3, alpha=0.6
+            )
+        sd = values.std(ddof=1) if len(values) > 1 else 0.0
+        face = "none" if each.less else plots.COLOURS[0]
+        axis.errorbar(n, values.mean(), sd, fmt="o", color=plots.COLOURS[0], markerfacecolor=face, capsize=2)
+    axis.errorbar([], [], fmt="_", color=plots.COLOURS[1], markersize=13, label="paper, Table 1")
+    axis.errorbar([], [], fmt="o", color=plots.COLOURS[0], label="ours ± sd (hollow: reduced)")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xticks(SPARSITY, [str(n) if n != 99 else "" for n in SPARSITY], fontsize="small")
+    axis.minorticks_off()
+    axis.set(xlabel="n", ylabel="test accuracy (%)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def _curves(title: str, cells: Sequence[Cell]) -> Table:
+    return Table(
+        f"{title}: test accuracy (%) after 100 epochs; the picture has the curves",
+        cells,
+        plot=by_epoch,
+        folder="table 1",
+    )
+
+
+_QUANTISED = [f"Quantized {what} {bits}-bit" for what in ("error", "update") for bits in (5, 3, 1)]
+FIGURES = {
+    "figure 1": _curves("Nine algorithms on MNIST", _nine("")),
+    "figure 2": _curves("Adaptive feedback on MNIST", _rows(["Baseline", "Adaptive"], ("RBP", "SRBP"))),
+    "figure 3": _curves(
+        "Sparse feedback on MNIST", _rows(["Baseline", "Sparse-8", "Sparse-2", "Sparse-1"], ("RBP", "SRBP"))
+    ),
+    "figure 4": Table(
+        "Test accuracy (%) of sparse SRBP on MNIST after 100 epochs",
+        [_sparse(n) for n in SPARSITY],
+        plot=by_sparsity,
+        folder="table 1",
+    ),
+    "figure 5": _curves("Nine algorithms on CIFAR-10", _nine(CIFAR)),
+    "figure 6": _curves(
+        "Sparse feedback on CIFAR-10",
+        _rows([CIFAR + row for row in ("Baseline", "Sparse-8", "Sparse-2", "Sparse-1")], ("RBP", "SRBP")),
+    ),
+    "figure 7": _curves("Quantised errors on MNIST", _rows(["Baseline", *_QUANTISED[:3]])),
+    "figure 8": _curves("Quantised updates on MNIST", _rows(["Baseline", *_QUANTISED[3:]])),
+    "figure 9": _curves(
+        "Dropout in the learning channel on MNIST", _rows(["Baseline", *(f"LC Dropout {p}%" for p in (10, 20, 50))])
+    ),
+}
