@@ -1,0 +1,15 @@
+"""Tables and figures of Hoier and Zach (2024)."""
+
+import pathlib
+
+from experiments import cli
+from experiments.papers import program
+from experiments.papers.hoier_2024.table_1 import TABLE_1
+
+HEADING = "Hoier and Zach (2024): dual propagation"
+TABLES = {"table 1": TABLE_1}
+HOME = pathlib.Path(__file__).parent / "results"
+
+if __name__ == "__main__":
+    program.define_flags()
+    cli.run(lambda: program.main(TABLES, HOME, HEADING))
