@@ -5,9 +5,10 @@ import pathlib
 from experiments import cli
 from experiments.papers import program
 from experiments.papers.hoier_2024.table_1 import TABLE_1
+from experiments.papers.hoier_2024.table_2 import FIGURE_3, TABLE_2
 
 HEADING = "Hoier and Zach (2024): dual propagation"
-TABLES = {"table 1": TABLE_1}
+TABLES = {"table 1": TABLE_1, "table 2": TABLE_2, "figure 3": FIGURE_3}
 HOME = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import lrules
 from experiments import rules, tasks
 from experiments.config import Config
 from experiments.data import Dataset, scale
-from experiments.papers.cells import Job, trained
+from experiments.papers.cells import Job, thin, trained
+from experiments.papers.hoier_2024 import layers
 from experiments.trial import Trial
 
 IMAGES = 50_000
@@ -96,7 +97,11 @@ def measure(job: Job) -> Mapping[str, Any] | None:
     carry, rule = training.carry(0), rules.parse(job.config.rule)
     x, y = built.prepare(batches.x_train[:1]), jnp.asarray(batches.y_train[0])
     lipschitz, residual = jax.jit(jax.vmap(measures(built, rule, x, y)))(carry.params, carry.state, carry.feedback)
-    figures = {"lipschitz": {"by_seed": np.asarray(lipschitz)}}
+    figures: dict[str, Any] = {"lipschitz": {"by_seed": np.asarray(lipschitz)}}
+    if "records" in found:
+        by_layer = thin(layers.curves(found["records"]), job.config.epochs)
+        figures |= {"curves": {**found["curves"], **by_layer}}
+        found = {name: value for name, value in found.items() if name != "records"}
     if residual.size:
         figures |= {"residual": {"by_seed": np.asarray(residual[:, -1])}, "residuals": np.asarray(residual)}
     return {**found, **figures}
