@@ -1,6 +1,6 @@
-"""All that needs a GPU, in one session of some minutes: correctness, step times, and epochs.
+"""All that needs a GPU, in one session of some minutes: correctness, step times, cells of the papers, and epochs.
 
-    python -m experiments.gpu --minutes=8.5 --output=results/gpu
+    python -m experiments.gpu --minutes=8.5 --output=results/gpu --data_dir=FOLDER    # with mnist.npz, cifar10.npz, ...
     python -m experiments.gpu --tiny --output=/tmp/gpu                # all parts, tiny: for a CPU
     python -m experiments.gpu --report --output=results/gpu           # the results as Markdown tables
 
@@ -17,7 +17,7 @@ import jax
 from absl import flags
 
 from experiments import cli, epochs, rules
-from experiments.gpu import correctness, report, session, steps
+from experiments.gpu import correctness, report, session, steps, tables
 
 FLAGS = flags.FLAGS
 
@@ -38,7 +38,12 @@ def epochs_part(results: session.Results, clock: session.Clock, tiny: bool) -> N
 
 
 # For each part its share of the time: after this part of the minutes it begins nothing new.
-PARTS = {"correctness": (0.14, correctness.part), "steps": (0.8, steps.part), "epochs": (1.0, epochs_part)}
+PARTS = {
+    "correctness": (0.12, correctness.part),
+    "steps": (0.3, steps.part),
+    "epochs": (0.35, epochs_part),
+    "tables": (1.0, tables.part),
+}
 
 
 def main() -> None:
@@ -64,4 +69,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("report", False, "Print the tables of the results in the output folder; measure nothing.")
     flags.DEFINE_multi_enum("parts", None, list(PARTS), "Some of the parts (default: all); may be given again.")
     flags.DEFINE_string("output", "results/gpu", "Folder for the results.")
+    flags.DEFINE_string("data_dir", None, "The folder of NAME.npz files, for the cells of the papers.")
     cli.run(main)

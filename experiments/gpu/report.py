@@ -92,6 +92,11 @@ def epochs(entries: Entries) -> list[str]:
     return [results.table(("model, rule", "an epoch", *training.RATIOS), rows)]
 
 
+def cells(entries: Entries) -> list[str]:
+    rows = [(key, str(entry.get("exit_code", "-"))) for key, entry in entries.items()]
+    return [results.table(("program", "exit code"), rows), "75 means: stopped at the time limit."]
+
+
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
@@ -101,4 +106,5 @@ PARTS: dict[str, tuple[str, Callable[[Entries], list[str]]]] = {
     "correctness": ("Gradients on the device against the CPU", correctness),
     "steps": ("Step times", steps),
     "epochs": ("An epoch of the training loop", epochs),
+    "tables": ("Cells of the papers", cells),
 }

@@ -24,6 +24,7 @@ from experiments.data import Dataset
 from experiments.keeper import Keeper
 from experiments.progress import Progress
 from experiments.signals import Stop
+from experiments.tasks import Task
 from experiments.trial import Trial
 
 POINTS = 25  # of a curve, that a file keeps
@@ -55,34 +56,58 @@ class Job(NamedTuple):
 Measure = Callable[[Job], Mapping[str, Any] | None]
 
 
-def measure(job: Job) -> Mapping[str, Any] | None:
-    """Trains a config to its end; of a grid, it has the figures of the point that the validation set chooses."""
-    grid = sweep.parse(job.sweep, job.config)
-    return trained(job, Trial(job.config, job.dataset(job.config), grid=grid))
+def measure(job: Job, *, task: Task | None = None, training: bool = False) -> Mapping[str, Any] | None:
+    """Trains a config to its end; of a grid, it has the figures of the point that the validation set chooses.
+
+    Args:
+      job: what to train.
+      task: the model and its loss, where they are not those of the config.
+      training: also measure the accuracy on the training set, where the curves have points; not for a grid.
+    """
+    dataset = job.dataset(job.config)
+    trial = Trial(job.config, dataset, grid=sweep.parse(job.sweep, job.config), task=task)
+    return trained(job, trial, measured_on=dataset if training else None)
 
 
-def trained(job: Job, trial: Trial) -> Mapping[str, Any] | None:
-    """Trains a trial to its end in the folder of a job, and gives its figures; None if it was stopped before."""
+def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Mapping[str, Any] | None:
+    """Trains a trial to its end in the folder of a job, and gives its figures; None if it was stopped before.
+
+    With a data set to be `measured_on`, it also has the accuracy on its training set.
+    """
     described = {"config": job.config.to_dict(), "sweep": list(job.sweep)}
     with Keeper(trial, job.work, described, keep=1, resume=True) as kept:
         job.bar.restart(trial.config.epochs, trial.epochs)
         while not trial.finished and not job.stop.requested:
             record = trial.epoch(advance=lambda _: job.stop.requested)
+            if measured_on is not None and record is not None and trial.epochs in kept_epochs(trial.config.epochs):
+                run = trial.runs[0]  # a checkpoint has its curve
+                found = run.evaluate(measured_on.x_train, measured_on.y_train, batch_size=1000)
+                run.curve[-1]["train_accuracy"] = found["accuracy"]
             kept.save(now=trial.finished or job.stop.requested)
             if record is not None:
-                note = f"{record.accuracy.mean():.2%}" if record.accuracy is not None else f"{record.test_loss.mean():.3g}"
-                job.bar.advance(1, note)
+                loss, accuracy = record.test_loss, record.accuracy
+                job.bar.advance(1, f"{loss.mean():.3g}" if accuracy is None else f"{accuracy.mean():.2%}")
     if not trial.finished:
         return None
-    found = trial.result()
-    found |= found.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
-    return found | {"curves": thin(found["curves"], trial.config.epochs)}
+    result = trial.result()
+    result |= result.pop("selected", {})  # the epoch that the validation set chooses, where the config asks for it
+    curves = thin(result["curves"], trial.config.epochs)
+    if measured_on is not None:
+        curve = np.array([entry["train_accuracy"] for entry in trial.runs[0].curve if "train_accuracy" in entry])
+        result["train_accuracy"] = results.statistics(curve[-1]) | {"by_seed": curve[-1]}
+        curves["train_accuracy"] = curve
+    return result | {"curves": curves}
+
+
+def kept_epochs(epochs: int, points: int = POINTS) -> np.ndarray:
+    """The epochs that curves keep, from 1; the first and the last are among them."""
+    return np.unique(np.linspace(0, epochs - 1, min(points, epochs)).round().astype(int)) + 1
 
 
 def thin(curves: Mapping[str, Any], epochs: int, points: int = POINTS) -> dict[str, Any]:
     """Some points of curves [epochs, ...], the first and the last among them, with their epochs."""
-    kept = np.unique(np.linspace(0, epochs - 1, min(points, epochs)).round().astype(int))
-    return {"epoch": kept + 1} | {name: np.asarray(curve)[kept] for name, curve in curves.items()}
+    kept = kept_epochs(epochs, points)
+    return {"epoch": kept} | {name: np.asarray(curve)[kept - 1] for name, curve in curves.items()}
 
 
 class Cell(NamedTuple):
@@ -140,15 +165,17 @@ class Table(NamedTuple):
       title: what it shows, with the unit.
       cells: its cells.
       shown: the figures that each cell has in it.
-      notes: on our settings, and reasons for differences; Markdown.
+      notes: on our settings, and reasons for differences; Markdown, or a function that makes it of the measured cells.
       plot: makes a picture of the measured cells; None: `report.comparison`, which sets ours beside the paper's.
+      folder: the table whose files hold its cells, such as "table 1"; empty: its own.
     """
 
     title: str
     cells: Sequence[Cell]
     shown: Sequence[Shown] = (Shown(),)
-    notes: str = ""
+    notes: str | Callable[[Sequence["Found"]], str] = ""
     plot: Callable[[Sequence["Found"]], Any] | None = None
+    folder: str = ""
 
 
 class Found(NamedTuple):

@@ -1,7 +1,7 @@
 """The program of a paper. Its package gives the tables to `main`, which has these commands:
 
-    python -m experiments.papers.baldi_2018 --list                     # the cells: done, reduced, missing; the time
-    python -m experiments.papers.baldi_2018 --table=1 --minutes=60     # measures missing cells; goes on where it stopped
+    python -m experiments.papers.baldi_2018 --list                     # the cells: done, reduced, missing
+    python -m experiments.papers.baldi_2018 --table=1 --minutes=60     # measures missing cells; goes on after a stop
     python -m experiments.papers.baldi_2018 --table=1 --cells=SRBP --seeds=2 --epochs=20    # some of them, reduced
     python -m experiments.papers.baldi_2018 --report                   # README.md, pictures and data of the results
 """
@@ -9,7 +9,7 @@
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -29,6 +29,7 @@ def define_flags() -> None:
     """Defines the flags of the program of a paper."""
     flags.DEFINE_list("table", [], "The tables to measure or show (default: all tables and figures).")
     flags.DEFINE_list("figure", [], "The figures to measure or show.")
+    flags.DEFINE_list("section", [], "The sections to measure or show, for what a paper says without a table.")
     flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name.")
     flags.DEFINE_integer("seeds", None, "The number of seeds (default: as in the paper).", lower_bound=1)
     flags.DEFINE_integer("epochs", None, "The number of epochs (default: as in the paper).", lower_bound=1)
@@ -55,7 +56,7 @@ class Wanted(NamedTuple):
 def main(tables: Mapping[str, Table], home: pathlib.Path, heading: str) -> int:
     """The program of a paper: its tables by name ("table 1", "figure 5"), the folder of its results, its title."""
     root = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else home
-    chosen = choose(tables, FLAGS.table, FLAGS.figure)
+    chosen = choose(tables, FLAGS.table, FLAGS.figure, FLAGS.section)
     if FLAGS.list:
         print(report.listing(chosen, root))
         return 0
@@ -72,20 +73,23 @@ def main(tables: Mapping[str, Table], home: pathlib.Path, heading: str) -> int:
     with signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
         run(chosen, root, wanted, stop)
     for key, table in chosen.items():
-        print(f"{report.markdown(table, report.folder_of(root, key))}\n")
+        print(f"{report.markdown(table, report.folder_of(root, key, table))}\n")
     if stop.requested:
         print(f"{stop.sentence} The same command goes on.")
     return stop.exit_code
 
 
-def choose(tables: Mapping[str, Table], table: list[str], figure: list[str]) -> dict[str, Table]:
-    """The tables and figures that the flags name; all of them without a name."""
-    for kind, names in (("table", table), ("figure", figure)):
+def choose(
+    tables: Mapping[str, Table], table: Sequence[str], figure: Sequence[str], section: Sequence[str] = ()
+) -> dict[str, Table]:
+    """The tables, figures and sections that the flags name; all of them without a name."""
+    asked = []
+    for kind, names in (("table", table), ("figure", figure), ("section", section)):
         known = [key.removeprefix(f"{kind} ") for key in tables if key.startswith(kind)]
         for name in names:
             if name not in known:
                 raise InputError(f"There is no {kind} '{name}' here: {nearest(name, known)}")
-    asked = [f"table {name}" for name in table] + [f"figure {name}" for name in figure]
+        asked += [f"{kind} {name}" for name in names]
     return {key: table for key, table in tables.items() if key in asked or not asked}
 
 
@@ -101,7 +105,7 @@ def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: s
         return kept[own]
 
     for key, table in tables.items():
-        folder = files.check_writable(report.folder_of(root, key))
+        folder = files.check_writable(report.folder_of(root, key, table))
         for cell in (cell for cell in table.cells if wanted.pattern.search(cell.name)):
             epochs = min(wanted.epochs or cell.config.epochs, cell.config.epochs)
             for config in cells.missing(folder, cell, epochs, wanted.seeds or cell.config.seeds):

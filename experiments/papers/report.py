@@ -11,11 +11,12 @@ from experiments import files, plots, results
 from experiments.papers.cells import Cell, Found, Shown, Table, load
 
 MISSING = "missing"
+DATA = ("cell", "figure", "seed", "epochs", "value")  # the columns of a CSV file
 
 
-def folder_of(root: pathlib.Path, key: str) -> pathlib.Path:
-    """The folder of a table's cells: `table_1` for "table 1"."""
-    return root / key.replace(" ", "_")
+def folder_of(root: pathlib.Path, key: str, table: Table | None = None) -> pathlib.Path:
+    """The folder of a table's cells: `table_1` for "table 1", or for a table that has its cells there."""
+    return root / ((table and table.folder) or key).replace(" ", "_")
 
 
 def markdown(table: Table, folder: pathlib.Path) -> str:
@@ -38,7 +39,13 @@ def markdown(table: Table, folder: pathlib.Path) -> str:
             rows.append(line)
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("", "-") for row in rows)]
     shown = results.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    return "\n\n".join(filter(None, [table.title, shown, "\n".join(remarks), table.notes]))
+    notes = table.notes if isinstance(table.notes, str) else table.notes(measured(table, folder))
+    return "\n\n".join(filter(None, [table.title, shown, "\n".join(remarks), notes]))
+
+
+def measured(table: Table, folder: pathlib.Path) -> list[Found]:
+    """The cells that have results."""
+    return [found for cell in table.cells if (found := load(folder, cell)) is not None]
 
 
 def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: list[str]) -> list[str]:
@@ -84,7 +91,7 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
     rows = []
     for key, table in tables.items():
         for cell in table.cells:
-            found = load(folder_of(root, key), cell)
+            found = load(folder_of(root, key, table), cell)
             state = MISSING if found is None else f"reduced: {found.less}" if found.less else "done"
             left = cell.config.seeds
             if found is not None and found.epochs >= cell.config.epochs:
@@ -94,28 +101,41 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
     return results.table(("cell", "state", "minutes, two cores", "minutes, one GPU"), rows)
 
 
-def write(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
-    """Writes README.md with all tables and, for each that has results, TABLE.csv and TABLE.png; returns the text."""
-    parts = [f"# {heading}"]
-    for key, table in tables.items():
-        folder = folder_of(root, key)
-        found = [each for cell in table.cells if (each := load(folder, cell)) is not None]
-        text = markdown(table, folder)
-        if named := far(table, folder):
-            text += f"\n\nMore than two sd from the paper: {'; '.join(named)}."
-        if found:
-            name = key.replace(" ", "_")
-            figure = table.plot(found) if table.plot else comparison(table, found)
-            files.savefig(figure, root / f"{name}.png")
-            files.write_csv(root / f"{name}.csv", ("cell", "figure", "seed", "epochs", "value"), _data(table, found))
-            text += f"\n\n![{key}]({name}.png)"
-        parts.append(f"## {key.capitalize()}\n\n{text}")
-    text = "\n\n".join(parts) + "\n"
-    files.write_atomic(root / "README.md", text)
+def section(key: str, table: Table, root: pathlib.Path) -> str:
+    """What a report says of one table: the table, its notes, and which cells are far from the paper."""
+    folder = folder_of(root, key, table)
+    text = markdown(table, folder)
+    if named := far(table, folder):
+        text += f"\n\nMore than two sd from the paper: {'; '.join(named)}."
     return text
 
 
-def _data(table: Table, found: Sequence[Found]) -> list[tuple[Any, ...]]:
+def text(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
+    """The report of a paper: its README.md."""
+    parts = [f"# {heading}"]
+    for key, table in tables.items():
+        own = section(key, table, root)
+        if measured(table, folder_of(root, key, table)):
+            own += f"\n\n![{key}]({key.replace(' ', '_')}.png)"
+        parts.append(f"## {key.capitalize()}\n\n{own}")
+    return "\n\n".join(parts) + "\n"
+
+
+def write(tables: Mapping[str, Table], root: pathlib.Path, heading: str) -> str:
+    """Writes README.md with all tables and, for each that has results, TABLE.csv and TABLE.png; returns the text."""
+    for key, table in tables.items():
+        if found := measured(table, folder_of(root, key, table)):
+            name = key.replace(" ", "_")
+            figure = table.plot(found) if table.plot else comparison(table, found)
+            files.savefig(figure, root / f"{name}.png")
+            files.write_csv(root / f"{name}.csv", DATA, data(table, found))
+    written = text(tables, root, heading)
+    files.write_atomic(root / "README.md", written)
+    return written
+
+
+def data(table: Table, found: Sequence[Found]) -> list[tuple[Any, ...]]:
+    """The rows of the CSV file of a table: a number of each cell, figure and seed."""
     return [
         (each.cell.name, figure.name, seed, each.epochs, float(f"{value:.6g}"))
         for each in found

@@ -1,6 +1,9 @@
 """The session on a GPU, as far as a CPU can run it: each part tiny, what is kept, what fails, and its tables."""
 
+import importlib
 import json
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import rules
-from experiments.gpu import correctness, report, session, steps
+from experiments.gpu import correctness, report, session, steps, tables
 from tests.experiments.programs import ROOT, run
 
 
@@ -92,6 +95,31 @@ def test_cases_differ_and_their_rules_exist():
     assert len(set(names)) == len(names) == 17 and names[0] == "mlp, bfloat16, batch 128"
     for case in steps.cases(tiny=False):
         rules.select(case.rules)
+
+
+def test_cells_of_the_papers_run_at_once_and_their_ends_are_written_down(tmp_path, monkeypatch):
+    def command(entry, folder, data_dir, seconds, tiny):
+        assert tables_command(entry, folder, data_dir, seconds, tiny)[2] == f"experiments.papers.{entry.paper}"
+        return [sys.executable, "-c", f"import sys; print('{entry.paper}'); sys.exit(len('{entry.options}'))"]
+
+    tables_command = tables.command
+    monkeypatch.setattr(tables, "command", command)
+    entries = tuple(tables.Entry(f"paper_{i}", "x" * i) for i in range(5))
+    results = session.Results(tmp_path, "tables")
+    tables.run(results, session.Clock(100), "data", False, entries)
+    assert [results.entries[str(e)]["exit_code"] for e in entries] == [0, 1, 2, 3, 4]
+    assert results.entries["paper_3 xxx"]["output"].strip() == "paper_3"
+    tables.run(results, session.Clock(5), "data", False, entries[:1])
+    assert results.entries[str(entries[0])] == {"skipped": "5 s were left"}
+    assert "| paper_4 xxxx" in report.tables(tmp_path)
+
+
+@pytest.mark.parametrize("entry", tables.ENTRIES, ids=str)
+def test_the_cells_of_a_session_exist(entry):
+    own = importlib.import_module(f"experiments.papers.{entry.paper}.__main__").TABLES
+    options = dict(option.removeprefix("--").split("=") for option in entry.options.split())
+    found = [c.name for c in own[f"table {options['table']}"].cells if re.search(options["cells"], c.name)]
+    assert found
 
 
 def test_tables_name_what_is_missing(tmp_path):
