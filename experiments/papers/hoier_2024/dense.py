@@ -1,9 +1,9 @@
 """The dense networks of Tables 1 and 2 and of figure 3: their settings, and what is measured after training.
 
-The paper gives the widths, ReLU, beta 1/2, Adam with a rate of 1e-3, and for Table 1 20 epochs. It does not give what
-follows, which is as in the authors' code: half the squared error on one-hot targets, the first 50,000 images, divided by
-255, in batches of 50 that are drawn once and come in another order in each epoch, weights normal with a variance of
-1 / fan-in, biases 0, the accuracy of the last epoch.
+The paper gives the widths, ReLU, beta 1/2, Adam with a rate of 1e-3, and for Table 1 20 epochs. The rest is as in the
+authors' code: half the squared error on one-hot targets; the first 50,000 images, divided by 255; batches of 50 images
+that follow one another in the set, and that come in a new order in each epoch; normal weights with a variance of
+1 / fan-in; biases 0; the accuracy of the last epoch.
 """
 
 import math

@@ -55,7 +55,8 @@ def alignment(found: Sequence[Found]) -> Figure:
             column[2].plot(epochs, true.mean(1), color=colour, linestyle="--")
         column[2].plot([], [], color="black", linestyle="--", label="of backprop")
         column[2].set_xlabel("epoch")
-    for row, label in zip(axes, ("angle to backprop (°)", "norm of the difference", "norm of the gradient"), strict=True):
+    labels = "angle to backprop (°)", "norm of the difference", "norm of the gradient"
+    for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label)
         row[0].set_ylim(0, None)
         for axis in row:

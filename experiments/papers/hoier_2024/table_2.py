@@ -1,7 +1,6 @@
 """Table 2 and figure 3 (appendix A): 784-1000-1000-1000-1000-10 on MNIST with 30 iterations and asymmetric nudging.
 
-    python -m experiments.papers.hoier_2024 --table=2 --data_dir=FOLDER      # the runs of figure 3 are among these:
-    cp results/table_2/dp_t_* results/figure_3/
+    python -m experiments.papers.hoier_2024 --table=2 --data_dir=FOLDER      # the runs of figure 3 are among these
 
 After 30 iterations without damping, the states of DP have not converged for alpha 0 and 1, and those of DP^T have. The
 residual is the change of the states in the last iteration, relative to their difference. Figure 3 compares the
@@ -38,4 +37,5 @@ FIGURE_3 = Table(
     CELLS[2:],
     shown=(Shown("angle", "angle to backprop after the last epoch (°)", 1, 2),),
     plot=layers.alignment,
+    folder="table 2",
 )
