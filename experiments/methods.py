@@ -116,7 +116,8 @@ def by_rule(
       accumulate: the parts of a batch whose gradients are averaged, one after another.
       average: the decay of an exponential average of the weights, which is evaluated in their place; 0 for none.
       angle: measure the angle of the gradient to that of backprop.
-      layers: measure angle, norm ratio and weight alignment of each parameter, and dead units, too.
+      layers: measure angle, norm ratio, norm of the true gradient and weight alignment of each parameter, and dead
+        units, too.
     """
     for epsilon in (fgsm, attack):
         adversarial.check(epsilon)
@@ -184,8 +185,10 @@ def by_rule(
         grads = gradients(carry, key, x, y)[2].params
         found = {"angle": lrules.diagnostics.total_angle(grads, truth)}
         if layers:
-            for name, agreement in lrules.diagnostics.agreement(grads, truth).items():
+            agreements = lrules.diagnostics.agreement(grads, truth).items()
+            for (name, agreement), leaf in zip(agreements, jax.tree.leaves(truth), strict=True):
                 found |= {f"angle {name}": agreement.angle, f"norm ratio {name}": agreement.norm_ratio}
+                found |= {f"norm {name}": jnp.linalg.norm(leaf.ravel())}
             aligned = lrules.diagnostics.weight_alignment(carry.feedback, carry.params)
             found |= {f"alignment {name}": agreement.angle for name, agreement in aligned.items()}
             dead = lrules.diagnostics.dead_units(task.net, carry.params, (carry.state, x))

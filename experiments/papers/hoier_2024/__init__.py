@@ -1,0 +1,1 @@
+"""Hoier and Zach, Two tales of single-phase contrastive Hebbian learning (2024)."""
