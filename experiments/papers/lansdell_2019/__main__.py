@@ -1,0 +1,20 @@
+"""Lansdell, Prakash and Kording (2019): feedback weights that learn by node perturbation.
+
+    python -m experiments.papers.lansdell_2019 --list
+    python -m experiments.papers.lansdell_2019 --figure=1 --seeds=3 --data_dir=FOLDER    # FOLDER has mnist.npz
+    python -m experiments.papers.lansdell_2019 --report
+"""
+
+import pathlib
+
+from experiments import cli
+from experiments.papers import program
+from experiments.papers.lansdell_2019.figure_1 import FIGURE_1
+
+HEADING = "Lansdell, Prakash and Kording (2019): learning to solve the credit assignment problem"
+TABLES = {"figure 1": FIGURE_1}
+HOME = pathlib.Path(__file__).parent / "results"
+
+if __name__ == "__main__":
+    program.define_flags()
+    cli.run(lambda: program.main(TABLES, HOME, HEADING))
