@@ -21,9 +21,8 @@ from lrules.options import ByName
 from lrules.rule import Rule, Sequential, require_description
 from lrules.typing import Pytree
 
-
-# Of gradients of single examples, at most so many elements are made at once, so that they do not fill the memory. (A CPU
-# is fastest if they stay in its cache; elsewhere XLA adds them up without storing them.)
+# Of gradients of single examples, at most so many elements are made at once, so that they do not fill the memory. A CPU
+# is fastest if they stay in its cache; elsewhere XLA adds them up without storing them.
 ELEMENTS = {"cpu": 2**16}
 ELEMENTS_ELSEWHERE = 2**24
 
