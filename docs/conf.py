@@ -57,6 +57,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     if what != "module":  # the second paragraph is an equation, if there is one
         text = re.sub(r"\A(.*\n\n)((?:[^:\n]*(?:=|<-|descends|\||~).*\n)(?:(?! *[A-Z][a-z]+:$).+\n?)*)", _literal, text)
     text = re.sub(r"^( *)(\w+Error), (\w+Error): (.*)$", r"\1\2: \4\n\1\3: \4", text, flags=re.MULTILINE)
+    text = re.sub(r"(Returns:\n[^\n]*?): ", r"\1 – ", text)  # what stands before a colon would be a type
     text = re.sub(r"`[^`]+`(?=(\w?))", lambda found: found[0] + ("\\ " if found[1] else ""), text)  # `list`s
     text = re.sub(r"(?:^\|.*\|$\n?)+", _list_table, text, flags=re.MULTILINE)
     lines[:] = text.replace("(see docs/terms.md)", "(see :doc:`/terms`)").split("\n")
