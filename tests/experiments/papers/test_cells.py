@@ -52,6 +52,7 @@ def test_blocks_of_seeds_add_up(tmp_path):
     cell = TABLE.cells[0]
     keep(tmp_path, cell, [0.93], seed=2)
     assert [c.all_seeds for c in cells.missing(tmp_path, cell, 4, 5)] == [range(0, 2), range(3, 5)]
+    assert [c.all_seeds for c in cells.missing(tmp_path, cell, 4, 4, skip=1)] == [range(1, 2), range(3, 4)]
     keep(tmp_path, cell, [0.91, 0.92])
     found = cells.load(tmp_path, cell)
     assert found.seeds == [0, 1, 2] and found.values("accuracy").tolist() == [0.91, 0.92, 0.93] and not found.less
