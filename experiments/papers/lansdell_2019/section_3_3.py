@@ -1,9 +1,9 @@
 """Section 3.3: a convolutional net on CIFAR-10 with direct feedback, learned or fixed, against backpropagation.
 
-The network is the paper's: convolutions of 3x3 with 32 maps, 5x5 with 128 and 5x5 with 256, each with tanh and a pool of
-3x3 at every second place, then two layers of 2048 and ten outputs. From the authors' code: 200 epochs of batches of
-128, Adam with rate 4.8e-6, dropout of one half behind both dense layers, weights uniform within 1 / sqrt(fan-in), biases
-0.1. The rate of the feedback is 8.3e-6 for the sum over a batch; its noise has the standard deviation 0.067.
+The network is the paper's: convolutions of 3x3 with 32 maps, 5x5 with 128 and 5x5 with 256, each with tanh and a pool
+of 3x3 at every second place, then two layers of 2048 and ten outputs. From the authors' code: 200 epochs of batches of
+128, Adam with rate 4.8e-6, dropout of one half behind both dense layers, weights uniform within 1 / sqrt(fan-in),
+biases 0.1. The rate of the feedback is 8.3e-6 for the sum over a batch; its noise has the standard deviation 0.067.
 
 There the effect of the noise is measured with half the squared error of the softmax, and the network learns from the
 error p - y, which would be the gradient of the cross-entropy. So does `loss` here.
