@@ -122,6 +122,7 @@ class Cell(NamedTuple):
       sweep: settings to choose on the validation set, as --sweep has them.
       measure: what runs it.
       beyond: whether the paper does not have this row.
+      quoted: whether the paper's number alone is shown, and nothing is measured.
     """
 
     row: str
@@ -133,6 +134,7 @@ class Cell(NamedTuple):
     sweep: Sequence[str] = ()
     measure: Measure = measure
     beyond: bool = False
+    quoted: bool = False
 
     @property
     def name(self) -> str:

@@ -108,7 +108,7 @@ def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: s
 
     for key, table in tables.items():
         folder = files.check_writable(report.folder_of(root, key, table))
-        for cell in (cell for cell in table.cells if wanted.pattern.search(cell.name)):
+        for cell in (c for c in table.cells if not c.quoted and wanted.pattern.search(c.name)):
             epochs = min(wanted.epochs or cell.config.epochs, cell.config.epochs)
             for config in cells.missing(folder, cell, epochs, wanted.seeds or cell.config.seeds, wanted.skip_seeds):
                 if stop.requested:
