@@ -12,7 +12,7 @@ and such pixels stay white; for some first weights all do.
     python -m experiments.papers.lansdell_2019 --figure=2 --epochs=50 --seeds=1
 
 `--epochs` counts thousands of steps. On one core of a server, a thousand steps take a second (NP: two), so the whole
-figure takes six hours for each seed. On one GPU, a row takes four minutes for all seeds (NP: eight).
+figure takes two hours and a half for each seed. On one GPU we expect four minutes for all seeds of a row (NP: eight).
 
 The picture has the paper's panels: a) the loss by steps, of training images dashed; b) the two hidden neurons for test
 images, coloured by class; c) what the network makes of some test images.
@@ -138,6 +138,7 @@ def plot(found: Sequence[Found]) -> Figure:
             axis.plot(epochs, BATCH * values.mean(1), line, color=style["color"], label=name and name + star)
     axis.set(xlabel="thousand steps", ylabel="a) loss of 32 images (dashed: of training images)")
     plots.logarithmic(axis)
+    plots.logarithmic(axis, "x")
     axis.legend(frameon=False, fontsize="small")
     axis.grid(alpha=0.3)
     panels = right.subplots(2, len(found), squeeze=False)
