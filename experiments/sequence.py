@@ -111,6 +111,7 @@ class Course:
             batch_size=config.batch_size,
             probe=0,
             rows=self._rows[0],
+            parts=1,
         )
         self._fresh = jax.tree.map(np.asarray, self._run.carry[0].optimizer)
         self.accuracy = np.zeros((len(self.classes), count, count))

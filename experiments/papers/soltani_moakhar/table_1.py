@@ -37,7 +37,7 @@ BEYOND = {
 CHOSEN: dict[str, dict[str, tuple[int, float]]] = {
     "MLP MNIST": {EBP: (128, 0.25), BACKMAN: (64, 0.05), DFA: (64, 0.05), FA: (64, 0.05)},
     "LeNet-5 CIFAR-10": {EBP: (64, 0.05), BACKMAN: (64, 0.01), DFA: (64, 0.01), FA: (64, 0.01)},
-    "ResNet-18 CIFAR-10": {EBP: (64, 0.05), BACKMAN: (64, 0.01), DFA: (64, 0.01), FA: (64, 0.01)},
+    "ResNet-18 CIFAR-10": {EBP: (128, 0.25), BACKMAN: (128, 0.01), DFA: (128, 0.05), FA: (128, 0.05)},
 }
 CHOSEN["ResNet-18 CIFAR-100"] = CHOSEN["ResNet-18 CIFAR-10"]
 # For one seed on two cores, and for five on a GPU.
