@@ -15,6 +15,7 @@ from experiments.papers import cells, report
 from experiments.papers.lechner_2020 import cifar, measure, nets, sets
 from experiments.papers.lechner_2020.__main__ import TABLES
 from experiments.progress import Progress
+from experiments.rows import Column
 
 CELLS = {f"{key}: {cell.name}": cell for key, table in TABLES.items() for cell in table.cells}
 TINY = Config(
@@ -153,6 +154,17 @@ def test_sets_have_the_same_classes_for_all_methods_and_no_image_twice():
     assert (drawn.x[test] == held).all()
     with pytest.raises(InputError, match="from 2 to 4"):
         sets.draw(whole, TINY.replace(classes="5"), [0])
+
+
+def test_sets_of_images_on_the_disk_come_into_memory():
+    whole = tiny()
+
+    def on_disk(x):
+        return Column([{"image": image} for image in x], "image", x.shape[1:], x.dtype)
+
+    lying = whole._replace(x_train=on_disk(whole.x_train), x_test=on_disk(whole.x_test))
+    ours, theirs = (sets.draw(each, TINY, [0, 1]) for each in (lying, whole))
+    assert isinstance(ours.x, np.ndarray) and (ours.x == theirs.x).all()
 
 
 @pytest.mark.foreign
