@@ -3,7 +3,7 @@
     python -m experiments.papers.hoier_2024 --list
     python -m experiments.papers.hoier_2024 --table=1 --cells=", MNIST" --data_dir=FOLDER   # FOLDER has mnist.npz
     python -m experiments.papers.hoier_2024 --table=2                    # four layers of 1000, and figure 3: on a GPU
-    python -m experiments.papers.hoier_2024 --table=3 --cells="^BP, CIFAR-10$" --epochs=30 --seeds=1     # VGG16: on a GPU
+    python -m experiments.papers.hoier_2024 --table=3 --cells="^BP, CIFAR-10$" --epochs=30 --seeds=1   # VGG16: on a GPU
     python -m experiments.papers.hoier_2024 --report
 
 The files of the tables have their settings: `dense.py` those of Tables 1 and 2, `vgg.py` those of Table 3. What the
