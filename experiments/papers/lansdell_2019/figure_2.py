@@ -12,7 +12,7 @@ and such pixels stay white; for some first weights all do.
     python -m experiments.papers.lansdell_2019 --figure=2 --epochs=50 --seeds=1
 
 `--epochs` counts thousands of steps. On one core of a server, a thousand steps take a second (NP: two), so the whole
-figure takes six hours for each seed. On one GPU, a row takes four minutes for all seeds (NP: eight).
+figure takes two hours and a half for each seed. On one GPU we expect four minutes for all seeds of a row (NP: eight).
 
 The picture has the paper's panels: a) the loss by steps, of training images dashed; b) the two hidden neurons for test
 images, coloured by class; c) what the network makes of some test images.
@@ -58,7 +58,7 @@ DOTS, IMAGES = 500, 6  # of the picture
 DRAW = "variance_scaling(2.0, 'fan_in', 'normal')"
 
 
-def network(data: Dataset, config: Config) -> Callable[[nnx.Rngs], networks.Dense]:
+def network(config: Config, data: Dataset) -> Callable[[nnx.Rngs], networks.Dense]:
     """Makes the autoencoder."""
     pixels = math.prod(data.shape)
     return lambda rngs: networks.Dense((pixels, *config.widths, pixels), ACTIVATIONS, rngs=rngs)
@@ -86,7 +86,7 @@ def with_noise(
 def measure(job: Job, std: float | None = None) -> dict[str, Any] | None:
     """Trains the autoencoder of a cell; `std` is that of the noise in hidden signals, with which BP trains, too."""
     config, data = job.config, steps.training_images(job.dataset(job.config))
-    make = network(data, config)
+    make = network(config, data)
     task, rule = tasks.task(make, tasks.half_squared_distance), rules.parse(config.rule)
     task = task._replace(targets=lambda x, y: x.reshape(len(x), -1), labelled=False)
     rates, noisy = optimizers.make(config, steps.STEPS), networks.noisy(make)
@@ -129,7 +129,7 @@ def pixels(x: Any) -> np.ndarray:
 def plot(found: Sequence[Found]) -> Figure:
     """The paper's three panels."""
     made = Figure(figsize=(2.2 * len(found) + 5, 6), dpi=110, layout="constrained")
-    left, right = made.subfigures(1, 2, width_ratios=(5, 2.2 * len(found)))
+    left, right = made.subfigures(1, 2, squeeze=False, width_ratios=(5, 2.2 * len(found)))[0]
     axis = left.subplots()
     for each, style in zip(found, plots.styles(), strict=False):
         for figure, line, name in (("test_loss", "-", each.cell.name), ("train_loss", "--", None)):
@@ -138,6 +138,7 @@ def plot(found: Sequence[Found]) -> Figure:
             axis.plot(epochs, BATCH * values.mean(1), line, color=style["color"], label=name and name + star)
     axis.set(xlabel="thousand steps", ylabel="a) loss of 32 images (dashed: of training images)")
     plots.logarithmic(axis)
+    plots.logarithmic(axis, "x")
     axis.legend(frameon=False, fontsize="small")
     axis.grid(alpha=0.3)
     panels = right.subplots(2, len(found), squeeze=False)

@@ -59,10 +59,11 @@ class Network(nnx.Module):
             "bias_init": nnx.initializers.constant(0.1),
             "rngs": rngs,
         }
-        self.convolutions = nnx.List()
+        convolutions = []
         for size, maps in MAPS:
-            self.convolutions.append(nnx.Conv(channels, maps, (size, size), **draw))
+            convolutions.append(nnx.Conv(channels, maps, (size, size), **draw))
             channels, height, across = maps, -(-height // 2), -(-across // 2)
+        self.convolutions = nnx.List(convolutions)
         self.dense = nnx.List(
             [nnx.Linear(height * across * channels, width, **draw), nnx.Linear(width, width, **draw)]
         )

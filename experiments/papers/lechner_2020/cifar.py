@@ -54,8 +54,8 @@ BEYOND: dict[str, dict[str, str]] = {
 # Backprop does not begin at zero weights: all units of a layer would stay equal.
 RATES: dict[str, Sequence[str]] = {
     "mlp": ("sgd=0.001,0.003,0.01", "adam=0.0001", "rmsprop=0.0001"),
-    "conv_cifar": ("sgd=0.0001,0.001,0.01", "adam=0.0001", "rmsprop=0.0001"),
-    "conv_imagenet": ("sgd=0.0001,0.001,0.01", "adam=0.0001", "rmsprop=0.0001"),
+    "conv_cifar": ("sgd=0.0003,0.001,0.003,0.01,0.03", "adam=0.0001,0.001", "rmsprop=0.0001"),
+    "conv_imagenet": ("sgd=0.0003,0.001,0.003,0.01,0.03", "adam=0.0001,0.001", "rmsprop=0.0001"),
 }
 
 

@@ -71,7 +71,7 @@ def binary_cross_entropy(outputs: Array, labels: Array) -> Array:
 def hits(outputs: Array, labels: Array) -> Array:
     """Whether each example is classified rightly [batch]; one output is a logit."""
     found = outputs[..., 0] > 0 if outputs.shape[-1] == 1 else outputs.argmax(-1)
-    return found == labels
+    return found.astype(labels.dtype) == labels
 
 
 def task(config: Config, shape: Sequence[int], classes: int) -> Task:
