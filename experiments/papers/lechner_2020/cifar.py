@@ -21,8 +21,9 @@ Table 1, most of it to compile.
 
 from collections.abc import Mapping, Sequence
 
+from experiments import results
 from experiments.config import Config
-from experiments.papers.cells import Cell, Number, Shown, Table
+from experiments.papers.cells import Cell, Found, Number, Shown, Table
 from experiments.papers.lechner_2020.measure import measure
 
 CONFIG = Config(
@@ -130,13 +131,25 @@ def binary_cells(
     return cells
 
 
-NOTES = (
-    "Of each cell, the settings are those that the validation images chose, and the test accuracy is that of the epoch "
-    "with the best validation accuracy; the training accuracy is that of the best epoch. The sd is over the sets of "
-    "classes, which are the same for all cells: it is mostly the difference between easy and hard pairs."
-)
 
-TABLE_1 = Table("Accuracy (%) on two classes of CIFAR-100", binary_cells(CONFIG, TABLE_1_PAPER), SHOWN, NOTES)
+
+def notes(found: Sequence[Found], remarks: str = "") -> str:
+    """What the figures are, and the settings that were chosen for each cell."""
+    text = (
+        "The validation images chose the settings of each cell, and the epoch of its test accuracy; the training "
+        "accuracy is that of the best epoch. The sd is over the sets of classes, which are the same for all cells: it "
+        "is mostly the difference between easy and hard classes."
+    )
+    rows = []
+    for each in found:
+        chosen, epochs = each.contents[0]["chosen"], each.values("best_epoch")
+        mean = "" if epochs is None else f"{epochs.mean():.0f}"
+        rows.append((each.cell.name, chosen["optimizer"], f"{chosen['rate']:g}", chosen["start"], mean))
+    shown = results.table(("cell", "optimizer", "rate", "start", "epoch of the test accuracy"), rows) if rows else ""
+    return "\n\n".join(filter(None, (text, remarks, shown)))
+
+
+TABLE_1 = Table("Accuracy (%) on two classes of CIFAR-100", binary_cells(CONFIG, TABLE_1_PAPER), SHOWN, notes)
 
 # For each number of classes the accuracies of BP, DFA, FA and mDFA with their sds: training, then test.
 Rows = dict[int, tuple[tuple[float, ...], tuple[float, ...]]]
@@ -175,7 +188,7 @@ TABLE_3, TABLE_4 = (
         f"Accuracy (%) on some classes of CIFAR-100, {name} network with tanh",
         class_cells(CONFIG.replace(model=model), paper, beyond=[100]),
         SHOWN,
-        NOTES,
+        notes,
     )
     for name, model, paper in (
         ("fully connected", "mlp", TABLE_3_PAPER),
