@@ -35,7 +35,7 @@ BEYOND = {
 
 # The batch size and the rate of each rule; the rules beyond the paper take those of EBP.
 CHOSEN: dict[str, dict[str, tuple[int, float]]] = {
-    "MLP MNIST": {EBP: (128, 0.25), BACKMAN: (64, 0.05), DFA: (64, 0.05), FA: (64, 0.05)},
+    "MLP MNIST": {EBP: (128, 0.25), BACKMAN: (64, 0.05), DFA: (64, 0.01), FA: (64, 0.01)},
     "LeNet-5 CIFAR-10": {EBP: (64, 0.05), BACKMAN: (64, 0.01), DFA: (64, 0.01), FA: (64, 0.01)},
     "ResNet-18 CIFAR-10": {EBP: (128, 0.25), BACKMAN: (128, 0.01), DFA: (128, 0.05), FA: (128, 0.05)},
 }
