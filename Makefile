@@ -6,7 +6,7 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 MODULE ?= lrules/rules/backman.py
 SAMPLE ?= 30
-EXTRAS ?= experiments dev mutation
+EXTRAS ?= $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])')
 SDIST_TESTS ?= tests/test_apply.py tests/test_public_names.py tests/rules/test_feedback_alignment.py
 
 VENV := .venv
@@ -37,7 +37,7 @@ help:
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[experiments,dev]'
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[experiments,tensorboard,dev]'
 	touch $(1)/.installed
 endef
 

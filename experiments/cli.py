@@ -47,6 +47,11 @@ def define_sweep_flag() -> None:
     )
 
 
+def define_log_flag(kinds: Sequence[str]) -> None:
+    """Defines the flag of a log beside the files of results."""
+    flags.DEFINE_enum("log", None, list(kinds), "Write the curves in this form, too, to a folder of the results.")
+
+
 def define_output_flags(*, output: str) -> None:
     """Defines the flags that say where a program finds data and puts results."""
     flags.DEFINE_string("output", output, "Folder for the results.")

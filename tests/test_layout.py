@@ -222,7 +222,10 @@ NOT_IMPORTED = {
     "ruff": "called by the Makefile",
     "twine": "called by the Makefile",
 }
-EXTRAS = {"dependencies": ["lrules"], "experiments": ["experiments"], "dev": ["tests"], "mutation": []}
+EXTRAS = {
+    "dependencies": ["lrules"], "experiments": ["experiments"], "tensorboard": ["experiments"], "dev": ["tests"],
+    "mutation": [],
+}  # fmt: skip
 
 
 def declared():
