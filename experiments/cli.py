@@ -129,19 +129,19 @@ def numbers(flag: str, values: Iterable[str]) -> list[float]:
     return found
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[..., int | None], *, takes_files: bool = False) -> None:
     """`absl.app.run`; bad input gives one sentence and a non-zero exit status, without a traceback.
 
-    `main` may return an exit status.
+    `main` may return an exit status. With `takes_files`, it gets what the command line has beside flags.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)
-        if len(argv) > 1:
+        if len(argv) > 1 and not takes_files:
             sys.exit(f"Error: '{argv[1]}' is not a flag: write flags as --name=value; --help lists them.")
         try:
             use_compilation_cache()
-            return main()
+            return main(argv[1:]) if takes_files else main()
         except InputError as error:
             sys.exit(f"Error: {error}")
         except KeyboardInterrupt:
