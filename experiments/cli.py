@@ -76,7 +76,7 @@ def define_execution_flags(*, output: str) -> None:
 
 
 def define_cache_flag() -> None:
-    """Defines the flag of JAX's compilation cache, for every program."""
+    """Defines the flag of JAX's compilation cache, for programs that train."""
     flags.DEFINE_string(
         "compilation_cache",
         os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "lrules", "jax"),

@@ -133,6 +133,11 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
+def mebibytes(size: float) -> str:
+    """A number of bytes as `1.5 MiB`."""
+    return f"{size / 2**20:.1f} MiB"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
     rows = [list(header), *map(list, rows)]
