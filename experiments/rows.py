@@ -1,6 +1,6 @@
 """Rows of arrays on disk, a choice of them or one feature of a TFDS set: read where they are asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,20 @@ class Rows:
 
 
 class Column:
-    """One feature of the records of a TFDS split, decoded where it is asked for; each is brought to the shape given."""
+    """One feature of the records of a TFDS split, decoded where it is asked for; each is brought to the shape given.
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, ...], dtype: Any) -> None:
-        self._records, self._key = records, key
+    `change` is what is done to each before, such as to resize an image.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        key: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        change: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> None:
+        self._records, self._key, self._change = records, key, change
         self.shape: tuple[int, ...] = (len(records), *shape)
         self.dtype = np.dtype(dtype)
         self.ndim = len(self.shape)
@@ -42,7 +52,7 @@ class Column:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         numbers = np.arange(len(self))[rows]
-        values = [np.reshape(self._records[int(i)][self._key], self.shape[1:]) for i in np.ravel(numbers)]
+        values = [np.reshape(self._change(self._records[int(i)][self._key]), self.shape[1:]) for i in np.ravel(numbers)]
         return np.array(values, self.dtype).reshape(np.shape(numbers) + self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

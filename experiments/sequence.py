@@ -94,7 +94,7 @@ class Course:
         lanes = max(1, len(rates))
         self.classes = np.tile(division.classes, (lanes, 1, 1))
         self._numbers = np.tile(division.numbers, (lanes, 1))
-        self._measured = [np.asarray(a) if i else a for i, a in enumerate(dataset.parts[part])]
+        self._measured: Any = dataset.parts[part]
         labels, count = np.asarray(dataset.y_train), division.classes.shape[1]
         self._rows = [np.tile(division.rows(labels, task), (lanes, 1)) for task in range(count)]
         task = tasks.build(config, dataset._replace(classes=division.classes.shape[2]))
@@ -111,6 +111,7 @@ class Course:
             batch_size=config.batch_size,
             probe=0,
             rows=self._rows[0],
+            parts=1,
         )
         self._fresh = jax.tree.map(np.asarray, self._run.carry[0].optimizer)
         self.accuracy = np.zeros((len(self.classes), count, count))
@@ -129,7 +130,7 @@ class Course:
         self.epochs += 1
         if begun + 1 == self.config.epochs:
             x, y = self._measured
-            hits = self._run.figures(x, y)["accuracy"]
+            hits, y = self._run.figures(x, y)["accuracy"], np.asarray(y)
             for lane, classes in enumerate(self.classes):
                 self.accuracy[lane, task] = [hits[lane, np.isin(y, own)].mean() for own in classes]
 

@@ -1,5 +1,6 @@
 """TFDS sets, read without TensorFlow: those prepared as array_record by TFDS's own reader, tfrecord files by ours."""
 
+import functools
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -51,8 +52,10 @@ class Examples(Sequence):
 def read(name: str, data_dir: str | None, in_memory: int) -> tuple[Parts, int]:
     """Inputs and labels by part, and the number of classes, of a prepared set.
 
+    `imagenet2012@224` is the set imagenet2012 with the central square of each image, resized to 224x224.
     The test set is its test split, or else its validation split; if it has both, the latter is for validation.
     """
+    name, side = _side(name)
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
         raise InputError(
@@ -72,10 +75,40 @@ def read(name: str, data_dir: str | None, in_memory: int) -> tuple[Parts, int]:
     if "validation" in splits and test == "test":
         chosen["val"] = "validation"
     shape = features[keys[0]].shape
+    if side:
+        if len(shape) != 3 or features[keys[0]].np_dtype != np.uint8:
+            raise InputError(f"The data set '{name}' does not have images of bytes to resize: leave out @{side}.")
+        shape = side, side, shape[-1]
     count = sum(builder.info.splits[split].num_examples for split in chosen.values())
     small = None in shape or count * int(np.prod(shape)) * np.dtype(features[keys[0]].np_dtype).itemsize <= in_memory
-    of_part = _arrays if small else _columns
-    return {part: of_part(builder, name, split) for part, split in chosen.items()}, features[keys[1]].num_classes
+    parts: Parts = {}
+    for part, split in chosen.items():
+        if small and not side:
+            parts[part] = _arrays(builder, name, split)
+        else:
+            x, y = _columns(builder, name, split, side)
+            parts[part] = np.asarray(x) if small else x, y
+    return parts, features[keys[1]].num_classes
+
+
+def _side(name: str) -> tuple[str, int]:
+    """The name of a set, and the side of its images after `@`; 0 if they stay as they are."""
+    name, mark, side = name.partition("@")
+    if mark and not (side.isascii() and side.isdecimal() and int(side)):
+        raise InputError(f"After @ comes the side of the images, as in {name}@224, got '{side}'.")
+    return name, int(side or 0)
+
+
+def squared(image: np.ndarray, side: int) -> np.ndarray:
+    """The central square of an image of bytes [height, width, channels], resized (bilinear)."""
+    from PIL import Image
+
+    height, width, channels = image.shape
+    edge = min(height, width)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    resized = picture.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + edge, top + edge))
+    return np.asarray(resized).reshape(side, side, channels)
 
 
 def prepare(name: str, data_dir: str | None = None, **options: Any) -> None:
@@ -142,17 +175,25 @@ def _arrays(builder: Any, name: str, split: str) -> tuple[np.ndarray, np.ndarray
     x, y = np.empty((len(rows), *first.shape), first.dtype), np.empty(len(rows), np.int64)
     for i, row in enumerate(tqdm(rows, desc=f"reading {name} {split}", leave=False)):
         if np.shape(row[inputs]) != first.shape:
-            raise InputError(f"The data set '{name}' holds examples of several shapes: resize them and use npz:FILE.")
+            raise InputError(
+                f"The data set '{name}' holds examples of several shapes: give a side for images, as in {name}@64, or "
+                "resize them and use npz:FILE."
+            )
         x[i], y[i] = row[inputs], row[labels]
     return x, y
 
 
-def _columns(builder: Any, name: str, split: str) -> tuple[Column, np.ndarray]:
-    """The inputs of a split as rows that are read later, and its labels."""
+def _columns(builder: Any, name: str, split: str, side: int) -> tuple[Column, np.ndarray]:
+    """The inputs of a split as rows that are read later, perhaps resized, and its labels."""
     inputs, labels = builder.info.supervised_keys[:2]
     feature = builder.info.features[inputs]
     shape = (*feature.shape, 1) if len(feature.shape) == 2 else feature.shape
-    x = Column(_sources(builder, name, split), inputs, shape, feature.np_dtype)
+    rows = _sources(builder, name, split)
+    if side:
+        resize = functools.partial(squared, side=side)
+        x = Column(rows, inputs, (side, side, shape[-1]), feature.np_dtype, resize)
+    else:
+        x = Column(rows, inputs, shape, feature.np_dtype)
     undecoded = _sources(builder, name, split, **{inputs: tfds.decode.SkipDecoding()})
     rows = tqdm(undecoded, desc=f"reading the labels of {name} {split}", leave=False)
     return x, np.array([row[labels] for row in rows])

@@ -122,6 +122,7 @@ class Cell(NamedTuple):
       sweep: settings to choose on the validation set, as --sweep has them.
       measure: what runs it.
       beyond: whether the paper does not have this row.
+      quoted: whether the paper's number alone is shown, and nothing is measured.
     """
 
     row: str
@@ -133,6 +134,7 @@ class Cell(NamedTuple):
     sweep: Sequence[str] = ()
     measure: Measure = measure
     beyond: bool = False
+    quoted: bool = False
 
     @property
     def name(self) -> str:
@@ -228,13 +230,16 @@ def load(folder: pathlib.Path, cell: Cell) -> Found | None:
     return Found(cell, epochs, sorted(seeds), [contents[i] for i in order])
 
 
-def missing(folder: pathlib.Path, cell: Cell, epochs: int, seeds: int) -> list[Config]:
-    """The runs that a cell still needs for so many epochs and seeds: one for each block of seeds without a gap."""
+def missing(folder: pathlib.Path, cell: Cell, epochs: int, seeds: int, skip: int = 0) -> list[Config]:
+    """The runs that a cell still needs for so many epochs and seeds: one for each block of seeds without a gap.
+
+    The first `skip` of the seeds are left out: another machine measures them.
+    """
     found = load(folder, cell)
     if found is not None and found.epochs > epochs:
         return []
     done = set(found.seeds) if found is not None and found.epochs == epochs else set()
-    left = [seed for seed in range(cell.config.seed, cell.config.seed + seeds) if seed not in done]
+    left = [seed for seed in range(cell.config.seed, cell.config.seed + seeds)[skip:] if seed not in done]
     blocks: list[list[int]] = []
     for seed in left:
         if blocks and seed == blocks[-1][-1] + 1:

@@ -32,6 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_list("section", [], "The sections to measure or show, for what a paper says without a table.")
     flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name.")
     flags.DEFINE_integer("seeds", None, "The number of seeds (default: as in the paper).", lower_bound=1)
+    flags.DEFINE_integer("skip_seeds", 0, "Leave out the first seeds, which another machine has.", lower_bound=0)
     flags.DEFINE_integer("epochs", None, "The number of epochs (default: as in the paper).", lower_bound=1)
     flags.DEFINE_float("minutes", None, "Stop after this time; the same command goes on later.", lower_bound=0)
     flags.DEFINE_bool("quick", False, "One epoch and one seed.")
@@ -49,6 +50,7 @@ class Wanted(NamedTuple):
     pattern: re.Pattern[str] = re.compile("")
     epochs: int | None = None
     seeds: int | None = None
+    skip_seeds: int = 0
     data_dir: str | None = None
     work: pathlib.Path = pathlib.Path("results/papers")
 
@@ -69,7 +71,7 @@ def main(tables: Mapping[str, Table], home: pathlib.Path, heading: str) -> int:
         pattern = re.compile(FLAGS.cells)
     except re.error as error:
         raise InputError(f"--cells is not a regular expression ({error}): write it as in --cells=SRBP.") from None
-    wanted = Wanted(pattern, epochs, seeds, FLAGS.data_dir, pathlib.Path(FLAGS.work).expanduser())
+    wanted = Wanted(pattern, epochs, seeds, FLAGS.skip_seeds, FLAGS.data_dir, pathlib.Path(FLAGS.work).expanduser())
     with signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
         run(chosen, root, wanted, stop)
     for key, table in chosen.items():
@@ -106,9 +108,9 @@ def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: s
 
     for key, table in tables.items():
         folder = files.check_writable(report.folder_of(root, key, table))
-        for cell in (cell for cell in table.cells if wanted.pattern.search(cell.name)):
+        for cell in (c for c in table.cells if not c.quoted and wanted.pattern.search(c.name)):
             epochs = min(wanted.epochs or cell.config.epochs, cell.config.epochs)
-            for config in cells.missing(folder, cell, epochs, wanted.seeds or cell.config.seeds):
+            for config in cells.missing(folder, cell, epochs, wanted.seeds or cell.config.seeds, wanted.skip_seeds):
                 if stop.requested:
                     return
                 rules.parse(config.rule)

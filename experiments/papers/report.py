@@ -57,7 +57,7 @@ def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: 
         paper, values = cell.paper.get(figure.name), None if found is None else found.values(figure.name)
         texts.append("-" if paper is None else f"{paper[0]:g}" + ("" if paper[1] is None else f" ± {paper[1]:g}"))
         if found is None or values is None:
-            texts += [MISSING, ""]
+            texts += ["-" if cell.quoted else MISSING, ""]
             continue
         figures = results.statistics(values)
         mean = figures["mean"] * figure.unit
@@ -91,7 +91,7 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
     """A list of all cells: done, reduced or missing, and the time that they still need."""
     rows = []
     for key, table in tables.items():
-        for cell in table.cells:
+        for cell in (cell for cell in table.cells if not cell.quoted):
             found = load(folder_of(root, key, table), cell)
             state = MISSING if found is None else f"reduced: {found.less}" if found.less else "done"
             left = cell.config.seeds

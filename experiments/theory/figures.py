@@ -6,6 +6,8 @@ from matplotlib.figure import Figure
 from experiments.plots import COLOURS
 from experiments.theory import backman, dual_propagation, rbp_dynamics
 
+STARTS = (-2.8, 2.5), (-1.0, -2.9), (-0.1, -2.5), (-2.4, -0.8), (1.0, -2.5), (2.7, 2.6), (-0.5, 0.7)  # (a_1, a_2)
+
 
 def vector_field() -> Figure:
     """Figure 11 of Baldi, Sadowski, Lu: A[1,1,1] with c_1 = alpha = beta = 1; solutions with their predicted limits."""
@@ -29,8 +31,7 @@ def vector_field() -> Figure:
             axis.plot(x, unstable, color="black", linewidth=2, linestyle=":", label="repelling fixed points")
     x = np.linspace(-np.sqrt(reach), np.sqrt(reach), 200)
     axis.plot(x, -(x**2), color="0.45", linestyle="--", label="$a_2 = -a_1^2/c_1$")
-    starts = (-2.8, 2.5), (-1.0, -2.9), (-0.1, -2.5), (-2.4, -0.8), (1.0, -2.5), (2.7, 2.6), (-0.5, 0.7)
-    for i, start in enumerate(starts):
+    for i, start in enumerate(STARTS):
         problem = rbp_dynamics.chain_problem(start, [1.0])
         flow = rbp_dynamics.integrate(rbp_dynamics.srbp, *problem, until=50.0, points=2000)
         axis.plot(*(w[:, 0, 0] for w in flow.states), color=COLOURS[2], label=None if i else "solutions")

@@ -171,7 +171,7 @@ def test_validation_split_is_the_test_set_where_there_is_no_other(tmp_path):
 
 def test_set_with_images_of_several_sizes(tmp_path):
     TinyOfTwoSizes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    with pytest.raises(InputError, match="holds examples of several shapes: resize them"):
+    with pytest.raises(InputError, match="holds examples of several shapes: give a side"):
         data.load("tiny_of_two_sizes", data_dir=str(tmp_path), in_memory=0)
 
 
@@ -241,3 +241,40 @@ def test_mnist_from_its_original_files(tmp_path, monkeypatch):
         images = np.frombuffer(raw["t10k-images-idx3-ubyte.gz"], np.uint8, offset=16).reshape(10_000, 28, 28, 1)
         labels = np.frombuffer(raw["t10k-labels-idx1-ubyte.gz"], np.uint8, offset=8)
         assert rows(np.asarray(loaded.x_test), loaded.y_test.astype(np.uint8)) == rows(images, labels)
+
+
+class TinyPictures(TinyImages):
+    """Images of several sizes: grey, with a white square in their centre."""
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            image = np.full((12, 12 + 4 * i, 3), 100, np.uint8)
+            image[4:8, 4 + 2 * i : 8 + 2 * i] = 255
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "png")
+            file.seek(0)
+            yield i, {"image": file, "label": i % 3}
+
+
+@pytest.mark.parametrize("in_memory", [10**6, 0])
+def test_images_of_several_sizes_are_resized(tmp_path, in_memory):
+    TinyPictures(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    loaded = data.load("tiny_pictures@6", data_dir=str(tmp_path), in_memory=in_memory)
+    assert isinstance(loaded.x_train, Column) == (not in_memory) and loaded.shape == (6, 6, 3)
+    images = np.asarray(loaded.x_train)
+    assert images.shape == (6, 6, 6, 3) and images.dtype == np.uint8
+    for image in images:  # the centre of each, whatever its width
+        assert (image[0] == 100).all() and (image[:, 0] == 100).all() and image[2:4, 2:4].min() > 200
+    with pytest.raises(InputError, match="as in tiny_pictures@224, got 'small'"):
+        data.load("tiny_pictures@small", data_dir=str(tmp_path))
+
+
+def test_images_of_one_size_and_one_channel_are_resized(folder):
+    loaded = data.load("tiny_images@3", data_dir=str(folder.parents[1]))
+    assert loaded.x_train.shape == (6, 3, 3, 1) and (loaded.x_train[:, 1, 1, 0] % 3 == loaded.y_train).all()

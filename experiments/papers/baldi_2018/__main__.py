@@ -21,11 +21,12 @@ import pathlib
 from experiments import cli
 from experiments.papers import program
 from experiments.papers.baldi_2018.figures import FIGURES
+from experiments.papers.baldi_2018.linear import LINEAR_FIGURES
 from experiments.papers.baldi_2018.section_4_2 import ON_DIGITS, ON_MNIST
 from experiments.papers.baldi_2018.table_1 import TABLE_1
 
 HEADING = "Baldi, Sadowski and Lu (2018): random backpropagation"
-TABLES = {"table 1": TABLE_1, **FIGURES, "section 4.2": ON_MNIST, "section 4.2 on digits": ON_DIGITS}
+TABLES = {"table 1": TABLE_1, **FIGURES, **LINEAR_FIGURES, "section 4.2": ON_MNIST, "section 4.2 on digits": ON_DIGITS}
 HOME = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from experiments.papers.cells import Cell, Found, Table
 
 BY_NAME = {each.name: each for each in CELLS}
 COLOURS = {"BP": plots.COLOURS[0], "SBP": plots.COLOURS[3], "RBP": plots.COLOURS[1], "SRBP": plots.COLOURS[2]}
+CHANCE = 20  # percent; what ends below it has not learned, and would press the other curves together
 SPARSITY = (0, 1, 2, 4, 8, 16, 32, 64, 90, 99, 100)
 
 
@@ -47,27 +48,27 @@ def by_epoch(found: Sequence[Found]) -> Figure:
     """Two panels by epoch, the mean over the seeds and one sd: the training set above, the test set below.
 
     Where some cell has no accuracy on the training set, the upper panel has the loss in training. A rule has a colour,
-    a row a line style; a star marks reduced cells.
+    a row a line style; a star marks reduced cells. What ends at chance is below the panel, and its label says so.
     """
     trained = all(each.values("train_accuracy") is not None for each in found)
     upper = ("train_accuracy", "training accuracy (%)", 100) if trained else ("train_loss", "training loss", 1)
     figure = Figure(figsize=(9, 7.6), dpi=130, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     lines = dict(zip(dict.fromkeys(each.cell.row for each in found), plots.LINES, strict=False))
+    ends = [100 * float(np.mean(np.asarray(each.values("accuracy")))) for each in found]
+    bottom = max(0.0, min((end for end in ends if end > CHANCE), default=5.0) - 5)
     for axis, (name, label, unit) in zip(axes, (upper, ("accuracy", "test accuracy (%)", 100)), strict=True):
-        ends = []
-        for each in found:
+        for each, end in zip(found, ends, strict=True):
             epochs, values = each.curve(name)
             mean = unit * values.mean(1)
             sd = unit * (values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(mean)))
             colour = "black" if TOP in each.cell.row else COLOURS[each.cell.column]
             marker = "." if len(epochs) == 1 else None
-            named = each.cell.name + "*" * bool(each.less)
+            named = each.cell.name + "*" * bool(each.less) + " (below)" * (end < bottom)
             axis.plot(epochs, mean, color=colour, linestyle=lines[each.cell.row], marker=marker, label=named)
             axis.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
-            ends.append(mean[-1])
-        if unit == 100:  # the failures would press the others together
-            axis.set_ylim(max(0.0, min(min(ends) - 5, 80.0)), None)
+        if unit == 100:
+            axis.set_ylim(bottom, None)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[1].set_xlabel("epoch")

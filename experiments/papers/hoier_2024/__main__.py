@@ -1,4 +1,15 @@
-"""Tables and figures of Hoier and Zach (2024)."""
+"""Tables 1 to 3 and figures 2 and 3 of Hoier and Zach (2024): dual propagation and its adjoint.
+
+    python -m experiments.papers.hoier_2024 --list
+    python -m experiments.papers.hoier_2024 --table=1 --cells=", MNIST" --data_dir=FOLDER   # FOLDER has mnist.npz
+    python -m experiments.papers.hoier_2024 --table=2                    # four layers of 1000, and figure 3: on a GPU
+    python -m experiments.papers.hoier_2024 --table=3 --cells="^BP, CIFAR-10$" --epochs=30 --seeds=1   # VGG16: on a GPU
+    python -m experiments.papers.hoier_2024 --report
+
+The files of the tables have their settings: `dense.py` those of Tables 1 and 2, `vgg.py` those of Table 3. What the
+paper does not say is as in the authors' code, and each file names it. Figure 1 is a drawing, Table 4 has settings.
+The cells of figure 3 are those of DP^T in Table 2, and figure 2 by epoch shows cells of Table 3.
+"""
 
 import pathlib
 

@@ -10,9 +10,11 @@ import pathlib
 from experiments import cli
 from experiments.papers import program
 from experiments.papers.lansdell_2019.figure_1 import FIGURE_1
+from experiments.papers.lansdell_2019.figure_2 import FIGURE_2
+from experiments.papers.lansdell_2019.section_3_3 import SECTION_3_3
 
 HEADING = "Lansdell, Prakash and Kording (2019): learning to solve the credit assignment problem"
-TABLES = {"figure 1": FIGURE_1}
+TABLES = {"figure 1": FIGURE_1, "figure 2": FIGURE_2, "section 3.3": SECTION_3_3}
 HOME = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def train(job: Job, method: Method, data: Dataset, look: Look, points: Sequence[
       points: the epochs after which it is measured.
 
     Returns:
-      {"epoch": [points], name: [points, seeds]}, and the run under "run".
+      {"epoch": [points], name: [points, seeds]}, with the "train_loss" of the epoch; and the run under "run".
     """
     config, examples = job.config, len(data.x_train)
     count = STEPS * config.batch_size
@@ -75,13 +75,15 @@ def train(job: Job, method: Method, data: Dataset, look: Look, points: Sequence[
         job.bar.restart(config.epochs, done)
         while done < config.epochs and not job.stop.requested:
             run.rows = all_rows(done)
+            loss = np.full(config.seeds, np.nan)
             if run.learns_feedback and run.warmed < config.warmup_epochs:
                 run.warm_up(run.warmed + 1, parts=1)
             else:
-                run.steps_of_an_epoch()
+                loss = run.steps_of_an_epoch().mean(1)
             done += 1
             if done in points:
-                curves.append({"epoch": done} | {name: value.tolist() for name, value in look(run).items()})
+                figures = {**look(run), "train_loss": loss}
+                curves.append({"epoch": done} | {name: np.asarray(v, float).tolist() for name, v in figures.items()})
             job.bar.advance(1, _note(curves[-1]) if curves else None)
             if time.monotonic() - last > SECONDS:
                 saved.save(done, run.state(), {"curves": curves})

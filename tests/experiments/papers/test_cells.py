@@ -48,10 +48,21 @@ def test_a_report_has_the_papers_numbers_beside_ours(tmp_path):
     assert report.far(TABLE, tmp_path) == ["Baseline, BP"]  # 5.8 points, with an sd of 0.1
 
 
+def test_a_quoted_cell_has_the_papers_number_alone(tmp_path):
+    quoted = cells.Cell("Other work", "BP", CONFIG, {"accuracy": (92.4, None)}, quoted=True)
+    table = cells.Table("A table", [TABLE.cells[0], quoted])
+    keep(tmp_path, TABLE.cells[0], [0.97, 0.975, 0.98])
+    assert lines(report.markdown(table, tmp_path))[5] == ["", "Other work", "92.4", "-", "", ""]
+    assert "Other work" not in report.listing({"table 1": table}, tmp_path)
+    with signals.Stop() as stop:  # there is nothing to measure
+        program.run({"table 1": cells.Table("A table", [quoted])}, tmp_path, program.Wanted(), stop)
+
+
 def test_blocks_of_seeds_add_up(tmp_path):
     cell = TABLE.cells[0]
     keep(tmp_path, cell, [0.93], seed=2)
     assert [c.all_seeds for c in cells.missing(tmp_path, cell, 4, 5)] == [range(0, 2), range(3, 5)]
+    assert [c.all_seeds for c in cells.missing(tmp_path, cell, 4, 4, skip=1)] == [range(1, 2), range(3, 4)]
     keep(tmp_path, cell, [0.91, 0.92])
     found = cells.load(tmp_path, cell)
     assert found.seeds == [0, 1, 2] and found.values("accuracy").tolist() == [0.91, 0.92, 0.93] and not found.less

@@ -1,0 +1,1 @@
+"""Lechner, Learning representations for binary-classification without backpropagation (2020)."""

@@ -1,0 +1,184 @@
+"""Tables 1, 3 and 4: some classes of CIFAR-100, with fully connected (FC) and convolutional (CNN) networks.
+
+The settings of the paper: FC 3072-1024-1024, CNN of 96 5x5 filters with stride 2, 96 3x3 with stride 2 and 96 3x3;
+inputs in [0, 1], batches of 64, no regularisation, normalisation or augmentation. Optimizer, rate, start of the forward
+weights and the number of epochs are chosen on 15% of the training images. Five sets of classes.
+
+Open in the paper, and chosen here: the grid below; at most 100 epochs, which are the default of the authors' program;
+feedback weights that are normal with sd 1 / sqrt(fan_out), where fan_out is the number of errors that they bring to a
+neuron; the sd 1 / sqrt(fan_in) of the normal start. Accuracies are measured every fifth epoch. The authors' program
+takes the mean accuracy of the batches of an epoch, while they train, as the training accuracy of this epoch.
+
+Measured on two cores: a set of two classes takes half a minute with FC, and a minute with the CNN, with its part
+of the choice of settings. More classes take so many times longer. On one GPU we expect half a minute for each cell of
+Table 1, most of it to compile.
+
+    python -m experiments.papers.lechner_2020 --table=1 --cells=FC
+    python -m experiments.papers.lechner_2020 --table=1 --cells=CNN
+    python -m experiments.papers.lechner_2020 --table=3
+    python -m experiments.papers.lechner_2020 --table=4
+"""
+
+from collections.abc import Mapping, Sequence
+
+from experiments.config import Config
+from experiments.papers.cells import Cell, Number, Shown, Table
+from experiments.papers.lechner_2020.measure import measure
+
+CONFIG = Config(
+    dataset="cifar100",
+    classes="2",
+    validation=0.15,
+    widths=(1024, 1024),
+    schedule="constant",
+    batch_size=64,
+    epochs=100,
+    seeds=5,
+    select="best_validation",
+    probe=0,
+)
+ACTIVATIONS = {"hard-tanh": "hard_tanh", "ReLU": "relu", "tanh": "tanh"}
+FEEDBACK = "init=variance_scaling(1.0, 'fan_out', 'normal')"
+MONO_NET = "grid"  # it begins as the grid says
+RULES: dict[str, dict[str, str]] = {
+    "BP": {"rule": "bp"},
+    "DFA": {"rule": f"dfa({FEEDBACK})"},
+    "FA": {"rule": f"fa({FEEDBACK})"},
+    "mDFA": {"rule": f"mdfa({FEEDBACK})", "mono_net": MONO_NET},
+}
+BEYOND: dict[str, dict[str, str]] = {
+    "BP in a mono-net": {"rule": "bp", "mono_net": MONO_NET},
+    "sign symmetry": {"rule": "sign_symmetry"},
+}
+
+# Backprop does not begin at zero weights: all units of a layer would stay equal.
+RATES: dict[str, Sequence[str]] = {
+    "mlp": ("sgd=0.001,0.003,0.01", "adam=0.0001", "rmsprop=0.0001"),
+    "conv_cifar": ("sgd=0.0003,0.001,0.003,0.01,0.03", "adam=0.0001,0.001", "rmsprop=0.0001"),
+    "conv_imagenet": ("sgd=0.0003,0.001,0.003,0.01,0.03", "adam=0.0001,0.001", "rmsprop=0.0001"),
+}
+
+
+def grid(rule: str, model: str) -> Sequence[str]:
+    """The grid of a rule and a model."""
+    starts = "normal,uniform" if rule in ("bp", "sign_symmetry") else "normal,uniform,zeros"
+    return (f"start={starts}", *RATES[model])
+
+
+def cell(row: str, column: str, config: Config, paper: Mapping[str, Number], *, beyond: bool = False) -> Cell:
+    """A cell with its grid and the time that it needs."""
+    share = int(config.classes) / 2
+    minutes, gpu_minutes = (0.5, 0.4) if config.model == "mlp" else (0.9, 0.6)
+    return Cell(
+        row,
+        column,
+        config,
+        paper,
+        minutes=minutes * share,
+        gpu_minutes=gpu_minutes * max(1.0, share / 2),
+        sweep=grid(config.rule, config.model),
+        measure=measure,
+        beyond=beyond,
+    )
+
+
+MODELS = {"FC": "mlp", "CNN": "conv_cifar"}
+SHOWN = (Shown("train", "training", digits=1), Shown("test", "test", digits=1))
+
+# For FC and CNN the training and the test accuracy, each with its sd.
+TABLE_1_PAPER: dict[str, dict[str, tuple[float, ...]]] = {
+    "hard-tanh": {
+        "BP": (100.0, 0.0, 81.3, 11.4, 100.0, 0.0, 80.9, 10.4),
+        "DFA": (84.1, 8.2, 76.8, 11.5, 84.4, 7.9, 80.0, 10.3),
+        "FA": (85.3, 8.0, 76.9, 12.0, 82.5, 10.2, 77.5, 12.2),
+        "mDFA": (100.0, 0.0, 77.3, 12.2, 87.4, 7.0, 80.9, 9.2),
+    },
+    "ReLU": {
+        "BP": (100.0, 0.0, 80.0, 10.8, 100.0, 0.0, 82.2, 9.5),
+        "DFA": (76.2, 9.6, 72.9, 9.2, 73.0, 15.5, 72.0, 16.2),
+        "FA": (77.9, 10.2, 71.0, 12.0, 68.6, 15.9, 69.8, 15.7),
+        "mDFA": (78.2, 9.9, 62.1, 12.7, 78.0, 11.7, 75.5, 11.7),
+    },
+    "tanh": {
+        "BP": (100.0, 0.0, 81.4, 10.5, 100.0, 0.0, 81.1, 11.9),
+        "DFA": (84.2, 8.2, 77.5, 11.2, 81.6, 9.3, 79.7, 10.5),
+        "FA": (84.9, 8.0, 77.6, 12.2, 94.2, 3.5, 83.4, 8.7),
+        "mDFA": (100.0, 0.0, 77.2, 12.2, 89.0, 6.0, 81.1, 9.8),
+    },
+}
+
+
+def both(numbers: Sequence[float]) -> dict[str, Number]:
+    """The training and the test accuracy of four numbers."""
+    return {"train": (numbers[0], numbers[1]), "test": (numbers[2], numbers[3])}
+
+
+def binary_cells(
+    config: Config, paper: Mapping[str, Mapping[str, Sequence[float]]], models: Mapping[str, str] = MODELS
+) -> list[Cell]:
+    """The cells of a table with one row for each activation and rule, and those beyond the paper."""
+    cells = []
+    for activation, rows in paper.items():
+        for rule, numbers in rows.items():
+            own = config.replace(activation=ACTIVATIONS[activation], **RULES[rule])
+            for i, (column, model) in enumerate(models.items()):
+                found = both(numbers[4 * i : 4 * i + 4])
+                cells.append(cell(f"{activation}, {rule}", column, own.replace(model=model), found))
+    for rule, fields in BEYOND.items():
+        own = config.replace(activation="tanh", **fields)
+        cells += [cell(f"tanh, {rule}", c, own.replace(model=m), {}, beyond=True) for c, m in models.items()]
+    return cells
+
+
+NOTES = (
+    "Of each cell, the settings are those that the validation images chose, and the test accuracy is that of the epoch "
+    "with the best validation accuracy; the training accuracy is that of the best epoch. The sd is over the sets of "
+    "classes, which are the same for all cells: it is mostly the difference between easy and hard pairs."
+)
+
+TABLE_1 = Table("Accuracy (%) on two classes of CIFAR-100", binary_cells(CONFIG, TABLE_1_PAPER), SHOWN, NOTES)
+
+# For each number of classes the accuracies of BP, DFA, FA and mDFA with their sds: training, then test.
+Rows = dict[int, tuple[tuple[float, ...], tuple[float, ...]]]
+TABLE_3_PAPER: Rows = {
+    3: ((100.0, 0.0, 50.5, 9.5, 79.0, 6.1, 53.3, 8.9), (77.4, 8.7, 49.1, 7.2, 74.2, 8.1, 50.9, 7.2)),
+    5: ((100.0, 0.0, 33.8, 9.7, 68.4, 6.0, 34.1, 9.8), (68.5, 8.1, 31.2, 11.6, 60.7, 8.4, 33.9, 9.8)),
+    10: ((100.0, 0.0, 24.7, 1.8, 52.4, 4.0, 25.9, 1.2), (57.3, 4.9, 25.0, 3.2, 46.9, 3.8, 26.3, 2.3)),
+    25: ((99.9, 0.1, 13.4, 1.7, 31.3, 1.6, 13.1, 1.4), (41.2, 2.6, 13.4, 1.9, 28.2, 1.4, 13.1, 1.3)),
+    50: ((99.7, 0.1, 8.5, 0.1, 20.0, 1.1, 7.9, 0.2), (31.8, 1.8, 8.8, 0.4, 18.1, 0.9, 8.0, 0.4)),
+}
+TABLE_4_PAPER: Rows = {
+    3: ((100.0, 0.0, 86.3, 5.0, 84.1, 10.2, 100.0, 0.0), (76.2, 10.1, 79.8, 6.2, 79.6, 9.7, 82.0, 7.6)),
+    5: ((100.0, 0.0, 84.6, 4.6, 74.3, 8.6, 100.0, 0.0), (65.4, 9.8, 71.8, 7.6, 70.1, 9.0, 73.3, 8.8)),
+    10: ((100.0, 0.0, 83.0, 3.5, 57.9, 3.4, 94.4, 1.7), (57.5, 5.2, 65.0, 4.8, 55.1, 4.1, 63.9, 4.2)),
+    25: ((99.9, 0.0, 81.0, 1.5, 36.3, 1.8, 64.8, 1.4), (41.8, 2.2, 48.3, 2.2, 35.0, 1.4, 44.0, 2.5)),
+    50: ((98.9, 0.0, 80.5, 1.0, 22.7, 1.4, 44.5, 0.9), (33.3, 1.5, 37.1, 1.5, 22.3, 1.1, 34.5, 1.5)),
+}
+
+
+def class_cells(config: Config, paper: Rows, beyond: Sequence[int] = ()) -> list[Cell]:
+    """The cells of a table with one row for each number of classes and rule."""
+    cells = []
+    for classes in (*paper, *beyond):
+        for i, (rule, fields) in enumerate(RULES.items()):
+            own = config.replace(classes=str(classes), activation="tanh", **fields)
+            found: dict[str, Number] = {}
+            if classes in paper:
+                train, test = paper[classes]
+                found = both((*train[2 * i : 2 * i + 2], *test[2 * i : 2 * i + 2]))
+            cells.append(cell(f"{classes} classes, {rule}", "", own, found, beyond=classes in beyond))
+    return cells
+
+
+TABLE_3, TABLE_4 = (
+    Table(
+        f"Accuracy (%) on some classes of CIFAR-100, {name} network with tanh",
+        class_cells(CONFIG.replace(model=model), paper, beyond=[100]),
+        SHOWN,
+        NOTES,
+    )
+    for name, model, paper in (
+        ("fully connected", "mlp", TABLE_3_PAPER),
+        ("convolutional", "conv_cifar", TABLE_4_PAPER),
+    )
+)

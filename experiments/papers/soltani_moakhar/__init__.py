@@ -1,0 +1,1 @@
+"""Soltani Moakhar et al., Seeking next layer neurons' attention: BackMAN."""
