@@ -25,6 +25,10 @@ def test_headings_of_a_changelog():
     assert texts == ["", "- New.", ""]
 
 
+def test_our_versions_agree():
+    release.check_versions(release=False)
+
+
 def test_versions_that_agree(tmp_path):
     release.check_versions(checkout(tmp_path), release=True)
 
