@@ -16,11 +16,12 @@ WHEEL := .wheel
 PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu lint format test test-slow test-floor wheel-test use-extra release mutate clean
+.PHONY: help install demo docs bench gpu lint format test test-slow test-floor wheel-test use-extra release mutate clean
 
 help:
 	@echo "make install     create .venv with the package, the experiments and the tools, in the versions of constraints.txt"
 	@echo "make demo        compare the learning rules on handwritten digits"
+	@echo "make docs        build the documentation into docs/_build/html; warnings are errors"
 	@echo "make test        lint, types, and every test that is not slow: what CI runs"
 	@echo "make lint        lint and types alone"
 	@echo "make format      let ruff sort imports and mend what it can"
@@ -51,6 +52,15 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/python -m experiments.compare
+
+# A stamp of its own, so that only the first build needs the network. What it imports of the code is already there.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 bench: install
 	$(BIN)/python -m experiments.benchmark $(BENCH_ARGS)
@@ -117,5 +127,5 @@ mutate: install
 	$(BIN)/python -m tests.mutate $(MODULE) --sample $(SAMPLE)
 
 clean:
-	rm -rf $(VENV) $(FLOOR) $(WHEEL) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(WHEEL) docs/_build docs/papers .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lrules tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
