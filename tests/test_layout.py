@@ -207,7 +207,7 @@ def test_each_file_has_its_test(name):
 
 # What is imported under another name than it has in the registry.
 IMPORTED_AS = {
-    "absl-py": "absl", "dm-pix": "dm_pix", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn",
+    "absl-py": "absl", "dm-pix": "dm_pix", "orbax-checkpoint": "orbax", "PyYAML": "yaml", "scikit-learn": "sklearn",
     "tensorflow-datasets": "tensorflow_datasets",
 }  # fmt: skip
 # What is not imported here, and who needs it.
@@ -224,8 +224,12 @@ NOT_IMPORTED = {
     "mypy": "called by the Makefile",
     "pytest-xdist": "called by the Makefile, as pytest -n",
     "ruff": "called by the Makefile",
+    "twine": "called by the Makefile",
 }
-EXTRAS = {"dependencies": ["lrules"], "experiments": ["experiments"], "dev": ["tests"], "docs": [], "mutation": []}
+EXTRAS = {
+    "dependencies": ["lrules"], "experiments": ["experiments"], "tensorboard": ["experiments"], "dev": ["tests"],
+    "docs": [], "mutation": [],
+}  # fmt: skip
 
 
 def declared():
