@@ -44,8 +44,9 @@ def copy_reports(app: Any) -> None:
             shutil.copy(path, folder)
 
 
-def list_reports(app: Any, page: str, source: list[str]) -> None:
-    """Lists the reports that are there on their page."""
+def place_reports(app: Any, page: str, source: list[str]) -> None:
+    """Links to a report lead to its copy, and one page lists all reports."""
+    source[0] = re.sub(r"\((?:\.\./)+experiments/papers/(\w+)/results/(?=[^/]+\))", r"(/papers/\1/", source[0])
     found = [f"papers/{path.parent.name}/README" for path in sorted(COPIES.glob("*/README.md"))]
     if page == "reproduction" and found:
         source[0] += "\n".join(["", "```{toctree}", ":maxdepth: 1", "", *found, "```", ""])
@@ -77,5 +78,5 @@ def _list_table(found: re.Match[str]) -> str:
 
 def setup(app: Any) -> None:
     app.connect("builder-inited", copy_reports)
-    app.connect("source-read", list_reports)
+    app.connect("source-read", place_reports)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
