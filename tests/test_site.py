@@ -151,6 +151,21 @@ def test_rows_of_the_table_are_calls():
         assert bool(facts.cost(shown)) == bool(shown.timed), shown.call
 
 
+def test_numbers_of_the_readme():
+    """What the pages of rules say of the digits of the README stands in its table."""
+    rows = re.findall(r"^\| \w+ +\| +([\d.]+) ± [\d.]+ \| +([\d.]+) ±", (ROOT / "README.md").read_text(), re.MULTILINE)
+    accuracies, angles = ({float(row[i]) for row in rows} for i in (0, 1))
+    pages = 0
+    for page in (DOCS / "rules").glob("*.md"):
+        text = re.sub(r"\]\([^)]*\)", "]", without_code(page.read_text()))
+        for sentence in re.split(r"(?<=\.)\s+(?=[A-Z])", text):
+            if "README" in sentence:
+                pages += 1
+                assert {f"{a:.1f}" for a in accuracies} >= set(re.findall(r"(\d+\.\d)%", sentence)), sentence
+                assert {f"{a:.0f}" for a in angles} >= set(re.findall(r"(\d+) degrees", sentence)), sentence
+    assert pages > 4
+
+
 def words_of_refusals():
     """What the tests of remedies want in the sentences: texts and regular expressions, from the source of the tests."""
     tree = ast.parse((ROOT / "tests" / "test_remedies.py").read_text())
