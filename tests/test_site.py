@@ -96,7 +96,7 @@ def test_words_of_a_picture(name):
             assert half < x < drawing.width - half and size < y < drawing.height, node.text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=named)
 def test_parts_made_of_the_code(page):
     text = page.read_text()
     assert blocks.filled(text, slow=False) == text, "run python -m docs.generate --quick"
@@ -106,8 +106,9 @@ def test_parts_made_of_the_code(page):
 @pytest.mark.foreign
 def test_coverage():
     """The table of networks and rules is what the rules say now."""
-    text = (DOCS / "coverage.md").read_text()
-    assert blocks.filled(text) == text, "run python -m docs.generate"
+    for page in (DOCS / "coverage.md", ROOT / "README.md"):
+        text = page.read_text()
+        assert blocks.filled(text) == text, "run python -m docs.generate"
 
 
 def test_what_parts_are_made_of():
