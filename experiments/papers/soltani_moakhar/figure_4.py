@@ -140,9 +140,10 @@ def figure_4(found: Sequence[Found]) -> Figure:
 _BATCH, _RATE = CHOSEN["MLP MNIST"][BACKMAN]
 _CONFIG = MLP.replace(rule="backman", batch_size=_BATCH, learning_rate=_RATE, seeds=1)
 FIGURE_4 = Table(
-    "BackMAN on MNIST: the correlation over the neurons of each layer of c and the norm of g, mean over the training",
+    "BackMAN on MNIST: correlation over the neurons of a layer of c with the norms of g and r, mean over the training",
     [Cell(BACKMAN, "", _CONFIG, minutes=70, gpu_minutes=2, measure=coefficients)],
-    [Shown(f"g {number}", f"layer {number}", 1, 2) for number in range(1, LAYERS + 1)],
-    notes="The paper has a picture and no numbers. It says that c decreases where the norm of g increases.",
+    [Shown(f"{name} {i}", f"{name}, layer {i}", 1, 2) for name in "gr" for i in range(1, LAYERS + 1)],
+    notes="The paper has a picture and no numbers. It says that c decreases where the norm of g increases. As g is "
+    "c r, both are here: the signal r that arrives at a neuron, and the signal g that the neuron passes down.",
     plot=figure_4,
 )
