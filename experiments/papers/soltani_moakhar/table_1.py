@@ -15,7 +15,9 @@ Adaptive DropConnect and Forward-Forward are quoted from the paper: they are oth
 
 from typing import Any
 
+from experiments.papers import cells
 from experiments.papers.cells import Cell, Table
+from experiments.papers.soltani_moakhar.coefficients import coefficients
 from experiments.papers.soltani_moakhar.settings import BACKMAN, CIFAR100, DFA, EBP, FA, LENET, MLP, RESNET, RULES
 
 COLUMNS = {"MLP MNIST": MLP, "LeNet-5 CIFAR-10": LENET, "ResNet-18 CIFAR-10": RESNET, "ResNet-18 CIFAR-100": CIFAR100}
@@ -55,7 +57,8 @@ def _cell(row: str, column: str, rule: str, number: float | None, **options: Any
     config = COLUMNS[column].replace(rule=rule, batch_size=batch, learning_rate=rate)
     minutes, gpu = MINUTES[column]
     paper = {} if number is None else {"accuracy": (number, None)}
-    return Cell(row, column, config, paper, minutes=minutes, gpu_minutes=gpu, **options)
+    measure = coefficients if (row, column) == (BACKMAN, "MLP MNIST") else cells.measure  # for figure 4
+    return Cell(row, column, config, paper, minutes=minutes, gpu_minutes=gpu, measure=measure, **options)
 
 
 TABLE_1 = Table(
