@@ -88,8 +88,12 @@ def network(config: Config, data: Dataset) -> Callable[[nnx.Rngs], networks.Dens
     return lambda rngs: networks.Dense(widths, activations, rngs=rngs)
 
 
-def alignments(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) -> Any:
-    """(params, state, feedback, key) -> {layer: `Alignment`} of one seed, on a batch of training examples."""
+def alignments(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array, *, transports: bool = False) -> Any:
+    """(params, state, feedback, key) -> {layer: `Alignment`} of one seed, on a batch of training examples.
+
+    A rule without B brings the error down through W if it `transports` the weights, as backpropagation does; otherwise
+    only its gradient is compared.
+    """
     ours = lrules.value_and_grad(task.net, task.loss, rule)
     true = lrules.value_and_grad(task.net, task.loss, lrules.backprop())
 
@@ -100,11 +104,12 @@ def alignments(task: tasks.Task, rule: lrules.Rule, x: jax.Array, y: jax.Array) 
         gradients = {k: v for k, v in lrules.diagnostics.agreement(update, truth).items() if k.endswith("kernel")}
         weights = lrules.diagnostics.weight_alignment(feedback, params)
         below = dict(zip(list(gradients)[1:], gradients, strict=False))  # for each layer, the name of the layer below
-        exact = lrules.diagnostics.compare(jnp.ones(1), jnp.ones(1))  # backprop: B is W
+        b = jnp.full(1, 1.0 if transports else jnp.nan)
+        without = lrules.diagnostics.compare(b, jnp.ones(1))
         found = {
             name: Alignment(weight.relative_error, gradients[beneath].angle, weight.sign_agreement)
             for name, beneath in below.items()
-            for weight in [weights.get(name, exact)]
+            for weight in [weights.get(name, without)]
         }
         sane = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
         return jax.tree.map(lambda figure: jnp.where(sane, figure, jnp.nan), found)
@@ -127,7 +132,8 @@ def measure(job: Job, std: float | None = None) -> dict[str, Any] | None:
         return found
 
     x, y = task.prepare(jnp.asarray(data.x_train[: config.probe])), jnp.asarray(data.y_train[: config.probe])
-    compare = jax.jit(jax.vmap(alignments(task, rule, x, y)))
+    transports = config.rule in rules.names_of_backprop()
+    compare = jax.jit(jax.vmap(alignments(task, rule, x, y, transports=transports)))
 
     def look(run: Run) -> dict[str, np.ndarray]:
         found = run.evaluate(data.x_test, data.y_test, batch_size=len(data.x_test))

@@ -78,18 +78,25 @@ def setting():
     return made, params, state, x, y
 
 
-def measured(setting, rule, change=lambda leaf: leaf):
+def measured(setting, rule, change=lambda leaf: leaf, **options):
     made, params, state, x, y = setting
     feedback = rule.init(jax.random.key(2), made.net, params, (state, x))
     params = jax.tree.map(change, params)
-    return feedback, params, figure_1.alignments(made, rule, x, y)(params, state, feedback, jax.random.key(3))
+    compare = figure_1.alignments(made, rule, x, y, **options)
+    return feedback, params, compare(params, state, feedback, jax.random.key(3))
 
 
 def test_backprop_has_the_weights_themselves(setting):
-    _, _, found = measured(setting, lrules.backprop())
+    _, _, found = measured(setting, lrules.backprop(), transports=True)
     assert list(found) == [MIDDLE, TOP]
     for layer in found.values():
         assert (layer.relative_error, layer.sign_agreement) == (0, 1) and layer.angle < 0.1
+
+
+def test_a_rule_without_feedback_weights_has_an_angle_alone(setting):
+    _, _, found = measured(setting, lrules.sign_symmetry())
+    for layer in found.values():
+        assert np.isnan(layer.relative_error) and np.isnan(layer.sign_agreement) and layer.angle > 0.1
 
 
 @pytest.mark.parametrize(
