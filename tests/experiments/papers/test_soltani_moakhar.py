@@ -59,7 +59,7 @@ def test_settings_are_those_of_the_paper_and_figures_are_complete():
 
 
 def test_every_rule_serves_its_network():
-    """Traced with few units, each kind of network with each of its rules once; `test_models.py` has ResNets under DFA."""
+    """Traced with few units: each kind of network with each of its rules once, ResNets with one."""
     seen = set()
     for table in TABLES.values():
         for cell in table.cells:
