@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.papers.cells import Cell, Table
 from experiments.papers.lechner_2020 import cifar
-from experiments.papers.lechner_2020.cifar import RULES, SHOWN, Rows
+from experiments.papers.lechner_2020.cifar import RULES, SHOWN, Rows, notes
 
 CONFIG = cifar.CONFIG.replace(dataset="imagenet2012@224", widths=(1024, 1024, 1024, 1024))
 MODELS = {"FC": "mlp", "CNN": "conv_imagenet"}
@@ -90,18 +90,13 @@ def binary() -> list[Cell]:
     return cells
 
 
-NOTES = (
-    "The settings of each cell are those that a part of the training images chose, and so is the epoch of the "
-    "validation accuracy; the training accuracy is that of the best epoch. The sd is over the sets of classes."
-)
-
-TABLE_2 = Table("Accuracy (%) on two classes of ImageNet", timed(binary()), SHOWN, NOTES)
+TABLE_2 = Table("Accuracy (%) on two classes of ImageNet", timed(binary()), SHOWN, notes)
 TABLE_5, TABLE_6 = (
     Table(
         f"Accuracy (%) on some classes of ImageNet, {name} network with tanh",
         timed([*cifar.class_cells(CONFIG.replace(model=model), paper), *small(paper, model)]),
         SHOWN,
-        NOTES,
+        notes,
     )
     for name, model, paper in (
         ("fully connected", "mlp", TABLE_5_PAPER),
