@@ -260,18 +260,14 @@ def table(rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         median, low, high = (f"{ratio:.3f}" for ratio in row.step_ratio)
         compilation, memory = f"{row.compile_ratio:.2f}", f"{row.memory_ratio:.2f}"
-        feedback = _mebibytes(row.feedback_bytes) if row.feedback_bytes else "-"
+        feedback = results.mebibytes(row.feedback_bytes) if row.feedback_bytes else "-"
         if name == "plain":
             name, median = "plain jax.value_and_grad", f"{1e3 * row.step_seconds:.2f} ms"
-            compilation, memory = f"{row.compile_seconds:.2f} s", _mebibytes(row.memory_bytes)
+            compilation, memory = f"{row.compile_seconds:.2f} s", results.mebibytes(row.memory_bytes)
         over = "-" if row.over_rule is None else f"{row.over_rule:.3f}"
         cells.append((name, median, f"{low} to {high}", over, compilation, memory, feedback))
     header = ("rule", "step time", "quartiles", "over its rule", "compile time", "memory", "feedback weights")
     return results.table(header, cells)
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
 
 
 def main() -> None:

@@ -47,6 +47,11 @@ def define_sweep_flag() -> None:
     )
 
 
+def define_log_flag(kinds: Sequence[str]) -> None:
+    """Defines the flag of a log beside the files of results."""
+    flags.DEFINE_enum("log", None, list(kinds), "Write the curves in this form, too, to a folder of the results.")
+
+
 def define_output_flags(*, output: str) -> None:
     """Defines the flags that say where a program finds data and puts results."""
     flags.DEFINE_string("output", output, "Folder for the results.")
@@ -71,7 +76,7 @@ def define_execution_flags(*, output: str) -> None:
 
 
 def define_cache_flag() -> None:
-    """Defines the flag of JAX's compilation cache, for every program."""
+    """Defines the flag of JAX's compilation cache, for programs that train."""
     flags.DEFINE_string(
         "compilation_cache",
         os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "lrules", "jax"),
@@ -124,19 +129,19 @@ def numbers(flag: str, values: Iterable[str]) -> list[float]:
     return found
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[..., int | None], *, takes_files: bool = False) -> None:
     """`absl.app.run`; bad input gives one sentence and a non-zero exit status, without a traceback.
 
-    `main` may return an exit status.
+    `main` may return an exit status. With `takes_files`, it gets what the command line has beside flags.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)
-        if len(argv) > 1:
+        if len(argv) > 1 and not takes_files:
             sys.exit(f"Error: '{argv[1]}' is not a flag: write flags as --name=value; --help lists them.")
         try:
             use_compilation_cache()
-            return main()
+            return main(argv[1:]) if takes_files else main()
         except InputError as error:
             sys.exit(f"Error: {error}")
         except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 import lrules
-from experiments import build, cli, data, devices, keeper, results, rules, signals, sweep, tasks
+from experiments import build, cli, data, devices, keeper, logs, results, rules, signals, sweep, tasks
 from experiments.config import Config
 from experiments.errors import InputError
 from experiments.loop import Diverged, Run
@@ -121,6 +121,7 @@ def naming(name: str, keepers: Mapping[str, keeper.Keeper]) -> Iterator[None]:
 
 def main() -> int:
     config = cli.config(rule="backprop")
+    logs.require(FLAGS.log)
     chosen = {FIRST: lrules.backprop()} | {
         name: rule for name, rule in rules.select(FLAGS.rules).items() if name not in rules.names_of_backprop()
     }
@@ -139,6 +140,7 @@ def main() -> int:
     with (
         keeper.folder_of(FLAGS.output, described) as folder,
         keeper.listen(FLAGS.minutes) as stop,
+        logs.opened(FLAGS.log if devices.is_first() else None, folder) as log,
         contextlib.ExitStack() as opened,
     ):
         keepers = {}
@@ -148,7 +150,7 @@ def main() -> int:
             keepers[name] = opened.enter_context(kept)
 
         def save_results(title: str | None = None) -> None:
-            devices.from_first(lambda: write(trials, refused, folder, title))
+            devices.from_first(lambda: write(trials, refused, folder, title, log))
 
         train(trials, keepers=keepers, stop=stop, after=save_results)
         if all(trial.records for trial in trials.values()):
@@ -174,7 +176,9 @@ def report(
     return told
 
 
-def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str | None) -> None:
+def write(
+    trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str | None, log: logs.Log
+) -> None:
     """Writes the results so far; the picture only with a title."""
     first = next(iter(trials.values()))
     found: dict[str, Any] = {name: trial.result() for name, trial in trials.items()}
@@ -185,8 +189,10 @@ def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, titl
         name: {k: v for k, v in result.items() if k not in ("config", "hash")} for name, result in found.items()
     } | {name: {"refused": reason} for name, reason in refused.items()}
     histories = {name: (trial.records, trial.lanes(trial.chosen())) for name, trial in trials.items()}
+    steps = {name: trial.steps_of(trial.chosen()) for name, trial in trials.items()}
     seeds = first.config.all_seeds
-    results.write(folder, content, histories, seeds, title)
+    results.write(folder, content, histories, steps, seeds, title)
+    log(histories, steps, seeds)
 
 
 def table(trials: Trials) -> str:
@@ -223,6 +229,7 @@ def remarks(trials: Trials) -> list[str]:
 if __name__ == "__main__":
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule without a required argument).")
     cli.define_sweep_flag()
+    cli.define_log_flag(logs.KINDS)
     cli.define_config_flags(omit=("rule",), seeds=5)
     cli.define_execution_flags(output="results/compare")
     flags.adopt_module_key_flags(cli)

@@ -150,11 +150,6 @@ class Config:
         given = {name: value for name, value in self.to_dict().items() if value != default[name]}
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
-    def difference(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """The fields in which two configs differ, with both values."""
-        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
 
 def _names() -> list[str]:
     return [field.name for field in dataclasses.fields(Config)]

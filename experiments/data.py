@@ -106,12 +106,6 @@ def fits(data: Dataset, limit: int) -> bool:
     return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in arrays) <= limit
 
 
-def hold_out(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
-    """The same set with a stratified fraction of the training examples as its test examples, for tuning."""
-    train, held = _stratified(data, fraction, seed)
-    return data.with_parts({"train": train, "test": held, "val": (None, None)})
-
-
 def split_validation(data: Dataset, fraction: float, *, seed: int = 0) -> Dataset:
     """The same set with a stratified fraction of the training examples as validation examples; the test set stays.
 

@@ -97,7 +97,7 @@ def bars(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]], title: 
         for row, rule in enumerate(rules):
             median, lower, upper = group.get(rule, (np.nan,) * 3)
             whiskers = [[median - lower], [upper - median]]
-            axis.barh(row, median, xerr=whiskers, color="#a6c8e8", ecolor="0.3", capsize=2)
+            axis.barh(row, median, xerr=whiskers, color=COLOURS[5], alpha=0.5, ecolor="0.3", capsize=2)
             text = f" {median:.2f}" if rule in group else " refused"
             axis.text(0, row, text, verticalalignment="center", fontsize="small")
         axis.axvline(1, color="black", linewidth=0.8)

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+BETWEEN = 30.0  # seconds between two lines in a file
+
 
 class Progress:
     """Shows how far a long work is, on standard error.
@@ -15,9 +17,9 @@ class Progress:
             bar.advance(5, "loss 0.3")
     """
 
-    def __init__(self, total: int, unit: str, *, every: float = 30.0, begin: int = 0, show: bool = True):
-        """`every`: seconds between two lines in a file; `begin`: units that are done already; `show`: or nothing."""
-        self.total, self.unit, self.every = total, unit, every
+    def __init__(self, total: int, unit: str, *, begin: int = 0, show: bool = True):
+        """`begin`: units that are done already; `show`: or nothing."""
+        self.total, self.unit = total, unit
         self.done, self.begin, self.label, self.note, self.show = begin, begin, "", "", show
         self.bar: Any = tqdm(total=total, unit=unit, initial=begin) if show and sys.stderr.isatty() else None
         self.start = self.last = time.monotonic()
@@ -53,7 +55,7 @@ class Progress:
             if note is not None:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(units)
-        elif time.monotonic() - self.last > self.every:
+        elif time.monotonic() - self.last > BETWEEN:
             self._line()
 
     def _line(self) -> None:

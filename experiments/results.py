@@ -19,6 +19,9 @@ from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is
 from experiments.files import savefig, write_csv, write_json
 from experiments.loop import Record
 
+Histories = Mapping[str, tuple[Sequence[Record], slice]]  # of each run, by name: its epochs, and its lanes there
+Steps = Mapping[str, Sequence[Mapping[str, Any]]]  # of each run: its records inside the epochs, each figure [seeds]
+
 PACKAGES = ("lrules", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -130,6 +133,11 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
+def mebibytes(size: float) -> str:
+    """A number of bytes as `1.5 MiB`."""
+    return f"{size / 2**20:.1f} MiB"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
     rows = [list(header), *map(list, rows)]
@@ -158,24 +166,40 @@ def curve_rows(name: str, records: Sequence[Record], seeds: Sequence[int], lanes
 
 
 CURVES = ("train_loss", "test_loss", "accuracy", "angle", "attacked", "validation_loss", "validation_accuracy")
+PLACES = ("epoch", "step", "updates")
+
+
+def step_table(steps: Steps, seeds: Sequence[int]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """The header and a row per seed and record inside the epochs: rule, seed, where it is, and what was measured."""
+    figures = dict.fromkeys(name for own in steps.values() for record in own for name in record if name not in PLACES)
+    rows = [
+        (name, seed, *(record[p] for p in PLACES), *(float(record[f][i]) if f in record else "" for f in figures))
+        for name, own in steps.items()
+        for record in own
+        for i, seed in enumerate(seeds)
+    ]
+    return ("rule", "seed", *PLACES, *figures), rows
 
 
 def write(
     folder: pathlib.Path,
     content: Mapping[str, Any],
-    histories: Mapping[str, tuple[Sequence[Record], slice]],
+    histories: Histories,
+    steps: Steps,
     seeds: Sequence[int],
     title: str | None,
     *,
     shown: Collection[str] | None = None,
 ) -> None:
-    """Writes metrics.json, curves.csv and, with a title, curves.png, which has the runs `shown` (default: all).
+    """Writes metrics.json, curves.csv, steps.csv if there are `steps`, and, with a title, curves.png.
 
-    `histories` has the records of each run, and its lanes.
+    The figure has the runs `shown` (default: all).
     """
     write_json(folder / "metrics.json", {"provenance": provenance()} | dict(content))
     rows = [row for name, (records, lanes) in histories.items() for row in curve_rows(name, records, seeds, lanes)]
     write_csv(folder / "curves.csv", ("rule", "seed", "epoch", *CURVES), rows)
+    if any(steps.values()):
+        write_csv(folder / "steps.csv", *step_table(steps, seeds))
     if title:
         from experiments import plots  # matplotlib is slow to import
 

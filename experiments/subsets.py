@@ -62,7 +62,13 @@ def parse_classes(text: str) -> int | list[int]:
 
 
 def divide(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = False) -> np.ndarray:
-    """The classes divided at random into tasks [tasks, classes of a task]; `in_tasks` has the examples."""
+    """The classes divided at random into tasks of some classes each [tasks, per_task]; Split-MNIST has two.
+
+    With `tuning` the division is another one: no group of its classes is one of the same seed without `tuning`.
+
+    Raises:
+      InputError: the classes cannot be divided like that.
+    """
     if per_task < 2 or data.classes % per_task or data.classes == per_task:
         raise InputError(
             f"The {data.classes} classes of {data.name} cannot be divided into tasks of {per_task}: use a number from "
@@ -72,18 +78,3 @@ def divide(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = False)
     if tuning:
         order = np.roll(order, 1)  # each group gets one class of the group beside it
     return order.reshape(-1, per_task)
-
-
-def in_tasks(data: Dataset, *, seed: int, per_task: int = 2, tuning: bool = False) -> list[Dataset]:
-    """The classes divided at random into tasks of some classes each; Split-MNIST with two.
-
-    Each task numbers its classes from 0, so one head of `per_task` outputs serves all of them in turn. With `tuning`
-    the division is another one: no group of classes of it is one of the same seed without `tuning`.
-
-    Raises:
-      InputError: the classes cannot be divided like that.
-
-    Example: `in_tasks(load("mnist"), seed=0)` are five binary tasks; train one network on one after the other.
-    """
-    groups = divide(data, seed=seed, per_task=per_task, tuning=tuning)
-    return [choose(data, [int(c) for c in group]) for group in groups]

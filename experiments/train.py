@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, devices, export, keeper, results, rules, signals, sweep
+from experiments import build, cli, devices, export, keeper, logs, results, rules, signals, sweep
 from experiments.config import Config
 from experiments.loop import Diverged, Record
 from experiments.progress import Progress
@@ -31,6 +31,7 @@ FLAGS = flags.FLAGS
 
 def main() -> int:
     config = cli.config()
+    logs.require(FLAGS.log)
     rules.parse(config.rule)  # a wrong rule is refused before the data are read
     grid = sweep.parse(cli.sweep(), config)
     devices.initialize_processes(FLAGS.processes)
@@ -41,7 +42,8 @@ def main() -> int:
     trial = Trial(config, dataset, grid=grid, placement=placement, check_nan=FLAGS.check_nan, parts=keeper.FIRST_PARTS)
     title = f"{config.model} on {dataset.name}"
     with keeper.folder_of(FLAGS.output, described) as folder, keeper.listen(FLAGS.minutes) as stop:
-        train(trial, folder, described, title, stop, **cli.keeping())
+        with logs.opened(FLAGS.log if devices.is_first() else None, folder) as log:
+            train(trial, folder, described, title, stop, log, **cli.keeping())
     if devices.is_first():
         for paragraph in report(trial, folder, stop, keeper.goes_on(FLAGS.keep)):
             print(paragraph)
@@ -54,6 +56,7 @@ def train(
     described: Mapping[str, Any],
     title: str,
     stop: signals.Stop,
+    log: logs.Log,
     **keeping: Any,
 ) -> None:
     """Trains to the end or to a stop; writes checkpoints, results after each epoch, and at the end plain arrays.
@@ -63,11 +66,11 @@ def train(
     with keeper.Keeper(trial, folder / "checkpoints", described, **keeping) as kept:
         try:
             if warm_up(trial, kept, stop):
-                train_epochs(trial, kept, folder, title, stop)
+                train_epochs(trial, kept, folder, title, stop, log)
         except Diverged as error:
             raise Diverged(f"{error} {kept.sentence}") from None
         if trial.records:
-            devices.from_first(lambda: write(trial, folder, title))
+            devices.from_first(lambda: write(trial, folder, title, log))
             carry = trial.carry(trial.chosen())
             params, feedback = devices.gather((carry.evaluated, carry.feedback))
             devices.from_first(lambda: export.export(folder / "export", params, feedback))
@@ -95,7 +98,9 @@ def warm_up(trial: Trial, kept: keeper.Keeper, stop: signals.Stop) -> bool:
     return finished
 
 
-def train_epochs(trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title: str, stop: signals.Stop) -> None:
+def train_epochs(
+    trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title: str, stop: signals.Stop, log: logs.Log
+) -> None:
     """The epochs."""
     first, note = devices.is_first(), None
     with Progress(trial.config.epochs * trial.steps, "step", begin=trial.steps_done, show=first) as bar:
@@ -111,7 +116,7 @@ def train_epochs(trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title:
             if record is not None:
                 note = brief(record)
                 bar.advance(0, note)
-                devices.from_first(lambda: write(trial, folder, title, picture=False))
+                devices.from_first(lambda: write(trial, folder, title, log, picture=False))
             kept.save(now=trial.finished or stop.requested)
 
 
@@ -128,15 +133,17 @@ def report(trial: Trial, folder: pathlib.Path, stop: signals.Stop, goes_on: str)
     return told
 
 
-def write(trial: Trial, folder: pathlib.Path, title: str, *, picture: bool = True) -> None:
+def write(trial: Trial, folder: pathlib.Path, title: str, log: logs.Log, *, picture: bool = True) -> None:
     """Writes the results so far."""
     config = trial.config
     names = [", ".join(filter(None, (config.rule, point.text()))) for point in trial.points]
     content = {"rule": config.rule} | trial.result()
     seeds = config.all_seeds
     histories = {name: (trial.records, trial.lanes(i)) for i, name in enumerate(names)}
+    steps = {name: trial.steps_of(i) for i, name in enumerate(names)}
     shown = [names[trial.chosen()]] if picture else None
-    results.write(folder, content, histories, seeds, title if picture else None, shown=shown)
+    results.write(folder, content, histories, steps, seeds, title if picture else None, shown=shown)
+    log(histories, steps, seeds)
 
 
 def brief(record: Record) -> str:
@@ -187,5 +194,6 @@ if __name__ == "__main__":
     cli.define_config_flags()
     cli.define_execution_flags(output="results/train")
     cli.define_sweep_flag()
+    cli.define_log_flag(logs.KINDS)
     flags.adopt_module_key_flags(cli)
     cli.run(main)

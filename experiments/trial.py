@@ -149,11 +149,31 @@ class Trial:
         """The lanes of a point."""
         return slice(point * self.config.seeds, (point + 1) * self.config.seeds)
 
-    def carry(self, point: int) -> Any:
-        """What the run of a point carries now, every leaf [seeds, ...]."""
+    def _place(self, point: int) -> tuple[Run, slice]:
+        """The run of a point, and its lanes there."""
         places = [(run, i) for run, points in zip(self.runs, self.grid.runs(), strict=True) for i in range(len(points))]
         run, place = places[point]
-        return jax.tree.map(lambda leaf: leaf[self.lanes(place)], run.carry)
+        return run, self.lanes(place)
+
+    def carry(self, point: int) -> Any:
+        """What the run of a point carries now, every leaf [seeds, ...]."""
+        run, lanes = self._place(point)
+        return jax.tree.map(lambda leaf: leaf[lanes], run.carry)
+
+    def steps_of(self, point: int) -> list[dict[str, Any]]:
+        """The records of a point inside the epochs, each figure [seeds]; none where the config asks for none.
+
+        "step" counts the steps of the epoch, "updates" those of all epochs.
+        """
+        run, lanes = self._place(point)
+        if not (self.config.record_every or self.config.layers):
+            return []
+        return [
+            {"epoch": record["epoch"], "step": record["step"]}
+            | {"updates": (record["epoch"] - 1) * run.steps + record["step"]}
+            | {name: values[lanes] for name, values in record.items() if name not in ("epoch", "step")}
+            for record in run.curve
+        ]
 
     def chosen(self) -> int:
         """The point with the best mean validation accuracy, at the epochs that the config selects."""

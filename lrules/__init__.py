@@ -32,7 +32,7 @@ from lrules.rules.random_target_projection import random_target_projection
 from lrules.rules.sign_symmetry import sign_symmetry
 from lrules.rules.skipped_backprop import skipped_backprop
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Feedback",

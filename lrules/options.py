@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeGuard, TypeVar
@@ -23,6 +24,11 @@ def is_number(value: Any) -> TypeGuard[float]:
         real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
         return bool(real and value.ndim == 0)
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether the value is one finite real number above 0."""
+    return is_number(value) and 0 < value < math.inf
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

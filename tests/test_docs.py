@@ -1,6 +1,7 @@
 """The documentation: what it shows runs, and every public docstring has the same parts.
 
-What runs: the examples in docstrings, and the Python of the README from top to bottom.
+What runs: the examples in docstrings, and the Python of the README and of each page of docs/ from top to bottom. (A
+block marked `py` is shown only: another page runs the like.)
 """
 
 import doctest
@@ -126,8 +127,17 @@ def run_page(page):
     return namespace
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/writing_rules.md", "docs/saving_feedback.md", "docs/training.md"])
+WITH_PYTHON = [
+    str(page.relative_to(ROOT))
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if "papers" not in page.parts and re.search("^```python$", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_page(page):
+    if page == "docs/guides/haiku.md":
+        pytest.importorskip("haiku")
     run_page(page)
 
 
@@ -145,16 +155,17 @@ def test_all_rules_that_the_page_teaches_are_here():
     assert rules == TAUGHT.keys() | {"local"}  # which needs classes as its targets
 
 
-def test_the_diff_of_the_readme():
+@pytest.mark.parametrize("page", ["README.md", "docs/start/diff.md"])
+def test_the_diff(page):
     """The script before and after the change trains, and at most six lines are new."""
-    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     lines = diff.splitlines()
     assert sum(line.startswith("+") for line in lines) <= 6
     for kept in ("-", "+"):
         script = "\n".join(line[1:] for line in lines if not line or line[0] in (" ", kept))
         x = jax.random.normal(jax.random.key(0), (32, 4))
         names = {"MLP": _MLP, "x": x, "y": jnp.argmax(x[:, :3], -1)}
-        exec(compile(script, "README.md", "exec"), names)
+        exec(compile(script, page, "exec"), names)
         values = [float(names["train"](names["model"], names["optimizer"], x, names["y"])) for _ in range(60)]
         assert values[-1] < 0.95 * values[0]
 

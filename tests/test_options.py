@@ -4,10 +4,11 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lrules
-from lrules.options import ByName, by_name, first_match, is_number
+from lrules.options import ByName, by_name, first_match, is_number, is_positive
 from tests.small import FA, GLOROT, KEY, NONE, W, X, mlp
 
 
@@ -155,3 +156,12 @@ def test_feedback_may_be_one_gibibyte_unless_said():
     options = {name: inspect.signature(function).parameters for name, function in functions.items()}
     limits = {name: of["max_feedback_bytes"].default for name, of in options.items() if "max_feedback_bytes" in of}
     assert set(limits.values()) == {2**30} and {"direct", "direct_feedback_alignment", "monotone_dfa"} <= set(limits)
+
+
+@pytest.mark.parametrize(
+    "value, positive",
+    [(0.5, True), (3, True), (np.float32(1e-30), True), (0, False), (-1.0, False), (float("inf"), False),
+     (float("nan"), False), (True, False), ("1", False), (None, False), (np.ones(2), False)],
+)  # fmt: skip
+def test_positive_numbers(value, positive):
+    assert bool(is_positive(value)) is positive

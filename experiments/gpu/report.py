@@ -75,10 +75,10 @@ def step_times(rows: Mapping[str, Any]) -> str:
         median, low, high = (f"{value:.3f}" for value in row["step_ratio"])
         memory = f"{row['memory_ratio']:.2f}"
         if name == "plain":
-            name, memory = "plain jax.value_and_grad", _mebibytes(row["memory_bytes"])
+            name, memory = "plain jax.value_and_grad", results.mebibytes(row["memory_bytes"])
             median = f"{1e3 * row['step_seconds']:.3f} ms"
         over = "-" if row["over_rule"] is None else f"{row['over_rule']:.3f}"
-        feedback = _mebibytes(row["feedback_bytes"]) if row["feedback_bytes"] else "-"
+        feedback = results.mebibytes(row["feedback_bytes"]) if row["feedback_bytes"] else "-"
         cells.append((name, median, f"{low} to {high}", over, memory, feedback))
     return results.table(("rule", "step time", "quartiles", "over its rule", "memory", "feedback weights"), cells)
 
@@ -95,10 +95,6 @@ def epochs(entries: Entries) -> list[str]:
 def cells(entries: Entries) -> list[str]:
     rows = [(key, str(entry.get("exit_code", "-"))) for key, entry in entries.items()]
     return [results.table(("program", "exit code"), rows), "75 means: stopped at the time limit."]
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
 
 
 PARTS: dict[str, tuple[str, Callable[[Entries], list[str]]]] = {

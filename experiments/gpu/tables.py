@@ -17,11 +17,9 @@ from absl import flags
 from experiments.gpu import session
 
 FLAGS = flags.FLAGS
-WORKERS = 3  # programs at once
+WORKERS = 2  # programs at once: one compiles while the other trains; more share the GPU and gain nothing
 NEEDS = 20.0  # the least seconds in which a program is worth beginning
 GRACE = 25.0  # seconds that a program may take to end after its time
-# Convolutions take the algorithm that cuDNN proposes: to measure all of them takes minutes for each program.
-XLA_FLAGS = "--xla_gpu_autotune_level=0"
 
 
 class Entry(NamedTuple):
@@ -57,7 +55,6 @@ def run(results: session.Results, clock: session.Clock, data_dir: str, tiny: boo
     waiting, lock = collections.deque(entries), threading.Lock()
     folder = results.path.parent
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 
     def work() -> None:
         while True:

@@ -8,6 +8,7 @@
 
 import pathlib
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from experiments.papers.cells import Cell, Job, Table
 from experiments.progress import Progress
 
 FLAGS = flags.FLAGS
+PLACES = ("--data_dir=", "--output=", "--work=")
 DATA = ("dataset", "classes", "validation", "seed")  # what a data set depends on
 
 
@@ -130,4 +132,11 @@ def _measured(cell: Cell, config: Config, dataset: Any, work: pathlib.Path, stop
         return None
     content = {"cell": cell.name, "config": config.to_dict()} | ({"sweep": list(cell.sweep)} if cell.sweep else {})
     content |= {name: value for name, value in found.items() if name not in content and name != "hash"}
-    return content | {"wall_seconds": time.monotonic() - begin, "provenance": results.provenance()}
+    return content | {"wall_seconds": time.monotonic() - begin, "provenance": _provenance()}
+
+
+def _provenance() -> dict[str, Any]:
+    """Versions, device, time, and the command without the folders of this machine."""
+    found = results.provenance()
+    words = shlex.split(found["command"])
+    return found | {"command": shlex.join(word for word in words if not word.startswith(PLACES))}

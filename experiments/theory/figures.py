@@ -1,12 +1,11 @@
 """Figures of the theory. Each function returns a figure to save or show, and does not change the state of pyplot."""
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.plots import COLOURS
 from experiments.theory import backman, dual_propagation, rbp_dynamics
 
-COLOURS = matplotlib.colormaps["tab10"](range(10))
 STARTS = (-2.8, 2.5), (-1.0, -2.9), (-0.1, -2.5), (-2.4, -0.8), (1.0, -2.5), (2.7, 2.6), (-0.5, 0.7)  # (a_1, a_2)
 
 
@@ -35,10 +34,10 @@ def vector_field() -> Figure:
     for i, start in enumerate(STARTS):
         problem = rbp_dynamics.chain_problem(start, [1.0])
         flow = rbp_dynamics.integrate(rbp_dynamics.srbp, *problem, until=50.0, points=2000)
-        axis.plot(*(w[:, 0, 0] for w in flow.states), color="tab:green", label=None if i else "solutions")
-        axis.plot(*start, ".", color="tab:green")
+        axis.plot(*(w[:, 0, 0] for w in flow.states), color=COLOURS[2], label=None if i else "solutions")
+        axis.plot(*start, ".", color=COLOURS[2])
         end = rbp_dynamics.chain_limit(start, [1.0])
-        axis.plot(*end, "o", markerfacecolor="none", color="tab:green", label=None if i else "predicted limits")
+        axis.plot(*end, "o", markerfacecolor="none", color=COLOURS[2], label=None if i else "predicted limits")
     axis.set(xlabel="$a_1$", ylabel="$a_2$", xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axis.set_title("Random backpropagation in A[1,1,1], $c_1 = \\alpha = \\beta = 1$", fontsize="medium")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
@@ -84,8 +83,8 @@ def power_law() -> Figure:
         moments = rbp_dynamics.power_moments(x, x**2 + bend * (1 - x), mu)
         for name, colour, field, arguments in (
             ("with the derivative", COLOURS[0], rbp_dynamics.power_srbp, (moments, c, mu)),
-            ("without the derivative", COLOURS[3], rbp_dynamics.power_srbp_without_derivative, (moments, c, mu)),
-            ("gradient descent", COLOURS[7], rbp_dynamics.power_gradient_descent, (moments, mu)),
+            ("without the derivative", COLOURS[1], rbp_dynamics.power_srbp_without_derivative, (moments, c, mu)),
+            ("gradient descent", COLOURS[3], rbp_dynamics.power_gradient_descent, (moments, mu)),
         ):
             flow = rbp_dynamics.integrate(field, start, *arguments, until=50.0)
             a1, a2 = flow.states

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.options import ByName, by_name, is_number, is_whole
+from lrules.options import ByName, by_name, is_positive, is_whole
 from lrules.typing import Numbers
 
 LEVELS = 2**12  # more powers of two below one than any float has
@@ -90,8 +90,7 @@ def quantizer_numbers(bits: Numbers, scale: Numbers, kind: str) -> tuple[ByName[
     Raises:
       ValueError: one is out of range.
     """
-    positive = lambda value: is_number(value) and 0 < value < math.inf  # noqa: E731
     return (
         by_name("bits", bits, lambda value: is_whole(value) and value >= 1, "an integer >= 1", kind),
-        by_name("scale", scale, positive, "a finite number > 0", kind, traced=True),
+        by_name("scale", scale, is_positive, "a finite number > 0", kind, traced=True),
     )

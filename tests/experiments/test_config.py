@@ -47,10 +47,6 @@ def test_the_hash_is_that_of_the_values_that_differ_from_the_defaults(monkeypatc
     assert config.hash() in hashes
 
 
-def test_the_difference_names_the_fields():
-    assert Config(epochs=7).difference(Config(rule="backman", epochs=7)) == {"rule": ("backprop", "backman")}
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -53,15 +53,6 @@ def test_images_without_a_channel_axis_get_one(save):
     assert loaded.shape == (4, 4, 1) and loaded.x_train.dtype == np.float32
 
 
-def test_hold_out_takes_from_the_training_examples_alone():
-    digits = data.load("digits")
-    tuning = data.hold_out(digits, 0.25, seed=3)
-    assert len(tuning.x_train) + len(tuning.x_test) == len(digits.x_train)
-    assert not (data.hold_out(digits, 0.25, seed=4).y_test == tuning.y_test).all()
-    with pytest.raises(InputError, match="must be a number between 0 and 1, got 1.5"):
-        data.hold_out(digits, 1.5)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -177,7 +168,8 @@ def test_split_validation_leaves_the_test_set_and_takes_from_every_class():
     assert shares.min() > 0.18 and shares.max() < 0.22
     assert (data.split_validation(digits, 0.2, seed=1).y_val == split.y_val).all()
     assert not (data.split_validation(digits, 0.2, seed=2).y_val == split.y_val).all()
-    assert data.hold_out(split, 0.2).x_val is None
+    with pytest.raises(InputError, match="must be a number between 0 and 1, got 1.5"):
+        data.split_validation(digits, 1.5)
     with pytest.raises(InputError, match="has 288 validation examples already"):
         data.split_validation(split, 0.2)
 

@@ -1,5 +1,9 @@
 """Figures: what is on them, for one seed, one epoch, many rules, errors of zero and NaN."""
 
+import pathlib
+import re
+
+import nbformat
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -47,3 +51,11 @@ def test_the_papers_figure_has_sample_sds():
     axis = Figure().subplots()
     node_perturbation.band(axis, [1, 2], [[1.0, 3.0], [1.0, 3.0]], "red", "-")
     assert axis.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(3)  # 2 + sqrt(2) / sqrt(2)
+
+
+def test_the_notebooks_have_the_same_colours():
+    """A notebook stands alone, without the programs, so it repeats them."""
+    for path in sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipynb")):
+        code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        found = [tuple(re.findall("#[0-9A-F]{6}", text)) for text in code if "plt.subplots" in text]
+        assert set(found) <= {plots.COLOURS}, path

@@ -1,6 +1,7 @@
 """The programs as a user runs them: tiny runs, bad input, and the numbers of the demo."""
 
 import csv
+import importlib.util
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ def test_train(tmp_path):
     np.savez(tmp_path / "set.npz", x_train=x, y_train=np.arange(40) % 2, x_test=x[:10], y_test=np.arange(10) % 2)
     rule = 'partition({"layers/0": backman(alpha=0.1), ".*": backprop})'
     flags = [f"--dataset=npz:{tmp_path}/set.npz", f"--rule={rule}", "--widths=4", "--activation=tanh", "--epochs=3"]
-    done = run("train", *flags, "--seeds=2", "--seed=7", "--batch_size=8", f"--output={tmp_path}/out")
+    logged = importlib.util.find_spec("tensorboardX") is not None
+    flags += ["--seeds=2", "--seed=7", "--batch_size=8", "--record_every=2", *["--log=tensorboard"] * logged]
+    done = run("train", *flags, f"--output={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     assert "| test accuracy (%)" in done.stdout and "epoch 3/3" in done.stderr
     metrics = results(tmp_path / "out")
@@ -29,7 +32,11 @@ def test_train(tmp_path):
     assert metrics["config"]["activation"] == "tanh"
     rows = list(csv.DictReader((tmp_path / "out" / "curves.csv").open()))
     assert [(row["epoch"], row["seed"]) for row in rows] == [(e, s) for e in "123" for s in "78"]
+    steps = list(csv.DictReader((tmp_path / "out" / "steps.csv").open()))
+    assert [row["updates"] for row in steps if row["seed"] == "8"] == ["2", "4", "5", "7", "9", "10", "12", "14", "15"]
+    assert float(steps[-1]["train_loss"]) > 0
     assert is_png(tmp_path / "out" / "curves.png")
+    assert len(list((tmp_path / "out").glob("tensorboard/*/seed */events.*"))) == 2 * logged
     arrays = np.load(tmp_path / "out" / "export" / "params.npz")
     assert arrays["layers/0/kernel"].shape == (2, 16, 4)  # [seeds, inputs, outputs]
     assert lrules.feedback.load(tmp_path / "out" / "export" / "feedback.npz").learned == {}

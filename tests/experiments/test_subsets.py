@@ -1,7 +1,5 @@
 """Tasks made of a data set: classes chosen, drawn and divided."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -83,24 +81,22 @@ def test_classes_without_examples(digits):
         subsets.choose(few, [0, 1])
 
 
-def groups(tasks):
-    return [frozenset(task.name.removeprefix("digits[").removesuffix("]").split(",")) for task in tasks]
+def groups(classes):
+    return [frozenset(group) for group in classes.tolist()]
 
 
-def test_tasks_hold_every_class_once_and_share_one_head(digits):
-    tasks = subsets.in_tasks(digits, seed=0)
-    assert len(tasks) == 5 and all(task.classes == 2 and set(task.y_train) == {0, 1} for task in tasks)
-    assert sorted(itertools.chain(*groups(tasks))) == sorted(map(str, range(10)))
-    assert sum(len(task.x_train) for task in tasks) == len(digits.x_train)
-    assert groups(tasks) == groups(subsets.in_tasks(digits, seed=0)) != groups(subsets.in_tasks(digits, seed=1))
-    assert [task.classes for task in subsets.in_tasks(digits, seed=0, per_task=5)] == [5, 5]
+def test_tasks_hold_every_class_once(digits):
+    classes = subsets.divide(digits, seed=0)
+    assert classes.shape == (5, 2) and sorted(classes.ravel()) == list(range(10))
+    assert groups(classes) == groups(subsets.divide(digits, seed=0)) != groups(subsets.divide(digits, seed=1))
+    assert subsets.divide(digits, seed=0, per_task=5).shape == (2, 5)
 
 
 @pytest.mark.parametrize("per_task", [2, 5])
 def test_tuning_has_other_groups(digits, per_task):
     for seed in range(20):
         one, other = (
-            groups(subsets.in_tasks(digits, seed=seed, per_task=per_task, tuning=tuning)) for tuning in (False, True)
+            groups(subsets.divide(digits, seed=seed, per_task=per_task, tuning=tuning)) for tuning in (False, True)
         )
         assert not set(one) & set(other) and len(set(other)) == 10 // per_task
 
@@ -108,4 +104,4 @@ def test_tuning_has_other_groups(digits, per_task):
 @pytest.mark.parametrize("per_task", [1, 3, 10, 20])
 def test_tasks_that_cannot_be(digits, per_task):
     with pytest.raises(InputError, match=f"10 classes of digits cannot be divided into tasks of {per_task}"):
-        subsets.in_tasks(digits, seed=0, per_task=per_task)
+        subsets.divide(digits, seed=0, per_task=per_task)

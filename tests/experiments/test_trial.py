@@ -273,3 +273,17 @@ def test_a_grid_is_made_of_its_own_texts():
 def test_a_grid_needs_a_validation_set():
     with pytest.raises(InputError, match="as in --validation=0.2"):
         trained(SMALL, "learning_rate=0.1,0.2", dataset=tiny())
+
+
+def test_steps_of_a_point():
+    """They count the updates of all epochs; the rows are those of results."""
+    config = SMALL.replace(record_every=2, batch_size=5)
+    trial = trained(config, "learning_rate=0.1,0.01", "batch_size=5,10", dataset=split_validation(tiny(), 0.25))
+    found = trial.steps_of(3)  # of the second run, which has three steps an epoch
+    assert [(r["epoch"], r["step"], r["updates"]) for r in found] == [(1, 2, 2), (1, 3, 3), (2, 2, 5), (2, 3, 6)]
+    lanes = trial.runs[1].curve[0]["train_loss"]
+    assert len(lanes) == 4 and (found[0]["train_loss"] == lanes[2:]).all()
+    header, rows = results.step_table({"bp": found[:1]}, [7, 8])
+    assert header == ("rule", "seed", "epoch", "step", "updates", "train_loss", "angle")
+    assert [row[:6] for row in rows] == [("bp", 7, 1, 2, 2, lanes[2]), ("bp", 8, 1, 2, 2, lanes[3])]
+    assert trained(SMALL).steps_of(0) == []

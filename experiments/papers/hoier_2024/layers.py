@@ -74,9 +74,9 @@ def heat(found: Sequence[Found]) -> Figure:
         values = np.stack([each.curve(f"angle {layer}")[1].mean(1) for layer in layers])
         times = each.curve(f"angle {layers[0]}")[0]
         shown = axis.pcolormesh(times, np.arange(1, len(layers) + 1), values, vmin=0, vmax=90, cmap="viridis")
-        axis.set_title(each.cell.name + ("*" if each.less else ""), fontsize="medium")
+        axis.set_title(each.cell.row.replace("DP^T, alpha=0, ", "") + ("*" if each.less else ""), fontsize="small")
         axis.set(xlabel=each.contents[0].get("unit", "epoch"), ylabel="layer")
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    made.colorbar(shown, ax=list(axes), label="angle to backprop (°)")
+    made.colorbar(shown, ax=list(axes), label="angle to backprop (°)", aspect=40, pad=0.01)
     return made

@@ -48,14 +48,16 @@ def by_depth(found: Sequence[Found], label: str) -> Figure:
 def _mlp(depth: int, row: str) -> Cell:
     config = MLP.replace(rule=RULES[row], widths=(2000,) * depth, batch_size=1024, epochs=25)
     minutes = 10 + 60 * depth / 4  # for a seed: all rates
-    return Cell(f"{depth} hidden layers", row, config, sweep=[RATES], minutes=minutes, gpu_minutes=0.2 + depth / 8)
+    name = results.counted(depth, "hidden layer")
+    return Cell(name, row, config, sweep=[RATES], minutes=minutes, gpu_minutes=0.2 + depth / 8)
 
 
 def _resnet(blocks: int, row: str) -> Cell:
     batch, rate = CHOSEN["ResNet-18 CIFAR-100"][row]
     config = CIFAR100.replace(rule=RULES[row], model=f"resnet50(blocks={blocks})", batch_size=batch, seeds=1)
     config = config.replace(learning_rate=rate)
-    return Cell(f"{blocks} blocks", row, config, minutes=1000 * blocks, gpu_minutes=10 + 3 * blocks)
+    name = results.counted(blocks, "block")
+    return Cell(name, row, config, minutes=1000 * blocks, gpu_minutes=10 + 3 * blocks)
 
 
 FIGURE_2 = Table(

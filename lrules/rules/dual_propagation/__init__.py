@@ -23,7 +23,6 @@ is one sweep down.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,7 +30,7 @@ import jax
 
 from lrules.extend import Graph, Plan, RuleDescription, as_network, check_params, mean_loss, passing_names
 from lrules.network import Network, NetworkLike
-from lrules.options import by_name, is_number
+from lrules.options import by_name, is_number, is_positive
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
 from lrules.rules.dual_propagation.options import Damping, Number, Options, Order, Output
@@ -152,7 +151,7 @@ def dual_propagation(
     """
     options = Options(
         by_name("alpha", alpha, lambda a: is_number(a) and 0 <= a <= 1, "a number in [0, 1]", "state"),
-        by_name("beta", beta, lambda b: is_number(b) and 0 < b < math.inf, "a finite number > 0", "state"),
+        by_name("beta", beta, is_positive, "a finite number > 0", "state"),
         adjoint, iterations, order, output, damping, input_nudge, feedback_rule, tolerance, axis_name,
         passing_names(passing),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from lrules.extend import require_description
-from lrules.options import ByName, is_number, is_whole, mesh_axes, not_traced, require_flags
+from lrules.options import ByName, is_number, is_positive, is_whole, mesh_axes, not_traced, require_flags
 from lrules.rule import Rule
 from lrules.typing import AxisName
 
@@ -57,7 +57,7 @@ class Options:
         nudge, tolerance = self.input_nudge, self.tolerance
         for option, value in (("input_nudge", nudge), ("tolerance", tolerance)):
             not_traced(option, value, "a number or None")
-        if nudge is not None and not (is_number(nudge) and 0 < nudge < math.inf):
+        if nudge is not None and not is_positive(nudge):
             raise ValueError(
                 f"input_nudge must be a finite number > 0, got {nudge!r}: leave it out if the inputs must not change"
             )

@@ -23,7 +23,6 @@ pairs of a batch enter B after the forward weights have got their gradients from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, get_args
 
@@ -45,7 +44,7 @@ from lrules.extend import (
     project,
 )
 from lrules.network import Network, NetworkLike
-from lrules.options import as_initializer, by_name, is_number, require_flags
+from lrules.options import as_initializer, by_name, is_positive, require_flags
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.node_perturbation.experiment import Experiment
 from lrules.rules.node_perturbation.least_squares import Rows
@@ -116,12 +115,11 @@ def node_perturbation(
       Lansdell, Prakash, Kording: Learning to solve the credit assignment problem (2019), sections 2 and 3, Eq. 1 to 5,
       9, 11; Theorems 1 and 2, Corollary 1.
     """
-    positive = lambda s: is_number(s) and 0 < s < math.inf  # noqa: E731
-    stds = by_name("std", std, positive, "a finite number > 0", "hidden signal", traced=True)
+    stds = by_name("std", std, is_positive, "a finite number > 0", "hidden signal", traced=True)
     require_flags(direct=direct)
     if solver not in get_args(Solver):
         raise ValueError(f'solver must be "sgd" or "rls", got {solver!r}')
-    if not (is_number(ridge) and 0 < ridge < math.inf):
+    if not is_positive(ridge):
         raise ValueError(f"ridge must be a finite number > 0, got {ridge!r}")
     if not callable(noise):
         raise TypeError(f"noise must be a function (key, shape, dtype) -> array, got a {type(noise).__name__}")

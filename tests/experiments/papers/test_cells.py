@@ -155,6 +155,8 @@ def test_the_program_measures_reports_and_goes_on(tmp_path):
     assert kept[:3] == [f"baseline_{rule}.0.1_epochs.json" for rule in ("bp", "rbp", "srbp")]
     content = json.loads((tmp_path / "out" / "table_1" / kept[0]).read_text())
     assert content["config"]["epochs"] == 1 and content["curves"]["epoch"] == [1] and content["provenance"]["versions"]
+    command = content["provenance"]["command"]
+    assert "--quick" in command and str(tmp_path) not in command  # the folders of a machine are nobody's business
     assert "1 of 100 epochs, 1 of 5 seeds" in done.stdout
     again = fork("papers.baldi_2018", *flags)
     assert again.returncode == 0 and "epoch/s" not in again.stderr  # nothing is measured twice

@@ -1,0 +1,1 @@
+"""The documentation; `generate` makes its pictures and tables."""
