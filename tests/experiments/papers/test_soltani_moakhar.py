@@ -110,6 +110,7 @@ def test_a_grid_has_the_validation_accuracy_of_each_rate(tmp_path):
     values = np.array([found.values(figure.name) for figure in settings.SHOWN])
     assert values.shape == (4, 2) and values[2].mean() > values[0].mean()
     assert found.contents[0]["chosen"]["learning_rate"] in settings.RATES
+    assert len(TABLES["table 5"].plot([found]).axes[0].lines) == 2  # ours and the paper's
     assert " 93.9 | " in report.markdown(cells.Table("", [cell], settings.SHOWN), tmp_path / "out" / "table_9")
 
 
@@ -139,7 +140,7 @@ def test_forgetting_goes_on_after_a_stop(tmp_path):
     np.testing.assert_allclose(whole["average"]["by_seed"], last.mean(1))
     np.testing.assert_allclose(whole["drop 1"]["by_seed"], np.array(whole["after"])[:, 0, 0] - last[:, 0])
     found = cells.load(tmp_path / "out" / "table_9", cell)
-    assert len(forgetting.figure_1([found]).axes) == 2
+    assert len(forgetting.figure_1([found]).axes) == 2 and forgetting.table_2([found]).axes
 
 
 def test_the_grid_of_forgetting_has_another_division(tmp_path):
