@@ -118,6 +118,7 @@ FIGURES = {
     "figure 4": Table(
         "Test accuracy (%) of sparse SRBP on MNIST after 100 epochs",
         [_sparse(n) for n in SPARSITY],
+        notes="With n = 0 and n = 100, only the top layer learns: the errors of softmax outputs add up to zero.",
         plot=by_sparsity,
         folder="table 1",
     ),

@@ -82,6 +82,6 @@ TABLE_1 = Table(
     CELLS,
     notes="The sd is over the seeds. For quantised and dropped errors, the paper gives no sd. The network for MNIST "
     "begins with Flax's weights (normal, variance 1 / fan-in), that of the paper with those of Glorot and Bengio. For "
-    "quantised updates with 3 bits, the paper's number for BP is above that with 5 bits, and equal to that for quantised "
-    "errors: perhaps a slip.",
+    "quantised updates with 3 bits, the paper's number for BP is above that with 5 bits, and equal to that for "
+    "quantised errors: perhaps a slip.",
 )
