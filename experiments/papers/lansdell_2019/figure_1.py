@@ -233,8 +233,8 @@ def notes(found: Sequence[Found]) -> str:
     parts = [
         "The paper says “close to 3%”. The numbers beside ours are from its authors' notebooks; those of NP are the "
         "errors of noisy outputs. NP ends where the notebooks do. BP and FA end half a point above them. So do repeats "
-        "of the authors' settings with another program. We do not know why. One difference is that the authors draw the "
-        "first weights once for all runs of a setting, and the repeats and we for each run."
+        "of the authors' settings with another program. We do not know why. One difference is that the authors draw "
+        "the first weights once for all runs of a setting, and the repeats and we for each run."
     ]
     return "\n\n".join(parts + [results.table(("thousand steps", *map(str, LENGTHS)), rows)] * bool(rows))
 
