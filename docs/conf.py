@@ -21,6 +21,7 @@ html_title = f"lrules {release}"
 html_show_copyright = False
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
+smartquotes = False  # messages are quoted letter by letter
 default_role = "literal"  # docstrings write code as `code`
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -44,8 +45,9 @@ def copy_reports(app: Any) -> None:
             shutil.copy(path, folder)
 
 
-def list_reports(app: Any, page: str, source: list[str]) -> None:
-    """Lists the reports that are there on their page."""
+def place_reports(app: Any, page: str, source: list[str]) -> None:
+    """Links to a report lead to its copy, and one page lists all reports."""
+    source[0] = re.sub(r"\((?:\.\./)+experiments/papers/(\w+)/results/(?=[^/]+\))", r"(/papers/\1/", source[0])
     found = [f"papers/{path.parent.name}/README" for path in sorted(COPIES.glob("*/README.md"))]
     if page == "reproduction" and found:
         source[0] += "\n".join(["", "```{toctree}", ":maxdepth: 1", "", *found, "```", ""])
@@ -57,6 +59,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     if what != "module":  # the second paragraph is an equation, if there is one
         text = re.sub(r"\A(.*\n\n)((?:[^:\n]*(?:=|<-|descends|\||~).*\n)(?:(?! *[A-Z][a-z]+:$).+\n?)*)", _literal, text)
     text = re.sub(r"^( *)(\w+Error), (\w+Error): (.*)$", r"\1\2: \4\n\1\3: \4", text, flags=re.MULTILINE)
+    text = re.sub(r"(Returns:\n[^\n]*?): ", r"\1 – ", text)  # what stands before a colon would be a type
     text = re.sub(r"`[^`]+`(?=(\w?))", lambda found: found[0] + ("\\ " if found[1] else ""), text)  # `list`s
     text = re.sub(r"(?:^\|.*\|$\n?)+", _list_table, text, flags=re.MULTILINE)
     lines[:] = text.replace("(see docs/terms.md)", "(see :doc:`/terms`)").split("\n")
@@ -76,5 +79,5 @@ def _list_table(found: re.Match[str]) -> str:
 
 def setup(app: Any) -> None:
     app.connect("builder-inited", copy_reports)
-    app.connect("source-read", list_reports)
+    app.connect("source-read", place_reports)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon

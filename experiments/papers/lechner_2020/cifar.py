@@ -19,6 +19,7 @@ Table 1, most of it to compile.
     python -m experiments.papers.lechner_2020 --table=4
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from experiments import results
@@ -154,7 +155,19 @@ def notes(found: Sequence[Found], remarks: str = "") -> str:
     return "\n\n".join(filter(None, (text, remarks, shown)))
 
 
-TABLE_1 = Table("Accuracy (%) on two classes of CIFAR-100", binary_cells(CONFIG, TABLE_1_PAPER), SHOWN, notes)
+REMARKS = (
+    "DFA and FA fit the training images better than in the paper where the validation images choose Adam or RMSprop "
+    "from normal weights. The paper found SGD from zero weights best for them, and with these settings DFA has the "
+    "paper's accuracies (rows beyond the paper). With one output all units of a hidden layer then get the same error "
+    "up to a factor, and from equal weights they learn nearly the same feature: on the first set, after 60 epochs, the "
+    "two largest singular values hold 99% of the squared change of the first weight (80% with Adam from normal ones)."
+)
+TABLE_1 = Table(
+    "Accuracy (%) on two classes of CIFAR-100",
+    binary_cells(CONFIG, TABLE_1_PAPER),
+    SHOWN,
+    functools.partial(notes, remarks=REMARKS),
+)
 
 # For each number of classes the accuracies of BP, DFA, FA and mDFA with their sds: training, then test.
 Rows = dict[int, tuple[tuple[float, ...], tuple[float, ...]]]
