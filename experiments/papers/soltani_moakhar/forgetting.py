@@ -174,8 +174,8 @@ FIGURE_1 = Table(
     "Split-MNIST: points of test accuracy that each task has lost at the end",
     CELLS,
     [Shown(f"drop {i + 1}", f"task {i + 1}") for i in range(TASKS - 1)],
-    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation: "
-    "so do the layers of 200.",
+    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation. So "
+    "do the layers of 200.",
     plot=figure_1,
     folder="table 2",
 )

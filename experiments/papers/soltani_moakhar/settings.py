@@ -10,7 +10,8 @@ MLP. At 0.05 and a batch of 64 the loss is 2 million after 40 steps, where Table
 says that the weight gradients that PyTorch gets have the norm 1. If that is the gradient of a whole layer, which its n
 neurons share equally, each has alpha / sqrt(n): 1/45 for 2,000. So we read it (`backman`): the loss falls at 0.05, and
 is restless at 0.25, where the paper's net fails. It is no proof: at 0.002, and with PyTorch's smaller initial weights,
-ours has 73% after 500 steps of 128, and the paper 75.5% after 2,300 of 256. A row beyond the paper has the other reading.
+ours has 73% after 500 steps of 128, and the paper 75.5% after 2,300 of 256. A row beyond the paper has the other
+reading.
 
 Ours, where the paper is silent: a fifth of the training images is held out (MNIST has 60,000, of which the paper counts
 50,000); crops of MNIST have a margin of one pixel; `experiments/augment.py` has the sizes of the changes of CIFAR.
