@@ -21,6 +21,7 @@ html_title = f"lrules {release}"
 html_show_copyright = False
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
+smartquotes = False  # messages are quoted letter by letter
 default_role = "literal"  # docstrings write code as `code`
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.loop import Record
-from experiments.papers import node_perturbation
+from experiments.papers.lansdell_2019 import figure_1
 
 ALL = slice(None)
 
@@ -49,7 +49,7 @@ def test_the_legend_of_many_rules_leaves_room():
 
 def test_the_papers_figure_has_sample_sds():
     axis = Figure().subplots()
-    node_perturbation.band(axis, [1, 2], [[1.0, 3.0], [1.0, 3.0]], "red", "-")
+    figure_1.band(axis, [1, 2], np.array([[1.0, 3.0], [1.0, 3.0]]), 1, "red", "-")
     assert axis.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(3)  # 2 + sqrt(2) / sqrt(2)
 
 

@@ -232,7 +232,8 @@ def notes(found: Sequence[Found]) -> str:
     parts = [
         "The paper says “close to 3%”. The numbers beside ours are from its authors' notebooks; those of NP are the "
         "errors of noisy outputs. Repeats of the authors' settings with another program end half a point above the "
-        "notebooks for BP and FA, too, and NP ends where the notebooks do."
+        "notebooks for BP and FA, too, and a third of a point below them for NP; we know no reason. One difference is "
+        "that the authors draw the first weights once for all runs of a setting, and the repeats and we for each run."
     ]
     return "\n\n".join(parts + [results.table(("thousand steps", *map(str, LENGTHS)), rows)] * bool(rows))
 
