@@ -165,9 +165,9 @@ TABLE_2 = Table(
     CELLS,
     [Shown(name, name) for name in FIGURES],
     notes="The sd is over the seeds, each with its own pairs of digits. Layers of 200 already show what the paper says "
-    "of 2,000: under BackMAN the last task is learned less well, and the mean of the tasks is higher. Batch size and rate "
-    "are one corner of the grid, for both rules. As far as the grid is measured (section 4.2), the smaller the rate, the "
-    "less is forgotten.",
+    "of 2,000: under BackMAN the last task is learned less well, and the mean of the tasks is higher. Batch size and "
+    "rate are one corner of the grid, for both rules. As far as the grid is measured (section 4.2), less is forgotten "
+    "the smaller the rate is.",
     plot=table_2,
 )
 FIGURE_1 = Table(
