@@ -121,6 +121,7 @@ def stamp(path):
 def outcome(program, *flags):
     """Runs a program as `python -m` does, and gives its exit code."""
     sys.argv[1:] = flags
+    sys.orig_argv[:] = [sys.executable, "-m", f"experiments.{program}", *flags]  # which results keep as the command
     code = 0
     try:
         runpy.run_module(f"experiments.{program}", run_name="__main__", alter_sys=True)
