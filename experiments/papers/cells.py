@@ -21,6 +21,7 @@ import numpy as np
 from experiments import files, results, sweep
 from experiments.config import Config
 from experiments.data import Dataset
+from experiments.errors import InputError
 from experiments.keeper import Keeper
 from experiments.progress import Progress
 from experiments.signals import Stop
@@ -213,8 +214,7 @@ def load(folder: pathlib.Path, cell: Cell) -> Found | None:
     """What was measured of a cell: of its files with the most epochs, every seed once; None if there is nothing."""
     whole: dict[int, list[tuple[range, Mapping[str, Any]]]] = {}
     for path in sorted(folder.glob(f"{cell.stem}.*.json")):
-        content = json.loads(path.read_text())
-        config = Config.from_dict(content["config"])
+        config, content = read(path)
         if cell._replace(config=config, sweep=content.get("sweep", [])).described() == cell.described():
             whole.setdefault(config.epochs, []).append((config.all_seeds, content))
     if not whole:
@@ -228,6 +228,16 @@ def load(folder: pathlib.Path, cell: Cell) -> Found | None:
             contents.append(content)
     order = np.argsort([content["config"]["seed"] for content in contents])
     return Found(cell, epochs, sorted(seeds), [contents[i] for i in order])
+
+
+def read(path: pathlib.Path) -> tuple[Config, Mapping[str, Any]]:
+    """The config and the content of the file of a measured block; `InputError` if it is damaged or of another kind."""
+    try:
+        content = json.loads(path.read_text())
+        return Config.from_dict(content["config"]), content
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        why = str(error) if isinstance(error, InputError) else "damaged, or no file of a measured cell"
+        raise InputError(f"{path} cannot be used ({why}): delete it, or copy it here again.") from None
 
 
 def missing(folder: pathlib.Path, cell: Cell, epochs: int, seeds: int, skip: int = 0) -> list[Config]:
@@ -257,7 +267,7 @@ def keep(folder: pathlib.Path, cell: Cell, config: Config, content: Mapping[str,
     path = folder / f"{cell.stem}.{seeds}{reduced}.json"
     files.write_atomic(path, _lines(content))
     for other in folder.glob(f"{cell.stem}.*.json"):
-        before = Config.from_dict(json.loads(other.read_text())["config"])
+        before, _ = read(other)
         if before.epochs < config.epochs and set(before.all_seeds) <= set(config.all_seeds):
             other.unlink()
     return path

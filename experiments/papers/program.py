@@ -9,6 +9,7 @@
 import pathlib
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ from experiments.papers.cells import Cell, Job, Table
 from experiments.progress import Progress
 
 FLAGS = flags.FLAGS
-PLACES = ("--data_dir=", "--output=", "--work=")
-DATA = ("dataset", "classes", "validation", "seed")  # what a data set depends on
+PLACES = ("data_dir", "output", "work")
+DATA = ("dataset", "classes", "validation")  # what a data set depends on
 
 
 def define_flags() -> None:
@@ -74,6 +75,7 @@ def main(tables: Mapping[str, Table], home: pathlib.Path, heading: str) -> int:
     except re.error as error:
         raise InputError(f"--cells is not a regular expression ({error}): write it as in --cells=SRBP.") from None
     wanted = Wanted(pattern, epochs, seeds, FLAGS.skip_seeds, FLAGS.data_dir, pathlib.Path(FLAGS.work).expanduser())
+    check(chosen, wanted)
     with signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
         run(chosen, root, wanted, stop)
     for key, table in chosen.items():
@@ -97,6 +99,20 @@ def choose(
     return {key: table for key, table in tables.items() if key in asked or not asked}
 
 
+def check(tables: Mapping[str, Table], wanted: Wanted) -> None:
+    """Raises `InputError` if no cell has a wanted name, or no seed is left to measure."""
+    named = [cell for table in tables.values() for cell in table.cells if wanted.pattern.search(cell.name)]
+    if not (found := [cell for cell in named if not cell.quoted]):
+        why = "is only quoted from the paper" if named else "is in these tables"
+        some = "Each cell with this name" if named else "No cell with this name"
+        raise InputError(f"--cells={wanted.pattern.pattern}: {some} {why}; --list shows the cells to measure.")
+    if wanted.skip_seeds >= (seeds := max(wanted.seeds or cell.config.seeds for cell in found)):
+        raise InputError(
+            f"--skip_seeds={wanted.skip_seeds} leaves none of {results.counted(seeds, 'seed')}: "
+            "give a larger --seeds, which counts the skipped ones, too."
+        )
+
+
 def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: signals.Stop) -> None:
     """Measures the missing cells until it is asked to stop; each measured block of seeds is a file at once."""
     kept: dict[tuple[Any, ...], data.Dataset] = {}
@@ -105,7 +121,8 @@ def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: s
         own = tuple(getattr(config, name) for name in DATA)
         if own not in kept:
             kept.clear()
-            kept[own] = data.on_device(build.dataset(config, data_dir=wanted.data_dir))
+            # One division for all blocks of seeds, so that a seed does not depend on its block.
+            kept[own] = data.on_device(build.dataset(config.replace(seed=0), data_dir=wanted.data_dir))
         return kept[own]
 
     for key, table in tables.items():
@@ -120,6 +137,7 @@ def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: s
                 content = _measured(cell, config, dataset, work, stop)
                 if content is not None:
                     cells.keep(folder, cell, config, content)
+                    shutil.rmtree(work, ignore_errors=True)  # a later measurement of the cell begins anew
 
 
 def _measured(cell: Cell, config: Config, dataset: Any, work: pathlib.Path, stop: signals.Stop) -> Any:
@@ -138,5 +156,17 @@ def _measured(cell: Cell, config: Config, dataset: Any, work: pathlib.Path, stop
 def _provenance() -> dict[str, Any]:
     """Versions, device, time, and the command without the folders of this machine."""
     found = results.provenance()
-    words = shlex.split(found["command"])
-    return found | {"command": shlex.join(word for word in words if not word.startswith(PLACES))}
+    return found | {"command": without_places(found["command"])}
+
+
+def without_places(command: str) -> str:
+    """A command without the flags that name folders of this machine, `--work=FOLDER` or `--work FOLDER`."""
+    kept: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        name, given, _ = word.lstrip("-").partition("=")
+        if not (word.startswith("-") and name in PLACES):
+            kept.append(word)
+        elif not given:
+            next(words, None)
+    return shlex.join(kept)

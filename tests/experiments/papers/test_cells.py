@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
 
 from experiments import rules, signals
 from experiments.config import Config
+from experiments.errors import InputError
 from experiments.papers import cells, program, report
 from experiments.papers.baldi_2018.table_1 import TABLE_1
 from tests.experiments.programs import fork
@@ -166,8 +168,65 @@ def test_the_program_measures_reports_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "sentence"),
-    [("--table=9", "There is no table '9' here: use one of: 1"), ("--cells=(", "--cells is not a regular expression")],
+    [
+        ("--table=9", "There is no table '9' here: use one of: 1"),
+        ("--cells=(", "--cells is not a regular expression"),
+        ("--cells=Basline", "--cells=Basline: No cell with this name is in these tables; --list shows"),
+        ("--table=1 --skip_seeds=5", "--skip_seeds=5 leaves none of 5 seeds: give a larger --seeds"),
+    ],
 )
 def test_bad_input(tmp_path, flag, sentence):
-    done = fork("papers.baldi_2018", flag, f"--output={tmp_path}")
+    done = fork("papers.baldi_2018", *flag.split(), f"--output={tmp_path}")
     assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ['{"config": ', "{}", "[1]", '{"config": {"zzz": 1}}', '{"config": {"rule": 1}}'])
+def test_a_damaged_file_is_named(tmp_path, text):
+    kept = keep(tmp_path, TABLE.cells[0], [0.9] * 3)
+    kept.write_text(text)
+    with pytest.raises(InputError, match=f"{kept.name} cannot be used .*: delete it, or copy it here again"):
+        report.markdown(TABLE, tmp_path)
+    kept.unlink()
+    assert "missing" in report.markdown(TABLE, tmp_path)
+
+
+def test_a_cell_without_its_file_is_measured_anew(tmp_path):
+    cell = cells.Cell("BP", "", Config(dataset="digits", widths=(8,), epochs=1, optimizer="sgd"))
+    tables, folder = {"table 1": cells.Table("A table", [cell])}, tmp_path / "out" / "table_1"
+    wanted = program.Wanted(work=tmp_path / "work")
+    program.run(tables, tmp_path / "out", wanted, signals.Stop())
+    assert not list((tmp_path / "work").rglob("*_METADATA"))  # no checkpoint of a finished run is left
+    (kept,) = folder.glob("*.json")
+    kept.unlink()
+    program.run(tables, tmp_path / "out", wanted, signals.Stop())
+    assert kept.exists()
+
+
+def test_all_blocks_of_seeds_have_the_same_validation_images(tmp_path):
+    seen = []
+
+    def look(job):
+        seen.append(np.asarray(job.dataset(job.config).x_val))
+        return {"accuracy": {"by_seed": [0.5] * job.config.seeds}}
+
+    cell = cells.Cell("BP", "", Config(dataset="digits", validation=0.2, seeds=3), measure=look)
+    tables = {"table 1": cells.Table("A table", [cell])}
+    for wanted in (program.Wanted(seeds=1, work=tmp_path), program.Wanted(work=tmp_path)):
+        program.run(tables, tmp_path / "out", wanted, signals.Stop())
+    assert cells.load(tmp_path / "out" / "table_1", cell).seeds == [0, 1, 2] and len(seen) == 2
+    np.testing.assert_array_equal(*seen)
+
+
+def test_a_command_is_kept_without_the_folders_of_the_machine():
+    command = "program.py --table=1 --work /a --output=/b -data_dir '/c d' --quick"
+    assert program.without_places(command) == "program.py --table=1 --quick"
+
+
+def test_names_and_seeds_that_leave_nothing_to_measure():
+    quoted = cells.Cell("Other work", "BP", CONFIG, quoted=True)
+    tables = {"table 1": cells.Table("A table", [*TABLE.cells, quoted])}
+    with pytest.raises(InputError, match="Each cell with this name is only quoted from the paper"):
+        program.check(tables, program.Wanted(re.compile("Other")))
+    with pytest.raises(InputError, match="--skip_seeds=2 leaves none of 2 seeds"):
+        program.check(tables, program.Wanted(seeds=2, skip_seeds=2))
+    program.check(tables, program.Wanted(re.compile("^Base"), skip_seeds=2))
