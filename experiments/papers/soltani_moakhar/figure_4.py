@@ -51,7 +51,7 @@ def figure_4(found: Sequence[Found]) -> Figure:
 
 
 FIGURE_4 = Table(
-    "BackMAN on MNIST: correlation of log c with log |g| and log |r|, over the neurons of a layer, mean over the training",
+    "BackMAN on MNIST: correlation of log c with log |g| and log |r| over the neurons of a layer, mean of the epochs",
     [cell for cell in TABLE_1.cells if cell.measure is coefficients],
     [Shown(f"{name} {i}", f"{name}, layer {i}", 1, 2) for name in "gr" for i in range(1, LAYERS + 1)],
     notes="The paper has a picture and no numbers. It says that c decreases where the norm of g increases. As g is "
