@@ -56,7 +56,8 @@ FIGURE_4 = Table(
     [Shown(f"{name} {i}", f"{name}, layer {i}", 1, 2) for name in "gr" for i in range(1, LAYERS + 1)],
     notes="The paper has a picture and no numbers. It says that c decreases where the norm of g increases. As g is "
     "c r, both are here: the signal r that arrives at a neuron, and the signal g that the neuron passes down. The "
-    "correlation is of logarithms, as a few c are huge: that of the numbers themselves is near 0 in the hidden layers.",
+    "correlation is of logarithms, as a few c are huge: that of the numbers themselves is near 0 in the hidden layers. "
+    "Ours: c falls as r grows, so that g hardly depends on c. This is the damping that the paper describes.",
     plot=figure_4,
     folder="table 1",
 )
