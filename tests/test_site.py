@@ -96,7 +96,7 @@ def test_words_of_a_picture(name):
             assert half < x < drawing.width - half and size < y < drawing.height, node.text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=named)
 def test_parts_made_of_the_code(page):
     text = page.read_text()
     assert blocks.filled(text, slow=False) == text, "run python -m docs.generate --quick"
@@ -106,8 +106,9 @@ def test_parts_made_of_the_code(page):
 @pytest.mark.foreign
 def test_coverage():
     """The table of networks and rules is what the rules say now."""
-    text = (DOCS / "coverage.md").read_text()
-    assert blocks.filled(text) == text, "run python -m docs.generate"
+    for page in (DOCS / "coverage.md", ROOT / "README.md"):
+        text = page.read_text()
+        assert blocks.filled(text) == text, "run python -m docs.generate"
 
 
 def test_what_parts_are_made_of():
@@ -149,6 +150,21 @@ def test_rows_of_the_table_are_calls():
         given = re.findall(r"(\w+)=", shown.call)
         assert set(given) <= set(inspect.signature(getattr(lrules, shown.name)).parameters)
         assert bool(facts.cost(shown)) == bool(shown.timed), shown.call
+
+
+def test_numbers_of_the_readme():
+    """What the pages of rules say of the digits of the README stands in its table."""
+    rows = re.findall(r"^\| \w+ +\| +([\d.]+) ± [\d.]+ \| +([\d.]+) ±", (ROOT / "README.md").read_text(), re.MULTILINE)
+    accuracies, angles = ({float(row[i]) for row in rows} for i in (0, 1))
+    pages = 0
+    for page in (DOCS / "rules").glob("*.md"):
+        text = re.sub(r"\]\([^)]*\)", "]", without_code(page.read_text()))
+        for sentence in re.split(r"(?<=\.)\s+(?=[A-Z])", text):
+            if "README" in sentence:
+                pages += 1
+                assert {f"{a:.1f}" for a in accuracies} >= set(re.findall(r"(\d+\.\d)%", sentence)), sentence
+                assert {f"{a:.0f}" for a in angles} >= set(re.findall(r"(\d+) degrees", sentence)), sentence
+    assert pages > 4
 
 
 def words_of_refusals():

@@ -13,8 +13,8 @@ The settings of the paper for MNIST (section 4.1): 784-100-100-100-100-10 with t
 60,000 images, five seeds, SGD with rate 0.1, which each update multiplies by 1 - 1e-6. Errors are quantised at each
 hidden neuron before they go further down, with alpha 2^-3. Updates are quantised for each example before the sum over
 the batch, with alpha 2^-6 and a constant rate. RBP with adaptive feedback has a tenth of the rate. `cifar10.py` has the
-network and the settings for CIFAR-10, `section_4_2.py` the observations, `linear.py` the linear networks. Table 2 of the
-paper has no numbers.
+network and the settings for CIFAR-10, `section_4_2.py` the observations, `linear.py` the linear networks. Table 2 of
+the paper has no numbers.
 """
 
 import pathlib

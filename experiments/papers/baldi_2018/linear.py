@@ -7,8 +7,9 @@ by random backpropagation (averaged over the data, in continuous time, until t =
 is the vector field of A[1,1,1]; its cell has a solution for each of the starts in the picture. `experiments.theory` has
 the equations, and checks the theorems.
 
-A cell has three figures, as logarithms, in which -12 stands for all below: the error at the end above the least error of
-a network of this rank, the same by gradient descent, and the distance from the limit that the paper derives (Theorems 2 to 6: the fixed point; Theorem 8: of C_1 P from C_1 S_TI S_II^-1).
+A cell has three figures, as logarithms, in which -12 stands for all below: the error at the end above the least error
+of a network of this rank, the same by gradient descent, and the distance from the limit that the paper derives
+(Theorems 2 to 6: the fixed point; Theorem 8: of C_1 P from C_1 S_TI S_II^-1).
 """
 
 from collections.abc import Mapping, Sequence

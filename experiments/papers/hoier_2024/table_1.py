@@ -85,6 +85,6 @@ The paper damps with L = |W^T W|, the authors' code with max(0, |W^T W| - 1) / 2
 iterations: both have the 16 of the code here. This is too few to reach the fixed points. We looked at one network after
 training, where |W^T W| is 230 between the hidden layers. With the L of the paper the gradient of the lowest layer has
 8% of its norm at the fixed point, with the L of the code 16%. With nudged inputs the states reach no fixed point, not
-even in 3,000 iterations. So the Lipschitz estimate of nudged inputs depends on how far 16 iterations go. With the L of
-the code they go further, and the estimate is that of the paper.""",
+even in 3,000 iterations. So the Lipschitz estimate of nudged inputs depends on how far 16 iterations go: with the L of
+the code they go further, and the estimate is lower.""",
 )

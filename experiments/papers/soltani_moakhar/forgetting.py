@@ -25,7 +25,7 @@ from experiments import plots, sequence
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config
 from experiments.papers.cells import Cell, Found, Job, Measure, Number, Shown, Table
-from experiments.papers.soltani_moakhar.settings import BACKMAN, BATCHES, EBP, GRID, MLP, RATES, SHOWN
+from experiments.papers.soltani_moakhar.settings import BACKMAN, BATCHES, EBP, GRID, MLP, RATES, SHOWN, by_rate
 
 TASKS, PER_TASK = 5, 2
 SECONDS = 120  # between checkpoints
@@ -75,7 +75,7 @@ def settings(job: Job) -> Mapping[str, Any] | None:
     return {f"{rate:g}": {"by_seed": values} for rate, values in zip(RATES, averages, strict=True)}
 
 
-# The batch size and the rate that the grid of section 4.2 chooses.
+# The batch size and the rate: a corner of the grid of section 4.2, which is measured in part.
 CHOSEN = {EBP: (512, 0.002), BACKMAN: (512, 0.002)}
 NUMBERS: dict[str, tuple[tuple[float, float], ...]] = {
     EBP: ((59.41, 18.00), (65.63, 18.33), (71.15, 16.13), (78.57, 12.57), (93.39, 6.54), (73.47, 4.81)),
@@ -119,7 +119,7 @@ def figure_1(found: Sequence[Found]) -> Figure:
             axis.plot(places, mean, marker=".", label=f"task {task + 1}", **style)
             axis.fill_between(places, mean - sd, np.minimum(mean + sd, 100), color=style["color"], alpha=0.12, lw=0)
         reduced = f"\n({each.less})" if each.less else ""
-        axis.set(title=f"{each.cell.name}{reduced}", xlabel="tasks trained", ylabel="test accuracy (%)", ylim=(40, 101))
+        axis.set(title=f"{each.cell.name}{reduced}", xlabel="tasks trained", ylabel="test accuracy (%)", ylim=(30, 101))
         axis.set_xticks(range(1, after.shape[1] + 1))
     width = 0.8 / len(found)
     for i, (each, style) in enumerate(zip(found, plots.styles(), strict=False)):
@@ -133,7 +133,30 @@ def figure_1(found: Sequence[Found]) -> Figure:
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize="small")
-    axes[-1].legend(frameon=False, fontsize="small")
+    axes[-1].set_ylim(top=(1.1 + 0.1 * len(found)) * axes[-1].get_ylim()[1])  # room for the legend
+    axes[-1].legend(frameon=False, fontsize="small", loc="upper right")
+    return made
+
+
+def table_2(found: Sequence[Found]) -> Figure:
+    """The accuracies at the end, ours with one sd, hollow where reduced, and the paper's as bars."""
+    made = Figure(figsize=(9, 4.4), dpi=130, layout="constrained")
+    axis = made.subplots()
+    places = np.arange(len(FIGURES))
+    for i, (each, style) in enumerate(zip(found, plots.styles(), strict=False)):
+        shift = 0.12 * (i - (len(found) - 1) / 2)
+        values = 100 * np.array([each.values(name) for name in FIGURES])
+        sd = values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(values))
+        face = "none" if each.less else style["color"]
+        label = f"{each.cell.name} ({each.less})" if each.less else each.cell.name
+        points: Any = {"color": style["color"], "fmt": "o", "mfc": face, "capsize": 2, "label": label}
+        axis.errorbar(places + shift, values.mean(1), yerr=sd, **points)
+        if each.cell.paper:
+            numbers, spread = np.array([each.cell.paper[name] for name in FIGURES], float).T
+            axis.errorbar(places + shift + 0.04, numbers, yerr=spread, fmt="_", color=style["color"], alpha=0.4, lw=4)
+    axis.set(ylabel="test accuracy (%)", xticks=places, xticklabels=FIGURES)
+    axis.grid(alpha=0.3)
+    made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return made
 
 
@@ -141,13 +164,18 @@ TABLE_2 = Table(
     "Split-MNIST: test accuracy (%) of each task after the last one, and the mean of the tasks",
     CELLS,
     [Shown(name, name) for name in FIGURES],
-    notes="The sd is over the seeds, each with its own pairs of digits.",
+    notes="The sd is over the seeds, each with its own pairs of digits. Layers of 200 already show what the paper says "
+    "of 2,000: under BackMAN the last task is learned less well, and the mean of the tasks is higher. Batch size and "
+    "rate are one corner of the grid, for both rules. As far as the grid is measured (section 4.2), less is forgotten "
+    "the smaller the rate is.",
+    plot=table_2,
 )
 FIGURE_1 = Table(
     "Split-MNIST: points of test accuracy that each task has lost at the end",
     CELLS,
     [Shown(f"drop {i + 1}", f"task {i + 1}") for i in range(TASKS - 1)],
-    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation.",
+    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation; "
+    "ours with layers of 200 loses half as much or less.",
     plot=figure_1,
     folder="table 2",
 )
@@ -172,4 +200,5 @@ SECTION_4_2 = Table(
     ],
     SHOWN,
     notes="The paper has the grid and not its numbers.",
+    plot=lambda found: by_rate(found, "mean of all tasks at the end (%)"),
 )
