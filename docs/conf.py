@@ -1,5 +1,6 @@
 """The settings of Sphinx: `make docs` builds the pages of this folder into docs/_build."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -53,6 +54,14 @@ def place_reports(app: Any, page: str, source: list[str]) -> None:
         source[0] += "\n".join(["", "```{toctree}", ":maxdepth: 1", "", *found, "```", ""])
 
 
+def place_links(app: Any, page: str, source: list[str]) -> None:
+    """The page of the notebooks links to Colab, if LRULES_COLAB says at which address that opens their folder."""
+    where = os.environ.get("LRULES_COLAB", "").rstrip("/")
+    if page == "notebooks" and where:
+        names = "|".join(path.stem for path in (HERE.parent / "notebooks").glob("*.ipynb"))
+        source[0] = re.sub(rf"`({names})`", rf"[`\1`]({where}/\1.ipynb)", source[0])
+
+
 def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text with `code`: what reStructuredText would read otherwise is written in its way."""
     text = "\n".join(lines)
@@ -80,4 +89,5 @@ def _list_table(found: re.Match[str]) -> str:
 def setup(app: Any) -> None:
     app.connect("builder-inited", copy_reports)
     app.connect("source-read", place_reports)
+    app.connect("source-read", place_links)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon

@@ -130,7 +130,7 @@ def run_page(page):
 WITH_PYTHON = [
     str(page.relative_to(ROOT))
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    if "papers" not in page.parts and re.search("^```python$", page.read_text(), re.MULTILINE)
+    if ROOT / "docs" / "papers" not in page.parents and re.search("^```python$", page.read_text(), re.MULTILINE)
 ]
 
 

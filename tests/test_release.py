@@ -51,6 +51,14 @@ def test_entries_between_two_releases(tmp_path):
     release.check_versions(checkout(tmp_path, entry="\n- Newer.\n"), release=False)
 
 
+def test_what_is_not_committed(tmp_path):
+    release.git("init", "--quiet", root=tmp_path)
+    release.check_committed(tmp_path)
+    (tmp_path / "new.py").write_text("")
+    with pytest.raises(release.Wrong, match="^new.py is not committed: commit it, or remove it"):
+        release.check_committed(tmp_path)
+
+
 TRACKED = ["lrules/__init__.py", "lrules/py.typed", "tests/test_a.py", "README.md", ".ci/run"]
 WHEEL = [*TRACKED[:2], *(f"lrules-1.2.0.dist-info/{name}" for name in release.DIST_INFO)]
 SDIST = [f"lrules-1.2.0/{name}" for name in [*TRACKED[:4], "PKG-INFO"]]

@@ -118,8 +118,8 @@ def test_cells_of_the_papers_run_at_once_and_their_ends_are_written_down(tmp_pat
 def test_the_cells_of_a_session_exist(entry):
     own = importlib.import_module(f"experiments.papers.{entry.paper}.__main__").TABLES
     options = dict(option.removeprefix("--").split("=") for option in entry.options.split())
-    found = [c.name for c in own[f"table {options['table']}"].cells if re.search(options["cells"], c.name)]
-    assert found
+    key = next(f"{kind} {options[kind]}" for kind in ("table", "section") if kind in options)
+    assert any(re.search(options["cells"], cell.name) for cell in own[key].cells)
 
 
 def test_tables_name_what_is_missing(tmp_path):

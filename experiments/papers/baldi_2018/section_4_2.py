@@ -19,8 +19,8 @@ the verdicts. Some points are not clear in the paper:
   is therefore for l <= h. There are also runs for l >= h (hidden layers only: the top layer always trains).
 - Observation 8: which logistic units? With the usual slope at zero, 1/4, four layers of them learn nothing for a long
   time with any rule, even backpropagation. Here they are logistic(4z), with slope 1 at zero, as tanh has. With the
-  rate 0.1, RBP with linear units is unstable on MNIST, and SRBP with ReLU learns nothing: the rows beyond the paper
-  have the rate 0.02.
+  rate 0.1, RBP and SRBP with linear units are unstable on MNIST, and SRBP with ReLU learns nothing: the rows beyond the
+  paper have the rate 0.02.
 """
 
 import functools

@@ -204,6 +204,7 @@ def plot(found: Sequence[Found], known: bool = True) -> Figure:
         axis.grid(alpha=0.3)
         axis.set(xlabel="thousand steps")
         plots.logarithmic(axis, "x")
+        axis.set_xticks([1, 10, 100, 1000] if known else [1, 2, 5, 10])
     made.legend(*axes[3].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return made
 
@@ -231,9 +232,9 @@ def notes(found: Sequence[Found]) -> str:
             rows.append((f"{each.cell.name}{label}, repeat", *map("{:.2f}".format, known), *[""] * (6 - len(known))))
     parts = [
         "The paper says “close to 3%”. The numbers beside ours are from its authors' notebooks; those of NP are the "
-        "errors of noisy outputs. Repeats of the authors' settings with another program end half a point above the "
-        "notebooks for BP and FA, too, and a third of a point below them for NP; we know no reason. One difference is "
-        "that the authors draw the first weights once for all runs of a setting, and the repeats and we for each run."
+        "errors of noisy outputs. NP ends where the notebooks do. BP and FA end half a point above them. So do repeats "
+        "of the authors' settings with another program. We do not know why. One difference is that the authors draw "
+        "the first weights once for all runs of a setting, and the repeats and we for each run."
     ]
     return "\n\n".join(parts + [results.table(("thousand steps", *map(str, LENGTHS)), rows)] * bool(rows))
 

@@ -2,8 +2,8 @@
 
 r is the signal that arrives at a layer, and g = c r the one that it passes down. The paper does not say on which images
 it measured. Ours are the first images of the training set, as many as a batch has, without crops, after each epoch that
-the curves keep. c is 1 / ||r^T a||, as the rate plays alpha. The norms of g and r are over the images, and a neuron
-without a gradient is left out.
+the curves keep. c is alpha / ||r^T a|| with the rule's alpha, without the rate. The norms of g and r are over the
+images, and a neuron without a gradient is left out.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lrules
-from experiments import sweep, tasks
+from experiments import expressions, sweep, tasks
 from experiments.loop import Record
 from experiments.papers import cells
 from experiments.papers.cells import Job
@@ -24,14 +24,14 @@ QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
 DEAD = 1e-15
 
 
-def recorded() -> lrules.Rule:
-    """BackMAN with alpha 1 for dense layers, whose state has for each neuron c, the norm of g and that of r."""
+def recorded(alpha: float | Mapping[str, float] = 1.0) -> lrules.Rule:
+    """BackMAN for dense layers, whose state has for each neuron c, the norm of g and that of r."""
 
-    def backward(op: Any, w: Any, b: Any, x: Any, d: Any, layer: Any, *, state: Any) -> tuple[Any, ...]:
+    def backward(op: Any, w: Any, b: Any, x: Any, d: Any, layer: Any, *, alpha: Any, state: Any) -> tuple[Any, ...]:
         raw = op.weight_gradient(w, x, d)
         norm = jnp.linalg.norm(raw, axis=0, keepdims=True)
         norm = jnp.where(norm < DEAD, norm.mean(), norm)
-        c = jnp.where(norm > 0, 1 / norm, 0)
+        c = jnp.where(norm > 0, alpha / norm, 0)
         size = jnp.linalg.norm(d, axis=0)
         found = {"c": c[0], "g": c[0] * size, "r": size}
         return raw * c, op.passed_down(w * c, x, d), None, found
@@ -39,7 +39,7 @@ def recorded() -> lrules.Rule:
     def state(layer: Any) -> dict[str, Any]:
         return dict.fromkeys("cgr", jnp.zeros(layer.weight.aval.shape[1]))
 
-    return lrules.sequential(backward, state=state, whole_batch=True)
+    return lrules.sequential(backward, state=state, whole_batch=True, numbers={"alpha": alpha})
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -53,7 +53,8 @@ class Watched(Trial):
     def __init__(self, job: Job):
         dataset = job.dataset(job.config)
         super().__init__(job.config, dataset, grid=sweep.NO_GRID)
-        task, rule = tasks.build(job.config, dataset), recorded()
+        task = tasks.build(job.config, dataset)
+        rule = recorded(expressions.single(job.config.rule, "rule")[2].get("alpha", 1.0))
         x, y = (jnp.asarray(a[: job.config.batch_size]) for a in (dataset.x_train, dataset.y_train))
         value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
 

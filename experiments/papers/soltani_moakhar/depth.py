@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots, results
 from experiments.papers.cells import Cell, Found, Table
-from experiments.papers.soltani_moakhar.settings import BACKMAN, CIFAR100, EBP, MLP, RULES
+from experiments.papers.soltani_moakhar.settings import BACKMAN, CIFAR100, EBP, MLP, rule
 from experiments.papers.soltani_moakhar.table_1 import CHOSEN
 
 RATES = "learning_rate=0.0004,0.002,0.01,0.05,0.25"
@@ -46,7 +46,8 @@ def by_depth(found: Sequence[Found], label: str) -> Figure:
 
 
 def _mlp(depth: int, row: str) -> Cell:
-    config = MLP.replace(rule=RULES[row], widths=(2000,) * depth, batch_size=1024, epochs=25)
+    config = MLP.replace(rule="backprop", widths=(2000,) * depth, batch_size=1024, epochs=25)
+    config = config.replace(rule=rule(row, config))
     minutes = 10 + 60 * depth / 4  # for a seed: all rates
     name = results.counted(depth, "hidden layer")
     return Cell(name, row, config, sweep=[RATES], minutes=minutes, gpu_minutes=0.2 + depth / 8)
@@ -54,8 +55,8 @@ def _mlp(depth: int, row: str) -> Cell:
 
 def _resnet(blocks: int, row: str) -> Cell:
     batch, rate = CHOSEN["ResNet-18 CIFAR-100"][row]
-    config = CIFAR100.replace(rule=RULES[row], model=f"resnet50(blocks={blocks})", batch_size=batch, seeds=1)
-    config = config.replace(learning_rate=rate)
+    config = CIFAR100.replace(model=f"resnet50(blocks={blocks})", batch_size=batch, learning_rate=rate, seeds=1)
+    config = config.replace(rule=rule(row, config))
     name = results.counted(blocks, "block")
     return Cell(name, row, config, minutes=1000 * blocks, gpu_minutes=10 + 3 * blocks)
 

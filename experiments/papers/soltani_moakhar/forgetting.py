@@ -75,7 +75,7 @@ def settings(job: Job) -> Mapping[str, Any] | None:
     return {f"{rate:g}": {"by_seed": values} for rate, values in zip(RATES, averages, strict=True)}
 
 
-# The batch size and the rate that the grid of section 4.2 chooses.
+# The batch size and the rate: a corner of the grid of section 4.2, which is measured in part.
 CHOSEN = {EBP: (512, 0.002), BACKMAN: (512, 0.002)}
 NUMBERS: dict[str, tuple[tuple[float, float], ...]] = {
     EBP: ((59.41, 18.00), (65.63, 18.33), (71.15, 16.13), (78.57, 12.57), (93.39, 6.54), (73.47, 4.81)),
@@ -164,14 +164,18 @@ TABLE_2 = Table(
     "Split-MNIST: test accuracy (%) of each task after the last one, and the mean of the tasks",
     CELLS,
     [Shown(name, name) for name in FIGURES],
-    notes="The sd is over the seeds, each with its own pairs of digits.",
+    notes="The sd is over the seeds, each with its own pairs of digits. Layers of 200 already show what the paper says "
+    "of 2,000: under BackMAN the last task is learned less well, and the mean of the tasks is higher. Batch size and "
+    "rate are one corner of the grid, for both rules. As far as the grid is measured (section 4.2), less is forgotten "
+    "the smaller the rate is.",
     plot=table_2,
 )
 FIGURE_1 = Table(
     "Split-MNIST: points of test accuracy that each task has lost at the end",
     CELLS,
     [Shown(f"drop {i + 1}", f"task {i + 1}") for i in range(TASKS - 1)],
-    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation.",
+    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation; "
+    "ours with layers of 200 loses half as much or less.",
     plot=figure_1,
     folder="table 2",
 )
