@@ -156,9 +156,9 @@ def notes(found: Sequence[Found], remarks: str = "") -> str:
 
 
 REMARKS = (
-    "DFA and FA fit the training images better than in the paper where the validation images choose Adam or RMSprop "
-    "from normal weights. The paper found SGD from zero weights best for them, and with these settings DFA has the "
-    "paper's accuracies (rows beyond the paper). With one output all units of a hidden layer then get the same error "
+    "DFA and FA fit the training images of FC better than in the paper: the validation images chose other starts than "
+    "zeros. The paper found SGD from zero weights best for them, and with these settings DFA has about the paper's "
+    "accuracies (rows beyond the paper). With one output all units of a hidden layer then get the same error "
     "up to a factor, and from equal weights they learn nearly the same feature: on the first set, after 60 epochs, the "
     "two largest singular values hold 99% of the squared change of the first weight (80% with Adam from normal ones)."
     "\n\n"
