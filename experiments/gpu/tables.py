@@ -36,7 +36,7 @@ ENTRIES = (
     Entry("baldi_2018", "--table=1 --cells=CIFAR-10.(Baseline|Top) --epochs=30 --seeds=1"),
     Entry("soltani_moakhar", "--table=1 --cells=ResNet-18.CIFAR-10$ --epochs=8 --seeds=1"),
     Entry("lechner_2020", "--table=1 --cells=^tanh.*CNN"),
-    Entry("hoier_2024", "--table=3 --cells=CIFAR-10$ --epochs=15 --seeds=1"),
+    Entry("hoier_2024", "--table=3 --cells=(^BP|one.sweep),.CIFAR-10$ --epochs=15 --seeds=1"),
     Entry("hoier_2024", "--table=1 --cells=MNIST"),
     Entry("baldi_2018", "--table=1 --cells=update"),
     Entry("soltani_moakhar", "--section=4.1 --cells=LeNet.*64$ --epochs=10"),

@@ -86,5 +86,8 @@ iterations: both have the 16 of the code here. This is too few to reach the fixe
 training, where |W^T W| is 230 between the hidden layers. With the L of the paper the gradient of the lowest layer has
 8% of its norm at the fixed point, with the L of the code 16%. With nudged inputs the states reach no fixed point, not
 even in 3,000 iterations. So the Lipschitz estimate of nudged inputs depends on how far 16 iterations go: with the L of
-the code they go further, and the estimate is lower.""",
+the code they go further, and the estimate is lower.
+
+The estimate also depends on the number of steps. With nudged inputs it grows by about 15% in each of the last epochs:
+after 20 epochs on all 60,000 images, which are 24,000 steps, it was 31.3 ± 2.1.""",
 )

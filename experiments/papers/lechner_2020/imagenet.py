@@ -10,7 +10,8 @@ The data are a set that TFDS has prepared below --data_dir: imagenet2012, whose 
 needs are read: 2 GB for two classes of each of five sets, and 10 GB for ten.
 
 We expect for five sets of two classes on one GPU 1.5 minutes with FC and 12 minutes with the CNN (0.2 and 1.5 at
-64x64), and for more classes so many times more. On two cores this takes days.
+64x64), and for more classes so many times more: this is not measured, and may be several times too low. On two cores it
+takes days.
 
     python -m experiments.papers.lechner_2020 --table=2 --data_dir=FOLDER
     python -m experiments.papers.lechner_2020 --table=5,6 --data_dir=FOLDER

@@ -6,8 +6,9 @@
    validation accuracy, and "train" the training accuracy of the best epoch, as in the paper.
 
 So a seed has the same figures whichever other seeds are measured with it. Each training run is alone on the device: on
-two cores runs that train together take no less time, and on a GPU their convolutions would become grouped ones, which
-are slow. All runs of a cell share two compiled programs, one for SGD and one for the other optimizers.
+two cores runs that train together take no less time, and on a GPU their convolutions would become grouped ones (whether
+these are slower there is not measured). All runs of a cell share two compiled programs, one for SGD and one for the
+other optimizers.
 """
 
 import json

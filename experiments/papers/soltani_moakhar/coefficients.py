@@ -43,7 +43,8 @@ def recorded(alpha: float | Mapping[str, float] = 1.0) -> lrules.Rule:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two numbers over the neurons; 0 where one of them is the same for all."""
+    """Of the logarithms of two numbers over the neurons, as some c are huge; 0 where one is the same for all."""
+    a, b = np.log(a), np.log(b)
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 
@@ -82,7 +83,7 @@ def figures(states: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for number, name in enumerate(sorted(states), 1):
         c, g, r = (np.asarray(states[name][key], float) for key in "cgr")
-        alive = g > 0
+        alive = (c > 0) & (g > 0)
         c, g, r = c[alive], g[alive], r[alive]
         for word, level in QUANTILES.items():
             found[f"{word} {number}"] = float(np.quantile(c, level)) if len(c) else 0.0

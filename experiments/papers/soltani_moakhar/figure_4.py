@@ -43,7 +43,7 @@ def figure_4(found: Sequence[Found]) -> Figure:
         for axis in column:
             axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("c: median, 5% to 95%")
-    axes[1][0].set_ylabel("correlation over neurons")
+    axes[1][0].set_ylabel("correlation of logarithms")
     axes[1][0].legend(*axes[1][0].get_legend_handles_labels(), frameon=False, fontsize="small")
     if each.less:
         made.suptitle(each.less, fontsize="small")
@@ -51,11 +51,13 @@ def figure_4(found: Sequence[Found]) -> Figure:
 
 
 FIGURE_4 = Table(
-    "BackMAN on MNIST: correlation over the neurons of a layer of c with the norms of g and r, mean over the training",
+    "BackMAN on MNIST: correlation of log c with log |g| and log |r| over the neurons of a layer, mean of the epochs",
     [cell for cell in TABLE_1.cells if cell.measure is coefficients],
     [Shown(f"{name} {i}", f"{name}, layer {i}", 1, 2) for name in "gr" for i in range(1, LAYERS + 1)],
     notes="The paper has a picture and no numbers. It says that c decreases where the norm of g increases. As g is "
-    "c r, both are here: the signal r that arrives at a neuron, and the signal g that the neuron passes down.",
+    "c r, both are here: the signal r that arrives at a neuron, and the signal g that the neuron passes down. The "
+    "correlation is of logarithms, as a few c are huge: that of the numbers themselves is near 0 in the hidden layers. "
+    "Ours: c falls as r grows, so that g hardly depends on c. This is the damping that the paper describes.",
     plot=figure_4,
     folder="table 1",
 )

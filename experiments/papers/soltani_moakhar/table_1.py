@@ -88,6 +88,10 @@ TABLE_1 = Table(
             for column in list(COLUMNS)[:2]
         ),
     ],
-    notes="The paper gives no sd. Under FA and DFA our MLP is two to three points better than the paper's. Both depend "
+    notes="The paper gives no sd. BackMAN's alpha is read here as the norm of the update of a layer, 1 / sqrt(n) for "
+    "each of its n neurons. With alpha as the norm of each neuron's update (Eq. 4 of the paper) the MLP does not learn "
+    "at the paper's rate of 0.05: three seeds ended at 11% after 100 epochs. We chose this reading after that; "
+    "`settings.py` gives the reasons. Settings of LeNet-5 and ResNet-18 are guesses until their grid (section 4.1) is "
+    "measured. Under FA and DFA our MLP is two to three points better than the paper's. Both depend "
     "much on the rate, as Table 5 shows; the paper prints neither what it chose nor how it drew the feedback weights.",
 )
