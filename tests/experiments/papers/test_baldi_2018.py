@@ -12,6 +12,7 @@ from experiments.papers import cells, program, report
 from experiments.papers.baldi_2018 import cifar10, figures, linear, settings, table_1
 from experiments.papers.baldi_2018.__main__ import TABLES
 from experiments.progress import Progress
+from tests.sampling import mostly_slow
 
 CELLS = {cell.name: cell for cell in table_1.CELLS}
 
@@ -69,6 +70,7 @@ def test_every_rule_trains_the_network_for_cifar10(key):
     methods.check(task, found, jnp.zeros((2, 9, 9, 3)), jnp.zeros(2, jnp.int32), 2)
 
 
+@pytest.mark.slow
 def test_sbp_and_srbp_differ_from_bp_below_the_upper_layers():
     task = cifar10.make_task(cifar10.CIFAR10, (9, 9, 3), 4, channels=2, hidden=5)
     params, state = task.init(jax.random.key(0))
@@ -87,6 +89,7 @@ def test_sbp_and_srbp_differ_from_bp_below_the_upper_layers():
         assert not any(v for k, v in flat.items() if k.startswith("convs/0"))
 
 
+@pytest.mark.slow
 def test_the_measure_of_cifar10_goes_on_after_a_stop_and_has_the_training_accuracy(tmp_path, monkeypatch):
     make = cifar10.make_task
     monkeypatch.setattr(cifar10, "make_task", lambda *args: make(*args, channels=2, hidden=5))
@@ -127,6 +130,7 @@ def test_figures_share_the_cells_of_table_1(tmp_path):
             assert by_stem.setdefault(cell.stem, cell.config) == cell.config  # one file, one config
 
 
+@pytest.mark.slow
 def test_a_figure_has_its_curves_from_the_folder_of_table_1(tmp_path):
     config = settings.MNIST.replace(widths=(6,), epochs=2, seeds=2, batch_size=32)
     own = [cell._replace(config=config.replace(rule=cell.config.rule)) for cell in figures.FIGURES["figure 2"].cells]
@@ -157,7 +161,10 @@ def test_the_sparsity_of_figure_4(tmp_path):
     assert heights[-1] == pytest.approx(96.9) and heights[0] == pytest.approx(20.5, abs=2)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 2, 2)])
+SIZES = [((1, 1, 1),), ((1, 2, 1),), ((2, 1, 2),), ((2, 2, 2),)]
+
+
+@pytest.mark.parametrize("sizes", mostly_slow(SIZES, quick=SIZES[:1]))
 def test_linear_networks_reach_the_limits_of_the_paper(sizes, tmp_path):
     config = linear.LINEAR.replace(widths=sizes, seeds=2)
     content = linear.simulate(job(config, tmp_path, None))

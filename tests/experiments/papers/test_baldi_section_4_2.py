@@ -132,6 +132,7 @@ def test_the_figure_shows_every_run():
     assert len(obs.figure({"3": OBSERVATIONS["3"]}, found, "title").axes) == 1
 
 
+@pytest.mark.slow
 def test_every_run_is_a_cell_whose_rule_trains_its_network():
     table = obs.ON_MNIST
     assert [cell.row for cell in table.cells] == list(ENTRIES)
@@ -143,6 +144,7 @@ def test_every_run_is_a_cell_whose_rule_trains_its_network():
     assert of["SRBP, ReLU"].config.activation == "ReLU" and of["SRBP, ReLU"].config.learning_rate == 0.1
 
 
+@pytest.mark.slow
 def test_cells_become_verdicts_a_picture_and_a_report(tmp_path):
     config = obs.DIGITS.replace(widths=(6, 6), epochs=2, seeds=2, batch_size=200)
     table = obs.table(config, "Digits", 0.1)

@@ -122,6 +122,7 @@ class After(Stop):
         return self.left < 0
 
 
+@pytest.mark.slow
 @ADAM
 def test_a_dense_cell_goes_on_where_it_was_stopped(tmp_path):
     cell, dataset = named(table_1.TABLE_1)["DP, alpha=0, inputs nudged, MNIST"], images()
@@ -163,6 +164,7 @@ def keep(folder, cell, content, config):
     cells.keep(folder, cell, config, content | {"config": config.to_dict()})
 
 
+@pytest.mark.slow
 @ADAM
 def test_figure_3_shows_angles_and_norms_by_layer(tmp_path):
     cell, dataset = table_2.FIGURE_3.cells[0], images()
@@ -184,6 +186,7 @@ def convolutional():
     return data.split_validation(images(24, (8, 8, 3)), 0.25)
 
 
+@pytest.mark.slow
 def test_a_cell_of_vgg16_trains_its_seeds_one_after_another(tmp_path):
     """A small network stands for VGG16."""
     cell, dataset = table_3.TABLE_3.cells[1], convolutional()
@@ -198,6 +201,7 @@ def test_a_cell_of_vgg16_trains_its_seeds_one_after_another(tmp_path):
     assert json.loads((tmp_path / "both" / "seed_0.json").read_text())["epoch_by_seed"] == both["epoch_by_seed"][0]
 
 
+@pytest.mark.slow
 def test_figure_2_shows_the_first_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(vgg, "BATCHES", 4)
     cell = next(cell for cell in table_3.FIGURE_2.cells if "first" in cell.name and cell.beyond)

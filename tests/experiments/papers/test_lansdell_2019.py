@@ -174,6 +174,7 @@ def test_weights_as_the_authors_draw_them_and_noise_in_hidden_signals():
     np.testing.assert_allclose(moved.var(0), expected[np.asarray(clean[0]) > 0.1], rtol=0.15)
 
 
+@pytest.mark.slow
 def test_figure_one_goes_on_after_a_stop_as_without_it(tmp_path, whole):
     parts = [NP.measure(job(NP, tmp_path, Short(3), epochs=5, widths=(5, 4))) for _ in range(2)]
     assert parts[0] is None
@@ -197,6 +198,7 @@ def test_the_warm_up_trains_only_the_feedback(whole):
     assert np.isnan(curves["train_loss"][0]).all() and (curves["relative_error layer 3"][0] != 1).all()
 
 
+@pytest.mark.slow
 def test_the_autoencoder_learns(autoencoder):
     curves, shown = autoencoder["curves"], autoencoder["shown"]
     assert (curves["test_loss"][-1] < curves["test_loss"][0]).all()
@@ -206,6 +208,7 @@ def test_the_autoencoder_learns(autoencoder):
     assert shown["images"].max() <= 255
 
 
+@pytest.mark.slow
 @pytest.mark.foreign
 def test_noise_of_the_autoencoder_changes_what_backprop_learns(tmp_path, short):
     plain, noisy = (CELLS["figure 2", name] for name in ("Adam", "Adam with noise"))

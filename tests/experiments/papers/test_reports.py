@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_every_file_belongs_to_a_cell(paper):
                 assert found.contents
             known |= {path for path in folder.glob(f"{cell.stem}.*.json")}
     assert set(own.HOME.rglob("*.json")) <= known
+
+
+@pytest.mark.parametrize("paper", papers.PAPERS)
+def test_no_file_names_a_folder_of_the_machine(paper):
+    for path in papers.program(paper).HOME.rglob("*.json"):
+        command = json.loads(path.read_text())["provenance"]["command"]
+        assert not any(f"--{name}=" in command for name in ("data_dir", "work", "output")), path.name
 
 
 def test_the_tables_of_the_docs_are_those_of_the_reports():

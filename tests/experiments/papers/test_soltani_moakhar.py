@@ -74,6 +74,7 @@ def test_backmans_update_of_each_layer_has_the_norm_one(column):
             assert alpha == pytest.approx(dimensions[-1] ** -0.5, rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_every_rule_serves_its_network():
     """Traced with few units: each kind of network with each of its rules once, ResNets with one."""
     seen = set()
