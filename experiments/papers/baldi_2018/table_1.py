@@ -80,7 +80,7 @@ CELLS = [
 TABLE_1 = Table(
     "Test accuracy (%) after 100 epochs, on MNIST and on CIFAR-10",
     CELLS,
-    notes="The sd is over the seeds. For quantised and dropped errors, the paper gives no sd. The network for MNIST "
+    notes="The sd is over the seeds. For quantisation and dropout, the paper gives no sd. The network for MNIST "
     "begins with Flax's weights (normal, variance 1 / fan-in), that of the paper with those of Glorot and Bengio. For "
     "quantised updates ours are below the paper's, most of all under RBP, and we have not found why. Neither of these "
     "explains it (six epochs, one seed): a rate for the sum over the batch in place of the mean (BP: 94.6, 82.0 and "
