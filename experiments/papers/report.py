@@ -107,7 +107,7 @@ def section(key: str, table: Table, root: pathlib.Path) -> str:
     folder = folder_of(root, key, table)
     text = markdown(table, folder)
     if named := far(table, folder):
-        text += f"\n\nMore than two sd from the paper: {'; '.join(named)}."
+        text += f"\n\nOf the cells with all epochs and seeds, more than two sd from the paper: {'; '.join(named)}."
     return text
 
 

@@ -308,11 +308,14 @@ def verdicts(found: Sequence[Found]) -> str:
     if not found:
         return ""
     values = accuracies(found)
-    return "\n".join(
+    lines = [
         f"- **{number}.** {each.claim} *{verdict(each, values).capitalize()}* (criterion: {each.criterion})."
         for number, each in observations(len(found[0].cell.config.widths)).items()
         if each.measured(values)
-    )
+    ]
+    if lines and any(each.less for each in found):
+        lines.append("\nSome of these runs are reduced: with all epochs and seeds, a verdict may be another.")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
