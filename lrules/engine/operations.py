@@ -60,6 +60,7 @@ class Row:
       window: `(eqn, k) -> axes` of the window of a convolution.
       reduced: `(eqn, k) -> axes` along which elements are summed, multiplied or compared with each other.
       by_example: whether the rows of one example give the same result alone and among all others.
+      together: whether the gradients of several examples are made at once, by `vmap`: where that is surely quicker.
       rounds: whether it may round the weight of a layer, so that the error must be scaled, not the weight.
       carries: whether a product of weights and data goes through it (see `by_hand.py`).
       bare: whether such a product then has still only been moved, cut and multiplied by numbers.
@@ -87,6 +88,7 @@ class Row:
     window: Callable[[Equation, int], Axes] = _none
     reduced: Callable[[Equation, int], Axes] = _none
     by_example: bool = True
+    together: bool = False
     rounds: bool = False
     carries: bool = False
     bare: bool = False
@@ -397,8 +399,8 @@ TABLE = [
     *_rows("psum psum_invariant", "collective", statistic=True, totals=True),
     *_rows("pmax pmin reduce_scatter", "collective", statistic=True),
     # Multiplied and summed.
-    Row("dot_general", "product", weights=(0, 1), contracted=_dot_contracted, members=_dot_members, lies=_dot_lies,
-        reduced=_dot_contracted, brings=True),
+    Row("dot_general", "product", together=True, weights=(0, 1), contracted=_dot_contracted, members=_dot_members,
+        lies=_dot_lies, reduced=_dot_contracted, brings=True),
     Row("conv_general_dilated", "product", weights=(1,), contracted=_conv_contracted, window=_conv_window,
         lies=_conv_lies, reduced=_all),
     Row("ragged_dot_general", "product", weights=(1,), contracted=_ragged_contracted, members=_ragged_groups,

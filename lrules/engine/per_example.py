@@ -133,7 +133,9 @@ class PerExample(Handler):
             split: Any = jnp.arange(d.shape[y_axis.axis] // (y_axis.before * y_axis.after))
             if not whole:
                 split = jax.tree.map(lambda leaf: _to_front(leaf, x_axis), x), _to_front(d, y_axis)  # type: ignore[arg-type]
-            at_once = 1 if whole else max(1, ELEMENTS.get(jax.default_backend(), ELEMENTS_ELSEWHERE) // max(1, dw.size))
+            at_once = 1  # convolutions would become grouped ones, and other layers may have no vmap
+            if layer.row.together and not whole and isinstance(dw.size, int):
+                at_once = max(1, ELEMENTS.get(jax.default_backend(), ELEMENTS_ELSEWHERE) // max(1, dw.size))
             totals = _sum(example, split, jax.tree.map(_nothing, (dw, db)), at_once)
             dw, db = jax.tree.map(lambda t, g: t.astype(g.dtype), totals, (dw, db))
             return None, dw, db, dx
@@ -171,17 +173,20 @@ class PerExample(Handler):
 
 def _sum(fn: Callable[[Any], Any], slices: Any, zero: Any, at_once: int) -> Any:
     """The sum of a function over the first axis of the slices, some of them at once: XLA adds up as it computes."""
-    count = len(jax.tree.leaves(slices)[0])
-    at_once = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0) if count else 1
+    count = jax.tree.leaves(slices)[0].shape[0]
+    if isinstance(count, int) and count:  # else it is symbolic
+        at_once = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0)
+    else:
+        at_once = 1
+    if at_once == 1:
+        return jax.lax.scan(lambda total, each: (jax.tree.map(jnp.add, total, fn(each)), None), zero, slices)[0]
 
     def add(total: Any, chunk: Any) -> tuple[Any, None]:
-        found = jax.vmap(fn)(chunk)
-        return jax.tree.map(lambda t, g: t + g.sum(0), total, found), None
+        return jax.tree.map(lambda t, g: t + g.sum(0), total, jax.vmap(fn)(chunk)), None
 
-    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), slices)
     if count == at_once:
         return add(zero, slices)[0]
-    return jax.lax.scan(add, zero, chunks)[0]
+    return jax.lax.scan(add, zero, jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), slices))[0]
 
 
 def _meeting(graph: Graph) -> dict[str, list[Any]]:
