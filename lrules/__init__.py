@@ -24,7 +24,9 @@ from lrules.rules.backprop import backprop, last_layer_only
 from lrules.rules.direct_feedback_alignment import direct_feedback_alignment
 from lrules.rules.dual_propagation import dual_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
+from lrules.rules.forward_gradient import forward_gradient
 from lrules.rules.kolen_pollack import kolen_pollack
+from lrules.rules.local_losses import local_losses
 from lrules.rules.monotone_dfa import monotone_dfa
 from lrules.rules.node_perturbation import node_perturbation
 from lrules.rules.partition import partition
@@ -54,11 +56,13 @@ __all__ = [
     "extend",
     "feedback",
     "feedback_alignment",
+    "forward_gradient",
     "from_linen",
     "from_nnx",
     "hidden",
     "kolen_pollack",
     "last_layer_only",
+    "local_losses",
     "magnitude_error",
     "modify_error",
     "monotone",
