@@ -5,7 +5,7 @@ parameters together, the same for all examples, and the objective J of the whole
 
     g = D v,   D = grad J . v                       unbiased if E v v^T = I; normal v in the paper
 
-Activations (Ren, Kornblith, Liao and Hinton 2023, section 3, Eq. 3 to 5): directions u_k at the pre-activations z_k,
+Activations (Ren, Kornblith, Liao and Hinton 2023, section 3): directions u_k at the pre-activations z_k,
 drawn for each example, and the objective J_i of that example; all layers are perturbed at once:
 
     D_i      = sum_k dJ_i/dz_{k,i} . u_{k,i}
@@ -19,7 +19,7 @@ noise; only the last layer may be one, and then gets its true gradient (`at="sig
 D is computed (`method`):
 
     "jvp"       forward mode: the tangent of the outputs times e. No sampling but v, no step size.
-    "central"   (J(+ std v) - J(- std v)) / (2 std): SPSA (Spall 1992, Eq. 2.2, with c_k = std) and, with normal v,
+    "central"   (J(+ std v) - J(- std v)) / (2 std): SPSA (Spall 1992, section 2, with c_k = std) and, with normal v,
                 MeZO (Malladi et al. 2023, definition 1, epsilon = std). Activations: with each example's own J_i.
 
 Spall divides by the direction, component by component: D / v. For his +-1 that is D v, which is taken here always.

@@ -1,14 +1,14 @@
 """Predictive coding: states that settle in an energy, with explicit states; fixed predictions; muPC's scales.
 
-Whittington and Bogacz 2017, section 2 (Eq. 2.16 to 2.19 for the states, 2.21 for the weights; variances 1); in the
-form with any function in a node: Millidge, Tschantz and Buckley 2020, section 3, Algorithm 1. States are counted from
+Whittington and Bogacz 2017, section 2, with variances 1; in the form with any function in a node: Millidge, Tschantz
+and Buckley 2020, section 3, Algorithm 1. States are counted from
 0 (the inputs, clamped) to L; layer k - 1 of the net predicts state k from state k - 1:
 
     mu_k  = g_k(v_{k-1}),    eps_k = v_k - mu_k                     k = 1, ..., L - 1
     F     = sum_{k<L} 1/2 |eps_k|^2 + loss(mu_L)                    per example, summed over examples
 
 The outputs are clamped to the targets: 1/2 |y - mu_L|^2 is the half squared error, so eps_L = y - mu_L = -dloss/do, and
-for other losses eps_L = -dloss/do at mu_L (Millidge et al., section 3: the loss takes the place of the top energy).
+for other losses eps_L = -dloss/do at mu_L (Millidge et al.: the loss takes the place of the top energy).
 
 States start at the clean forward pass (all eps_k = 0 for k < L). One step of size gamma, all states at once:
 
@@ -28,10 +28,10 @@ What a state is (papers differ, `states`):
 
 Of the same network, both have the outputs L linear, and both give backpropagation in the fixed case.
 
-Order of a step: "parallel", all from the old states (Eq. 2.17); "downward", from state L - 1 to 1, each from the new
+Order of a step: "parallel", all from the old states (the papers); "downward", from state L - 1 to 1, each from the new
 eps_{k+1} above, where mu_{k+1} is refreshed too; "upward" the other way about. They share their fixed points.
 
-muPC (Innocenti, Achour and Buckley 2025, section 4, Table 1; Depth-muP): layer k's product is scaled,
+muPC (Innocenti, Achour and Buckley 2025; Depth-muP in the energy; the scales as in their program, jpc): layer k's product is scaled,
 a_k op(W_k, .), with W ~ N(0, 1), and hidden layers have identity skips, mu_k = a_k W_k f(v_{k-1}) + v_{k-1}:
 
     a_1 = 1 / sqrt(D),   a_k = 1 / sqrt(N L) with skips and 1 / sqrt(N) without,   a_L = 1 / N
