@@ -29,8 +29,8 @@ xi and zeta come with their standard deviation in them; the loss is a mean over 
 where that is wanted ("jacobian" in the paper: 1 / sigma^2).
 
 What follows (tests/reference/test_self.py). Linear invertible layers with exact inverses: t_k - h_k = -eta J_k^-1 e,
-J_k from h_k to the outputs: Gauss-Newton targets. V_k = W_k, phi the identity, small eta or not: backpropagation without the f' of the
-layers in between (`skipped_backprop`); in linear nets backpropagation.
+J_k from h_k to the outputs: Gauss-Newton targets. V_k = W_k, phi the identity, small eta or not: backpropagation
+without the f' of the layers in between (`skipped_backprop`); in linear nets backpropagation.
 
 Choices: phi_k is given by name (Lee et al.: tanh as f; "identity" is the default here). unpool is the transpose of the
 clean pass's pooling (of the maxima's places) throughout, also for noisy states.

@@ -31,8 +31,9 @@ Of the same network, both have the outputs L linear, and both give backpropagati
 Order of a step: "parallel", all from the old states (the papers); "downward", from state L - 1 to 1, each from the new
 eps_{k+1} above, where mu_{k+1} is refreshed too; "upward" the other way about. They share their fixed points.
 
-muPC (Innocenti, Achour and Buckley 2025; Depth-muP in the energy; the scales as in their program, jpc): layer k's product is scaled,
-a_k op(W_k, .), with W ~ N(0, 1), and hidden layers have identity skips, mu_k = a_k W_k f(v_{k-1}) + v_{k-1}:
+muPC (Innocenti, Achour and Buckley 2025; Depth-muP in the energy; the scales as in their program, jpc): layer k's
+product is scaled, a_k op(W_k, .), with W ~ N(0, 1), and hidden layers have identity skips, mu_k = a_k W_k f(v_{k-1}) +
+v_{k-1} with pre-activations as states:
 
     a_1 = 1 / sqrt(D),   a_k = 1 / sqrt(N L) with skips and 1 / sqrt(N) without,   a_L = 1 / N
 
