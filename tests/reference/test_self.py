@@ -12,6 +12,7 @@ from . import (
     dual_propagation,
     equilibrium_propagation,
     feedback_alignment,
+    forward_forward,
     forward_gradient,
     kolen_pollack,
     local_losses,
@@ -22,6 +23,7 @@ from . import (
     nets,
     node_perturbation,
     partition,
+    pepita,
     predictive_coding,
     quantise,
     random_target_projection,
@@ -1504,3 +1506,129 @@ def test_equilibria_are_where_the_energy_is_stationary(dynamics):
         other = settled(net, x, targets, order=order, **options)[1]
         for a, b in zip(other.nudged, phases.nudged, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+# --- PEPITA -----------------------------------------------------------------------------------------------------------
+
+
+def test_pepita_by_hand():
+    # Clean: h = (3, 1, 0), o = (3, 2), e = (2, -1). F rows (0, 1), (1, 0): x' = (1, 2) + (-1, 2) = (0, 4):
+    # z' = (4, 3, 0), h' = (4, 3, 0), o' = (4, 4), e' = (3, 1). h - h' = (-1, -2, 0).
+    projection = np.array([[0.0, 1], [1, 0]])
+    got, modulated = pepita.gradients(hand_net(), projection, X, lambda o: o - [[1, 3]])
+    np.testing.assert_array_equal(modulated, [[0, 4]])
+    np.testing.assert_array_equal(got.kernels[0], [[0, 0, 0], [-4, -8, 0]])
+    np.testing.assert_array_equal(got.biases[0], [-1, -2, 0])
+    np.testing.assert_array_equal(got.kernels[1], [[12, 4], [9, 3], [0, 0]])
+    np.testing.assert_array_equal(got.biases[1], [3, 1])
+    got, _ = pepita.gradients(hand_net(), projection, X, lambda o: o - [[1, 3]], top="clean")
+    np.testing.assert_array_equal(got.kernels[1], [[8, -4], [6, -3], [0, 0]])
+    got, _ = pepita.gradients(hand_net(), projection, X, lambda o: o - [[1, 3]], top="clean", read="clean")
+    np.testing.assert_array_equal(got.kernels[0], [[-1, -2, 0], [-2, -4, 0]])
+    np.testing.assert_array_equal(got.kernels[1], TOP)
+    assert not got.inputs.any()
+
+
+@pytest.mark.parametrize("case", [dense_case, conv_case])
+def test_pepita_with_little_projection(case):
+    """F small: h - h' is -J_k (e F): with the top clean, the last layer's gradient is backpropagation's. The batch."""
+    net, x, e = case()
+    projection, size = RNG(3).normal(size=(2, *x.shape[1:])), 1e-6
+    got, _ = pepita.gradients(net, size * projection, x, lambda o: e, top="clean")
+    true = backprop.gradients(net, x, e)
+    np.testing.assert_allclose(got.kernels[-1], true.kernels[-1], atol=1e-4)
+    trace, n = nets.forward(net, x), len(x)
+    moved = forward_gradient.output_tangent(net[:1], x, signals=[n * np.tensordot(e, projection, axes=1)])
+    if net[0].pool is None:
+        expected = nets.kernel_gradient(net[0], trace.reads[0], -moved) / n
+        np.testing.assert_allclose(got.kernels[0] / size, expected, atol=1e-3)
+    # The sum over a batch of single examples.
+    parts = [
+        pepita.gradients(net, projection, x[i : i + 1], lambda o, i=i: n * e[i : i + 1])[0].kernels for i in range(n)
+    ]
+    whole = pepita.gradients(net, projection, x, lambda o: e)[0].kernels
+    for k, kernel in enumerate(whole):
+        np.testing.assert_allclose(kernel, sum(part[k] for part in parts) / n, atol=1e-12)
+
+
+def test_pepita_in_a_linear_net():
+    """One hidden linear layer: dW_0 = -(x + e F)^T e F W_0, which descends where F W_0 is against W_1^T."""
+    net, x, y = linear_chain((4, 5, 3))
+    projection, n = RNG(3).normal(size=(3, 4)), len(x)
+    got, modulated = pepita.gradients(net, projection, x, lambda o: (o - y) / n, top="clean")
+    e = nets.forward(net, x).outputs - y
+    np.testing.assert_allclose(got.kernels[0], -modulated.T @ e @ projection @ net[0].kernel / n)
+    # F W_0 = -W_1^T and products with the clean reads: backpropagation.
+    square = [nets.dense(RNG(5).normal(size=(4, 4))), nets.dense(RNG(6).normal(size=(4, 3)))]
+    projection = -square[1].kernel.T @ np.linalg.inv(square[0].kernel)
+    e = (nets.forward(square, x).outputs - y) / n
+    got, _ = pepita.gradients(square, projection, x, lambda o: (o - y) / n, top="clean", read="clean")
+    assert_same(got, backprop.gradients(square, x, e)._replace(inputs=got.inputs))
+
+
+# --- forward-forward --------------------------------------------------------------------------------------------------
+
+
+def test_forward_forward_by_hand():
+    # Positive (1, 2): z = (3, 1, -1), y = (3, 1, 0), G = 10. Negative (1, 0): z = (1, -1, -1), y = (1, 0, 0), G = 1.
+    # theta 10: slopes -1/2 and sigmoid(-9). The second layer reads (3, 1, 0) / sqrt(10) and (1, 0, 0).
+    positive, negative = X, np.array([[1.0, 0]])
+    kernels, biases, values = forward_forward.gradients(hand_net(), positive, negative, theta=10.0)
+    low = 1 / (1 + np.exp(9))
+    np.testing.assert_allclose(kernels[0], np.array([[-3 + 2 * low, -1, 0], [-6, -2, 0]]))
+    np.testing.assert_allclose(biases[0], [-3 + 2 * low, -1, 0])
+    np.testing.assert_allclose(values[0], np.log(2) + np.log1p(np.exp(-9)))
+    # Outputs (3, 1) / sqrt(10) + (0, 1), and (1, 1).
+    trace = forward_forward.forward(hand_net(), positive)
+    np.testing.assert_allclose(trace.outputs, [[3 / np.sqrt(10), 1 + 1 / np.sqrt(10)]])
+    np.testing.assert_allclose(forward_forward.goodnesses(trace)[1], 2 + 2 / np.sqrt(10))
+    np.testing.assert_allclose(forward_forward.goodnesses(trace, "mean")[0], 10 / 3)
+    np.testing.assert_array_equal(forward_forward.normalise(np.zeros((1, 3))), np.zeros((1, 3)))
+    np.testing.assert_allclose(forward_forward.normalise(np.array([[3.0, 4]]), epsilon=5.0), [[0.3, 0.4]])
+    np.testing.assert_array_equal(forward_forward.embed(np.full((1, 2, 2, 1), 7.0), [[0, 1, 0]]).ravel(), [0, 1, 0, 7])
+
+
+@pytest.mark.parametrize("goodness", ["sum", "mean"])
+@pytest.mark.parametrize("case", [dense_case, conv_case])
+def test_forward_forward_is_local(case, goodness):
+    """Each layer's gradient is that of its own loss alone, those below held."""
+    net, positive, _ = case()
+    negative = RNG(9).normal(size=positive.shape)
+    options = {"theta": 0.8, "goodness": goodness, "epsilon": 1e-3}
+    kernels, biases, _ = forward_forward.gradients(net, positive, negative, **options)
+    for k, layer in enumerate(net):
+
+        def value(k=k):
+            return forward_forward.gradients(net, positive, negative, **options)[2][k]
+
+        np.testing.assert_allclose(kernels[k], numeric(value, layer.kernel), atol=1e-6, rtol=1e-5)
+        if layer.bias is not None:
+            np.testing.assert_allclose(biases[k], numeric(value, layer.bias), atol=1e-6, rtol=1e-5)
+    # A layer does not see the length of what the one below gives: with relu, no scale of it.
+    scaled = [net[0]._replace(activation="relu"), *net[1:]]
+    longer = [scaled[0]._replace(kernel=3 * net[0].kernel, bias=3 * net[0].bias), *net[1:]]
+    one, other = (forward_forward.gradients(n, positive, negative, theta=0.8) for n in (scaled, longer))
+    np.testing.assert_allclose(one[0][1], other[0][1])
+
+
+def test_forward_forward_scores():
+    """After training against both wrong labels, examples score highest with their own; all layers learn."""
+    rng = RNG(0)
+    labels = np.arange(30) % 3
+    x = 0.3 * rng.normal(size=(30, 9)) + 2 * np.eye(9)[3 + labels]
+    kernels = [rng.normal(size=(9, 20)) / 3, rng.normal(size=(20, 20)) / 4]
+    net = [nets.dense(kernel, np.zeros(20), "relu") for kernel in kernels]
+    positive, *wrong = (forward_forward.embed(x, losses.one_hot((labels + i) % 3, 3)) for i in range(3))
+    negative = np.concatenate(wrong)
+    before = forward_forward.scores(net, x, 3, first=0).argmax(axis=1)
+    history = []
+    for _ in range(400):
+        kernels, biases, values = forward_forward.gradients(net, positive, negative, theta=2.0)
+        history.append(values)
+        net = [
+            layer._replace(kernel=layer.kernel - 0.1 * w, bias=layer.bias - 0.1 * b)
+            for layer, w, b in zip(net, kernels, biases, strict=True)
+        ]
+    after = forward_forward.scores(net, x, 3, first=0).argmax(axis=1)
+    assert (before == labels).mean() < 0.5 and (after == labels).mean() > 0.95
+    assert all(late < 0.6 * early for early, late in zip(history[0], history[-1], strict=True))
