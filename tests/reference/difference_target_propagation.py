@@ -1,6 +1,6 @@
 """Difference target propagation: targets for hidden signals, brought down by learned inverses (Lee et al. 2015).
 
-Lee, Zhang, Fischer and Bengio 2015, sections 2.1 to 2.3. States h_0 = x, h_{k+1} = F_k(h_k) = what layer k makes of
+Lee, Zhang, Fischer and Bengio 2015, section 2. States h_0 = x, h_{k+1} = F_k(h_k) = what layer k makes of
 h_k, with pooling, as the next layer reads it; h_L the outputs. Per example, with G_k an inverse of F_k for k >= 1:
 
     F_k(h) = pool(f_k(op(W_k, h) + b_k))
@@ -97,7 +97,7 @@ def gradients(
       e: output error, the shape of the outputs.
       step_size: eta.
       top: "outputs" or "penultimate".
-      difference: without it, target propagation (Eq. 10).
+      difference: without it, target propagation.
       biases: [None, c_1, ..., c_{L-1}], of the last axis of what layer k reads.
       activations: [None, name of phi_1, ...].
       reduction: "mean" or "sum", what the output error is of.

@@ -1,6 +1,6 @@
 """Direct Kolen-Pollack (DKP): direct feedback that learns by Kolen and Pollack's rule (Webster, Choi and Ahn 2021).
 
-Section 3: the signals are those of direct feedback alignment, and the feedback weight of a hidden signal moves with the
+The signals are those of direct feedback alignment, and the feedback weight of a hidden signal moves with the
 product of that signal and the output error, with the decay that the forward weights have. B_k [outputs, *shape of r_k
 without batch]; as gradients, with e as it is given:
 

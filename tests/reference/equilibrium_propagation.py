@@ -1,6 +1,6 @@
 """Equilibrium propagation: a free and a nudged equilibrium of one energy, and the difference between them.
 
-Scellier and Bengio 2017, sections 2 and 3; the discrete dynamics of convolutional nets: Ernoult et al. 2019; centred
+Scellier and Bengio 2017; the discrete dynamics of convolutional nets: Ernoult et al. 2019; centred
 nudging: Laborieux et al. 2021. States s_1, ..., s_L (s_0 = x, clamped), state k + 1 made by layer k, pooled:
 
     Phi(x, s) = sum_k s_{k+1} . pool(op(W_k, s_k) + b_k)
@@ -8,7 +8,7 @@ nudging: Laborieux et al. 2021. States s_1, ..., s_L (s_0 = x, clamped), state k
 
     "discrete"  s_k <- f_{k-1}(dPhi/ds_k)                         Ernoult et al., Laborieux et al.; E = G(s) - Phi with
                                                                   G' = f^-1, so that equilibria are where dE/ds = 0
-    "euler"     s_k <- s_k - eps dF/ds_k, with                    Scellier and Bengio, Eq. 1, 3 and 5
+    "euler"     s_k <- s_k - eps dF/ds_k, with                    Scellier and Bengio
                 E = 1/2 |s|^2 - Phi(x, f(s)):  dE/ds_k = s_k - f'(s_k) dPhi/df_k        (inputs without f)
 
     dPhi/ds_k = pool(op(W_{k-1}, s_{k-1}) + b_{k-1}) + op(W_k, .)^T unpool(s_{k+1})
@@ -22,7 +22,7 @@ equilibria; eps = 1 in the papers. Outputs (linear, `output`):
 
 Free phase (beta = 0) to s^0, then from s^0 the nudged phase to s^beta; centred: also from s^0 with -beta. Gradients:
 
-    one-sided   (dF/dW(s^beta) - dF/dW(s^0)) / beta               Eq. 9 of Scellier and Bengio; -dPhi/dW in F
+    one-sided   (dF/dW(s^beta) - dF/dW(s^0)) / beta               Scellier and Bengio; -dPhi/dW in F
     centred     (dF/dW(s^beta) - dF/dW(s^-beta)) / (2 beta)       dF of each with its own beta
 
 likewise biases and inputs. For a readout dF/dW_{L-1} = beta dC/dW, so its gradient is dC/dW at s^beta (centred: the

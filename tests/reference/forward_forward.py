@@ -3,7 +3,7 @@
 Two forward passes, of positive inputs and of negative ones, through the same layers; no error comes from above. With
 y_k the activations of layer k before pooling, all of them summed over (features, or positions and channels):
 
-    G_k      = sum y_k^2                            `goodness="mean"`: the mean, as in the author's program
+    G_k      = sum y_k^2                            `goodness="mean"`: the mean, so that theta need not know the width
     p        = sigmoid(G_k - theta)                 Eq. 1, the probability of being positive
     L_k      = mean_i -log p(positive_i) + mean_i -log(1 - p(negative_i))
              = mean softplus(theta - G+) + mean softplus(G- - theta)
@@ -17,8 +17,7 @@ Labels (section 3.3): the first entries of a flattened input are replaced by a o
 or a wrong one (negative): `embed`. A class is read off by trying each label; the one with the highest goodness summed
 over all layers but the first is taken: `scores`.
 
-Choices: the two means are added (for equally many examples: twice the mean over all); theta is a number for all layers
-(Hinton: the number of neurons, for the sum; 1 then stands for it with the mean).
+Choices: the two means are added (for equally many examples: twice the mean over all); theta is one number for all layers.
 """
 
 import numpy as np

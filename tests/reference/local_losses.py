@@ -14,7 +14,7 @@ Section 2. With h_k what layer k reads (k >= 1), n examples, targets Y [n, class
 The classifiers C_k [outputs, *shape of h_k], biases c_k and projections P_k learn by the true gradients of their own
 losses. P_k is a dense layer without bias for features, and a 3x3 convolution (SAME, without bias) for maps.
 
-Maps: S sees the standard deviation of each channel over its positions (section 2.2), not the map; `spread=False`
+Maps: S sees the standard deviation of each channel over its positions, not the map; `spread=False`
 flattens instead. With or without Bessel's correction it is the same S, which does not see a common factor.
 
 Choices:

@@ -16,7 +16,7 @@ States start at the clean forward pass (all eps_k = 0 for k < L). One step of si
 
 Gradient, at the final states: dF/dW_k = -J_W^T eps_{k+1}, likewise biases; for the inputs -J_1^T eps_1. "refreshed"
 predictions: mu, J and the reads of the weight gradients are those of the present states. "fixed" predictions (Millidge
-et al., section 3, the fixed-prediction assumption): mu, J, the reads and eps_L stay those of the clean forward pass;
+et al., the fixed-prediction assumption): mu, J, the reads and eps_L stay those of the clean forward pass;
 the fixed point has eps_k = J_{k+1}^T eps_{k+1}, which is backpropagation with eps = -d. With gamma = 1 it is reached
 after L - 1 steps, exactly (eps_k is right after L - k steps).
 

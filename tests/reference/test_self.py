@@ -693,7 +693,7 @@ def test_predictive_coding_by_hand():
 @pytest.mark.parametrize("states", ["signals", "pre_activations"])
 @pytest.mark.parametrize("case", [dense_case, conv_case])
 def test_fixed_predictions_are_backpropagation(case, states):
-    """After L - 1 steps of size 1, one step downward, or many small ones (Millidge et al. 2020, section 3)."""
+    """After L - 1 steps of size 1, one step downward, or many small ones (Millidge et al. 2020)."""
     net, x, e = case()
     true = backprop.gradients(net, x, e)
     for options in (
@@ -765,7 +765,7 @@ def test_linear_energy_at_equilibrium():
 
 
 def test_little_error_is_backpropagation():
-    """Whittington and Bogacz 2017, section 2.3: targets near the outputs give backpropagation's gradients."""
+    """Whittington and Bogacz 2017: targets near the outputs give backpropagation's gradients."""
     net, x, e = dense_case()
     net, relative = small(net), []
     for size in (1e-1, 1e-3):
