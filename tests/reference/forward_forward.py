@@ -17,7 +17,8 @@ Labels (section 3.3): the first entries of a flattened input are replaced by a o
 or a wrong one (negative): `embed`. A class is read off by trying each label; the one with the highest goodness summed
 over all layers but the first is taken: `scores`.
 
-Choices: the two means are added (for equally many examples: twice the mean over all); theta is one number for all layers.
+Choices: the two means are added (for equally many examples: twice the mean over all); theta is one number for all
+layers.
 """
 
 import numpy as np
