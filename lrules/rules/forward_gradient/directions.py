@@ -46,7 +46,11 @@ class Directions:
 
     def of(self, key: jax.Array, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """A direction in the space of several arrays, by name."""
-        return {name: self.draw(jax.random.fold_in(key, name_number(name)), x) for name, x in like.items()}
+        return {name: self.one(key, name, x) for name, x in like.items()}
+
+    def one(self, key: jax.Array, name: str, like: jax.Array) -> jax.Array:
+        """The part of a direction that has this name."""
+        return self.draw(jax.random.fold_in(key, name_number(name)), like)
 
     def draw(self, key: jax.Array, like: jax.Array) -> jax.Array:
         """Numbers in the place of an array; a complex number has two."""

@@ -4,7 +4,8 @@ A jvp brings the direction v through the network, and the outputs move by y' = J
 error e of any objective. So the network is one function with a custom derivative, and the loss need not be known.
 
 With central differences, the key makes the direction three times: for the pass with +v, for the pass with -v, and for
-the gradient. Barriers stop XLA from making it once and keeping it. So between the passes nothing is kept.
+the gradient. Each key waits for the data beside which its noise is used (`_after`). Otherwise XLA would make
+the direction once and keep it, or make all of it at the beginning. So there is the noise of one parameter at a time.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from lrules.engine.jaxprs import varying_axes
 from lrules.extend import Graph, Plan, mean_loss
 from lrules.network import Network, parameter_names
 from lrules.rules.forward_gradient.directions import Directions, forward_mode, paired, scaled, widened
+from lrules.rules.forward_gradient.late import run_late
 from lrules.typing import Loss, Pytree
 
 
@@ -123,32 +126,51 @@ def central(
     out = net(params, inputs)
     outputs = out[0] if net.has_aux else out
     value = mean_loss(net, loss, outputs, inputs, targets)
-    leaves, tree = jax.tree.flatten(params)
-    named = dict(zip(parameter_names((params, None)), leaves, strict=True))
-    kind = jax.random.key_impl(rng)
+    names, (leaves, tree) = parameter_names((params, None)), jax.tree.flatten(params)
+    values = dict(zip(made.graph.names, net.parameters(params), strict=True))
 
     def at(key: jax.Array, step: Any) -> jax.Array:
         """The objective at the parameters and a step along the direction of the key."""
-        direction = drawn.of(key, named)
-        moved = [p + (jnp.asarray(step).astype(direction[n].dtype) * direction[n]) for n, p in named.items()]
-        out = net(jax.tree.unflatten(tree, moved), inputs)
-        return mean_loss(net, widened(loss), out[0] if net.has_aux else out, inputs, targets)
 
-    def after(key: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same key, for what begins when `done` is there."""
-        numbers, done = jax.lax.optimization_barrier((jax.random.key_data(key), done))
-        return jax.random.wrap_key_data(numbers, impl=kind), done
+        def parameter(name: str, after: Any) -> jax.Array:
+            p = values[name]
+            if name not in names:
+                return p  # a frozen weight
+            v = drawn.one(_after(key, after), name, p)
+            return p + jnp.asarray(step).astype(v.dtype) * v
 
-    def along(key: jax.Array) -> dict[str, jax.Array]:
-        later, up = after(key, at(key, std))
-        last, rate = after(later, (up - at(later, -std)) / (2 * std))
-        direction = drawn.of(last, named)
-        return {name: scaled(direction[name], rate / drawn.count, p) for name, p in named.items()}
+        outputs, _ = run_late(made.graph, jax.tree.leaves(inputs), made.graph.consts, parameter)
+        return mean_loss(net, widened(loss), outputs, inputs, targets)
+
+    def along(key: jax.Array) -> list[jax.Array]:
+        up = at(key, std)
+        rate = (up - at(_after(key, up), -std)) / (2 * std)
+        found, last = [], rate
+        for name, p in zip(names, leaves, strict=True):
+            v = drawn.one(_after(key, last), name, p)
+            found.append(scaled(v, rate / drawn.count, p))
+            last = v  # so that the next one is drawn after this one
+        return found
 
     if drawn.count == 1:
         grads = along(drawn.keys(rng)[0])
     else:
         add = lambda total, key: (jax.tree.map(jnp.add, total, along(key)), None)  # noqa: E731
-        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, named), drawn.keys(rng))
+        grads, _ = jax.lax.scan(add, [jnp.zeros_like(p) for p in leaves], drawn.keys(rng))
     head = (value, *out) if net.has_aux else (value, out)
-    return head, jax.tree.unflatten(tree, [grads[name] for name in named])
+    return head, jax.tree.unflatten(tree, grads)
+
+
+def _after(key: jax.Array, done: jax.Array | None) -> jax.Array:
+    """The same key, which is there only when `done` is: it adds a zero that XLA cannot know.
+
+    (An `optimization_barrier` orders nothing on a CPU, where XLA removes it before it orders the operations.)
+    """
+    if done is None or not jnp.issubdtype(done.dtype, jnp.number) or not done.size:
+        return key
+    whole = any(axis is not None for axis in jax.typeof(done).sharding.spec)  # of a split array, any one element
+    one = jnp.real(jnp.max(jnp.real(done)) if whole else done[(0,) * done.ndim])
+    zero = (jnp.sign(one.astype(jnp.float32)) == 3).astype(jnp.uint32)
+    axes, numbers = tuple(sorted(varying_axes(jax.typeof(zero)))), jax.random.key_data(key)
+    zero = jax.lax.pmax(zero, axes) if axes else zero  # the key stays the same on all devices
+    return jax.random.wrap_key_data(numbers ^ zero.astype(numbers.dtype), impl=jax.random.key_impl(key))

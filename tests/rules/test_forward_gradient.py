@@ -1,0 +1,481 @@
+"""Forward gradients against NumPy: directions of weights and of activations, by a jvp and by two losses, and local."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lrules
+from tests import bridge
+from tests.reference import forward_gradient as reference
+from tests.reference import local_losses as local_reference
+from tests.reference import losses, nets
+from tests.sampling import mostly_slow
+
+KEY, NONE = jax.random.key(5), lrules.Feedback({}, {})
+FG = lrules.forward_gradient
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+def half_squared(outputs, targets):
+    return 0.5 * jnp.sum(jnp.square(outputs - targets), -1)
+
+
+def dense():
+    rng = np.random.default_rng(0)
+    return bridge.random_dense(rng, (4, 5, 6, 3), ["tanh", "sigmoid"]), rng.normal(size=(7, 4))
+
+
+def conv():
+    """The first hidden signal is pooled, so the direction is its own; the others are made by an activation."""
+    rng = np.random.default_rng(0)
+    return bridge.random_conv(rng, "tanh", "max"), rng.normal(size=(4, 6, 6, 2))
+
+
+CASES = {"dense": dense, "conv": conv}
+
+
+def targets_of(net, x):
+    return np.random.default_rng(7).normal(size=nets.forward(net, x).outputs.shape)
+
+
+def named(key, name):
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def draw(key, name, shape, noise=jax.random.normal):
+    return np.asarray(noise(named(key, name), shape, jnp.float64))
+
+
+def keys(directions):
+    return [jax.random.fold_in(KEY, i) for i in range(directions)]
+
+
+def weight_directions(net, directions, noise=jax.random.normal):
+    return [
+        tuple([draw(key, f"{k}/{kind}", getattr(layer, kind).shape, noise) for k, layer in enumerate(net)]
+              for kind in ("kernel", "bias"))
+        for key in keys(directions)
+    ]  # fmt: skip
+
+
+def activation_directions(net, x, directions):
+    """For each direction, what moves at pre-activations, and at hidden signals that are pooled."""
+    trace, found = nets.forward(net, x), []
+    for key in keys(directions):
+        pre, signals = [None] * len(net), [None] * len(net)
+        for k, layer in enumerate(net[:-1]):
+            pooled = layer.pool is not None
+            shape = trace.pooled[k].shape if pooled else trace.pre[k].shape
+            (signals if pooled else pre)[k + pooled] = draw(key, f"{k + 1}/kernel", shape)
+        found.append((pre, signals))
+    return found
+
+
+def wanted_of_activations(net, x, e, directions, derivative):
+    """The mean over directions of the derivative of each example times the direction, brought down as is usual."""
+    trace = nets.forward(net, x)
+    arriving = [np.zeros(z.shape) for z in trace.pre]
+    for pre, signals in directions:
+        d = derivative(pre, signals)
+        for k in range(len(net) - 1):
+            u = pre[k] if pre[k] is not None else signals[k + 1]
+            made = d.reshape(-1, *[1] * (u.ndim - 1)) * u
+            arriving[k] += (made if pre[k] is not None else nets.to_pre_activation(net, trace, k, made)) / len(directions)
+    arriving[-1] = nets.to_pre_activation(net, trace, len(net) - 1, e)
+    return reference._from_pre_activations(net, trace, x, arriving)
+
+
+def run(net, x, rule, loss=half_squared, targets=None, feedback=NONE, key=KEY):
+    step = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
+    targets = jnp.asarray(targets_of(net, x) if targets is None else targets)
+    return jax.jit(step)(bridge.parameters(net), feedback, jnp.asarray(x), targets, rng=key)
+
+
+# ------------------------------------------------------------------------------------------------------ the reference
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("method", ["jvp", "central"])
+@pytest.mark.parametrize("case", CASES)
+def test_weights(case, method, directions):
+    net, x = CASES[case]()
+    y, std = targets_of(net, x), 0.03
+    e = losses.half_squared_error(nets.forward(net, x).outputs, y)[1] / len(x)
+    at = lambda outputs: losses.half_squared_error(outputs, y)[0].mean()  # noqa: E731
+    drawn = weight_directions(net, directions)
+    want = reference.weight_gradients(net, x, drawn, e, method=method, std=std, objective_at=at)
+    (value, outputs), grads = run(net, x, FG(method=method, directions=directions, std=std if method == "central" else None))
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    bridge.close((value, outputs), (at(outputs), nets.forward(net, x).outputs))
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("method", ["jvp", "central"])
+@pytest.mark.parametrize("case", CASES)
+def test_activations(case, method, directions):
+    net, x = CASES[case]()
+    y, std = targets_of(net, x), 0.03
+    e = losses.half_squared_error(nets.forward(net, x).outputs, y)[1] / len(x)
+
+    def exact(pre, signals):
+        return (e * reference.output_tangent(net, x, pre=pre, signals=signals)).sum(1)
+
+    def two_losses(pre, signals):
+        up, down = (
+            losses.half_squared_error(reference.noisy_outputs(net, x, s, pre, signals), y)[0] for s in (std, -std)
+        )
+        return (up - down) / (2 * std * len(x))
+
+    drawn = activation_directions(net, x, directions)
+    want = wanted_of_activations(net, x, e, drawn, exact if method == "jvp" else two_losses)
+    if case == "dense":  # here it is the reference itself
+        at = lambda outputs: losses.half_squared_error(outputs, y)[0] / len(x)  # noqa: E731
+        options = {"method": method, "std": std, "objectives_at": at}
+        alone = reference.activation_gradients(net, x, [pre for pre, _ in drawn], e, **options)
+        bridge.close(bridge.kernels_and_biases(want), bridge.kernels_and_biases(alone))
+    (_, outputs), grads = run(
+        net, x, FG("activations", method=method, directions=directions, std=std if method == "central" else None)
+    )
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    bridge.close(outputs, nets.forward(net, x).outputs)
+
+
+LABELS = np.arange(7) % 3
+
+
+def local_case(kind, **options):
+    """A dense net with local losses: their signals, and what their layers learn."""
+    net, x = dense()
+    local = lrules.local_losses(kind, **options)
+    params = bridge.parameters(net)
+    feedback = local.init(jax.random.key(2), bridge.apply_of(net), params, jnp.asarray(x))
+    learned = lambda suffix: [None] + [feedback.learned.get(f"{k}/kernel{suffix}") for k in (1, 2)]  # noqa: E731
+    e = losses.mean(*losses.softmax_cross_entropy(nets.forward(net, x).outputs, losses.one_hot(LABELS, 3)))[1]
+    _, found = local_reference.gradients(
+        net, x, e, losses.one_hot(LABELS, 3), kind, classifiers=learned(""), projections=learned(" similarity")
+    )
+    return net, x, local, feedback, found, e
+
+
+CLASSES = optax.softmax_cross_entropy_with_integer_labels
+
+
+@pytest.mark.parametrize(("kind", "directions"), [("prediction", 1), ("both", 3)])
+def test_local_activations(kind, directions):
+    net, x, local, feedback, found, e = local_case(kind)
+    drawn = [pre for pre, _ in activation_directions(net, x, directions)]
+    signals = [None, *(each.signal for each in found[1:])]
+    want = reference.local_gradients(net, x, drawn, signals, e)
+    _, grads = run(net, x, FG("activations", local=local, directions=directions), CLASSES, LABELS, feedback)
+    bridge.close(grads.params, bridge.kernels_and_biases(want))
+    for k in (1, 2):
+        if kind == "both":
+            bridge.close(grads.feedback[f"{k}/kernel similarity"], found[k].projection)
+        bridge.close(grads.feedback[f"{k}/kernel"], found[k].classifier)
+
+
+@pytest.mark.parametrize(("kind", "directions"), [("prediction", 3), ("both", 1)])
+def test_local_weights(kind, directions):
+    """The layer below each hidden signal has the derivative of its own local loss, the last that of the objective."""
+    net, x, local, feedback, found, e = local_case(kind)
+    trace = nets.forward(net, x)
+    signals = [*(each.signal for each in found[1:]), e]
+    want = bridge.parameters(net)
+    want = jax.tree.map(np.zeros_like, want)
+    for kernels, biases in weight_directions(net, directions):
+        for k, layer in enumerate(net):
+            moved = (trace.reads[k] @ kernels[k] + biases[k]) * nets.slope(layer.activation, trace.pre[k])
+            rate = (signals[k] * moved).sum() / directions
+            want[str(k)] = {"kernel": want[str(k)]["kernel"] + rate * kernels[k], "bias": want[str(k)]["bias"] + rate * biases[k]}
+    _, grads = run(net, x, FG(local=local, directions=directions), CLASSES, LABELS, feedback)
+    bridge.close(grads.params, want)
+    for k in (1, 2):
+        bridge.close(grads.feedback[f"{k}/kernel"], found[k].classifier)
+
+
+# ------------------------------------------------------------------------------------------------------- the estimator
+
+
+def residual_net(params, x):
+    """A skip past a layer, two readers of one hidden signal, an unused weight, and a scan with its own weights."""
+    h = jnp.tanh(x @ params["a"] + params["bias"][None])
+    h = h + jnp.tanh(h @ params["b"] + h @ params["c"])
+    layer = jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w), None))
+    return jax.lax.scan(layer, h, params["stack"])[0] @ params["d"]
+
+
+def residual_case():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "bias": (4,), "b": (4, 4), "c": (4, 4), "stack": (2, 4, 4), "d": (4, 2), "unused": (2,)}
+    params = {n: jnp.asarray(rng.normal(size=s) * 0.5) for n, s in shapes.items()}
+    return params, jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+
+UNBIASED = {
+    "weights": FG(),
+    "weights, 2 signs": FG(directions=2, noise=jax.random.rademacher),
+    "weights, central": FG(method="central", std=1e-4),
+    "activations": FG("activations"),
+    "activations, 2 signs": FG("activations", directions=2, noise=jax.random.rademacher),
+    "activations, central": FG("activations", method="central", std=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(UNBIASED, ["weights", "activations", "activations, central"]))
+def test_unbiased(name):
+    """Over many draws the mean is the gradient, in a network with skips, shared readers and a loop."""
+    params, x, y = residual_case()
+    truth = jax.grad(lambda p: half_squared(residual_net(p, x), y).mean())(params)
+    step = lrules.value_and_grad(residual_net, half_squared, UNBIASED[name])
+    draws = jax.jit(jax.vmap(lambda key: step(params, NONE, x, y, rng=key)[1].params))
+    got = draws(jax.random.split(jax.random.key(0), 20000))
+    assert not np.any(got["unused"]) or "weights" in name
+    scores = []
+    for n, want in truth.items():
+        sample = np.asarray(got[n])
+        spread = sample.std(0) / np.sqrt(len(sample))
+        if n == "d" and "activations" in name:  # the last layer has its true gradient
+            bridge.close(sample, np.broadcast_to(want, sample.shape), 1e-8)
+        elif np.any(spread):
+            scores.append(np.ravel((sample.mean(0) - want) / spread))
+    z = np.concatenate(scores)
+    assert np.abs(z).max() < 4.5 and 0.7 < np.sqrt((z**2).mean()) < 1.4
+
+
+def test_variance():
+    """E |g - dL|^2 = (N + 1) / n |dL|^2 for n normal directions in N numbers, (N - 1) / n for signs."""
+    w, x, y = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4))), jnp.ones((1, 6)), jnp.zeros((1, 4))
+    net = lambda w, x: x @ w  # noqa: E731
+    truth = jax.grad(lambda w: half_squared(net(w, x), y).mean())(w)
+    for directions, noise, wanted in ((1, "normal", 25), (4, "normal", 25 / 4), (1, "rademacher", 23)):
+        rule = FG(directions=directions, noise=getattr(jax.random, noise))
+        step = lrules.value_and_grad(net, half_squared, rule)
+        many = jax.random.split(jax.random.key(1), 20000)
+        got = jax.jit(jax.vmap(lambda key: step(w, NONE, x, y, rng=key)[1].params))(many)  # noqa: B023
+        measured = jnp.mean(jnp.sum((got - truth[None]) ** 2, (1, 2))) / jnp.sum(truth**2)
+        np.testing.assert_allclose(measured, wanted, rtol=0.06)
+
+
+def test_activations_are_less_noisy():
+    """Ren et al., section 3: the variance is that of fewer numbers."""
+    net, x = bridge.random_dense(np.random.default_rng(0), (20, 20, 20, 3), ["tanh", "tanh"]), np.ones((4, 20))
+    apply, params = bridge.apply_of(net), bridge.parameters(net)
+    y = jnp.asarray(targets_of(net, x))
+    truth = jax.grad(lambda p: half_squared(apply(p, jnp.asarray(x)), y).mean())(params)
+    noise = {}
+    for perturb in ("weights", "activations"):
+        step = lrules.value_and_grad(apply, half_squared, FG(perturb))
+        many = jax.random.split(jax.random.key(1), 500)
+        got = jax.jit(jax.vmap(lambda key: step(params, NONE, jnp.asarray(x), y, rng=key)[1].params))(many)  # noqa: B023
+        gaps = jax.tree.map(lambda g, t: jnp.mean(jnp.sum((g - t[None]) ** 2, tuple(range(1, g.ndim)))), got, truth)
+        noise[perturb] = float(gaps["0"]["kernel"] / jnp.sum(truth["0"]["kernel"] ** 2))
+    assert noise["activations"] < noise["weights"] / 5, noise
+
+
+def test_central_goes_to_the_jvp():
+    """The two losses differ from the derivative by O(std^2)."""
+    net, x = dense()
+    for perturb in ("weights", "activations"):
+        exact = run(net, x, FG(perturb))[1].params
+        gaps = [
+            max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (exact, got)), strict=True))
+            for got in (run(net, x, FG(perturb, method="central", std=std))[1].params for std in (1e-1, 1e-2))
+        ]
+        assert 50 < gaps[0] / gaps[1] < 200
+
+
+# ------------------------------------------------------------------------------------------------- transform, networks
+
+
+@pytest.mark.parametrize("perturb", ["weights", "activations"])
+def test_any_objective(perturb):
+    """`transform`: masks and other terms of the user's objective, the sum over two losses, and inputs that learn."""
+    params, x, y = residual_case()
+    f = lrules.transform(residual_net, FG(perturb))
+
+    def objective(net, params, x):
+        out = net(params, x)
+        return (half_squared(out, y) * jnp.arange(5.0)).sum() + jnp.sum(out[0] ** 3) + 0.1 * jnp.sum(params["a"] ** 2)
+
+    truth = jax.grad(lambda p, x: objective(residual_net, p, x), (0, 1))(params, x)
+    many = jax.random.split(jax.random.key(0), 20000)
+    one = lambda key: jax.grad(lambda p, x: objective(lambda p, x: f(p, NONE, x, rng=key), p, x), (0, 1))(params, x)  # noqa: E731
+    got = jax.jit(jax.vmap(one))(many)
+    for sample, want in zip(*map(jax.tree.leaves, (got, truth)), strict=True):
+        spread = np.maximum(np.asarray(sample).std(0) / np.sqrt(len(sample)), 1e-9)
+        assert np.abs((np.asarray(sample).mean(0) - want) / spread).max() < 4.7
+    alone = jax.grad(lambda p: objective(lambda p, x: f(p, NONE, x, rng=KEY), p, x))(params)
+    assert any(bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (alone, one(KEY)[0])), strict=True)) == (
+        perturb == "weights"
+    )  # inputs are a part of the direction only where they learn
+
+
+def test_weights_serve_what_no_other_rule_serves():
+    """A product by hand, a weight in a while loop and in a branch, and with two losses also a function without jvp."""
+
+    @jax.custom_vjp
+    def odd(x):
+        return jnp.sin(x)
+
+    odd.defvjp(lambda x: (odd(x), x), lambda x, d: (d * jnp.cos(x),))
+
+    def net(p, x, f=jnp.sin):
+        h = (x[:, :, None] * p["a"][None]).sum(1)
+        h = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1] @ p["b"])), (0, h))[1]
+        return jax.lax.cond(x.sum() > 0, lambda h: h @ p["c"], lambda h: h, h)
+
+    params = {n: jnp.eye(4) for n in "abc"}
+    x, y = jnp.ones((3, 4)), jnp.zeros((3, 4))
+    jvp, central = FG(), FG(method="central", std=1e-3)
+    one, other = (
+        jax.jit(lrules.value_and_grad(net, half_squared, rule))(params, NONE, x, y, rng=KEY)[1].params
+        for rule in (jvp, central)
+    )
+    bridge.close(one, other, 1e-4)
+    whole = lambda p, x: net(p, x, odd)  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r'jax.custom_vjp.*method="central"'):
+        lrules.value_and_grad(whole, half_squared, jvp)(params, NONE, x, y, rng=KEY)
+    served = lrules.value_and_grad(whole, half_squared, central)(params, NONE, x, y, rng=KEY)[1].params
+    bridge.close(served, other, 1e-9)
+
+
+def test_complex_parameters():
+    """A complex number has two numbers in a direction; the mean is JAX's gradient."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(3, 2)) + 1j * rng.normal(size=(3, 2)))
+    x, y = jnp.asarray(rng.normal(size=(4, 3)) + 0j), jnp.zeros((4, 2))
+    net = lambda w, x: jnp.abs(jnp.sin(x @ w))  # noqa: E731
+    truth = jax.grad(lambda w: half_squared(net(w, x), y).mean())(w)
+    step = lrules.value_and_grad(net, half_squared, FG())
+    got = np.asarray(jax.jit(jax.vmap(lambda key: step(w, NONE, x, y, rng=key)[1].params))(jax.random.split(KEY, 20000)))
+    for part in (np.real, np.imag):
+        sample, want = part(got), part(truth)
+        assert np.abs((sample.mean(0) - want) / (sample.std(0) / np.sqrt(len(sample)))).max() < 4.5
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"perturb": "activations"}, {"method": "central", "std": 0.1},
+    {"perturb": "activations", "method": "central", "std": 0.1},
+], ids=str)  # fmt: skip
+def test_shard_map(options):
+    """Devices that share the parameters add what they find, as gradients are added."""
+    net, _ = dense()
+    x = np.random.default_rng(2).normal(size=(8, 4))
+    apply, params, y = bridge.apply_of(net), bridge.parameters(net), jnp.asarray(targets_of(net, x))
+    noise = lambda key, shape, dtype: jnp.broadcast_to(jnp.cos(jnp.arange(shape[-1], dtype=dtype)), shape)  # noqa: E731
+    step = lrules.value_and_grad(apply, half_squared, FG(**options, noise=noise))
+    spec, mesh = jax.sharding.PartitionSpec, jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared = lambda x, y: step(params, NONE, x, y, rng=KEY)[1].params  # noqa: E731
+    specs = {"in_specs": (spec("data"), spec("data")), "out_specs": spec()}
+    got = jax.jit(jax.shard_map(shared, mesh=mesh, **specs))(jnp.asarray(x), y)
+    want = jax.jit(step)(params, NONE, jnp.asarray(x), y, rng=KEY)[1].params
+    bridge.close(jax.tree.map(lambda g: g / 4, got), want)
+
+
+def test_step_sizes_may_be_traced():
+    net, x = dense()
+    one = lambda std: run(net, x, FG(method="central", std=std))[1].params["0"]["kernel"]  # noqa: E731
+    many = jax.vmap(one)(jnp.array([0.1, 0.2]))
+    bridge.close(many[1], one(0.2))
+
+
+# ------------------------------------------------------------------------------------------------------------- costs
+
+
+def memory(rule, depth, width=256):
+    params = {str(i): jax.ShapeDtypeStruct((width, width), jnp.float32) for i in range(depth)}
+
+    def net(p, x):
+        for i in range(depth):
+            x = jnp.tanh(x @ p[str(i)])
+        return x
+
+    step = lrules.value_and_grad(net, half_squared, rule)
+
+    def update(p, x, key):
+        rng = {"rng": key} if rule.stochastic else {}
+        return jax.tree.map(lambda w, g: w - jnp.float32(1e-3) * g, p, step(p, NONE, x, x, **rng)[1].params)
+
+    x = jax.ShapeDtypeStruct((512, width), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(update, donate_argnums=0).lower(params, x, key).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_memory_of_inference(directions):
+    """Central differences keep neither activations nor noise: a deeper network needs no more memory for a step."""
+    rule = FG(method="central", std=1e-3, directions=directions)
+    weight, activation = 256 * 256 * 4, 512 * 256 * 4
+    shallow, deep = (memory(rule, depth) for depth in (4, 16))
+    of_backprop = memory(lrules.backprop(), 16) - memory(lrules.backprop(), 4)
+    assert of_backprop > 10 * activation  # which keeps the activations of all layers
+    gradients = 12 * weight if directions > 1 else 0  # of several directions the sum is kept
+    assert deep - shallow < gradients + 2 * weight, (shallow, deep)
+
+
+def test_one_trace():
+    """A step traces the user's function once for the analysis, and once for each pass of two losses."""
+    net, x = dense()
+    apply, count = bridge.apply_of(net), []
+
+    def counted(params, x):
+        count.append(1)
+        return apply(params, x)
+
+    params, y = bridge.parameters(net), jnp.asarray(targets_of(net, x))
+    for rule, wanted in ((FG(), 1), (FG("activations"), 2), (FG(method="central", std=0.1, directions=5), 4)):
+        count.clear()
+        step = jax.jit(lrules.value_and_grad(counted, half_squared, rule))
+        for i in range(3):
+            step(params, NONE, jnp.asarray(x), y, rng=jax.random.key(i))
+        assert len(count) <= wanted, rule
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_refusals():
+    local = lrules.local_losses()
+    for arguments, options, message in [
+        (("biases",), {}, "perturb must be 'weights' or 'activations', got 'biases'"),
+        ((), {"method": "both"}, "method must be 'jvp' or 'central', got 'both'"),
+        ((), {"directions": 0}, "directions must be an integer >= 1, got 0"),
+        ((), {"directions": 1.5}, "directions must be an integer >= 1, got 1.5"),
+        ((), {"std": 0.1}, "a jvp makes no step"),
+        ((), {"method": "central"}, "give it, such as std=1e-3"),
+        ((), {"method": "central", "std": 0}, "std must be a finite number > 0, got 0"),
+        ((), {"method": "central", "std": {".*": 0.1}}, "std must be one number"),
+        ((), {"noise": 3}, "noise must be a function .* got a int"),
+        ((), {"local": lrules.backprop()}, "local must be lrules.local_losses"),
+        ((), {"local": lrules.local_losses}, "local must be lrules.local_losses"),
+        ((), {"local": local, "method": "central", "std": 0.1}, 'give method="jvp"'),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            FG(*arguments, **options)
+    net, x = dense()
+    apply, params = bridge.apply_of(net), bridge.parameters(net)
+    for perturb in ("weights", "activations"):
+        with pytest.raises(ValueError, match="draw one number for each element"):
+            run(net, x, FG(perturb, noise=lambda key, shape, dtype: jnp.ones((), dtype)))
+        for modifier in (lrules.sign_error, lrules.without_derivatives, lambda rule: lrules.quantize_update(rule, 3)):
+            with pytest.raises(NotImplementedError, match="leave the modifier out"):
+                run(net, x, modifier(FG(perturb)))
+        with pytest.raises(NotImplementedError, match="modifier of the output error"):
+            run(net, x, lrules.quantize_error(FG(perturb, method="central", std=0.1), 3, at="output"))
+    run(net, x, lrules.quantize_error(FG("activations"), 3, at="output"))  # a jvp takes the error that arrives
+    for rule in (FG(method="central", std=0.1), FG(local=local)):
+        with pytest.raises(ValueError, match="value_and_grad"):
+            lrules.transform(apply, rule)
+    with pytest.raises(ValueError, match="acts on the network as a whole"):
+        lrules.partition({".*": FG()})
+
+    def branching(p, x):
+        return jax.lax.cond(x.sum() > 0, lambda x: jnp.tanh(x @ p["a"]) @ p["b"], lambda x: x @ p["a"] @ p["b"], x)
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    with pytest.raises(NotImplementedError, match="inside a cond"):
+        FG("activations").init(KEY, branching, params, jnp.ones((5, 3)))
