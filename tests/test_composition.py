@@ -73,6 +73,11 @@ EXPLICIT = RULES | {
     "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=lrules.feedback_alignment()),
     "node_perturbation": lrules.node_perturbation(0.1),
     "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "forward_gradient": lrules.forward_gradient(),
+    "central_differences": lrules.forward_gradient(method="central", std=0.1),
+    "forward_activations": lrules.forward_gradient("activations"),
+    "forward_local": lrules.forward_gradient("activations", local=lrules.local_losses()),
+    "local_losses": lrules.local_losses("both"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

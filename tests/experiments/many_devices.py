@@ -46,6 +46,11 @@ EXPRESSIONS = {
     "dual_damped": "dual_propagation(adjoint=False, damping='spectral', output='refreshed', axis_name=AXIS)",
     "dual_squared": "dual_propagation(adjoint=False, output='squared_error', feedback_rule=fa, axis_name=AXIS)",
     "node_perturbation": "node_perturbation(0.1)",
+    "forward_gradient": "forward_gradient",
+    "central_differences": "forward_gradient(method='central', std=0.01, directions=2)",
+    "forward_activations": "forward_gradient('activations')",
+    "local_losses": "local_losses",
+    "local_similarities": "local_losses('both')",
     "least_squares": "node_perturbation(0.1, direct=True, solver='rls')",
     "least_squares_below": "node_perturbation(0.1, solver='rls')",
     "quantize_error": "quantize_error(feedback_alignment, 4, axis_name=AXIS)",
@@ -60,7 +65,6 @@ EXPRESSIONS = {
     # Rules made with the constructors: what their functions ask for by name.
     "weight_mirror": "weight_mirror",
     "difference_target_propagation": "difference_target_propagation",
-    "local_classifiers": "local_classifiers",
     "redrawn_direct": "redrawn_direct",
 }
 QUICK = ("feedback_alignment", "adaptive", "backman", "dual_propagation", "node_perturbation", "quantize_update")
@@ -70,9 +74,11 @@ LAYOUTS = ("data", "data x model", "shard_map", "shard_map, own means")
 
 # Rules that draw noise for each example. Under shard_map each device draws for its own share, with its number in the
 # key; one device can be told to draw the same.
-OWN_NOISE = {"node_perturbation", "least_squares", "least_squares_below", "drop_error", "weight_mirror"}
+OWN_NOISE = {
+    "node_perturbation", "least_squares", "least_squares_below", "drop_error", "weight_mirror", "forward_activations",
+}  # fmt: skip
 # These need the gradient of the whole batch: its mean is not that of the devices' means.
-WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman"}
+WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman", "local_similarities"}
 # Feedback that these learn does not come from the error, so it knows nothing of an objective over all devices.
 OWN_MEANS = {"weight_mirror", "difference_target_propagation"}
 # Noise that one device cannot be told to draw.
@@ -155,6 +161,8 @@ def rule_of(name, axis=None, parts=None):
         return lrules.modify_error(lrules.kolen_pollack(), fn, stochastic=True)
     if parts and parts > 1 and name in OWN_NOISE:
         noise = functools.partial(noise_by_shares, parts=parts)
+        if name == "forward_activations":
+            return lrules.forward_gradient("activations", noise=noise)
         if name == "weight_mirror":
             return recipes.weight_mirror(noise=noise)
         options = {"direct": name == "least_squares", "solver": "sgd" if name == "node_perturbation" else "rls"}

@@ -216,32 +216,6 @@ def test_difference_target_propagation(name):
         bridge.close(got[1], by_name(wanted.feedback))
 
 
-@pytest.mark.parametrize("classes", [True, False])
-def test_local_classifiers(classes):
-    with jax.enable_x64(True):
-        net, x, _ = make("deep")
-        targets = losses.one_hot(LABELS, 3)
-        rule = recipes.local_classifiers()
-        feedback, listed = draw(rule, net, x)
-        loss = CLASSES if classes else DENSE
-        step = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
-        given = jnp.asarray(LABELS if classes else targets)
-        grads = step(bridge.parameters(net), feedback, jnp.asarray(x), given)[1]
-        wanted = reference.local_classifiers(net, listed, x, one_hot_mean(net, x, LABELS), targets)
-        bridge.close(grads.params, bridge.kernels_and_biases(wanted))
-        bridge.close(grads.feedback, by_name(wanted.feedback))
-
-
-def test_classifiers_of_maps():
-    """A hidden signal of any shape; the classifier and what is below it descend its loss."""
-    net, x, _ = make("conv_max")
-    rule = recipes.local_classifiers(init=jax.nn.initializers.zeros)
-    feedback, _ = draw(rule, net, x)
-    assert feedback.learned["1/kernel"].shape == (3, 3, 3, 4)
-    params, learned = gradients(net, rule, feedback, x, LABELS)
-    assert not np.any(params["0"]["kernel"]) and np.any(learned["1/kernel"])  # zeros send nothing, and learn
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [recipes.weight_mirror(), recipes.difference_target_propagation()])
 def test_conformance(rule):

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lrules.engine.jaxprs import varying_axes
+from lrules.engine.operations import of
+from lrules.engine.records import ancestors, reach
 from lrules.extend import Graph, Plan, mean_loss
 from lrules.network import Network, parameter_names
 from lrules.rules.forward_gradient.directions import Directions, forward_mode, paired, scaled, widened
@@ -61,7 +63,9 @@ def _network(graph: Graph, drawn: Directions, names: Sequence[Sequence[str]], ki
 
     def forward(args: dict[str, Any], key: Any) -> tuple[Any, Any]:
         values = {name: arg.value for name, arg in args.items()}
-        moving = {name: arg.value for name, arg in args.items() if arg.perturbed and _inexact(arg.value)}
+        unmoved = set(graph.names) - reaching(graph)
+        wanted = [name for name, arg in args.items() if arg.perturbed and _inexact(arg.value) and name not in unmoved]
+        moving = {name: values[name] for name in wanted}
 
         def outputs(moving: dict[str, jax.Array]) -> tuple[list[jax.Array], Any]:
             outs = plain(values | moving)
@@ -107,6 +111,21 @@ def mean_of(drawn: Directions, keys: jax.Array, rates: jax.Array, like: dict[str
     return jax.lax.scan(add, first, (keys, rates))[0]
 
 
+def reaching(graph: Graph, by_derivatives: bool = True) -> set[str]:
+    """The parameters with a path to the outputs, past `stop_gradient`; the others have no part in a direction.
+
+    With `by_derivatives`, the path has no integers, booleans or other values without a derivative.
+    """
+
+    def find() -> set[str]:
+        outs = graph.outs[: graph.n_outputs]
+        stops = lambda value: value.producer is not None and of(value.producer).stops  # noqa: E731
+        found = reach(outs) if by_derivatives else {id(value) for out in outs for value in ancestors(out, stops)}
+        return {name for name, value in zip(graph.names, graph.parameters, strict=True) if id(value) in found}
+
+    return graph.once(("reaching", by_derivatives), find)
+
+
 def _inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -127,6 +146,7 @@ def central(
     outputs = out[0] if net.has_aux else out
     value = mean_loss(net, loss, outputs, inputs, targets)
     names, (leaves, tree) = parameter_names((params, None)), jax.tree.flatten(params)
+    moving = set(names) & reaching(made.graph, by_derivatives=False)  # the others are frozen, or lead nowhere
     values = dict(zip(made.graph.names, net.parameters(params), strict=True))
 
     def at(key: jax.Array, step: Any) -> jax.Array:
@@ -134,8 +154,8 @@ def central(
 
         def parameter(name: str, after: Any) -> jax.Array:
             p = values[name]
-            if name not in names:
-                return p  # a frozen weight
+            if name not in moving:
+                return p
             v = drawn.one(_after(key, after), name, p)
             return p + jnp.asarray(step).astype(v.dtype) * v
 
@@ -147,6 +167,9 @@ def central(
         rate = (up - at(_after(key, up), -std)) / (2 * std)
         found, last = [], rate
         for name, p in zip(names, leaves, strict=True):
+            if name not in moving:
+                found.append(jnp.zeros_like(p))
+                continue
             v = drawn.one(_after(key, last), name, p)
             found.append(scaled(v, rate / drawn.count, p))
             last = v  # so that the next one is drawn after this one
