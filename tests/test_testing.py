@@ -122,7 +122,8 @@ PAIRS = {
 QUICK = {
     "backprop", "feedback_alignment adaptive of zeros", "kolen_pollack",
     "direct_feedback_alignment rank", "monotone_dfa", "random_target_projection", "skipped_backprop",
-    "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "local_losses", "dual_propagation", "partition",
+    "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "local_losses",
+    "dual_propagation", "partition",
 }  # fmt: skip
 QUICK_PAIRS = {
     "quantize_error(direct_feedback_alignment)", "quantize_error at the output(random_target_projection)",

@@ -23,6 +23,8 @@ RULES: dict[str, lrules.Rule] = {
     "last": lrules.last_layer_only(),
     "DP": lrules.dual_propagation(),
     "NP": lrules.node_perturbation(0.1),
+    "FG": lrules.forward_gradient("activations"),
+    "local": lrules.local_losses(),
 }
 KINDS = {"linen_": "Flax Linen", "nnx_": "Flax NNX", "equinox_": "Equinox", "": "bare functions of JAX"}
 

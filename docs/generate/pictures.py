@@ -203,6 +203,34 @@ def node_perturbation() -> Drawing:
     return made
 
 
+def forward_gradient() -> Drawing:
+    made = _network("Forward gradient: random directions, and what they do to the loss", 270, top=88)
+    for which in (1, 2):
+        made.text(AT[which], 20, "direction v" + "₁₂"[which - 1], "other", 14)
+        made.arrow((AT[which], 30), (AT[which], 70), "other")
+        made.arrow((AT[which], BELOW - 17), (AT[which], 106), "error", dashed=True)
+        made.circle(AT[which], BELOW, "D v" + "₁₂"[which - 1], radius=22)
+    made.arrow((Y, 106), (Y, BELOW - 17), "error")
+    made.circle(Y, BELOW, "D")
+    _says(
+        made,
+        "A forward pass along random directions v shows one number: how the loss changes, D.",
+        "Each layer multiplies this number by its own direction. On average, D v is the gradient.",
+    )
+    return made
+
+
+def local_losses() -> Drawing:
+    made = _network("Local losses: each hidden signal has its own loss", 262)
+    _output_error(made)
+    for which in (1, 2):
+        made.arrow((AT[which] + 12, TOP + 18), (AT[which] + 12, BELOW - 17), "learned", "C" + "₁₂"[which - 1])
+        made.circle(AT[which], BELOW, "L" + "₁₂"[which - 1])
+        made.arrow((AT[which] - 12, BELOW - 14), (AT[which] - 12, TOP + 18), "error", dashed=True)
+    _says(made, "A learned layer C predicts the targets from each hidden signal. No error comes from above.")
+    return made
+
+
 def partition() -> Drawing:
     made = _network("Partition: each layer has its own rule")
     _output_error(made)
@@ -330,7 +358,8 @@ RULES: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
-        kolen_pollack, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation, partition,
+        kolen_pollack, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation,
+        forward_gradient, local_losses, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {

@@ -31,7 +31,6 @@ from lrules.engine.landing import at_calls
 from lrules.extend import (
     DirectFeedback,
     Frame,
-    Graph,
     Handler,
     Plan,
     RuleDescription,
@@ -166,9 +165,9 @@ def local_losses(
                 local = run.losses(signals, learned, ends, params)
                 return value.astype(local.dtype) + local, (value, outputs, aux)
 
-            grads, (value, outputs, aux) = jax.grad(total, (0, 1), has_aux=True)(params, feedback.learned)
+            (grads, own), (value, outputs, aux) = jax.grad(total, (0, 1), has_aux=True)(params, feedback.learned)
             head = (value, outputs, aux) if net.has_aux else (value, outputs)
-            return head, Gradients(*grads, feedback.state)
+            return head, Gradients(grads, own, feedback.state)
 
         return fn
 

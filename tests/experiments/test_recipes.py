@@ -9,7 +9,7 @@ import pytest
 import lrules
 from experiments import recipes
 from tests import bridge
-from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, losses, modifiers, nets
+from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, modifiers, nets
 from tests.reference import recipes as reference
 from tests.rules.common import BATCH, agrees, by_name, draw, make, one_hot_mean, pull
 

@@ -84,7 +84,8 @@ def wanted_of_activations(net, x, e, directions, derivative):
         for k in range(len(net) - 1):
             u = pre[k] if pre[k] is not None else signals[k + 1]
             made = d.reshape(-1, *[1] * (u.ndim - 1)) * u
-            arriving[k] += (made if pre[k] is not None else nets.to_pre_activation(net, trace, k, made)) / len(directions)
+            made = made if pre[k] is not None else nets.to_pre_activation(net, trace, k, made)
+            arriving[k] += made / len(directions)
     arriving[-1] = nets.to_pre_activation(net, trace, len(net) - 1, e)
     return reference._from_pre_activations(net, trace, x, arriving)
 
@@ -108,7 +109,8 @@ def test_weights(case, method, directions):
     at = lambda outputs: losses.half_squared_error(outputs, y)[0].mean()  # noqa: E731
     drawn = weight_directions(net, directions)
     want = reference.weight_gradients(net, x, drawn, e, method=method, std=std, objective_at=at)
-    (value, outputs), grads = run(net, x, FG(method=method, directions=directions, std=std if method == "central" else None))
+    rule = FG(method=method, directions=directions, std=std if method == "central" else None)
+    (value, outputs), grads = run(net, x, rule)
     bridge.close(grads.params, bridge.kernels_and_biases(want))
     bridge.close((value, outputs), (at(outputs), nets.forward(net, x).outputs))
 
@@ -190,7 +192,8 @@ def test_local_weights(kind, directions):
         for k, layer in enumerate(net):
             moved = (trace.reads[k] @ kernels[k] + biases[k]) * nets.slope(layer.activation, trace.pre[k])
             rate = (signals[k] * moved).sum() / directions
-            want[str(k)] = {"kernel": want[str(k)]["kernel"] + rate * kernels[k], "bias": want[str(k)]["bias"] + rate * biases[k]}
+            want[str(k)]["kernel"] += rate * kernels[k]
+            want[str(k)]["bias"] += rate * biases[k]
     _, grads = run(net, x, FG(local=local, directions=directions), CLASSES, LABELS, feedback)
     bridge.close(grads.params, want)
     for k in (1, 2):
@@ -351,7 +354,8 @@ def test_complex_parameters():
     net = lambda w, x: jnp.abs(jnp.sin(x @ w))  # noqa: E731
     truth = jax.grad(lambda w: half_squared(net(w, x), y).mean())(w)
     step = lrules.value_and_grad(net, half_squared, FG())
-    got = np.asarray(jax.jit(jax.vmap(lambda key: step(w, NONE, x, y, rng=key)[1].params))(jax.random.split(KEY, 20000)))
+    draws = jax.jit(jax.vmap(lambda key: step(w, NONE, x, y, rng=key)[1].params))
+    got = np.asarray(draws(jax.random.split(KEY, 20000)))
     for part in (np.real, np.imag):
         sample, want = part(got), part(truth)
         assert np.abs((sample.mean(0) - want) / (sample.std(0) / np.sqrt(len(sample)))).max() < 4.5

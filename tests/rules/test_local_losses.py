@@ -122,7 +122,7 @@ def test_several_outputs():
     rule = lrules.local_losses()
     _, params, feedback = start(net, x, rule)
     y = jnp.ones((7, 3))
-    loss = lambda o, t: half_squared(jnp.concatenate([o["a"], o["b"]], 1), t) + 0 * o["n"]  # noqa: E731
+    loss = lambda o, t: half_squared(jnp.concatenate([o["a"], o["b"]], 1), t) + 0.0 * o["n"].astype(t.dtype)  # noqa: E731
     _, want = lrules.value_and_grad(apply, half_squared, rule)(params, feedback, jnp.asarray(x), y)
     _, got = lrules.value_and_grad(both, loss, rule)(params, feedback, jnp.asarray(x), y)
     bridge.close((got.params, got.feedback), (want.params, want.feedback))

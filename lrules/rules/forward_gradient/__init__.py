@@ -35,7 +35,7 @@ from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.forward_gradient import activations, weights
 from lrules.rules.forward_gradient.directions import Directions
 from lrules.rules.forward_gradient.local import LocalStep
-from lrules.rules.local_losses import LocalDescription
+from lrules.rules.local_losses import LocalDescription, LocalPlan
 from lrules.typing import Loss, Pytree
 
 Perturb = Literal["weights", "activations"]
@@ -158,7 +158,8 @@ def forward_gradient(
         ) -> tuple[tuple[Any, ...], Gradients]:
             made = plan(net, net.graph(params, inputs), params, inputs)
             made.check(feedback)
-            if local is not None:
+            assert rng is not None  # a stochastic rule always has a key
+            if isinstance(made, LocalPlan):
                 step = LocalStep(made, drawn, net, loss, inputs, targets, rng)
                 head, grads, learned = step.of(perturb, params, feedback.learned)
                 return head, Gradients(grads, learned, feedback.state)
@@ -205,6 +206,6 @@ def _check(perturb: Any, method: Any, directions: Any, std: Any, noise: Any, loc
         raise TypeError(f"local must be lrules.local_losses(...), without a modifier, got a {type(local).__name__}")
     if method == "central":
         raise ValueError(
-            'local= takes the derivative of each local loss, and method="central" compares losses of the whole network: '
-            'give method="jvp"'
+            'local= takes the derivative of each local loss, and method="central" compares losses of the whole '
+            'network: give method="jvp"'
         )

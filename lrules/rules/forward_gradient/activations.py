@@ -36,7 +36,7 @@ from lrules.typing import Loss, Pytree
 
 
 class _Places(Handler):
-    """A handler at each place of a plan: at the pre-activation that makes the hidden signal, or at the hidden signal."""
+    """A handler at each place of a plan: the pre-activation that makes the hidden signal, or the hidden signal."""
 
     activations = True
 

@@ -53,9 +53,9 @@ def run_late(graph: Graph, inputs: Sequence[Any], consts: Sequence[Any], make: M
         if any(map(late, eqn.invars)) and not data and not eqn.effects:
             makers |= dict.fromkeys(eqn.outvars, eqn)
             continue
-        after, made = (env[data[0]] if data else None), {}
-        env |= zip(eqn.outvars, bind(eqn, [read(v, after, made) for v in eqn.invars]), strict=True)
-    made = {}
-    outs = [read(v, None, made) for v in jaxpr.outvars]
+        after, here = (env[data[0]] if data else None), dict[Any, Any]()
+        env |= zip(eqn.outvars, bind(eqn, [read(v, after, here) for v in eqn.invars]), strict=True)
+    end: dict[Any, Any] = {}
+    outs = [read(v, None, end) for v in jaxpr.outvars]
     n = graph.n_outputs
     return jax.tree.unflatten(graph.out_tree, outs[:n]), jax.tree.unflatten(graph.aux_tree, outs[n:])

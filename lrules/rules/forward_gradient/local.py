@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lrules.engine.batch import Unbatched
 from lrules.engine.operations import of
-from lrules.extend import Graph
+from lrules.extend import DirectFeedback, Graph
 from lrules.network import Network, parameter_names
 from lrules.rules.forward_gradient.activations import Along, Learning, effect_of, of_each_example
 from lrules.rules.forward_gradient.directions import Directions, forward_mode, paired
@@ -51,7 +51,8 @@ class LocalStep:
         self, signals: dict[str, jax.Array], learned: Mapping[str, jax.Array], ends: Pytree, params: Pytree
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The gradients of the local losses at their hidden signals, and of what they learn."""
-        return jax.grad(lambda *args: self.run.losses(*args, ends, params), (0, 1))(signals, learned)
+        losses = lambda signals, learned: self.run.losses(signals, learned, ends, params)  # noqa: E731
+        return jax.grad(losses, (0, 1))(signals, learned)
 
     def activations(self, params: Pytree, learned: Mapping[str, jax.Array]) -> tuple[Any, Pytree, Any]:
         run, plan, still = self.run, self.plan, jax.lax.stop_gradient(params)
@@ -65,13 +66,7 @@ class LocalStep:
 
         rates, (ends, signals) = self.drawn.each(along, self.keys, (0, None))
         errors, own = self.errors(signals, learned, ends, still)
-        gains = {}
-        for name, place in plan.direct_feedback.items():
-            batch = plan.batch or 1
-            products = jax.vmap(lambda rate, error=errors[name]: paired(error, rate))(rates[name])
-            numbers = jax.vmap(lambda p, place=place: of_each_example(place, p, batch))(products)
-            numbers = numbers / batch if isinstance(place.axis, Unbatched) else numbers
-            gains[name] = jnp.moveaxis(numbers, 0, -2) / self.drawn.count  # as the effects are: [*loops, directions, batch]
+        gains = {name: self.gain(place, errors[name], rates[name]) for name, place in plan.direct_feedback.items()}
 
         def objective(params: Pytree) -> tuple[jax.Array, Any]:
             ends, aux, records = run.forward(params, [Learning(plan, self.drawn, self.keys)])
@@ -84,6 +79,13 @@ class LocalStep:
 
         grads, head = jax.grad(objective, has_aux=True)(params)
         return head, grads, own
+
+    def gain(self, place: DirectFeedback, error: jax.Array, rates: jax.Array) -> jax.Array:
+        """The derivatives of one local loss, `[*loops, directions, batch]`, as the effects are."""
+        batch = self.plan.batch or 1
+        numbers = jax.vmap(lambda rate: of_each_example(place, paired(error, rate), batch))(rates)
+        numbers = numbers / batch if isinstance(place.axis, Unbatched) else numbers  # it would count for each example
+        return jnp.moveaxis(numbers, 0, -2) / self.drawn.count
 
     def weights(self, params: Pytree, learned: Mapping[str, jax.Array]) -> tuple[Any, Pytree, Any]:
         run, plan = self.run, self.plan
@@ -107,13 +109,14 @@ class LocalStep:
             products = jax.vmap(lambda rate, error=errors[name]: paired(error, rate))(rates[name])
             numbers[name] = products.reshape(self.drawn.count, -1).sum(1).astype(run.wide)
         reached = first_reached(plan)
-        along_each = {name: sum((numbers[n] for n in reached[name]), jnp.zeros_like(numbers[OUTPUTS])) for name in named}
+        none = jnp.zeros_like(numbers[OUTPUTS])
+        along_each = {name: sum((numbers[n] for n in reached[name]), none) for name in named}
         grads = mean_of(self.drawn, self.keys, along_each, named)
         return head, jax.tree.unflatten(tree, [grads[name] for name in named]), own
 
 
 def first_reached(plan: LocalPlan) -> dict[str, list[str]]:
-    """For each parameter, the hidden signals with a local loss, and the outputs, to which it has a path past no other."""
+    """For each parameter, the hidden signals with a local loss, and the outputs, that it reaches past no other."""
     graph: Graph = plan.graph
     stops = {id(place.hidden.root) for place in plan.direct_feedback.values()}
     numbers = {id(value): graph.names[i] for i, value in enumerate(graph.parameters)}

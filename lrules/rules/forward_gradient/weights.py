@@ -1,11 +1,11 @@
 """Forward gradients of parameters: one direction for all of them (Baydin et al. 2022; Spall 1992; Malladi et al. 2023).
 
-A jvp brings the direction v through the network, and the outputs move by y' = J v. Then (dL . v) = e . y' for the output
-error e of any objective. So the network is one function with a custom derivative, and the loss need not be known.
+A jvp brings the direction v through the network, and the outputs move by y' = J v. Then (dL . v) = e . y' for the
+output error e of any objective. So the network is one function with a custom derivative, which need not know the loss.
 
 With central differences, the key makes the direction three times: for the pass with +v, for the pass with -v, and for
-the gradient. Each key waits for the data beside which its noise is used (`_after`). Otherwise XLA would make
-the direction once and keep it, or make all of it at the beginning. So there is the noise of one parameter at a time.
+the gradient. Each key waits for the data beside which its noise is used (`_after`). Otherwise XLA would make the
+direction once and keep it, or make all of it at the beginning. So there is the noise of one parameter at a time.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _network(graph: Graph, drawn: Directions, names: Sequence[Sequence[str]], ki
     return run
 
 
-def mean_of(drawn: Directions, keys: jax.Array, rates: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def mean_of(drawn: Directions, keys: jax.Array, rates: Any, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The mean over directions of each direction times its rate; rates are `[directions]`, or such by name."""
 
     def one(key: jax.Array, rate: Any) -> dict[str, jax.Array]:
