@@ -185,7 +185,7 @@ TESTED_ELSEWHERE = {
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
     "rules/forward_gradient/activations": ("rules/test_forward_gradient.py", "directions of activations"),
     "rules/forward_gradient/directions": ("rules/test_forward_gradient.py", "the noise"),
-    "rules/forward_gradient/late": ("rules/test_forward_gradient.py", "the memory of inference"),
+    "rules/forward_gradient/late": ("rules/test_forward_gradient_networks.py", "the memory of inference"),
     "rules/forward_gradient/local": ("rules/test_forward_gradient.py", "local losses"),
     "rules/forward_gradient/weights": ("rules/test_forward_gradient.py", "directions of weights"),
     "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),

@@ -78,11 +78,11 @@ OWN_NOISE = {
     "node_perturbation", "least_squares", "least_squares_below", "drop_error", "weight_mirror", "forward_activations",
 }  # fmt: skip
 # These need the gradient of the whole batch: its mean is not that of the devices' means.
-WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman", "local_similarities"}
+WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman"}
 # Feedback that these learn does not come from the error, so it knows nothing of an objective over all devices.
 OWN_MEANS = {"weight_mirror", "difference_target_propagation"}
-# Noise that one device cannot be told to draw.
-ONLY_JIT = {"difference_target_propagation"}
+# Noise that one device cannot be told to draw; similarities, which under shard_map are those of one device's examples.
+ONLY_JIT = {"difference_target_propagation", "local_similarities"}
 
 
 class Net(nnx.Module):

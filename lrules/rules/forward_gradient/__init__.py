@@ -58,7 +58,10 @@ def forward_gradient(
     The mean of g over the noise is the gradient (with `"central"`, up to O(std^2)). But g is noisy: with N numbers in a
     direction, its squared distance from the gradient is (N + 1) / n times that of zero. So the learning rate has to be
     small, and the rule is for small networks, for weights that are nearly right (fine tuning), or for losses and
-    networks that cannot be differentiated. On the digits of scikit-learn it learns slowly: see its page.
+    networks that cannot be differentiated. On the digits of scikit-learn (an MLP with three hidden layers of 64, 30
+    epochs, 3 seeds) a direction of weights reaches 52.0%, 16 directions 84.4%, a direction of activations 93.6%;
+    backprop 97.6%, the last layer alone 84.3%. With eight hidden layers, a direction of activations reaches 86.8%, with
+    local losses 91.2%; backprop 97.2%.
 
     - `perturb="weights"`: theta are the parameters; N is their number. The rule serves every network. With
       `method="central"` it needs no derivatives, and no memory but that of inference: the noise is drawn again from its
