@@ -31,6 +31,7 @@ from lrules.engine.landing import at_calls
 from lrules.extend import (
     DirectFeedback,
     Frame,
+    Graph,
     Handler,
     Plan,
     RuleDescription,
@@ -39,9 +40,11 @@ from lrules.extend import (
     check_params,
     evaluate,
     from_heads,
+    make_plan,
     mean_loss,
     output_error,
     placed_as,
+    require_description,
     sent_error,
     split_as,
 )
@@ -130,7 +133,7 @@ def local_losses(
     beta = {"prediction": 0.0, "similarity": 1.0, "both": similarity}[loss]
     factors = by_name("factor", factor, _is_factor, "a finite number >= 0", "hidden signal", traced=True)
     initializer = as_initializer(init)
-    places = direct(
+    made = direct(
         _arrive,
         init=initializer if loss != "similarity" else None,
         learn=_learn if loss != "similarity" else None,
@@ -138,11 +141,18 @@ def local_losses(
         shared_axes=shared_axes,
         targets=True,
         max_feedback_bytes=max_feedback_bytes,
-        offers=("at", "shared_axes") if loss == "prediction" else ("at",),
-    ).description
-    assert places is not None
-    compares = initializer if loss != "prediction" else None
-    about = LocalDescription(lambda *args: LocalPlan(places.plan(*args), compares, beta, factors))
+        offers=("shared_axes",) if loss == "prediction" else (),
+    )
+    spec, compares = require_description(made, "local_losses").layer, initializer if loss != "prediction" else None
+
+    def choose(name: str) -> Any:
+        return spec
+
+    def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> LocalPlan:
+        places = graph.once_for(choose, lambda: make_plan(net, graph, params, inputs, choose, partition=False))
+        return LocalPlan(places, compares, beta, factors)
+
+    about = LocalDescription(plan)
 
     def init_rule(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)

@@ -27,8 +27,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from lrules.constructors import direct
-from lrules.extend import Graph, Plan, RuleDescription, as_network, check_params
+from lrules.extend import Graph, Plan, RuleDescription, as_network, check_params, require_description
 from lrules.network import Network, NetworkLike
 from lrules.options import by_name, is_number, is_positive, is_whole
 from lrules.rule import Feedback, Gradients, Rule
@@ -112,13 +111,9 @@ def forward_gradient(
     """
     _check(perturb, method, directions, std, noise, local)
     drawn = Directions(directions, noise)
-    places = direct(_arrive, error_at="outputs", offers=()).description
-    assert places is not None
+    make = weights.plan if perturb == "weights" else activations.planner()
     if local is not None:
-        assert local.description is not None
-        about = RuleDescription(local.description.plan)
-    else:
-        about = RuleDescription(places.plan if perturb == "activations" else weights.plan)
+        make = require_description(local, "forward_gradient", "local").plan
 
     def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
@@ -131,7 +126,7 @@ def forward_gradient(
                 "forward_gradient sends no error from layer to layer, so a modifier of errors, derivatives or updates "
                 "cannot change it: leave the modifier out, or use another rule"
             )
-        made: Plan = about.plan(net, graph, params, inputs)
+        made: Plan = make(net, graph, params, inputs)
         return made
 
     def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
@@ -180,11 +175,6 @@ def forward_gradient(
         additive=local is None or local.additive,
         description=RuleDescription(plan),
     )
-
-
-def _arrive(e: jax.Array, b: Any, targets: Pytree, name: str) -> jax.Array:
-    """Stands for what arrives: this rule uses only the places of a direct rule."""
-    raise AssertionError
 
 
 def _check(perturb: Any, method: Any, directions: Any, std: Any, noise: Any, local: Any) -> None:
