@@ -180,7 +180,9 @@ class Direct(_LayerRule):
       error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
         the like without parameters (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
-      offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
+      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from their keys where they are needed.
+      offers: which of the options `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals
+        advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
 
@@ -202,7 +204,8 @@ class Direct(_LayerRule):
     targets: bool = False
     error_at: Literal["layer", "outputs"] = "layer"
     max_feedback_bytes: float = 2**30
-    offers: tuple[str, ...] = ("at", "shared_axes", "rank")
+    storage: Literal["stored", "recomputed"] = "stored"
+    offers: tuple[str, ...] = ("at", "shared_axes", "rank", "storage")
     state: Callable[..., Any] | None = None
     numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
 
@@ -214,6 +217,15 @@ class Direct(_LayerRule):
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
             raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
+        if self.storage not in ("stored", "recomputed"):
+            raise ValueError(f'storage must be "stored" or "recomputed", got {self.storage!r}')
+        if self.storage == "recomputed" and self.learn is not None:
+            raise ValueError(
+                'storage="recomputed" draws the feedback weights again from their keys, so they cannot learn: leave out '
+                'adaptive=True (learn), or give storage="stored"'
+            )
+        if self.storage == "recomputed" and self.init is None:
+            raise ValueError('storage="recomputed" draws the feedback weights again with init: give init too')
         self._check_asked()
         if self.state is not None and "state" not in self.asks.get("signal", ()):
             raise ValueError("learn asks for state, and signal returns the next state, so signal must ask for it too")

@@ -1,0 +1,75 @@
+"""The backward pass of a direct rule from the top down: each signal is made when the gradients above it are formed.
+
+All signals could be made at once, as they wait only for the output error. XLA's scheduler for CPUs does that, and then
+all of them are in memory together. Here each signal waits for the gradients of the layers above it, so that they, and
+the hidden signals that they were made from, are free again before the next signal is made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrules.engine.jaxprs import bind, is_literal, open_jaxpr
+from lrules.typing import Pytree
+
+
+def wanted(errors: Pytree) -> bool:
+    """Whether signals should wait: on one CPU. Other schedulers save memory; many devices would have to communicate."""
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return alone and all(mesh.empty for mesh in _meshes(errors))
+
+
+def _meshes(errors: Pytree) -> list[Any]:
+    return [jax.sharding.get_abstract_mesh(), *(jax.typeof(e).sharding.mesh for e in jax.tree.leaves(errors))]
+
+
+def after(e: jax.Array, formed: Sequence[jax.Array]) -> jax.Array:
+    """The same error, which is there only when these arrays are.
+
+    `jax.lax.optimization_barrier` does not serve: XLA removes it on CPUs before it decides the order.
+    """
+    never = [jnp.real(x.ravel()[0]) < -jnp.inf for x in formed if x.size and jnp.issubdtype(x.dtype, jnp.inexact)]
+    if not never:
+        return e
+    return jnp.where(functools.reduce(jnp.logical_or, never), jnp.zeros((), e.dtype), e)  # e, which XLA cannot know
+
+
+def pulled(
+    pull: Callable[[Any], Pytree],
+    errors: Pytree,
+    signals: Mapping[str, Any],
+    make: Callable[[str, Sequence[jax.Array]], jax.Array],
+) -> Pytree:
+    """The result of `pull((errors, signals))`, where each signal is made just before it is needed.
+
+    Args:
+      pull: the function that `jax.vjp` returned.
+      errors: the cotangents of the outputs.
+      signals: the shape and dtype of each signal, by name.
+      make: `(name, formed) -> signal`, where `formed` are the results that were formed since it was called before.
+    """
+    closed, shapes = jax.make_jaxpr(pull, return_shape=True)((errors, dict(signals)))
+    jaxpr, consts = open_jaxpr(closed)
+    given = jax.tree.leaves(errors)
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars[: len(given)]], [*consts, *given], strict=True))
+    names = dict(zip(jaxpr.invars[len(given) :], sorted(signals), strict=True))
+    results, formed = {v for v in jaxpr.outvars if not is_literal(v)}, []
+
+    def read(atom: Any) -> Any:
+        if is_literal(atom):
+            return atom.val
+        if atom not in env:
+            env[atom] = make(names[atom], formed)
+            formed.clear()
+        return env[atom]
+
+    for eqn in jaxpr.eqns:
+        made = bind(eqn, [read(v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, made, strict=True))
+        formed += [x for v, x in zip(eqn.outvars, made, strict=True) if v in results]
+    return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in jaxpr.outvars])
