@@ -274,6 +274,15 @@ def direct(
         raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learn")
     if learn is not None and init is None:
         raise ValueError("learn trains feedback weights, and init draws them: give both or neither")
+    if storage not in ("stored", "recomputed"):
+        raise ValueError(f'storage must be "stored" or "recomputed", got {storage!r}')
+    if storage == "recomputed" and learn is not None:
+        raise ValueError(
+            'storage="recomputed" draws the feedback weights again from their keys, so they cannot learn: leave out '
+            'adaptive=True (learn), or give storage="stored"'
+        )
+    if storage == "recomputed" and init is None:
+        raise ValueError('storage="recomputed" draws the feedback weights again with init: give init too')
     given = rule_numbers(numbers, "hidden signal")
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,

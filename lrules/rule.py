@@ -172,17 +172,14 @@ class Direct(_LayerRule):
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
       shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`. At each signal, the first place that fits holds.
-      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error before it is sent;
-        None: the error is not reduced.
+      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: there is none.
       pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
-      error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
-        the like without parameters (see `head.py`), or `"outputs"`.
+      error_at: where the rule takes the output error: `"layer"`, below a softmax or the like (`head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
       storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from their keys where they are needed.
-      offers: which of the options `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals
-        advise them.
+      offers: which of `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
 
@@ -217,15 +214,6 @@ class Direct(_LayerRule):
             raise ValueError(f'error_at must be "layer" or "outputs", got {self.error_at!r}')
         if not (is_number(self.max_feedback_bytes) and self.max_feedback_bytes >= 0):
             raise ValueError(f"max_feedback_bytes must be a number >= 0 or inf, got {self.max_feedback_bytes!r}")
-        if self.storage not in ("stored", "recomputed"):
-            raise ValueError(f'storage must be "stored" or "recomputed", got {self.storage!r}')
-        if self.storage == "recomputed" and self.learn is not None:
-            raise ValueError(
-                'storage="recomputed" draws the feedback weights again from their keys, so they cannot learn: leave out '
-                'adaptive=True (learn), or give storage="stored"'
-            )
-        if self.storage == "recomputed" and self.init is None:
-            raise ValueError('storage="recomputed" draws the feedback weights again with init: give init too')
         self._check_asked()
         if self.state is not None and "state" not in self.asks.get("signal", ()):
             raise ValueError("learn asks for state, and signal returns the next state, so signal must ask for it too")

@@ -18,14 +18,19 @@ from lrules.engine.jaxprs import bind, is_literal, open_jaxpr
 from lrules.typing import Pytree
 
 
-def wanted(errors: Pytree) -> bool:
-    """Whether signals should wait: on one CPU. Other schedulers save memory; many devices would have to communicate."""
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return alone and all(mesh.empty for mesh in _meshes(errors))
+def wanted(errors: Pytree, signals: Mapping[str, Any]) -> bool:
+    """Whether signals should wait for the gradients above them.
+
+    They do on one CPU: other schedulers save memory by themselves, and several devices would have to communicate. And
+    only if they are larger than the error, of which another copy may be made.
+    """
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (errors, dict(signals))]
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(e).sharding.mesh for e in jax.tree.leaves(errors))]
+    return alone() and len(signals) > 1 and sizes[0] < sizes[1] and all(mesh.empty for mesh in meshes)
 
 
-def _meshes(errors: Pytree) -> list[Any]:
-    return [jax.sharding.get_abstract_mesh(), *(jax.typeof(e).sharding.mesh for e in jax.tree.leaves(errors))]
+def alone() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def after(e: jax.Array, formed: Sequence[jax.Array]) -> jax.Array:
@@ -68,8 +73,21 @@ def pulled(
             formed.clear()
         return env[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in _by_signal(jaxpr.eqns, names):
         made = bind(eqn, [read(v) for v in eqn.invars])
         env.update(zip(eqn.outvars, made, strict=True))
         formed += [x for v, x in zip(eqn.outvars, made, strict=True) if v in results]
     return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in jaxpr.outvars])
+
+
+def _by_signal(eqns: Sequence[Any], names: Mapping[Any, str]) -> list[Any]:
+    """The equations in the order of the signals that they wait for, so that what can end before the next signal does."""
+    level: dict[Any, int] = {}
+    count = 0
+    for eqn in eqns:
+        for v in eqn.invars:
+            if not is_literal(v) and v in names and v not in level:
+                level[v] = count = count + 1
+        here = max((level.get(v, 0) for v in eqn.invars if not is_literal(v)), default=0)
+        level |= dict.fromkeys(eqn.outvars, here)
+    return sorted(eqns, key=lambda eqn: level[eqn.outvars[0]] if eqn.outvars else 0)

@@ -23,7 +23,7 @@ from lrules.engine.operations import of
 from lrules.options import draw
 from lrules.typing import Initializer
 
-TILE = 2**18  # numbers that are drawn at once, unless a single row has more
+TILE = 2**16  # numbers that are drawn at once, unless a single row has more
 _ELEMENTWISE = {"shift_right_logical", "shift_right_arithmetic", "shift_left", "bitcast_convert_type"}
 
 

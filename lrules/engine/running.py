@@ -313,8 +313,8 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable[..., Any]:
         for pull_signals in pulls:
             signals |= pull_signals(errors)
         brought = [name for name, landing in plan.direct_feedback.items() if landing.spec.signal is not None]
-        if len(brought) > 1 and not signals and chained.wanted(errors):
-            lands = {name: landed_as(plan.direct_feedback[name]) for name in brought}
+        lands = {name: landed_as(plan.direct_feedback[name]) for name in brought}
+        if not signals and chained.wanted(errors, lands):
             params, weights, passed, *rest = chained.pulled(pull, errors, lands, bring)
         else:
             signals |= {name: bring(name) for name in brought}
