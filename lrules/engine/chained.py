@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.jaxprs import bind, is_literal, open_jaxpr
+from lrules.engine.reshapes import moved
 from lrules.typing import Pytree
 
 
@@ -33,15 +34,17 @@ def alone() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-def after(e: jax.Array, formed: Sequence[jax.Array]) -> jax.Array:
-    """The same error, which is there only when these arrays are.
+def after(e: jax.Array, formed: Sequence[jax.Array], shared: int = 0) -> jax.Array:
+    """The same error, with some shared axes in front, which is there only when these arrays are.
 
     `jax.lax.optimization_barrier` does not serve: XLA removes it on CPUs before it decides the order.
     """
     never = [jnp.real(x.ravel()[0]) < -jnp.inf for x in formed if x.size and jnp.issubdtype(x.dtype, jnp.inexact)]
     if not never:
         return e
-    return jnp.where(functools.reduce(jnp.logical_or, never), jnp.zeros((), e.dtype), e)  # e, which XLA cannot know
+    e = moved(e, range(shared), range(1, shared + 1))  # as in the network, so that XLA need not copy it
+    e = jnp.where(functools.reduce(jnp.logical_or, never), jnp.zeros((), e.dtype), e)  # e, which XLA cannot know
+    return moved(e, range(1, shared + 1), range(shared))
 
 
 def pulled(

@@ -109,15 +109,18 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
     def one(e: jax.Array, b: Any) -> jax.Array:  # [*shared, batch, *hidden without shared axes]
         return arriving(landing, signal(e, b), e)
 
+    behind = 0 if turns else 1  # where JAX finds shared axes: behind the batch, where the network has them, it copies less
+    if behind:
+        e = moved(e, range(len(shared)), range(1, len(shared) + 1))
     for _ in shared:
-        one = jax.vmap(one, in_axes=(0, None))
+        one = jax.vmap(one, in_axes=(behind, None), out_axes=behind)
     define = landing.defined
     for _ in turns:
         define = jax.vmap(define)
 
     def arrive(b: Any) -> jax.Array:
         s = moved(one(e, b), turns, range(len(turns)))
-        front = [len(turns) + k for k in range(len(places))]
+        front = [len(turns) + behind + k for k in range(len(places))]
         return define(moved(s, front, [len(turns) + 1 + place for place in places.values()]))
 
     for _ in landing.lengths:  # feedback that is drawn again is drawn for one iteration after the other

@@ -295,7 +295,7 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable[..., Any]:
             spec = landing.spec
             if spec not in sent:
                 sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
-            e = sent[spec] = chained.after(sent[spec], [*formed, *learned])
+            e = sent[spec] = chained.after(sent[spec], [*formed, *learned], len(landing.shared))
             learned.clear()
             if spec.plain:
                 signal = land(landing, e, b, _plain_signal(spec, name))
