@@ -192,7 +192,8 @@ def direct(
     targets: bool = False,
     error_at: Literal["layer", "outputs"] = "layer",
     max_feedback_bytes: float = 2**30,
-    offers: Sequence[str] = ("at", "shared_axes", "rank"),
+    storage: Literal["stored", "recomputed"] = "stored",
+    offers: Sequence[str] = ("at", "shared_axes", "rank", "storage"),
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
 ) -> Rule:
@@ -224,8 +225,10 @@ def direct(
         the outputs of a layer (softmax, log_softmax, sigmoid), at the outputs of this layer. `"outputs"`: at the
         outputs.
       max_feedback_bytes: the rule refuses to make more bytes of feedback than this.
-      offers: which of the options `at`, `shared_axes` and `rank` the users of your rule can give. Messages do not
-        advise the others.
+      storage: `"recomputed"` keeps only a key for each feedback weight, as in `direct_feedback_alignment`. `b` is then
+        an `lrules.extend.RecomputedFeedback`: give it to `lrules.extend.project`.
+      offers: which of the options `at`, `shared_axes`, `rank` and `storage` the users of your rule can give. Messages
+        do not advise the others.
       state: `(shape) -> pytree` of arrays, the first state of a hidden signal, from its shape without batch and shared
         axes; it can ask for `key` and `name`. States are kept as in `sequential`, by hidden signal: one for each
         iteration of the loops around it, and for each position along shared axes.
@@ -271,10 +274,19 @@ def direct(
         raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learn")
     if learn is not None and init is None:
         raise ValueError("learn trains feedback weights, and init draws them: give both or neither")
+    if storage not in ("stored", "recomputed"):
+        raise ValueError(f'storage must be "stored" or "recomputed", got {storage!r}')
+    if storage == "recomputed" and learn is not None:
+        raise ValueError(
+            'storage="recomputed" draws the feedback weights again from their keys, so they cannot learn: leave out '
+            'adaptive=True (learn), or give storage="stored"'
+        )
+    if storage == "recomputed" and init is None:
+        raise ValueError('storage="recomputed" draws the feedback weights again with init: give init too')
     given = rule_numbers(numbers, "hidden signal")
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,
-        tuple(offers), state, given,
+        storage, tuple(offers), state, given,
     )  # fmt: skip
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 

@@ -172,15 +172,14 @@ class Direct(_LayerRule):
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
       shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`. At each signal, the first place that fits holds.
-      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error before it is sent;
-        None: the error is not reduced.
+      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: there is none.
       pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
-      error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
-        the like without parameters (see `head.py`), or `"outputs"`.
+      error_at: where the rule takes the output error: `"layer"`, below a softmax or the like (`head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
-      offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
+      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from their keys where they are needed.
+      offers: which of `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
 
@@ -202,7 +201,8 @@ class Direct(_LayerRule):
     targets: bool = False
     error_at: Literal["layer", "outputs"] = "layer"
     max_feedback_bytes: float = 2**30
-    offers: tuple[str, ...] = ("at", "shared_axes", "rank")
+    storage: Literal["stored", "recomputed"] = "stored"
+    offers: tuple[str, ...] = ("at", "shared_axes", "rank", "storage")
     state: Callable[..., Any] | None = None
     numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
 

@@ -156,8 +156,8 @@ def stirred(feedback: Feedback) -> Feedback:
 
 def changed(weights: Any, sign: int) -> Any:
     def change(b: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(b.dtype, jnp.inexact):
-            return b
+        if not jnp.issubdtype(b.dtype, jnp.inexact):  # the key of feedback that is not stored
+            return b if sign > 0 else b + jnp.ones((), b.dtype)
         drawn = jax.random.normal(jax.random.key(17), b.shape, b.dtype)
         return sign * b * jnp.exp(drawn) if jnp.any(b) else 0.5 * drawn
 

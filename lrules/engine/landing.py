@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.plan import Plan
+from lrules.engine.recomputed import Matrix, reduced
 from lrules.engine.reshapes import moved
 from lrules.engine.returned import arriving, learned_by
-from lrules.engine.weights import DirectFeedback
+from lrules.engine.weights import DirectFeedback, draw_reduction
 from lrules.rule import Direct
 from lrules.typing import Pytree
 
@@ -82,8 +83,10 @@ def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, An
         axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
         e = moved(e, axes, range(len(axes)))
         e = e.reshape(*e.shape[: len(axes) + 1], -1)
-    for name, (owner, _, _) in plan.reduced.items():
-        if owner is spec:
+    for name, (owner, shape, dtype) in plan.reduced.items():
+        if owner is spec and spec.storage == "recomputed":
+            e = reduced(e.astype(dtype), feedback[name], Matrix(draw_reduction, *shape, dtype, name))
+        elif owner is spec:
             e = jnp.tensordot(e.astype(feedback[name].dtype), feedback[name], axes=1)
     return e
 
@@ -101,24 +104,27 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
     turns = [i for i, (kind, _) in enumerate(shared) if kind == "loop"]
     places = {i: place for i, (kind, place) in enumerate(shared) if kind == "axis"}
     e = split_as(e, *[None] * len(shared), landing.batch_split)
-    b = None if b is None else split_as(b, *landing.split)
+    b = landing.weight(b)
 
     def one(e: jax.Array, b: Any) -> jax.Array:  # [*shared, batch, *hidden without shared axes]
         return arriving(landing, signal(e, b), e)
 
+    behind = 0 if turns else 1  # where JAX finds shared axes: behind the batch, where the network has them, it copies less
+    if behind:
+        e = moved(e, range(len(shared)), range(1, len(shared) + 1))
     for _ in shared:
-        one = jax.vmap(one, in_axes=(0, None))
+        one = jax.vmap(one, in_axes=(behind, None), out_axes=behind)
     define = landing.defined
     for _ in turns:
         define = jax.vmap(define)
 
     def arrive(b: Any) -> jax.Array:
         s = moved(one(e, b), turns, range(len(turns)))
-        front = [len(turns) + k for k in range(len(places))]
+        front = [len(turns) + behind + k for k in range(len(places))]
         return define(moved(s, front, [len(turns) + 1 + place for place in places.values()]))
 
-    for _ in landing.lengths:
-        arrive = jax.vmap(arrive)
+    for _ in landing.lengths:  # feedback that is drawn again is drawn for one iteration after the other
+        arrive = functools.partial(jax.lax.map, arrive) if landing.spec.storage == "recomputed" else jax.vmap(arrive)
     out = arrive(b)
     if not hidden.loops:
         return placed_as(out, hidden.root.aval)
@@ -128,6 +134,12 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
     out = out.reshape(*lead, *out.shape[len(order) :])
     out = jnp.broadcast_to(out, (*(length for length, _ in hidden.loops), *out.shape[len(lead) :]))
     return placed_as(out, hidden.root.aval, len(hidden.loops))
+
+
+def landed_as(landing: DirectFeedback) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the result of `land`."""
+    hidden = landing.hidden
+    return jax.ShapeDtypeStruct((*(length for length, _ in hidden.loops), *hidden.root.aval.shape), hidden.root.aval.dtype)
 
 
 def land_each(
@@ -144,7 +156,7 @@ def land_each(
       The error, and the states with the axes of `landing.calls` in front.
     """
     e = split_as(e, *[None] * len(landing.shared), landing.batch_split)
-    b = None if b is None else split_as(b, *landing.split)
+    b = landing.weight(b)
 
     def one(e: jax.Array, b: Any, given: Any) -> tuple[jax.Array, Any]:
         made, state = signal(e, b, given)

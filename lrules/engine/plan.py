@@ -21,6 +21,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.handlers import name_number
 from lrules.engine.head import Head
 from lrules.engine.jaxprs import split_as
+from lrules.engine.recomputed import key_words
 from lrules.engine.records import Hidden
 from lrules.engine.weights import (
     DirectFeedback,
@@ -111,7 +112,12 @@ class Plan:
         for name, (spec, shape, dtype) in self.reduced.items():
             if spec.redrawn == redrawn:
                 shapes[name] = (shape, dtype, False)
-        return shapes
+        return shapes | {name: ((2,), jnp.uint32, False) for name in shapes if self.recomputed(name)}
+
+    def recomputed(self, name: str) -> bool:
+        """Whether only the key of a feedback weight is kept."""
+        spec = self.direct_feedback[name].spec if name in self.direct_feedback else self.reduced.get(name, (None,))[0]
+        return spec is not None and spec.storage == "recomputed"
 
     def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
         """Draws the feedback weights, each with a key made from its name."""
@@ -120,7 +126,11 @@ class Plan:
         learned: dict[str, jax.Array] = {}
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, name_number(name))
-            if name in self.sequential_feedback:
+            if self.recomputed(name):
+                drawn = key_words(k, name)
+                if name in self.direct_feedback:
+                    self.direct_feedback[name].check_drawing(drawn)
+            elif name in self.sequential_feedback:
                 entry = self.sequential_feedback[name]
                 drawn = split_as(entry.draw(k, params[entry.index]), *self.graph.param_avals[entry.index].sharding.spec)
             elif name in self.direct_feedback:
@@ -157,6 +167,11 @@ class Plan:
                 raise ValueError(
                     f"the feedback {name!r} is {'fixed' if learned else 'learned'}, and this rule "
                     f"{'learns it' if learned else 'keeps it fixed'}, so it was made for another rule: {remedy}"
+                )
+            if self.recomputed(name) and jnp.shape(given[name]) == (2,) and given[name].dtype != jnp.uint32:
+                raise ValueError(
+                    f"the feedback {name!r} is a key, two words of dtype uint32, and it has dtype "
+                    f"{given[name].dtype}: convert only feedback that is stored, and {remedy}"
                 )
             if jnp.shape(given[name]) != tuple(shape):
                 raise ValueError(

@@ -33,6 +33,7 @@ def direct_feedback_alignment(
     rank: int | None = None,
     error_at: Literal["layer", "outputs"] = "layer",
     max_feedback_bytes: float = 2**30,
+    storage: Literal["stored", "recomputed"] = "stored",
 ) -> Rule:
     """Direct feedback alignment (DFA), which Baldi, Sadowski and Lu call skipped random backpropagation (SRBP).
 
@@ -65,7 +66,13 @@ def direct_feedback_alignment(
         the outputs of a layer (softmax, log_softmax, sigmoid), the rule takes e at the outputs of this layer. With the
         cross-entropy that belongs to the function, e is then T - O, as in the papers. This is not so if the function
         lies inside a loop (`lrules.describe` says where e is taken). `"outputs"`: the rule takes e at the outputs.
-      max_feedback_bytes: the rule refuses to make more bytes of feedback than this.
+      max_feedback_bytes: the rule refuses to make more bytes of feedback than this. With `storage="recomputed"` these
+        are the bytes of the keys.
+      storage: `"recomputed"` is for tens of thousands of outputs, where feedback is larger than the network.
+        `feedback.fixed` then has only the two words of a key for each hidden signal. Each step draws the feedback
+        weights again from it, a few rows at a time, so that they take no memory, but time. They are those that
+        `"stored"` draws from the same key of `init` (bit for bit, if `init` is jitted). This needs keys of
+        threefry2x32 (JAX's default), and an initializer that draws each number by itself (no orthogonal matrices).
 
     Returns:
       The rule. It has one feedback weight `[outputs, *hidden shape]` per hidden signal (`lrules.describe` lists them).
@@ -98,4 +105,5 @@ def direct_feedback_alignment(
         rank=rank,
         error_at=error_at,
         max_feedback_bytes=max_feedback_bytes,
+        storage=storage,
     )
