@@ -122,8 +122,10 @@ class Layout:
         if any(kind != AxisType.Auto for kind in kinds or ()) or jax.device_count() == 1:
             return x
         if any(s is not None for s in self.stated) and isinstance(self.mesh, jax.sharding.Mesh):
-            spec = partition([PartitionSpec.UNCONSTRAINED if s is None else s for s in self.stated])
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+            given = dataclasses.replace(self, home=0, sources=((),) * x.ndim)
+            spec = given.sharding(x.shape, [NamedSharding(self.mesh, PartitionSpec())]).spec
+            spec = [PartitionSpec.UNCONSTRAINED if s is None else n for s, n in zip(self.stated, spec, strict=True)]
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
         like = self._like(x, params)
         return x if like is None else shard_alike(x, like)[0]
 
@@ -153,15 +155,10 @@ def known(leaf: Any) -> Any:
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
 
 
-def partition(spec: Sequence[Any]) -> PartitionSpec:
+def partition(spec: Sequence[tuple[Any, ...]]) -> PartitionSpec:
     """The mesh axes of each axis, as JAX writes them."""
 
-    def entry(names: Any) -> Any:
-        if names is PartitionSpec.UNCONSTRAINED or len(names) > 1:
-            return names
-        return names[0] if names else None
-
-    return PartitionSpec(*map(entry, spec))
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in spec))
 
 
 def _names(entry: Any) -> tuple[Any, ...]:
