@@ -37,6 +37,7 @@ What a training loop does:
 4. Every process calls `gather` on what it reads. Only the process for which `is_first()` is True writes files.
 """
 
+import math
 import os
 import pickle
 import re
@@ -345,9 +346,20 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     Args:
       compiled: such as `jax.jit(step).lower(carry, key, x, y).compile()`.
     """
+    return {kind: number for kind, (number, _) in traffic(compiled).items()}
+
+
+def traffic(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
+    """The same, with the bytes of their results on one device: `{kind: (number, bytes)}`."""
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-    text = compiled.as_text() or ""
-    return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
+    found = dict.fromkeys(kinds, (0, 0))
+    for shapes, kind in re.findall(rf"= (.*?) ({'|'.join(kinds)})(?:-start)?\(", compiled.as_text() or ""):
+        size = 0
+        for dtype, axes in re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", shapes):
+            bits = int(re.sub(r"\D", "", dtype) or 8)  # those of pred are bytes
+            size += bits * math.prod(int(n) for n in axes.split(",") if n) // 8
+        found[kind] = found[kind][0] + 1, found[kind][1] + size
+    return found
 
 
 class MeshPlacement(Placement):

@@ -20,9 +20,19 @@ from lrules.engine.carried import begin
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import name_number
 from lrules.engine.head import Head
-from lrules.engine.jaxprs import split_as
+from lrules.engine.jaxprs import split_as, varying_axes
 from lrules.engine.records import Hidden, Layer
-from lrules.engine.shardings import Layout, known, of_parameter, of_signal, of_weight, whole
+from lrules.engine.shardings import (
+    Layout,
+    known,
+    may_lie_on_a_mesh,
+    of_parameter,
+    of_signal,
+    of_weight,
+    parts_of_parameter,
+    parts_of_signal,
+    whole,
+)
 from lrules.engine.weights import (
     DirectFeedback,
     SequentialFeedback,
@@ -121,8 +131,11 @@ class Plan:
         require_key(key, "the first argument of init")
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
+        places = not redrawn and may_lie_on_a_mesh(params)
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, name_number(name))
+            for axis in () if redrawn else sorted(self.parts.get(name, ())):  # each device draws its own part
+                k = jax.random.fold_in(k, jax.lax.axis_index(axis))
             if name in self.sequential_feedback:
                 entry = self.sequential_feedback[name]
                 drawn = split_as(entry.draw(k, params[entry.index]), *self.graph.param_avals[entry.index].sharding.spec)
@@ -130,7 +143,7 @@ class Plan:
                 drawn = split_as(draw_direct(self.direct_feedback[name], k), *self.direct_feedback[name].split)
             else:
                 drawn = draw_reduction(k, shape, dtype)
-            if not redrawn:
+            if places:
                 drawn = self.layouts[name].place(drawn, params)
             (learned if is_learned else fixed)[name] = drawn
         state = self.placed_state(self._begin(key), params) if self.states and not redrawn else ()
@@ -144,6 +157,17 @@ class Plan:
             if landing.axis is not None:
                 found[name] = of_signal(landing)
         return found | {name: of_parameter(e.index, len(e.shape)) for name, e in self.sequential_feedback.items()}
+
+    @functools.cached_property
+    def parts(self) -> dict[str, frozenset[Any]]:
+        """Inside a `shard_map`, the mesh axes along which devices have different parts of a feedback weight."""
+        if not any(map(varying_axes, self.graph.param_avals)):
+            return {}
+        found = {name: parts_of_parameter(self.graph, e.index) for name, e in self.sequential_feedback.items()}
+        for name, landing in self.direct_feedback.items():
+            if landing.axis is not None:
+                found[name] = parts_of_signal(self.graph, landing)
+        return found
 
     def state_layout(self, site: str, shape: tuple[int, ...]) -> Layout:
         """Where an array of a state lies: as what has its shape, among the weights and signals that it belongs to."""
@@ -177,6 +201,8 @@ class Plan:
         def place(layout: Layout, leaf: Any) -> Any:
             return layout.place(leaf, params)
 
+        if not may_lie_on_a_mesh(params):
+            return states
         return {site: jax.tree.map(place, self._state_layouts(site, state), state) for site, state in states.items()}
 
     def shardings(self, feedback: Feedback, params: Sequence[Any]) -> Feedback:

@@ -24,9 +24,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.batch import Unbatched
+from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import OWN_DERIVATIVE, shard_alike, split_as, varying_axes
 from lrules.engine.operations import of, view_axes
-from lrules.engine.records import Layer, Value
+from lrules.engine.records import Layer, Value, united
 from lrules.engine.weights import DirectFeedback
 
 Source = tuple[int, int]  # a parameter, by number, and one of its axes
@@ -155,6 +156,12 @@ def known(leaf: Any) -> Any:
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
 
 
+def may_lie_on_a_mesh(params: Sequence[Any]) -> bool:
+    """Whether the parameters lie on a mesh; under `jit`, whether they can."""
+    traced = any(isinstance(p, jax.core.Tracer) for p in params)
+    return (traced and jax.device_count() > 1) or any(isinstance(known(p), NamedSharding) for p in params)
+
+
 def partition(spec: Sequence[tuple[Any, ...]]) -> PartitionSpec:
     """The mesh axes of each axis, as JAX writes them."""
 
@@ -240,10 +247,13 @@ def _held(layer: Layer, axis: int) -> list[Source]:
     return [(i, axes[0]) for i, axes in held if axes and i in layer.sources]
 
 
-def _told(value: Value, dim: int, sources: Sequence[Source] = ()) -> tuple[tuple[Source, ...], _Stated | None]:
+def _told(
+    value: Value, dim: int, sources: Sequence[Source] = (), *, whole_weights: bool = False
+) -> tuple[tuple[Source, ...], _Stated | None]:
     """As what an axis of a value lies: axes of parameters, and what the model states.
 
-    The axis is followed back through all operations that keep it in one place.
+    The axis is followed back through all operations that keep it in one place. With `whole_weights`, weights that the
+    devices have gathered tell nothing.
     """
     found = dict.fromkeys(sources)
     todo, seen = deque([(value, dim)]), set[tuple[int, int]]()
@@ -258,7 +268,8 @@ def _told(value: Value, dim: int, sources: Sequence[Source] = ()) -> tuple[tuple
         layer = value.layer
         comes = {} if layer is None else {o: a for a, o in layer.output_axes.items()}
         if layer is not None and dim in comes:
-            found |= dict.fromkeys(_held(layer, comes[dim]))
+            if not (whole_weights and _gathered(layer.weight)):
+                found |= dict.fromkeys(_held(layer, comes[dim]))
         else:
             todo += [(v, d) for v, d in _before(value, dim) if v.data]
     return tuple(found), None
@@ -309,10 +320,42 @@ def _before(value: Value, dim: int) -> Iterator[tuple[Value, int]]:
                 yield v, places[dim]
 
 
-def split_in_parts(value: Value, dims: Sequence[int], params: Sequence[Any]) -> frozenset[Any]:
-    """Inside a `shard_map`, the mesh axes along which the devices have different parts of a value, not of the batch."""
+# --------------------------------------------------------------------------------------- inside a shard_map of the user
+
+
+def parts_of_parameter(graph: Graph, i: int) -> frozenset[Any]:
+    """The mesh axes along which devices have different parts of a parameter.
+
+    Data-parallel programs may mark their parameters as different, too. There the inputs are split over the same axes,
+    and the network does not gather the parameter.
+    """
+    layers = [layer for layer in graph.layers if i in layer.sources]
+    return _own_parts(graph, i, any(_gathered(layer.weight) for layer in layers))
+
+
+def parts_of_signal(graph: Graph, landing: DirectFeedback) -> frozenset[Any]:
+    """The mesh axes along which devices have different features of a hidden signal."""
+    reader, axis = landing.hidden.reader, landing.axis
+    assert axis is not None
     found: frozenset[Any] = frozenset()
-    for dim in dims:
-        for i, _ in _told(value, dim)[0]:
-            found |= varying_axes(jax.typeof(params[i]))
+    for dim in range(len(reader.aval.shape)):
+        if dim != axis.axis or isinstance(axis, Unbatched):
+            for i, _ in _told(reader, dim, whole_weights=True)[0]:
+                found |= _own_parts(graph, i, False)
     return found
+
+
+def _own_parts(graph: Graph, i: int, gathered: bool) -> frozenset[Any]:
+    split = varying_axes(graph.param_avals[i])
+    return split if gathered or not split else split - united(varying_axes(v.aval) for v in graph.arguments)
+
+
+def _gathered(weight: Value) -> bool:
+    """Whether devices exchange parts of a weight before the layer uses it."""
+    todo = [weight]
+    while todo:
+        value = todo.pop()
+        if value.producer is not None and of(value.producer).kind in ("collective", "unknown"):
+            return True
+        todo += [v for v in value.operands if v.params]
+    return False

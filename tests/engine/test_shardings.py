@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lrules
+from lrules.engine.jaxprs import varying_axes
 from tests.sampling import mostly_slow
 
 P = PartitionSpec
@@ -412,6 +414,27 @@ def test_flax(rule):
     assert _trimmed(drawn.fixed["down/kernel"].sharding) == (("model",) if rule is FA else (None, "model"))
 
 
+@pytest.mark.parametrize("rule", [DFA, lrules.kolen_pollack(), lrules.node_perturbation(0.1, solver="rls")])
+def test_checkpoints(rule, tmp_path):
+    """Orbax restores each part of a weight to the device where it belongs."""
+    one = CASES["columns_then_rows"]
+    params = one.placed()
+    feedback = rule.init(KEY, one.apply, params, one.x)
+    lies = lrules.feedback.shardings(rule, one.apply, params, one.x)
+    shapes = jax.eval_shape(lambda key: rule.init(key, one.apply, params, one.x), KEY)
+    template = jax.tree.map(lambda s, lie: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=lie), shapes, lies)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "feedback", feedback)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "feedback", template)
+    lie(restored, lies)
+    equal(restored, feedback)
+    lrules.feedback.save(tmp_path / "feedback.npz", feedback)
+    loaded = jax.device_put(lrules.feedback.load(tmp_path / "feedback.npz"), lies)
+    lie(loaded, lies)
+    equal(loaded, feedback)
+
+
 def test_one_device():
     """Without a mesh, feedback lies where the parameters lie."""
     one = CASES["columns_then_rows"]
@@ -434,3 +457,77 @@ def test_what_cannot_be_told():
         lrules.feedback.shardings(lrules.Rule(DFA.init, DFA.transform), one.apply, params, one.x)
     with pytest.raises(TypeError, match="not an lrules.Rule: call its factory first"):
         lrules.feedback.shardings(lrules.kolen_pollack, one.apply, params, one.x)
+
+
+# --------------------------------------------------------------------------------------- inside a shard_map of the user
+
+SHAPES = {"a": (4, 8), "b": (8, 6), "c": (6, 2)}
+WHOLE = {n: jax.random.normal(jax.random.key(i), s) for i, (n, s) in enumerate(SHAPES.items())}
+ADD = {"model": lambda h: jax.lax.psum(h, "model"), None: lambda h: h}
+
+
+def by_hand(p, x, axis="model"):
+    """The first layer makes a part of the features, and the second one sums over all parts."""
+    h = jnp.tanh(x @ p["a"])
+    return jnp.tanh(ADD[axis](h @ p["b"])) @ p["c"]
+
+
+def gathered_by_hand(p, x):
+    """Parts of the weights lie where the parts of the batch lie."""
+    p = {n: jax.lax.all_gather(w, "model", tiled=True) for n, w in p.items()}
+    return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+
+def in_parts(net, rule, specs, feedback_specs, *batch, marked=False):
+    """Feedback that is drawn inside of a shard_map over `model`, with the gradients there."""
+    lies = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    x = jax.random.normal(KEY, (4, 4))
+
+    def objective(params, feedback, x):
+        y = lrules.transform(net, rule)(params, feedback, x)
+        value = jnp.mean(y**2)
+        return jax.lax.pmean(value, "model") if varying_axes(jax.typeof(value)) else value
+
+    def run(params, x):
+        if marked:
+            params = jax.tree.map(lambda p: jax.lax.pcast(p, ("model",), to="varying"), params)
+        feedback = rule.init(KEY, net, params, x)
+        grads = jax.grad(objective)(params, feedback, x)
+        return feedback.fixed, jax.lax.psum(grads, "model") if marked else grads
+
+    mapped = jax.shard_map(run, mesh=lies, in_specs=(specs, P(*batch)), out_specs=(feedback_specs, specs))
+    return x, *jax.jit(mapped)(WHOLE, x)
+
+
+@pytest.mark.parametrize("rule", [FA, DFA])
+def test_tensor_parallel_by_hand(rule):
+    """Each device draws its own part of a feedback weight; together they are one feedback weight."""
+    specs = {"a": P(None, "model"), "b": P("model", None), "c": P()}
+    lies = {"b": P("model", None) if rule is FA else P(None, "model"), "c": P()}
+    x, drawn, grads = in_parts(by_hand, rule, specs, lies)
+    first, second = jnp.split(drawn["b"], 2, axis=0 if rule is FA else 1)
+    assert not jnp.any(first == second)
+    net = functools.partial(by_hand, axis=None)
+    alone = jax.grad(lambda p: jnp.mean(lrules.transform(net, rule)(p, lrules.Feedback(drawn, {}), x) ** 2))(WHOLE)
+    close(grads, alone)
+
+
+@pytest.mark.parametrize("rule", [FA, DFA])
+def test_weights_gathered_by_hand(rule):
+    """Sequential feedback is in parts, as the weights that the network gathers; direct feedback is whole."""
+    specs = {n: P("model") for n in SHAPES}
+    lies = {n: P("model") if rule is FA else P() for n in "bc"}
+    x, drawn, grads = in_parts(gathered_by_hand, rule, specs, lies, "model")
+    net = functools.partial(by_hand, axis=None)
+    alone = jax.grad(lambda p: jnp.mean(lrules.transform(net, rule)(p, lrules.Feedback(drawn, {}), x) ** 2))(WHOLE)
+    close(grads, alone)
+    if rule is FA:
+        assert not jnp.any(drawn["b"][:4] == drawn["b"][4:])
+
+
+@pytest.mark.parametrize("rule", [FA, DFA])
+def test_data_parallel_with_marked_parameters(rule):
+    """Parameters that are marked as different, and are not, have one feedback."""
+    net = functools.partial(by_hand, axis=None)
+    x, drawn, _ = in_parts(net, rule, dict.fromkeys(SHAPES, P()), P(), "model", marked=True)
+    close(drawn, rule.init(KEY, net, WHOLE, x).fixed)
