@@ -435,6 +435,21 @@ def test_checkpoints(rule, tmp_path):
     equal(loaded, feedback)
 
 
+@pytest.mark.parametrize("rule", [FA, DFA])
+def test_frozen_weights(rule):
+    """Also where the frozen weights are constants of a program."""
+    one = CASES["columns_then_rows"]
+    params, alone = one.placed(), dict(one.alone)
+    frozen, first = {"b": params.pop("b")}, {"b": alone.pop("b")}
+    net, own = (lrules.Network(lambda p, f, x: one.apply({**p, **f}, x), frozen=f) for f in (frozen, first))
+    want = lrules.feedback.shardings(rule, net, params, one.x)
+    assert _trimmed(want.fixed["b"]) == (("model",) if rule is FA else (None, "model"))
+    init = lambda p: rule.init(KEY, net, p, one.x)  # noqa: E731
+    lie(init(params), want)
+    lie(jax.jit(init)(params), want)
+    equal(init(params), rule.init(KEY, own, alone, one.x))
+
+
 def test_one_device():
     """Without a mesh, feedback lies where the parameters lie."""
     one = CASES["columns_then_rows"]
