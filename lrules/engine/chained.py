@@ -84,7 +84,7 @@ def pulled(
 
 
 def _by_signal(eqns: Sequence[Any], names: Mapping[Any, str]) -> list[Any]:
-    """The equations in the order of the signals that they wait for, so that what can end before the next signal does."""
+    """The equations in the order of the signals that they wait for: what can end before the next signal does."""
     level: dict[Any, int] = {}
     count = 0
     for eqn in eqns:

@@ -219,8 +219,8 @@ class _Parts:
             eqn = self.source[atom]
             if max(math.prod(v.aval.shape) for v in (*eqn.outvars, *eqn.invars)) > TILE:
                 raise ValueError(
-                    f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all numbers '
-                    f'together ({of(eqn).name}): use an initializer that draws each number by itself, such as '
+                    f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all '
+                    f'numbers together ({of(eqn).name}): use an initializer that draws each number by itself, such as '
                     'jax.nn.initializers.glorot_normal(), or storage="stored"'
                 )
             body = call_body(eqn)

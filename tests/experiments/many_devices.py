@@ -196,7 +196,8 @@ def under_jit(case, name, mesh):
     """The step with a split batch, and the feedback as it is drawn there."""
     rule = rule_of(name)
     params, state = devices.place((case.params, case.state), mesh, wide=WIDE)
-    feedback = devices.place(start(case, name), mesh, wide=WIDE)
+    lies = lrules.feedback.shardings(rule, case.net, params, case.inputs(state, case.x))
+    feedback = devices.place(start(case, name), mesh, lies=lies)
     x, y = devices.place_batch((case.x, case.y), mesh)
 
     def step(carry, key, x, y):
