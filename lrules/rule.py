@@ -172,17 +172,15 @@ class Direct(_LayerRule):
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
       shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
         hidden signals that are given for it: axes, or `"loop 0"`. At each signal, the first place that fits holds.
-      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error before it is sent;
-        None: the error is not reduced.
-      pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
-        cotangent of each hidden signal at its definition, by name.
+      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: it does not.
+      pullback: instead of `signal`, see `lrules.direct`.
       targets: whether `signal` needs the targets.
-      error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
-        the like without parameters (see `head.py`), or `"outputs"`.
+      error_at: where it takes the output error: below a softmax or the like, `"layer"` (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
       offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
+      learned_factors: whether the feedback weight of `rank` learns.
 
     Example:
       >>> import lrules
@@ -205,6 +203,7 @@ class Direct(_LayerRule):
     offers: tuple[str, ...] = ("at", "shared_axes", "rank")
     state: Callable[..., Any] | None = None
     numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
+    learned_factors: bool = False
 
     of = "shape"
 
@@ -340,6 +339,7 @@ class Rule:
         objective.
       description: what the rule does at each place of a network; its functions are made from it. It is None for a rule
         that is made of functions by hand, and for a copy with another function: the description would be wrong there.
+      phase: the rule of a phase in which the feedback weights alone learn, see `lrules.feedback_grad`; or None.
 
     Example:
       >>> import lrules
@@ -355,6 +355,7 @@ class Rule:
     stochastic: bool = False
     additive: bool = True
     description: RuleDescription | None = None
+    phase: Rule | None = None
 
     def __post_init__(self) -> None:
         functions = (self.init, self.transform, self.value_and_grad)
@@ -410,8 +411,7 @@ def require_feedback(feedback: Any) -> None:
     """Refuses an object that is not a `Feedback`."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
-        remedy = "write lrules.Feedback(**restored)" if restored else "make it with "
-        remedy += "" if restored else "rule.init(key, net, params, inputs)"
+        remedy = "write lrules.Feedback(**restored)" if restored else "make it with rule.init(key, net, params, inputs)"
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 

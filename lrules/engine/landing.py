@@ -219,6 +219,32 @@ def direct_feedback_gradient(
     return split_as(one(e, h, b, given or {}), *placing)
 
 
+def reduction_gradient(
+    plan: Plan, spec: Direct, name: str, e: jax.Array, feedback: Mapping[str, Any], records: Mapping[str, Any]
+) -> jax.Array:
+    """The gradient of the matrix R that reduces errors to a rank, where it learns: dR = sum over l of e (B_l h_l)^T.
+
+    The feedback weight of a hidden signal is the product R B_l, and e h_l^T its gradient. This is the part of R in it.
+
+    Args:
+      plan: a plan with direct feedback.
+      spec, name: the direct rule, and the name of its matrix in `plan.reduced`.
+      e: the result of `output_error`.
+      feedback: the feedback weights by name.
+      records: the hidden signals, at their definitions.
+    """
+    reduced, pull = jax.vjp(lambda r: sent_error(plan, spec, e, {name: r}), feedback[name])
+    back = jnp.zeros_like(reduced)
+    for place, landing in plan.direct_feedback.items():
+        if landing.spec is spec:  # what is linear in the error: its transpose brings h back to the error
+
+            def lands(e: jax.Array, landing: DirectFeedback = landing, b: Any = feedback[place]) -> jax.Array:
+                return land(landing, e, b, lambda e, b: jnp.tensordot(e.astype(b.dtype), b, axes=1))
+
+            back += jax.vjp(lands, reduced)[1](records[place])[0]
+    return pull(back)[0]
+
+
 def at_calls(landing: DirectFeedback, record: jax.Array, batch: int) -> jax.Array:
     """What is recorded at a hidden signal, as its reader sees it: `[*calls, batch, *hidden]`."""
     seen: Callable[..., jax.Array] = functools.partial(landing.read, batch=batch)

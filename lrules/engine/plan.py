@@ -110,7 +110,7 @@ class Plan:
                 shapes[name] = (landing.shape, landing.dtype, landing.spec.learn is not None)
         for name, (spec, shape, dtype) in self.reduced.items():
             if spec.redrawn == redrawn:
-                shapes[name] = (shape, dtype, False)
+                shapes[name] = (shape, dtype, spec.learned_factors)
         return shapes
 
     def init(self, key: jax.Array, params: Sequence[Any], *, redrawn: bool = False) -> Feedback:
