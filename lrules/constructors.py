@@ -209,6 +209,7 @@ def direct(
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
     learned_factors: bool = False,
+    normalise_error: bool = False,
 ) -> Rule:
     """Makes a rule that brings the output error straight to every hidden signal.
 
@@ -246,6 +247,8 @@ def direct(
       numbers: hyperparameters by name, as in `sequential`; regular expressions are for the names of hidden signals.
       learned_factors: whether the matrix of `rank` learns too. Its gradient is the sum over the hidden signals of
         e (B_l h_l)^T, with the error e before the matrix reduces it.
+      normalise_error: whether the error vector of each example (and shared position) has length one, before the matrix
+        of `rank` reduces it. It is then divided by the number of losses, as the gradient of a mean is.
 
     Returns:
       The rule.
@@ -266,7 +269,7 @@ def direct(
       >>> rule.init(jax.random.key(0), net, params, jnp.ones((1, 3))).fixed["b"].shape
       (2, 4)
     """
-    require_flags(redrawn=redrawn, targets=targets, learned_factors=learned_factors)
+    require_flags(redrawn=redrawn, targets=targets, learned_factors=learned_factors, normalise_error=normalise_error)
     several = isinstance(at, Iterable) and not isinstance(at, str)
     where: tuple[Any, ...] | None = None if at is None else tuple(at) if several else (at,)
     if where == ():
@@ -292,7 +295,7 @@ def direct(
     given = rule_numbers(numbers, "hidden signal")
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,
-        tuple(offers), state, given, learned_factors,
+        tuple(offers), state, given, learned_factors, normalise_error,
     )  # fmt: skip
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.plan import Plan
 from lrules.engine.reshapes import moved
@@ -55,7 +56,7 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
 
 
 def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, Any]) -> jax.Array:
-    """Prepares the output error for sending: with the shared axes in front, and reduced to the rank of the rule.
+    """Prepares the output error for sending: with the shared axes in front, normalised, and reduced to a rank.
 
     Args:
       plan: a plan with direct feedback.
@@ -82,10 +83,21 @@ def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, An
         axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
         e = moved(e, axes, range(len(axes)))
         e = e.reshape(*e.shape[: len(axes) + 1], -1)
+    if spec.normalise_error:
+        assert plan.elements is not None
+        e = (_unit(e) / plan.elements).astype(e.dtype)
     for name, (owner, _, _) in plan.reduced.items():
         if owner is spec:
             e = jnp.tensordot(e.astype(feedback[name].dtype), feedback[name], axes=1)
     return e
+
+
+def _unit(e: jax.Array) -> jax.Array:
+    """Vectors of length one; zeros stay zero. Their largest number is 1 first, so that no square underflows."""
+    e = e.astype(at_least_float32(e.dtype))
+    e = e / jnp.max(jnp.abs(e), axis=-1, keepdims=True, initial=jnp.finfo(e.dtype).tiny)
+    length = jnp.linalg.norm(e, axis=-1, keepdims=True)
+    return e / jnp.where(length == 0, jnp.ones_like(length), length)
 
 
 def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., Any]) -> jax.Array:

@@ -6,7 +6,8 @@ Adaptive (ASRBP): also dB_l = e h_l^T, the product of the error at the top and t
 
 With a rank, B_l = R B'_l. If both factors learn, they learn by the parts that they have in e h_l^T: dB'_l = (R^T e)
 h_l^T and dR = sum over l of e (B'_l h_l)^T (as the two factors of low-dimensional feedback in Hanut, Kadmon 2025).
-Normalised: e / |e| in the place of e, so examples with small and with large errors move hidden layers alike.
+Normalised: e / |e| in the place of e, so examples with small and with large errors move hidden layers alike. (Launay et
+al. 2020 normalise feedback too; their program divides it by the root of the hidden size, which is a choice of `init`.)
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.extend import at_least_float32, correlate, project
+from lrules.extend import correlate, project
 from lrules.options import as_initializer, require_flags
 from lrules.rule import Rule
 from lrules.typing import Initializer, Pytree
@@ -27,14 +27,6 @@ from lrules.typing import Initializer, Pytree
 def arrive(e: jax.Array, b: Any, targets: Pytree, name: str) -> jax.Array:
     """The signal that direct feedback alignment brings to a hidden signal."""
     return project(e, b)
-
-
-def arrive_normalised(e: jax.Array, b: Any, targets: Pytree, name: str, *, elements: Any) -> jax.Array:
-    """The same for the error of length one of each example, in the mean over all losses."""
-    wide = e.astype(at_least_float32(e.dtype))
-    wide = wide / jnp.max(jnp.abs(wide), axis=-1, keepdims=True, initial=jnp.finfo(wide.dtype).tiny)  # no underflow
-    length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
-    return project((wide / jnp.where(length == 0, 1, length) / elements).astype(e.dtype), b)
 
 
 def direct_feedback_alignment(
@@ -78,8 +70,8 @@ def direct_feedback_alignment(
         the mean (from rank 3 on) and the variance of such feedback, but not its zeros or signs.
       learned_factors: both factors that `rank` makes learn, the shared one by the sum over all hidden signals.
       normalise_error: the error vector of each example (with `shared_axes`: of each position) has length one where it
-        is sent to hidden signals; an error of zero stays zero. With a `rank` it is the reduced error. The last layer
-        and learned feedback weights get the error as it is. The rule then needs `lrules.value_and_grad`.
+        is sent to hidden signals and where feedback weights learn from it; an error of zero stays zero. The last layer
+        gets its true error. The rule then needs `lrules.value_and_grad`.
       error_at: where the rule takes the output error e. `"layer"`: if the outputs are a function without parameters of
         the outputs of a layer (softmax, log_softmax, sigmoid), the rule takes e at the outputs of this layer. With the
         cross-entropy that belongs to the function, e is then T - O, as in the papers. This is not so if the function
@@ -114,13 +106,14 @@ def direct_feedback_alignment(
     if learned_factors and rank is None:
         raise ValueError("learned_factors trains the two factors that rank makes: give rank=, or adaptive=True")
     return direct(
-        arrive_normalised if normalise_error else arrive,
+        arrive,
         init=as_initializer(init),
         learn=correlate if adaptive or learned_factors else None,
-        learned_factors=learned_factors,
         at=at,
         shared_axes=shared_axes,
         rank=rank,
+        learned_factors=learned_factors,
+        normalise_error=normalise_error,
         error_at=error_at,
         max_feedback_bytes=max_feedback_bytes,
     )
