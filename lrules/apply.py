@@ -254,7 +254,8 @@ def feedback_grad(net: NetworkLike, rule: Rule) -> FeedbackGrad:
             out = f(params, Feedback({}, learned), inputs, rng=rng)
             leaves = jax.tree.leaves(out[0] if net.has_aux else out)
             # What arrives at the layers does not matter, but something has to: the phase gives its gradients there.
-            return sum(jnp.sum(y.real).astype(float) for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact))
+            sums = [jnp.sum(y.real).astype(float) for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact)]
+            return sum(sums, jnp.zeros(()))
 
         own = {name: b for name, b in feedback.learned.items() if name in taught}
         spread = frozenset().union(*(varying_axes(jax.typeof(leaf)) for leaf in jax.tree.leaves(inputs)))

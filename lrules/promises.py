@@ -80,8 +80,8 @@ def check_used(trial: Trial, samples: Gradients) -> None:
     taught = named(trial.taught) if trial.rule.phase is not None else {}
     for name, g in named(samples.feedback).items():
         assert np.any(g) or np.any(taught.get(name, 0)) or trial.stops_error, (
-            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, learn, or phase), or make "
-            "the weight fixed, without learned=True"
+            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, learn, or phase), or "
+            "make the weight fixed, without learned=True"
         )
     base = named(samples)
     for kind in ("fixed", "learned"):

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lrules
-from experiments import devices, models, recipes, rules
+from experiments import devices, models, rules
 
 BATCH = 16
 WIDE = 8  # the layers of the test are small
