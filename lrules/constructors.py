@@ -155,8 +155,8 @@ def sequential(
       numbers: hyperparameters by name. Give for each a number, or a dict of numbers by regular expression for the names
         of layers (`re.search`, the first match holds). `jax.jit` and `jax.vmap` may trace them.
       phase: a sequential rule with learned feedback, for a phase in which the feedback weights alone learn, by its
-        `db`. `lrules.feedback_grad` runs it. What arrives there as `d` has no meaning. With it, `db` of this rule is
-        zero in ordinary steps.
+        `db`. `lrules.feedback_grad` runs it. `d` has no meaning there, and `dx` must not be None, so that the layers
+        below take part. The `db` of this rule, in ordinary steps, is then zeros.
 
     Returns:
       The rule.

@@ -96,6 +96,32 @@ def kolen_pollack() -> Drawing:
     )
 
 
+def direct_kolen_pollack() -> Drawing:
+    return _direct(
+        "Direct Kolen-Pollack: learned feedback weights bring the output error to each hidden signal",
+        "B{}ᵀ",
+        "learned",
+        "The feedback weights B learn from e and the hidden signals, and decay as W does.",
+    )
+
+
+def weight_mirror() -> Drawing:
+    made = _network("Weight mirror: in a phase of their own, feedback weights learn from noise", 288, top=88)
+    for which, (left, right) in enumerate(((H1, H2), (H2, Y)), 1):
+        made.text(left, 20, "noise ξ" + "₁₂"[which - 1], "other", 14)
+        made.arrow((left, 30), (left, 70), "other")
+        made.text((left + right) / 2 + 12, 128, f"W{'₂₃'[which - 1]}ξ{'₁₂'[which - 1]}", "other", 14)
+        made.arrow((right - 17, BELOW), (left + 17, BELOW), "learned", f"B{'₂₃'[which - 1]}ᵀ", above=16)
+    for place, name in ((H1, "ξ₁"), (H2, "ξ₂"), (Y, "")):
+        made.circle(place, BELOW, name or "y", "quiet")
+    _says(
+        made,
+        "Noise ξ replaces the inputs of the layers. B learns the products of noise and response,",
+        "and so comes to W. Ordinary steps are those of feedback alignment, and leave B alone.",
+    )
+    return made
+
+
 def sign_symmetry() -> Drawing:
     return _sequential(
         "Sign symmetry: feedback weights with the signs of the forward weights",
@@ -330,7 +356,7 @@ RULES: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
-        kolen_pollack, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation, partition,
+        kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {

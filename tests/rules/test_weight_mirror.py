@@ -157,7 +157,7 @@ def test_alignment(name, phase):
 
 
 def test_where_the_mirror_settles():
-    """At std^2 / decay W, by layer; and around it at an angle that the docstring gives."""
+    """At std^2 / decay W, by layer; and around it at the angle that docs/rules/weight_mirror.md gives."""
     net, params, x = NETWORKS["mlp"]()
     rule = lrules.weight_mirror(std={"second": 2.0, ".*": 1.0}, decay={"last": 0.5, ".*": 2.0})
     _, after = after_the_phase(rule, net, params, x, steps=400)
