@@ -144,7 +144,7 @@ def by_rule(
         (value, _, state), grads = refused(value_and_grad)(
             carry.params, carry.feedback, (carry.state, x), y, rng=key if rule.stochastic else None
         )
-        if feedback_grad is not None and rule.phase is not None:  # a step of the phase follows each ordinary step, on the weights before both
+        if feedback_grad is not None and rule.phase is not None:  # each step is one of the phase too
             rng = jax.random.fold_in(key, 1) if rule.phase.stochastic else None
             taught = feedback_grad(carry.params, carry.feedback, (carry.state, x), rng=rng)
             grads = grads._replace(feedback=jax.tree.map(jnp.add, grads.feedback, taught))

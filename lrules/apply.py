@@ -242,9 +242,7 @@ def feedback_grad(net: NetworkLike, rule: Rule) -> FeedbackGrad:
     net = as_network(net)
     f = transform(net, phase)
 
-    def fn(
-        params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None
-    ) -> dict[str, jax.Array]:
+    def fn(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> dict[str, jax.Array]:
         require_feedback(feedback)
         check_params(params)
         about = require_description(phase, "feedback_grad", "the phase of this rule")

@@ -198,6 +198,7 @@ RULES = {
     "last_layer_only": lrules.last_layer_only(),
     "direct_feedback_alignment": lrules.direct_feedback_alignment(),
     "kolen_pollack": lrules.kolen_pollack(),
+    "weight_mirror": lrules.weight_mirror(),
     "sign_symmetry": lrules.sign_symmetry(),
     "backman": lrules.backman(),
     "skipped_backprop": lrules.skipped_backprop(),

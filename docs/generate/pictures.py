@@ -106,14 +106,12 @@ def direct_kolen_pollack() -> Drawing:
 
 
 def weight_mirror() -> Drawing:
-    made = _network("Weight mirror: in a phase of their own, feedback weights learn from noise", 288, top=88)
-    for which, (left, right) in enumerate(((H1, H2), (H2, Y)), 1):
-        made.text(left, 20, "noise ξ" + "₁₂"[which - 1], "other", 14)
+    made = _network("Weight mirror: in a phase of their own, feedback weights learn from noise", 236, top=88)
+    for i, (left, right) in enumerate(((H1, H2), (H2, Y))):
+        made.text(left, 20, "noise ξ" + "₁₂"[i], "other", 14)
         made.arrow((left, 30), (left, 70), "other")
-        made.text((left + right) / 2 + 12, 128, f"W{'₂₃'[which - 1]}ξ{'₁₂'[which - 1]}", "other", 14)
-        made.arrow((right - 17, BELOW), (left + 17, BELOW), "learned", f"B{'₂₃'[which - 1]}ᵀ", above=16)
-    for place, name in ((H1, "ξ₁"), (H2, "ξ₂"), (Y, "")):
-        made.circle(place, BELOW, name or "y", "quiet")
+        made.arrow((right - 28, 136), (left + 28, 136), "learned", f"B{'₂₃'[i]}ᵀ")
+        made.text((left + right) / 2, 160, f"learns ξ{'₁₂'[i]} (W{'₂₃'[i]}ξ{'₁₂'[i]})ᵀ", "learned", 13)
     _says(
         made,
         "Noise ξ replaces the inputs of the layers. B learns the products of noise and response,",
@@ -356,7 +354,8 @@ RULES: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
-        kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation, partition,
+        kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
+        dual_propagation, node_perturbation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {

@@ -51,9 +51,10 @@ def direct_kolen_pollack(
     Args:
       init: the initializer of the feedback weights, `init(key, shape, dtype)`; it draws `[hidden size, outputs]`.
         Default `jax.nn.initializers.glorot_normal()`.
-      at, shared_axes, error_at, max_feedback_bytes: as in `direct_feedback_alignment`.
+      at, shared_axes: as in `direct_feedback_alignment`.
       rank: as in `direct_feedback_alignment`. The shared matrix does not learn, so no feedback weight becomes a forward
         weight.
+      error_at, max_feedback_bytes: as in `direct_feedback_alignment`.
 
     Returns:
       The rule. It has one learned feedback weight `[outputs, *hidden shape]` per hidden signal.
