@@ -126,6 +126,7 @@ def by_rule(
         adversarial.check(epsilon)
     optimizers = as_optimizers(optimizer, task)
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+    feedback_grad = None if rule.phase is None else lrules.feedback_grad(task.net, rule)
     true_gradient = lrules.value_and_grad(task.net, task.loss, lrules.backprop())
     if accumulate > 1 and not rule.additive:
         raise InputError(
@@ -146,6 +147,10 @@ def by_rule(
         (value, _, state), grads = refused(value_and_grad)(
             carry.params, carry.feedback, (carry.state, x), y, rng=key if rule.stochastic else None
         )
+        if feedback_grad is not None and rule.phase is not None:  # each step is one of the phase too
+            rng = jax.random.fold_in(key, 1) if rule.phase.stochastic else None
+            taught = feedback_grad(carry.params, carry.feedback, (carry.state, x), rng=rng)
+            grads = grads._replace(feedback=jax.tree.map(jnp.add, grads.feedback, taught))
         return value, state, grads
 
     def accumulated(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Array, PyTree, lrules.Gradients]:

@@ -71,6 +71,7 @@ BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options", "lrules.t
 RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
     ("monotone_dfa", "direct_feedback_alignment"),
+    ("direct_kolen_pollack", "direct_feedback_alignment"),
 }
 BUILT_ON_RULES = ("adapters", "audit", "description", "modified", "modifiers", "promises", "testing", "trial")
 

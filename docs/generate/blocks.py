@@ -39,7 +39,7 @@ def cost(name: str) -> str:
     """What it costs."""
     rows = facts.costs(name)
     if not rows:
-        return "It was not measured. It costs what the rules of its layers cost."
+        return "It was not measured." + " It costs what the rules of its layers cost." * (name == "partition")
     head = ("network", "rule", "step time", "memory", "feedback weights")
     return table(head, rows, 2)
 

@@ -124,7 +124,7 @@ class Plan:
                 shapes[name] = (landing.shape, landing.dtype, landing.spec.learn is not None)
         for name, (spec, shape, dtype) in self.reduced.items():
             if spec.redrawn == redrawn:
-                shapes[name] = (shape, dtype, False)
+                shapes[name] = (shape, dtype, spec.learned_factors)
         return shapes | {name: ((2,), jnp.uint32, False) for name in shapes if self.recomputed(name)}
 
     def recomputed(self, name: str) -> bool:
@@ -166,8 +166,8 @@ class Plan:
         for name, landing in self.direct_feedback.items():
             if landing.axis is not None:
                 found[name] = of_signal(landing)
-        keys = {name: whole(0, 1) for name in found if self.recomputed(name)}
-        return found | keys | {name: of_parameter(e.index, len(e.shape)) for name, e in self.sequential_feedback.items()}
+        found |= {name: whole(0, 1) for name in found if self.recomputed(name)}  # a key
+        return found | {name: of_parameter(e.index, len(e.shape)) for name, e in self.sequential_feedback.items()}
 
     @functools.cached_property
     def parts(self) -> dict[str, frozenset[Any]]:

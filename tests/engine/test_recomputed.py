@@ -14,6 +14,8 @@ from lrules.engine.recomputed import Matrix
 from lrules.engine.weights import draw_reduction
 from tests.small import KEY, W, X, half_square, mlp
 
+normal = jax.random.normal
+
 INITS = {
     "glorot_normal": jax.nn.initializers.glorot_normal(),
     "he_uniform": jax.nn.initializers.he_uniform(),
@@ -24,7 +26,7 @@ INITS = {
     "shifted": lrules.feedback.shifted(0.1),
     "absolute": lrules.feedback.absolute(),
     "averaged": lrules.feedback.averaged(3),
-    "by_row": lambda key, shape, dtype: jnp.arange(shape[0], dtype=dtype)[:, None] * jax.random.normal(key, shape, dtype),
+    "by_row": lambda key, shape, dtype: jnp.arange(shape[0], dtype=dtype)[:, None] * normal(key, shape, dtype),
     "turned": lambda key, shape, dtype: jax.random.uniform(key, shape[::-1], dtype).T,
     "integers": lambda key, shape, dtype: jax.random.randint(key, (1, *shape), -3, 4)[0].astype(dtype),
     "of a reduction": draw_reduction,
