@@ -155,35 +155,6 @@ def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
     return lrules.sequential(backward, numbers={"rate": by_layer})
 
 
-def weight_mirror(
-    std: float = 1.0, decay: float = 1.0, noise: Callable[..., jax.Array] = jax.random.normal
-) -> lrules.Rule:
-    """Feedback alignment whose feedback weights learn to mirror the forward weights (Akrout et al. 2019, section 3).
-
-    B_l <- B_l + eta (xi y^T - decay B_l),  y = W_l xi,  where noise xi replaces the input of layer l
-
-    The mean of xi y^T over the noise is std^2 W_l (with the layout of the parameter). So B_l goes to std^2 / decay W_l,
-    and no weight is copied. `grads.feedback` is minus the bracket, as a mean over the batch; `optax.sgd(eta)` makes the
-    update from it. (In the paper, the noise has its own phases. Here there is noise at every step.)
-
-    Args:
-      std: the standard deviation of the noise.
-      decay: the decay of the feedback weights.
-      noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1.
-    """
-
-    def backward(op, w, b, x, d, layer, *, rng, h):
-        dw, _ = jax.vjp(op, w, x)[1](d)
-        (dx,) = jax.vjp(lambda x: op(b, x), x)[1](d)
-        if h is None:  # a first layer has no feedback
-            return dw, dx, jnp.zeros_like(b)
-        xi = std * noise(rng, x.shape, x.dtype)
-        (mirrored,) = jax.vjp(lambda v: op(v, xi), w)[1](op(w, xi) / len(x))
-        return dw, dx, decay * b - mirrored
-
-    return lrules.sequential(backward, init=jax.nn.initializers.glorot_normal(), learned=True)
-
-
 def difference_target_propagation(
     step: float = 0.1,
     std: float = 0.1,

@@ -2,7 +2,7 @@
 
 from lrules import diagnostics, extend, feedback, monotone, testing
 from lrules.adapters import from_linen, from_nnx
-from lrules.apply import TransformedNetwork, ValueAndGrad, transform, value_and_grad
+from lrules.apply import FeedbackGrad, TransformedNetwork, ValueAndGrad, feedback_grad, transform, value_and_grad
 from lrules.audit import audit
 from lrules.constructors import direct, sequential
 from lrules.description import describe, refusals
@@ -22,6 +22,7 @@ from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only
 from lrules.rules.direct_feedback_alignment import direct_feedback_alignment
+from lrules.rules.direct_kolen_pollack import direct_kolen_pollack
 from lrules.rules.dual_propagation import dual_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
 from lrules.rules.forward_gradient import forward_gradient
@@ -33,11 +34,13 @@ from lrules.rules.partition import partition
 from lrules.rules.random_target_projection import random_target_projection
 from lrules.rules.sign_symmetry import sign_symmetry
 from lrules.rules.skipped_backprop import skipped_backprop
+from lrules.rules.weight_mirror import weight_mirror
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Feedback",
+    "FeedbackGrad",
     "Gradients",
     "Network",
     "Rule",
@@ -51,11 +54,13 @@ __all__ = [
     "diagnostics",
     "direct",
     "direct_feedback_alignment",
+    "direct_kolen_pollack",
     "drop_error",
     "dual_propagation",
     "extend",
     "feedback",
     "feedback_alignment",
+    "feedback_grad",
     "forward_gradient",
     "from_linen",
     "from_nnx",
@@ -82,6 +87,7 @@ __all__ = [
     "testing",
     "transform",
     "value_and_grad",
+    "weight_mirror",
     "without_derivatives",
 ]
 

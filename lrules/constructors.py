@@ -129,6 +129,7 @@ def sequential(
     gain: Callable[..., Any] | None = None,
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
+    phase: Rule | None = None,
 ) -> Rule:
     """Makes a rule whose error goes down through every layer, as `backward` says.
 
@@ -153,6 +154,9 @@ def sequential(
         continue with `feedback._replace(state=grads.state)`.
       numbers: hyperparameters by name. Give for each a number, or a dict of numbers by regular expression for the names
         of layers (`re.search`, the first match holds). `jax.jit` and `jax.vmap` may trace them.
+      phase: a sequential rule with learned feedback, for a phase in which the feedback weights alone learn, by its
+        `db`. `lrules.feedback_grad` runs it. `d` has no meaning there, and `dx` must not be None, so that the layers
+        below take part. The `db` of this rule, in ordinary steps, is then zeros.
 
     Returns:
       The rule.
@@ -176,7 +180,16 @@ def sequential(
     if learned and init is None:
         raise ValueError("learned=True trains feedback weights, and init draws them: give both or neither")
     spec = Sequential(backward, init, learned, redrawn, whole_batch, gain, state, rule_numbers(numbers))
-    return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
+    rule = layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
+    if phase is None:
+        return rule
+    own = None if phase.description is None else phase.description.layer
+    if not (isinstance(own, Sequential) and own.learned and own.state is None and own.needs_loss is None and learned):
+        raise ValueError(
+            "phase must be a sequential rule with learned=True that asks for no state, targets or elements, and this "
+            "rule must have learned=True too"
+        )
+    return dataclasses.replace(rule, phase=phase)
 
 
 def direct(
@@ -192,9 +205,12 @@ def direct(
     targets: bool = False,
     error_at: Literal["layer", "outputs"] = "layer",
     max_feedback_bytes: float = 2**30,
-    offers: Sequence[str] = ("at", "shared_axes", "rank"),
+    storage: Literal["stored", "recomputed"] = "stored",
+    offers: Sequence[str] = ("at", "shared_axes", "rank", "storage"),
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
+    learned_factors: bool = False,
+    normalise_error: bool = False,
 ) -> Rule:
     """Makes a rule that brings the output error straight to every hidden signal.
 
@@ -224,12 +240,18 @@ def direct(
         the outputs of a layer (softmax, log_softmax, sigmoid), at the outputs of this layer. `"outputs"`: at the
         outputs.
       max_feedback_bytes: the rule refuses to make more bytes of feedback than this.
-      offers: which of the options `at`, `shared_axes` and `rank` the users of your rule can give. Messages do not
-        advise the others.
+      storage: `"recomputed"` keeps only a key for each feedback weight, as in `direct_feedback_alignment`. `b` is then
+        an `lrules.extend.RecomputedFeedback`: give it to `lrules.extend.project`.
+      offers: which of the options `at`, `shared_axes`, `rank` and `storage` the users of your rule can give. Messages
+        do not advise the others.
       state: `(shape) -> pytree` of arrays, the first state of a hidden signal, from its shape without batch and shared
         axes; it can ask for `key` and `name`. States are kept as in `sequential`, by hidden signal: one for each
         iteration of the loops around it, and for each position along shared axes.
       numbers: hyperparameters by name, as in `sequential`; regular expressions are for the names of hidden signals.
+      learned_factors: whether the matrix of `rank` learns too. Its gradient is the sum over the hidden signals of
+        e (B_l h_l)^T, with the error e before the matrix reduces it.
+      normalise_error: whether the error vector of each example (and shared position) has length one, before the matrix
+        of `rank` reduces it. It is then divided by the number of losses, as the gradient of a mean is.
 
     Returns:
       The rule.
@@ -250,7 +272,7 @@ def direct(
       >>> rule.init(jax.random.key(0), net, params, jnp.ones((1, 3))).fixed["b"].shape
       (2, 4)
     """
-    require_flags(redrawn=redrawn, targets=targets)
+    require_flags(redrawn=redrawn, targets=targets, learned_factors=learned_factors, normalise_error=normalise_error)
     several = isinstance(at, Iterable) and not isinstance(at, str)
     where: tuple[Any, ...] | None = None if at is None else tuple(at) if several else (at,)
     if where == ():
@@ -267,14 +289,25 @@ def direct(
         for option, value in {"init": init, "learn": learn, "state": state, "numbers": numbers}.items():
             if value:
                 raise ValueError(f"signal=None stops the error, so {option} has no use: leave it out")
+    if learned_factors and (rank is None or learn is None):
+        raise ValueError("learned_factors trains the matrix of rank beside the others: give rank and learn too")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learn")
     if learn is not None and init is None:
         raise ValueError("learn trains feedback weights, and init draws them: give both or neither")
+    if storage not in ("stored", "recomputed"):
+        raise ValueError(f'storage must be "stored" or "recomputed", got {storage!r}')
+    if storage == "recomputed" and learn is not None:
+        raise ValueError(
+            'storage="recomputed" draws the feedback weights again from their keys, so they cannot learn: leave out '
+            'adaptive=True (learn), or give storage="stored"'
+        )
+    if storage == "recomputed" and init is None:
+        raise ValueError('storage="recomputed" draws the feedback weights again with init: give init too')
     given = rule_numbers(numbers, "hidden signal")
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,
-        tuple(offers), state, given,
+        storage, tuple(offers), state, given, learned_factors, normalise_error,
     )  # fmt: skip
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 

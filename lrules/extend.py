@@ -98,6 +98,7 @@ from lrules.engine.landing import direct_feedback_gradient, output_error, sent_e
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.product import Product
+from lrules.engine.recomputed import RecomputedFeedback
 from lrules.engine.records import Activation, Affine, Hidden, Layer
 from lrules.engine.running import evaluate, from_heads, run_to_heads
 from lrules.engine.weights import DirectFeedback, SequentialFeedback, sequential_feedback_of
@@ -121,6 +122,7 @@ __all__ = [
     "Operation",
     "Plan",
     "Product",
+    "RecomputedFeedback",
     "RuleDescription",
     "Sequential",
     "SequentialFeedback",
@@ -198,14 +200,14 @@ def run(
     return outputs, aux, frame.taken()
 
 
-def project(e: jax.Array, b: jax.Array) -> jax.Array:
+def project(e: jax.Array, b: jax.Array | RecomputedFeedback) -> jax.Array:
     """Brings the output error to a hidden signal.
 
     s = e . B
 
     Args:
       e: the output error, `[batch, outputs]`.
-      b: the feedback weight, `[outputs, *hidden]`.
+      b: the feedback weight, `[outputs, *hidden]`; with `storage="recomputed"`, a `RecomputedFeedback`.
 
     Returns:
       The signal, `[batch, *hidden]`.
@@ -218,6 +220,8 @@ def project(e: jax.Array, b: jax.Array) -> jax.Array:
       >>> lrules.extend.project(jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
+    if isinstance(b, RecomputedFeedback):
+        return b.projected(e if e.dtype == b.dtype else e.astype(b.dtype))
     if b is None:
         raise TypeError("project: b is None, because the rule has no feedback weights: give the rule init=")
     e = e if e.dtype == b.dtype else e.astype(b.dtype)

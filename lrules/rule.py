@@ -84,7 +84,7 @@ class _LayerRule:
         """A name of what the rule needs and `transform` does not have; None if it needs nothing more."""
         if "targets" in self.asks_for or getattr(self, "targets", False):
             return "the targets"
-        if "elements" in self.asks_for:
+        if "elements" in self.asks_for or getattr(self, "normalise_error", False):
             return "the loss"
         return None if self.state is None else "to return its state"
 
@@ -171,18 +171,18 @@ class Direct(_LayerRule):
       redrawn: whether the rule draws new feedback weights at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
       shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
-        hidden signals that are given for it: axes, or `"loop 0"`. At each signal, the first place that fits holds.
-      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error before it is sent;
-        None: the error is not reduced.
-      pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
-        cotangent of each hidden signal at its definition, by name.
+        hidden signals that are given for it: axes, or `"loop 0"`; the first place that fits holds.
+      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: it does not.
+      pullback: instead of `signal`, see `lrules.direct`.
       targets: whether `signal` needs the targets.
-      error_at: where the rule takes the output error: `"layer"`, at the outputs of the last layer, below a softmax or
-        the like without parameters (see `head.py`), or `"outputs"`.
+      error_at: where it takes the output error: below a softmax or the like, `"layer"` (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
-      offers: which of the options `at`, `shared_axes` and `rank` the user of the rule can give: refusals advise them.
+      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from their keys where they are
+        needed.
+      offers: which of `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
+      learned_factors, normalise_error: whether the matrix of `rank` learns; whether errors are sent with length one.
 
     Example:
       >>> import lrules
@@ -202,9 +202,12 @@ class Direct(_LayerRule):
     targets: bool = False
     error_at: Literal["layer", "outputs"] = "layer"
     max_feedback_bytes: float = 2**30
-    offers: tuple[str, ...] = ("at", "shared_axes", "rank")
+    storage: Literal["stored", "recomputed"] = "stored"
+    offers: tuple[str, ...] = ("at", "shared_axes", "rank", "storage")
     state: Callable[..., Any] | None = None
     numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
+    learned_factors: bool = False
+    normalise_error: bool = False
 
     of = "shape"
 
@@ -336,10 +339,10 @@ class Rule:
       transform: `(net, *, reduction) -> f(params, feedback, inputs, *, rng=None)`, see `lrules.transform`.
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None if it follows from `transform`.
       stochastic: whether the rule needs `rng=`.
-      additive: whether the gradient of a batch is the sum of the gradients of its parts, up to their weights in the
-        objective.
+      additive: whether the gradient of a batch is the sum of the gradients of its parts, by their weights in it.
       description: what the rule does at each place of a network; its functions are made from it. It is None for a rule
-        that is made of functions by hand, and for a copy with another function: the description would be wrong there.
+        made of functions by hand, and for a copy with another function.
+      phase: the rule of a phase in which the feedback weights alone learn, see `lrules.feedback_grad`; or None.
 
     Example:
       >>> import lrules
@@ -355,6 +358,7 @@ class Rule:
     stochastic: bool = False
     additive: bool = True
     description: RuleDescription | None = None
+    phase: Rule | None = None
 
     def __post_init__(self) -> None:
         functions = (self.init, self.transform, self.value_and_grad)
@@ -410,8 +414,7 @@ def require_feedback(feedback: Any) -> None:
     """Refuses an object that is not a `Feedback`."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
-        remedy = "write lrules.Feedback(**restored)" if restored else "make it with "
-        remedy += "" if restored else "rule.init(key, net, params, inputs)"
+        remedy = "write lrules.Feedback(**restored)" if restored else "make it with rule.init(key, net, params, inputs)"
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 

@@ -72,6 +72,7 @@ RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
     ("forward_gradient", "local_losses"),
     ("monotone_dfa", "direct_feedback_alignment"),
+    ("direct_kolen_pollack", "direct_feedback_alignment"),
 }
 BUILT_ON_RULES = ("adapters", "audit", "description", "modified", "modifiers", "promises", "testing", "trial")
 

@@ -45,6 +45,11 @@ RULES = {
     "direct_feedback_alignment adaptive": DFA(adaptive=True),
     "direct_feedback_alignment at": DFA(at="c/kernel"),
     "direct_feedback_alignment rank": DFA(rank=3, adaptive=True),
+    "direct_feedback_alignment both factors": DFA(rank=3, learned_factors=True),
+    "direct_feedback_alignment normalised": DFA(normalise_error=True),
+    "direct_kolen_pollack": lrules.direct_kolen_pollack(),
+    "weight_mirror": lrules.weight_mirror(),
+    "weight_mirror estimation": lrules.weight_mirror(phase="estimation", std=0.5),
     "direct_feedback_alignment outputs": DFA(error_at="outputs"),
     "direct_feedback_alignment of zeros": DFA(ZEROS, adaptive=True),
     "monotone_dfa": lrules.monotone_dfa(),
@@ -88,7 +93,6 @@ RECIPES = {
     "redrawn_direct": recipes.redrawn_direct(),
     "cascaded": recipes.cascaded(),
     "rates": recipes.rates({"[ab]/": 0.5, ".*": 2.0}),
-    "weight_mirror": recipes.weight_mirror(),
     "difference_target_propagation": recipes.difference_target_propagation(),
 }
 MODIFIERS = {

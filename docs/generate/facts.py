@@ -79,6 +79,8 @@ SHOWN = [
     Shown("sign_symmetry", 'sign_symmetry("random")', lambda: lrules.sign_symmetry("random")),
     Shown("sign_symmetry", 'sign_symmetry("fixed")', lambda: lrules.sign_symmetry("fixed")),
     Shown("kolen_pollack", "kolen_pollack()", lrules.kolen_pollack, "kolen_pollack"),
+    Shown("direct_kolen_pollack", "direct_kolen_pollack()", lrules.direct_kolen_pollack, "asrbp"),
+    Shown("weight_mirror", "weight_mirror()", lrules.weight_mirror),
     Shown(
         "random_target_projection",
         "random_target_projection()",

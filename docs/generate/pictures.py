@@ -96,6 +96,30 @@ def kolen_pollack() -> Drawing:
     )
 
 
+def direct_kolen_pollack() -> Drawing:
+    return _direct(
+        "Direct Kolen-Pollack: learned feedback weights bring the output error to each hidden signal",
+        "B{}ᵀ",
+        "learned",
+        "The feedback weights B learn from e and the hidden signals, and decay as W does.",
+    )
+
+
+def weight_mirror() -> Drawing:
+    made = _network("Weight mirror: in a phase of their own, feedback weights learn from noise", 236, top=88)
+    for i, (left, right) in enumerate(((H1, H2), (H2, Y))):
+        made.text(left, 20, "noise ξ" + "₁₂"[i], "other", 14)
+        made.arrow((left, 30), (left, 70), "other")
+        made.arrow((right - 28, 136), (left + 28, 136), "learned", f"B{'₂₃'[i]}ᵀ")
+        made.text((left + right) / 2, 160, f"learns ξ{'₁₂'[i]} (W{'₂₃'[i]}ξ{'₁₂'[i]})ᵀ", "learned", 13)
+    _says(
+        made,
+        "Noise ξ replaces the inputs of the layers. B learns the products of noise and response,",
+        "and so comes to W. Ordinary steps are those of feedback alignment, and leave B alone.",
+    )
+    return made
+
+
 def sign_symmetry() -> Drawing:
     return _sequential(
         "Sign symmetry: feedback weights with the signs of the forward weights",
@@ -358,8 +382,8 @@ RULES: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
-        kolen_pollack, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation,
-        forward_gradient, local_losses, partition,
+        kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
+        dual_propagation, node_perturbation, forward_gradient, local_losses, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {

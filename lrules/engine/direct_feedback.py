@@ -16,7 +16,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.head import Head, heads
 from lrules.engine.plan import Plan
 from lrules.engine.records import Hidden
-from lrules.engine.weights import DirectFeedback
+from lrules.engine.weights import KEY_BYTES, DirectFeedback
 from lrules.network import Network
 from lrules.rule import Direct
 from lrules.typing import Pytree
@@ -25,6 +25,7 @@ SMALLER = {  # how to make direct feedback smaller, by option
     "at": "let it land at fewer places (at=)",
     "shared_axes": "share it along axes of the outputs (shared_axes=)",
     "rank": "make it of two factors (rank=)",
+    "storage": 'draw it again at each step (storage="recomputed")',
 }
 
 
@@ -107,7 +108,7 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                 name = f"({name})"
             dtype = next(a.dtype for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
             plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
-            total += sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
+            total += KEY_BYTES if spec.storage == "recomputed" else sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
     for hidden, spec in chosen:
@@ -141,10 +142,11 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
         plan.direct_feedback[hidden.name] = landing
         total += landing.nbytes
         if total > spec.max_feedback_bytes:
+            offered = [option for option in spec.offers if option != "storage" or spec.learn is None]
             raise ValueError(
                 f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
                 f"max_feedback_bytes={spec.max_feedback_bytes:,}: "
-                + ", or ".join(["raise max_feedback_bytes", *(SMALLER[option] for option in spec.offers)])
+                + ", or ".join(["raise max_feedback_bytes", *(SMALLER[option] for option in offered)])
             )
 
 

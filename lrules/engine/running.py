@@ -12,11 +12,19 @@ import jax
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from lrules.engine import chained
 from lrules.engine.calls import Calls
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import placed_as, varying_axes
-from lrules.engine.landing import direct_feedback_gradient, land, output_error, sent_error
+from lrules.engine.landing import (
+    direct_feedback_gradient,
+    land,
+    landed_as,
+    output_error,
+    reduction_gradient,
+    sent_error,
+)
 from lrules.engine.plan import Plan
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.returned import called
@@ -284,28 +292,44 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable[..., Any]:
         pull, pulls, feedback, operands, records = residuals
         errors = jax.tree.map(_instantiate, cotangent[0], is_leaf=_is_zero)
         sent: dict[Direct, Any] = {}
-        signals: dict[str, Any] = {}
         feedback_grads: dict[str, Any] = {}
         states: dict[str, Any] = {}
-        for pull_signals in pulls:
-            signals |= pull_signals(errors)
-        for name, landing in plan.direct_feedback.items():
-            spec, b = landing.spec, feedback.get(name)
-            if spec.signal is None:
-                continue
+        learned: list[Any] = []
+
+        def bring(name: str, formed: Sequence[Any] = ()) -> Any:
+            """The signal of one landing; it waits for `formed`, and for what its feedback learned above."""
+            landing, b = plan.direct_feedback[name], feedback.get(name)
+            spec = landing.spec
             if spec not in sent:
                 sent[spec] = sent_error(plan, spec, output_error(plan, errors), feedback)
-            e = sent[spec]
+            e = sent[spec] = chained.after(sent[spec], [*formed, *learned], len(landing.shared))
+            learned.clear()
             if spec.plain:
-                signals[name] = land(landing, e, b, _plain_signal(spec, name))
+                signal = land(landing, e, b, _plain_signal(spec, name))
             else:
                 assert calls is not None
-                signals[name], new = calls.signal(operands, landing, e, b, records)
-                states |= new
+                signal, new = calls.signal(operands, landing, e, b, records)
+                states.update(new)
             if spec.learn is not None:
                 learn = () if calls is None or spec.plain else calls.learn(operands, landing, e, records)
                 feedback_grads[name] = direct_feedback_gradient(landing, e, records[name], b, *learn)
-        params, weights, passed, *rest = pull((errors, signals))
+                learned.append(feedback_grads[name])
+            return signal
+
+        for name, (spec, _, _) in plan.reduced.items():
+            if spec.learned_factors:
+                e = output_error(plan, errors)
+                feedback_grads[name] = reduction_gradient(plan, spec, name, e, feedback, records)
+        signals: dict[str, Any] = {}
+        for pull_signals in pulls:
+            signals |= pull_signals(errors)
+        brought = [name for name, landing in plan.direct_feedback.items() if landing.spec.signal is not None]
+        lands = {name: landed_as(plan.direct_feedback[name]) for name in brought}
+        if not signals and chained.wanted(errors, lands):
+            params, weights, passed, *rest = chained.pulled(pull, errors, lands, bring)
+        else:
+            signals |= {name: bring(name) for name in brought}
+            params, weights, passed, *rest = pull((errors, signals))
         weights = {**weights, **{name: _over_devices(g, feedback[name]) for name, g in feedback_grads.items()}}
         given = None if operands is None else dict.fromkeys(operands) | {"states": {**passed, **states}}
         return (params, weights, *rest, *[None] * (3 - len(rest)), given)

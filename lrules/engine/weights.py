@@ -16,9 +16,12 @@ from lrules.engine.dtypes import at_least_float32, feedback_dtype
 from lrules.engine.graph import Graph
 from lrules.engine.jaxprs import bind, split_as
 from lrules.engine.operations import of
+from lrules.engine.recomputed import Matrix, RecomputedFeedback
 from lrules.engine.records import Hidden, Layer
 from lrules.options import draw
 from lrules.rule import Direct, Sequential
+
+KEY_BYTES = 8  # of a feedback weight that is not stored: two words of 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,9 @@ class DirectFeedback:
         """The shape of the feedback weights, as `3 iterations x 10 outputs x (128,)`."""
         n = len(self.lengths)
         scans = "".join(f"{length} iterations x " for length in self.lengths)
-        return f"{scans}{self.shape[n]} {'outputs' if self.spec.rank is None else 'rank'} x {self.shape[n + 1 :]}"
+        again = ", drawn again" if self.spec.storage == "recomputed" else ""
+        sent = "outputs" if self.spec.rank is None else "rank"
+        return f"{scans}{self.shape[n]} {sent} x {self.shape[n + 1 :]}{again}"
 
     @property
     def lies(self) -> Sequence[Any]:
@@ -133,7 +138,37 @@ class DirectFeedback:
         return self.hidden.to_definition(self.axis.restore(signal, self.hidden.reader.aval.shape))
 
     @property
+    def drawn(self) -> int:
+        """The number of outputs for which feedback is drawn; with a rank, it keeps only as many as the rank.
+
+        If such a matrix would be larger than all feedback may be, it is drawn for as many outputs as fit.
+        """
+        sent = self.shape[len(self.lengths)]
+        size = math.prod(self.signal_shape)
+        fitting = self.spec.max_feedback_bytes / max(size * jnp.dtype(self.dtype).itemsize, 1)
+        return self.outputs if self.spec.rank is None else max(sent, int(min(self.outputs, fitting)))
+
+    def weight(self, b: Any) -> Any:
+        """The feedback weight as the function of the rule gets it, with the axes of `lengths` in front."""
+        if b is None or self.spec.storage == "stored":
+            return None if b is None else split_as(b, *self.split)
+        assert self.spec.init is not None
+        if self.lengths:
+            keys = jax.random.split(jax.random.wrap_key_data(b, impl="threefry2x32"), math.prod(self.lengths))
+            b = jax.random.key_data(keys).reshape(*self.lengths, 2)
+        shape, size = self.shape[len(self.lengths) :], math.prod(self.signal_shape)
+        matrix = Matrix(self.spec.init, size, self.drawn, self.dtype, self.hidden.name)
+        return RecomputedFeedback(b, matrix, shape, self.dtype, self.hidden.name)
+
+    def check_drawing(self, key: jax.Array) -> None:
+        """Refuses an initializer that cannot draw a part of a feedback weight."""
+        one = dataclasses.replace(self, lengths=(), shape=self.shape[len(self.lengths) :])
+        jax.eval_shape(lambda key: one.weight(key).checked(), key)
+
+    @property
     def nbytes(self) -> int:
+        if self.spec.storage == "recomputed":
+            return KEY_BYTES
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize if self.spec.init is not None else 0
 
 
@@ -195,17 +230,12 @@ class SequentialFeedback:
 
 
 def draw_direct(landing: DirectFeedback, key: jax.Array) -> jax.Array:
-    """Draws `[hidden size, outputs]`; with a rank, feedback keeps only `rank` of these outputs.
-
-    If such a matrix would be larger than all feedback may be, it is drawn for as many outputs as fit.
-    """
+    """Draws `[hidden size, outputs]`; with a rank, feedback keeps only `rank` of these outputs."""
     n = len(landing.lengths)
     sent, size = landing.shape[n], math.prod(landing.shape[n + 1 :])
-    fitting = landing.spec.max_feedback_bytes / max(size * jnp.dtype(landing.dtype).itemsize, 1)
-    outputs = landing.outputs if landing.spec.rank is None else max(sent, int(min(landing.outputs, fitting)))
 
     def one(k: Any) -> jax.Array:
-        drawn = draw(landing.spec.init, k, (size, outputs), landing.dtype)  # type: ignore[arg-type]
+        drawn = draw(landing.spec.init, k, (size, landing.drawn), landing.dtype)  # type: ignore[arg-type]
         return drawn[:, :sent].T.reshape(landing.shape[n:])
 
     if not n:

@@ -18,6 +18,7 @@ of width 3, and the standard deviation of each feature over the positions is com
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from lrules.constructors import direct
 from lrules.engine.handlers import name_number
 from lrules.engine.landing import at_calls
+from lrules.engine.shardings import Layout, may_lie_on_a_mesh, whole
 from lrules.extend import (
     DirectFeedback,
     Frame,
@@ -250,8 +252,16 @@ class LocalPlan(Plan):
             if name not in feedback.learned:
                 place = self.direct_feedback[name.removesuffix(_compared(""))]
                 own = jax.random.fold_in(key, name_number(name))
-                feedback.learned[name] = self.draw(own, shape, len(place.lengths), dtype)
+                drawn = self.draw(own, shape, len(place.lengths), dtype)
+                placed = may_lie_on_a_mesh(params) and not redrawn
+                feedback.learned[name] = self.layouts[name].place(drawn, params) if placed else drawn
         return feedback
+
+    @functools.cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Where each weight lies: K_l, which mixes all features, whole on each device."""
+        more = set(self.feedback_shapes()) - set(self.places.layouts)
+        return self.places.layouts | {name: whole(0, len(self.feedback_shapes()[name][0])) for name in more}
 
     def draw(self, key: jax.Array, shape: tuple[int, ...], lead: int, dtype: Any) -> jax.Array:
         assert self.compares is not None

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lrules
-from experiments import devices, models, recipes, rules
+from experiments import devices, models, rules
 
 BATCH = 16
 WIDE = 8  # the layers of the test are small
@@ -39,6 +39,10 @@ EXPRESSIONS = {
     "monotone_dfa": "monotone_dfa",
     "random_target_projection": "random_target_projection",
     "skipped_backprop": "skipped_backprop",
+    "direct_kolen_pollack": "direct_kolen_pollack",
+    "weight_mirror": "weight_mirror",
+    "both_factors": "direct_feedback_alignment(rank=3, learned_factors=True)",
+    "normalised_error": "direct_feedback_alignment(normalise_error=True)",
     "partition": "partition({'layers/1': backman(axis_name=AXIS), '.*': feedback_alignment})",
     "dual_propagation": "dual_propagation(0.2, iterations=3, axis_name=AXIS)",
     "dual_parallel": "dual_propagation(iterations=6, order='parallel', tolerance=1e-3, axis_name=AXIS)",
@@ -63,7 +67,6 @@ EXPRESSIONS = {
     "replace_derivative": "replace_derivative(srbp, derivative(sigmoid))",
     "without_derivatives": "without_derivatives(feedback_alignment)",
     # Rules made with the constructors: what their functions ask for by name.
-    "weight_mirror": "weight_mirror",
     "difference_target_propagation": "difference_target_propagation",
     "redrawn_direct": "redrawn_direct",
 }
@@ -74,13 +77,11 @@ LAYOUTS = ("data", "data x model", "shard_map", "shard_map, own means")
 
 # Rules that draw noise for each example. Under shard_map each device draws for its own share, with its number in the
 # key; one device can be told to draw the same.
-OWN_NOISE = {
-    "node_perturbation", "least_squares", "least_squares_below", "drop_error", "weight_mirror", "forward_activations",
-}  # fmt: skip
+OWN_NOISE = {"node_perturbation", "least_squares", "least_squares_below", "drop_error", "forward_activations"}
 # These need the gradient of the whole batch: its mean is not that of the devices' means.
 WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman"}
 # Feedback that these learn does not come from the error, so it knows nothing of an objective over all devices.
-OWN_MEANS = {"weight_mirror", "difference_target_propagation"}
+OWN_MEANS = {"difference_target_propagation"}
 # Noise that one device cannot be told to draw; similarities, which under shard_map are those of one device's examples.
 ONLY_JIT = {"difference_target_propagation", "local_similarities"}
 
@@ -163,8 +164,6 @@ def rule_of(name, axis=None, parts=None):
         noise = functools.partial(noise_by_shares, parts=parts)
         if name == "forward_activations":
             return lrules.forward_gradient("activations", noise=noise)
-        if name == "weight_mirror":
-            return recipes.weight_mirror(noise=noise)
         options = {"direct": name == "least_squares", "solver": "sgd" if name == "node_perturbation" else "rls"}
         return lrules.node_perturbation(0.1, noise=noise, **options)
     return rules.parse(EXPRESSIONS[name].replace("AXIS", repr(axis)))
@@ -204,7 +203,8 @@ def under_jit(case, name, mesh):
     """The step with a split batch, and the feedback as it is drawn there."""
     rule = rule_of(name)
     params, state = devices.place((case.params, case.state), mesh, wide=WIDE)
-    feedback = devices.place(start(case, name), mesh, wide=WIDE)
+    lies = lrules.feedback.shardings(rule, case.net, params, case.inputs(state, case.x))
+    feedback = devices.place(start(case, name), mesh, lies=lies)
     x, y = devices.place_batch((case.x, case.y), mesh)
 
     def step(carry, key, x, y):

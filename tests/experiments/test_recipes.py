@@ -169,37 +169,6 @@ def test_rates():
             draw(recipes.rates({"head": 1.0, ".*": 1.0}), net, x)
 
 
-def test_weight_mirror():
-    with jax.enable_x64(True):
-        net, x, _ = make("deep")
-        noise, drawn = recorded()
-        rule = recipes.weight_mirror(std=0.7, decay=0.3, noise=noise)
-        feedback, listed = draw(rule, net, x)
-        got = gradients(net, rule, feedback, x, LABELS, rng=jax.random.key(1))
-        noises = [None] + [0.7 * np.asarray(drawn[BATCH, layer.kernel.shape[0]]) for layer in net[1:]]
-        wanted = reference.weight_mirror(net, listed, x, one_hot_mean(net, x, LABELS), noises, 0.3)
-        bridge.close(got[0], bridge.kernels_and_biases(wanted))
-        bridge.close(got[1], by_name(wanted.feedback))
-
-
-def test_weight_mirrors_come_to_mirror():
-    """B comes to std^2 / decay W, and so do the gradients to those of backprop."""
-    net, x, _ = make("shallow")
-    rule = recipes.weight_mirror(std=1.0, decay=1.0)
-    params, x, apply = jax.tree.map(jnp.float32, (bridge.parameters(net), x, None))[:2] + (bridge.apply_of(net),)
-    feedback = rule.init(jax.random.key(0), apply, params, x)
-    step = lrules.value_and_grad(apply, CLASSES, rule)
-
-    def update(feedback, key):
-        grads = step(params, feedback, x, jnp.asarray(LABELS), rng=key)[1]
-        learned = jax.tree.map(lambda b, g: b - 0.01 * g, feedback.learned, grads.feedback)
-        return feedback._replace(learned=learned), None
-
-    feedback, _ = jax.jit(lambda f: jax.lax.scan(update, f, jax.random.split(jax.random.key(1), 2000)))(feedback)
-    b, w = np.asarray(feedback.learned["1/kernel"]), np.asarray(params["1"]["kernel"])
-    assert np.linalg.norm(b - w) < 0.2 * np.linalg.norm(w)
-
-
 @pytest.mark.parametrize("name", ["shallow", "deep"])
 def test_difference_target_propagation(name):
     with jax.enable_x64(True):
@@ -217,6 +186,6 @@ def test_difference_target_propagation(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [recipes.weight_mirror(), recipes.difference_target_propagation()])
+@pytest.mark.parametrize("rule", [recipes.difference_target_propagation()])
 def test_conformance(rule):
     lrules.testing.check_rule(rule)

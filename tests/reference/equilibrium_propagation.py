@@ -13,8 +13,9 @@ nudging: Laborieux et al. 2021. States s_1, ..., s_L (s_0 = x, clamped), state k
 
     dPhi/ds_k = pool(op(W_{k-1}, s_{k-1}) + b_{k-1}) + op(W_k, .)^T unpool(s_{k+1})
 
-with unpool at the present op(W_k, s_k) + b_k. A damped discrete step, s <- (1 - eps) s + eps f(.), has the same
-equilibria; eps = 1 in the papers. Outputs (linear, `output`):
+with unpool at the present op(W_k, s_k) + b_k; f acts after pooling (max and a monotone f: the same as before it). A
+damped discrete step, s <- (1 - eps) s + eps f(.), has the same equilibria; eps = 1 in the papers. Outputs (linear,
+`output`):
 
     "state"     s_L is a state and the outputs: its step has -beta dC/ds_L besides dPhi/ds_L, and it acts on s_{L-1}
     "readout"   the outputs are op(W_{L-1}, s_{L-1}) + b, outside Phi (Laborieux et al., for softmax and cross-entropy):

@@ -6,17 +6,7 @@ r_k is what layer k reads, z_k = r_k W_k + b_k, d_k the error at z_k; signals s_
 
 import numpy as np
 
-from . import feedback_alignment, nets
-
-
-def weight_mirror(net, feedback, x, e, noises, decay):
-    """Feedback alignment, and with noise xi in the place of r_k: dB_k = decay B_k - 1/n sum xi (xi W_k)^T."""
-    found = feedback_alignment.gradients(net, feedback, x, e)
-    learned = [None]
-    for k in range(1, len(net)):
-        xi = noises[k]
-        learned.append(decay * feedback[k] - xi.T @ (xi @ net[k].kernel) / len(xi))
-    return found._replace(feedback=learned)
+from . import nets
 
 
 def difference_target_propagation(net, feedback, x, e, noises, step, decoder, slope):

@@ -1322,6 +1322,7 @@ def test_weight_mirror_by_hand():
     products = np.array([[0.5, 1], [1, 2], [2, 2]])
     got = weight_mirror.mirror_gradients(hand_net(), [None, b], noise, decay=0.1)
     np.testing.assert_allclose(got[1], 0.05 - products)
+    np.testing.assert_allclose(weight_mirror.mirror_gradients(hand_net(), [None, b], noise)[1], b - products)
     # op(B, xi) = (1.5, 1.5), (1, 1): residuals (0.5, -0.5), (-1, -1).
     got = weight_mirror.mirror_gradients(hand_net(), [None, b], noise, kind="estimation")
     np.testing.assert_allclose(got[1], np.array([[0.5, -0.5], [1, -1], [-2, -2]]) / 2)
@@ -1330,6 +1331,9 @@ def test_weight_mirror_by_hand():
     net[1] = net[1]._replace(activation="relu", bias=np.array([-2.0, 1]))
     got = weight_mirror.mirror_gradients(net, [None, 0 * b], noise, response="activation")
     np.testing.assert_allclose(got[1], -np.array([[0, 1.5], [0, 3], [0, 3]]))
+    net[1] = net[1]._replace(bias=None)
+    got = weight_mirror.mirror_gradients(net, [None, 0 * b], noise, response="activation")
+    np.testing.assert_allclose(got[1], -products)
 
 
 @pytest.mark.parametrize("case", [dense_case, conv_case])
@@ -1632,3 +1636,24 @@ def test_forward_forward_scores():
     after = forward_forward.scores(net, x, 3, first=0).argmax(axis=1)
     assert (before == labels).mean() < 0.5 and (after == labels).mean() > 0.95
     assert all(late < 0.6 * early for early, late in zip(history[0], history[-1], strict=True))
+
+
+def test_outputs_must_be_linear():
+    """The rules with a state for the outputs refuse an activation there; hidden ones are free."""
+    net, x, e = dense_case()
+    weights = [None, *(layer.kernel for layer in net[1:])]
+    calls = [
+        lambda net: predictive_coding.gradients(net, x, lambda o: e, steps=1, step_size=0.1),
+        lambda net: difference_target_propagation.gradients(net, weights, x, e, step_size=0.1),
+        lambda net: equilibrium_propagation.gradients(net, x, lambda o: e, beta=0.1, free_steps=1, nudged_steps=1),
+        lambda net: pepita.gradients(net, RNG(0).normal(size=(2, 4)), x, lambda o: e),
+    ]
+    for call in calls:
+        call(net)
+        with pytest.raises(ValueError, match="linear"):
+            call([*net[:-1], net[-1]._replace(activation="tanh")])
+    for options in ({"order": "sideways"}, {"predictions": "none"}):
+        with pytest.raises(ValueError, match="unknown"):
+            predictive_coding.gradients(net, x, lambda o: e, steps=1, step_size=0.1, **options)
+    with pytest.raises(ValueError, match="unknown"):
+        equilibrium_propagation.gradients(net, x, lambda o: e, beta=0.1, free_steps=1, nudged_steps=1, dynamics="fast")

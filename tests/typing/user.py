@@ -142,6 +142,14 @@ def with_noise() -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
     return mean, grads.report, grads.feedback
 
 
+def in_a_phase_of_its_own() -> lrules.Feedback:
+    rule = lrules.weight_mirror(decay=0.5)
+    feedback = rule.init(key, mlp, weights, x)
+    mirror: lrules.FeedbackGrad = lrules.feedback_grad(mlp, rule)
+    db: dict[str, jax.Array] = jax.jit(mirror)(weights, feedback, x, rng=key)
+    return feedback._replace(learned=jax.tree.map(lambda b, g: b - 0.1 * g, feedback.learned, db))
+
+
 def under_transformations() -> Any:
     rule, feedback = lrules.backman(), lrules.Feedback({}, {})
     step, f = lrules.value_and_grad(mlp, loss, rule), lrules.transform(mlp, rule, reduction="sum")
@@ -231,6 +239,9 @@ def every_rule() -> list[lrules.Rule]:
         lrules.sign_symmetry("random"),
         lrules.sign_symmetry(magnitude="fixed", init=init),
         lrules.kolen_pollack(init),
+        lrules.direct_kolen_pollack(init, at="first", shared_axes=1, error_at="outputs"),
+        lrules.weight_mirror(init, std={"last": 0.5, ".*": 1.0}, noise=jax.random.rademacher, phase="estimation"),
+        lrules.direct_feedback_alignment(rank=4, learned_factors=True, normalise_error=True),
         lrules.random_target_projection(init),
         lrules.backman(alpha=0.1),
         lrules.backman({"last": 0.1, ".*": 1.0}),
