@@ -46,6 +46,7 @@ from lrules.extend import (
     mean_loss,
     output_error,
     placed_as,
+    project,
     require_description,
     sent_error,
     split_as,
@@ -309,6 +310,8 @@ class LocalRun:
         total = jnp.zeros((), self.wide)
         for name, landing in self.plan.direct_feedback.items():
             weights = {kind: learned[n] for kind, n in (("c", name), ("k", _compared(name))) if n in learned}
+            if "c" in weights:
+                weights["c"] = split_as(weights["c"], *landing.split)
             one: Callable[..., Any] = self.local(landing, ends, params)
             h = at_calls(landing, signals[name], self.plan.batch or 1)
             for _ in landing.others:
@@ -328,7 +331,7 @@ class LocalRun:
                 _, value = self.judged(self.predicted(landing, h, weights["c"], ends), params)
                 total += (1 - beta) * value.astype(self.wide)
             if "k" in weights:
-                rows = compared(h.astype(weights["k"].dtype), weights["k"])
+                rows = compared(split_as(h, landing.batch_split).astype(weights["k"].dtype), weights["k"])
                 wanted = labels(self.targets, rows.shape[0], landing.outputs, rows.dtype)
                 total += beta * jnp.mean((similarities(rows) - similarities(wanted)) ** 2).astype(self.wide)
             return total
@@ -338,15 +341,15 @@ class LocalRun:
     def predicted(self, landing: DirectFeedback, h: jax.Array, c: jax.Array, ends: Pytree) -> Pytree:
         """The ends that C_l predicts."""
 
-        def read(h: jax.Array) -> jax.Array:
-            axes = tuple(range(1, h.ndim))
-            return jax.lax.dot_general(h.astype(c.dtype), c, ((axes, axes), ((), ())))
+        def read(h: jax.Array, like: jax.Array) -> jax.Array:  # the transpose of a projection of the output error
+            return jax.vjp(lambda e: project(e, c), like)[1](h.astype(c.dtype))[0]
 
         for _ in landing.shared:
             read = jax.vmap(read)
         flat = lambda ends: sent_error(self.plan, landing.spec, output_error(self.plan, ends), {})  # noqa: E731
         like, back = jax.vjp(flat, ends)  # it moves numbers to other places, so its transpose moves them back
-        (made,) = back(placed_as(read(h).astype(like.dtype), jax.typeof(like)))
+        split = split_as(like, *[None] * len(landing.shared), landing.batch_split)
+        (made,) = back(placed_as(read(h, split), jax.typeof(like)))
         inexact = lambda end: jnp.issubdtype(end.dtype, jnp.inexact)  # noqa: E731
         return jax.tree.map(lambda new, end: new if inexact(end) else end, made, ends)
 
