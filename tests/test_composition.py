@@ -73,6 +73,7 @@ EXPLICIT = RULES | {
     "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=lrules.feedback_alignment()),
     "node_perturbation": lrules.node_perturbation(0.1),
     "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "difference_target_propagation": lrules.difference_target_propagation(first_target="outputs"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

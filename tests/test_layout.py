@@ -183,6 +183,7 @@ TESTED_ELSEWHERE = {
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
     "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
+    "rules/difference_target_propagation/handlers": ("rules/test_difference_target_propagation.py", "targets, noise"),
     "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),
     "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
     "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),

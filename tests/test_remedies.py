@@ -21,6 +21,7 @@ FA, DFA, BACKMAN = lrules.feedback_alignment(), lrules.direct_feedback_alignment
 PLAIN = lrules.backprop()
 NODES = lrules.node_perturbation(0.1)
 DUAL = lrules.dual_propagation()
+TARGETS = lrules.difference_target_propagation()
 RULES = {  # every family
     "feedback_alignment": FA,
     "kolen_pollack": lrules.kolen_pollack(),
@@ -33,6 +34,7 @@ RULES = {  # every family
     "last_layer_only": lrules.last_layer_only(),
     "nodes": NODES,
     "direct nodes": lrules.node_perturbation(0.1, direct=True),
+    "difference targets": TARGETS,
     "dual": DUAL,
     "dual with feedback": lrules.dual_propagation(feedback_rule=FA),
     "modified": lrules.quantize_error(FA, 3),

@@ -37,6 +37,7 @@ RULES = {
     "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=FA),
     "node_perturbation": lrules.node_perturbation(0.1),
     "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "difference_target_propagation": lrules.difference_target_propagation(feedback_loss="jacobian"),
     "quantize_error": lrules.quantize_error(FA, 4),
     "quantize_output": lrules.quantize_error(DFA, 4, at="output"),
     "quantize_update": lrules.quantize_update(FA, 4),

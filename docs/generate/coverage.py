@@ -23,6 +23,7 @@ RULES: dict[str, lrules.Rule] = {
     "last": lrules.last_layer_only(),
     "DP": lrules.dual_propagation(),
     "NP": lrules.node_perturbation(0.1),
+    "DTP": lrules.difference_target_propagation(),
 }
 KINDS = {"linen_": "Flax Linen", "nnx_": "Flax NNX", "equinox_": "Equinox", "": "bare functions of JAX"}
 

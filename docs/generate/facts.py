@@ -114,6 +114,12 @@ SHOWN = [
         lambda: lrules.node_perturbation(0.01, direct=True),
         "node_perturbation(std=0.01, direct=True)",
     ),
+    Shown("difference_target_propagation", "difference_target_propagation()", lrules.difference_target_propagation),
+    Shown(
+        "difference_target_propagation",
+        'difference_target_propagation(feedback_loss="jacobian")',
+        lambda: lrules.difference_target_propagation(feedback_loss="jacobian"),
+    ),
     Shown("partition", "partition({pattern: rule})", _mixed),
 ]
 NAMES = list(dict.fromkeys(shown.name for shown in SHOWN))

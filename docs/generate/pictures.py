@@ -227,6 +227,18 @@ def node_perturbation() -> Drawing:
     return made
 
 
+def difference_target_propagation() -> Drawing:
+    made = _sequential(
+        "Difference target propagation: learned inverses carry targets down",
+        "g{}",
+        "learned",
+        "Each layer learns an inverse g. It turns the target of its output into one of its input:",
+        "t₁ = h₁ + g₂(t₂) − g₂(h₂). Each layer learns to come nearer to its own target.",
+        inside="t",
+    )
+    return made
+
+
 def partition() -> Drawing:
     made = _network("Partition: each layer has its own rule")
     _output_error(made)
@@ -355,7 +367,7 @@ RULES: dict[str, Maker] = {
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
         kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
-        dual_propagation, node_perturbation, partition,
+        dual_propagation, node_perturbation, difference_target_propagation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {
