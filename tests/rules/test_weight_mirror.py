@@ -1,6 +1,7 @@
 """Weight mirrors and weight estimation against the reference; what the feedback comes to; the phase of their own."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -240,6 +241,25 @@ def test_several_seeds_and_dtypes(phase):
     assert {name: (g.shape, g.dtype) for name, g in db.items()} == {
         name: (b.shape, jnp.bfloat16) for name, b in feedback.learned.items()
     }
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_export_for_any_batch(phase):
+    """The mean over the examples is right for a batch whose size is not known when the phase is traced."""
+    rule = lrules.weight_mirror(phase=phase)
+    apply, params, feedback = net_and_feedback(rule)
+
+    def step(params, learned, x, key):
+        rng = jax.random.wrap_key_data(key)
+        return lrules.feedback_grad(apply, rule)(params, lrules.Feedback({}, learned), x, rng=rng)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    x, key = jnp.ones((7, 6)), jax.random.key_data(jax.random.key(2))
+    of_any = jax.export.export(jax.jit(step))(
+        params, feedback.learned, jax.ShapeDtypeStruct((batch, 6), x.dtype), key
+    )
+    args = params, feedback.learned, x, key
+    bridge.close(of_any.call(*args), jax.jit(step)(*args), 1e-6)
 
 
 def net_and_feedback(rule):
