@@ -255,9 +255,7 @@ def test_export_for_any_batch(phase):
 
     (batch,) = jax.export.symbolic_shape("batch")
     x, key = jnp.ones((7, 6)), jax.random.key_data(jax.random.key(2))
-    of_any = jax.export.export(jax.jit(step))(
-        params, feedback.learned, jax.ShapeDtypeStruct((batch, 6), x.dtype), key
-    )
+    of_any = jax.export.export(jax.jit(step))(params, feedback.learned, jax.ShapeDtypeStruct((batch, 6), x.dtype), key)
     args = params, feedback.learned, x, key
     bridge.close(of_any.call(*args), jax.jit(step)(*args), 1e-6)
 
@@ -354,6 +352,27 @@ def test_weights_used_twice_and_weights_chosen_by_data():
     before, after = after_the_phase(rule, routed, params, inputs, rate=0.01)
     np.testing.assert_allclose(after.learned["experts"][:2], params["experts"][:2], atol=1e-2)
     np.testing.assert_allclose(after.learned["experts"][2], before.learned["experts"][2])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_complex_weights(phase):
+    """The gradient is that of JAX: its conjugate is subtracted."""
+    rng = np.random.default_rng(0)
+    shapes = {"first": (5, 8), "second": (8, 8), "last": (8, 3)}
+    params = {n: jnp.asarray(rng.normal(size=s) + 1j * rng.normal(size=s), "complex64") for n, s in shapes.items()}
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["first"]) @ p["second"]) @ p["last"]
+
+    rule, x = lrules.weight_mirror(phase=phase), jnp.zeros((200, 5), "complex64")
+    gradient = jax.jit(lrules.feedback_grad(apply, rule))
+    learned = rule.init(jax.random.key(0), apply, params, x).learned
+    for key in jax.random.split(jax.random.key(1), 100):
+        db = gradient(params, lrules.Feedback({}, learned), x, rng=key)
+        learned = jax.tree.map(lambda b, g: b - 0.1 * jnp.conj(g), learned, db)
+    for name, b in learned.items():
+        off = np.linalg.norm(b - params[name]) / np.linalg.norm(params[name])
+        assert off < (0.1 if phase == "mirror" else 1e-3)
 
 
 def test_modifiers_leave_the_phase_alone():
