@@ -1,0 +1,203 @@
+"""Operations of a pipeline: on paper, and in the compiled program of one device; the times of a stage.
+
+All devices of a pipeline run the same program, in step: in a tick, a stage without a microbatch computes what nobody
+reads. So the operations of the program of one device are those of the critical path.
+
+On paper only products count. In operations, for one microbatch of m examples, `layers` dense layers of `width` in a
+stage, and C outputs:
+
+    f = 2 m width^2 layers                 the forward pass of a stage
+    b = 2 m C width layers                 direct feedback to the hidden signals of a stage
+    first, last = 2 m inputs width, 2 m width C
+
+    backpropagation  (M + P - 1) 3 f + (M + P - 1) 2 first + M 3 last
+    direct           (M + P - 1) f + M (f + b) + (M + P - 1) first + M (2 first + b / layers) + M 2 last
+
+(The forward pass of `first` runs once more in its backward pass, see `steps.direct`. The first term of each line is
+the pipeline, the others are what its two ends add.)
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lrules
+from experiments.parallel import hlo, stages, steps, timetable
+from experiments.parallel.split import split_feedback
+
+NAMES = ("backprop", "direct")
+BETWEEN = "direct between stages"
+
+
+class Size(NamedTuple):
+    """A pipeline of dense layers."""
+
+    stages: int = 8
+    microbatches: int = 8
+    examples: int = 8  # of a microbatch
+    inputs: int = 64
+    width: int = 64
+    outputs: int = 10
+    layers: int = 2  # of a stage
+
+    @property
+    def forward(self) -> int:
+        """f: the operations of a stage's forward pass for one microbatch."""
+        return 2 * self.examples * self.width**2 * self.layers
+
+    @property
+    def feedback(self) -> int:
+        """b: those that bring the output error of one microbatch to the hidden signals of a stage."""
+        return 2 * self.examples * self.outputs * self.width * self.layers
+
+
+def on_paper(size: Size) -> dict[str, int]:
+    """Operations of the critical path, from the formulas above."""
+    ticks, m, f = size.microbatches + size.stages - 1, size.microbatches, size.forward
+    first = 2 * size.examples * size.inputs * size.width
+    last = 2 * size.examples * size.width * size.outputs
+    into_first = size.feedback // size.layers
+    return {
+        "backprop": ticks * 3 * f + ticks * 2 * first + m * 3 * last,
+        "direct": ticks * f + m * (f + size.feedback) + ticks * first + m * (2 * first + into_first) + m * 2 * last,
+    }
+
+
+class Problem(NamedTuple):
+    """The two steps of a pipeline, and their arguments."""
+
+    net: stages.Staged
+    steps: dict[str, Callable[..., Any]]
+    arguments: dict[str, tuple[Any, ...]]
+    whole: dict[str, Callable[..., Any]]  # the same on one device, from the same arguments, not placed
+    unplaced: dict[str, tuple[Any, ...]]
+
+
+def problem(size: Size, *, dtype: Any = jnp.float32, seed: int = 0) -> Problem:
+    """A network of dense layers with tanh, random data, the squared error, and direct feedback alignment."""
+    net, loss, rule = stages.mlp(jnp.tanh), lrules.testing.half_squared_error, lrules.direct_feedback_alignment()
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = stages.mlp_params(
+        keys[0], inputs=size.inputs, width=size.width, outputs=size.outputs, stages=size.stages, layers=size.layers,
+        dtype=dtype,
+    )  # fmt: skip
+    batch = size.microbatches * size.examples
+    x = jax.random.normal(keys[1], (batch, size.inputs), dtype)
+    y = jax.random.normal(keys[2], (batch, size.outputs), dtype)
+    feedback = rule.init(keys[3], net.whole, params, x)
+    mesh = stages.make_mesh(size.stages)
+    split = stages.place(split_feedback(net, rule, params, feedback, x), mesh)
+    placed = stages.place(stages.stacked(params), mesh)
+    return Problem(
+        net,
+        {
+            "backprop": steps.gpipe(net, loss, mesh, size.microbatches),
+            "direct": steps.direct(net, loss, rule, mesh, size.microbatches),
+        },
+        {"backprop": (placed, {}, x, y), "direct": (placed, split, x, y)},
+        {
+            "backprop": lrules.value_and_grad(net.whole, loss, lrules.backprop()),
+            "direct": lrules.value_and_grad(net.whole, loss, rule),
+        },
+        {"backprop": (params, lrules.Feedback({}, {}), x, y), "direct": (params, feedback, x, y)},
+    )
+
+
+def differences(made: Problem) -> dict[str, float]:
+    """How far the gradients of the pipeline are from those of one device, relative to the largest of each array."""
+    found = {}
+    for name in NAMES:
+        (value, _), grads = jax.jit(made.whole[name])(*made.unplaced[name])
+        piped_value, piped, _ = jax.jit(made.steps[name])(*made.arguments[name])
+        wanted = (value, stages.stacked(grads.params))
+        found[name] = stages.difference(wanted, (piped_value, piped))
+    return found
+
+
+def counted(size: Size) -> dict[str, hlo.Counts]:
+    """What the compiled program of one device does: the operations of its products, and what it sends."""
+    made = problem(size)
+    programs = {name: jax.jit(made.steps[name]).lower(*made.arguments[name]).compile() for name in NAMES}
+    return {name: hlo.read(program.as_text() or "") for name, program in programs.items()}
+
+
+def sent_on_paper(size: Size) -> dict[str, dict[str, tuple[int, int]]]:
+    """How often a device sends and how many bytes, in float32.
+
+    Each tick sends what a stage made to the next one. Backpropagation sends errors of that size down. A direct rule
+    sends the output error of each microbatch to all. At the end both share the gradients of `first` and `last`, and the
+    value.
+    """
+    ticks, m = size.microbatches + size.stages - 1, size.microbatches
+    up = 4 * size.examples * size.width
+    ends = 4 * ((size.inputs + 1) * size.width + (size.width + 1) * size.outputs + 1)
+    error = 4 * size.examples * size.outputs
+    return {
+        "backprop": {"collective-permute": (2 * ticks, 2 * ticks * up), "all-reduce": (1, ends)},
+        "direct": {"collective-permute": (ticks, ticks * up), "all-reduce": (m + 1, m * error + ends)},
+    }
+
+
+def stage_seconds(size: Size, repeats: int) -> dict[str, list[float]]:
+    """Measured on this machine: the time of a stage's forward pass, and what each backward pass adds.
+
+    Each is the best of `repeats` runs, as the machine may have other work, then the quartiles. The programs run in
+    turn. What a backward pass adds is the time of both passes together without that of the forward pass.
+    """
+    net, rule = stages.mlp(jnp.tanh), lrules.direct_feedback_alignment()
+    params = stages.mlp_params(
+        jax.random.key(0), inputs=size.inputs, width=size.width, outputs=size.outputs, stages=1, layers=size.layers
+    )
+    p = params.stages[0]
+    h = jax.random.normal(jax.random.key(1), (size.examples, size.width))
+    d = jax.random.normal(jax.random.key(2), h.shape)
+    e = jax.random.normal(jax.random.key(3), (size.examples, size.outputs))
+    local, both = net.alone(net.stage), {"part": p, "last": params.last}
+    feedback = rule.init(jax.random.key(4), local, both, h)
+    f = lrules.transform(local, rule)
+
+    def backprop(p: Any, h: jax.Array) -> Any:
+        out, pull = jax.vjp(net.stage, p, h)
+        return out, pull(d)
+
+    def update(p: Any, h: jax.Array) -> Any:
+        (_, out), pull = jax.vjp(lambda p: f({"part": p, "last": params.last}, feedback, h), p)
+        return out, pull((e, jnp.zeros_like(out)))
+
+    programs = {name: jax.jit(g) for name, g in {"forward": net.stage, "backward": backprop, "update": update}.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(repeats + 3):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(p, h))
+            if turn >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    best = min(seconds["forward"])
+    added = {name: [t - (name != "forward") * best for t in times] for name, times in seconds.items()}
+    return {name: [min(times), *statistics.quantiles(times, n=4)[::2]] for name, times in added.items()}
+
+
+def simulated(
+    seconds: Mapping[str, Sequence[float]], counts: Sequence[int], microbatches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The time of a step and the idle part of a stage, for each number of stages and of microbatches.
+
+    All stages cost the same; the two ends of the network and the sending cost nothing. "direct between stages" is a
+    rule with `at="boundary"`: inside a stage the error flows as in backpropagation.
+    """
+    rows: list[dict[str, Any]] = []
+    forward, backward, update = (seconds[name][0] for name in ("forward", "backward", "update"))
+    for p, m in itertools.product(counts, microbatches):
+        for name in (*timetable.SCHEDULES, BETWEEN):
+            own = update if name == "direct" else backward
+            made = timetable.SCHEDULES[name if name != BETWEEN else "direct"](
+                timetable.equal(p, forward, backward, own), m
+            )
+            row = {"schedule": name, "stages": p, "microbatches": m, "seconds": made.makespan}
+            rows.append(row | {"idle": sum(made.idle) / p, "in_flight": max(made.in_flight)})
+    return rows
