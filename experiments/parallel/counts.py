@@ -144,10 +144,11 @@ def sent_on_paper(size: Size) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def stage_seconds(size: Size, repeats: int) -> dict[str, list[float]]:
-    """Measured on this machine: the time of a stage's forward pass, and what each backward pass adds.
+    """Measured on this machine: the processor time of a stage's forward pass, and what each backward pass adds.
 
-    Each is the best of `repeats` runs, as the machine may have other work, then the quartiles. The programs run in
-    turn. What a backward pass adds is the time of both passes together without that of the forward pass.
+    Each is the median of `repeats` runs, then the quartiles. The programs run in turn. What a backward pass adds is the
+    time of both passes together without the median of the forward pass. It is processor time, not wall time, as the
+    machine may have other work.
     """
     net, rule = stages.mlp(jnp.tanh), lrules.direct_feedback_alignment()
     params = stages.mlp_params(
@@ -173,13 +174,14 @@ def stage_seconds(size: Size, repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(repeats + 3):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             jax.block_until_ready(program(p, h))
             if turn >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    best = min(seconds["forward"])
-    added = {name: [t - (name != "forward") * best for t in times] for name, times in seconds.items()}
-    return {name: [min(times), *statistics.quantiles(times, n=4)[::2]] for name, times in added.items()}
+                seconds[name].append(time.process_time() - start)
+    alone = statistics.median(seconds["forward"])
+    added = {name: [t - (name != "forward") * alone for t in times] for name, times in seconds.items()}
+    quartiles = {name: statistics.quantiles(times, n=4) for name, times in added.items()}
+    return {name: [middle, low, high] for name, (low, middle, high) in quartiles.items()}
 
 
 def simulated(

@@ -44,7 +44,7 @@ def stage(content: Content) -> str:
         (name, f"{1e3 * v[0]:.3f} ms", f"{1e3 * v[1]:.3f} to {1e3 * v[2]:.3f}", f"{v[0] / seconds['forward'][0]:.2f}")
         for name, v in seconds.items()
     ]
-    return results.table(("task", "best", "quartiles", "over forward"), rows)
+    return results.table(("task", "median", "quartiles", "over forward"), rows)
 
 
 def simulated(content: Content) -> str:
