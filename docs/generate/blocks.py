@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 
 import lrules
-from docs.generate import coverage, facts
+from docs.generate import cost_tables, coverage, facts
 from docs.generate.markdown import table
 from experiments import layouts as sent
 from experiments.parallel import report
@@ -85,11 +85,17 @@ def pipeline(name: str) -> str:
     return report.TABLES[name](content)
 
 
+def costs(name: str) -> str:
+    """A table of how cost grows."""
+    return cost_tables.TABLES[name]()
+
+
 MADE: dict[str, Callable[..., str]] = {
     "equation": equation, "example": example, "references": references, "cost": cost, "properties": properties,
     "rules": rules, "modifiers": modifiers, "coverage": coverage.full, "coverage in short": coverage.short,
     "layouts": layouts,
     "pipeline": pipeline,
+    "pipeline": pipeline, "costs": costs,
 }  # fmt: skip
 SLOW = ("coverage", "coverage in short")
 

@@ -76,6 +76,9 @@ def _computation(lines: list[str], total) -> Counts:
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
             contracted = [shapes[left][int(a)] for a in axes[1].split(",") if a] if axes else []
             found = _plus(found, Counts(2 * math.prod(shapes[name]) * math.prod(contracted), {}))
+        if op == "convolution":
+            left, right = re.findall(r"%([\w.-]+)", rest)[:2]
+            found = _plus(found, Counts(_convolution(line, shapes[left], shapes[right], shapes[name]), {}))
         kind_sent = op.removesuffix("-start")
         if kind_sent in COLLECTIVES:
             found = _plus(found, Counts(0, {kind_sent: (1, _bytes(kind))}))
@@ -90,6 +93,27 @@ def _computation(lines: list[str], total) -> Counts:
                 inner = _plus(inner, total(other))
             found = _plus(found, _times(inner, _trips(op, line, inner)))
     return found
+
+
+def _convolution(line: str, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...]) -> int:
+    """Operations of a convolution: only where the window lies on the data, not on padding or in gaps."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line)
+    assert labels is not None
+    of_x, of_w, of_y = labels.groups()
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", line) or ["", ""])[1]))
+    spatial = sorted(c for c in of_x if c.isdigit())
+
+    def sizes(key: str) -> list[int]:
+        return [int(v) for v in window[key].split("x")] if key in window else [1] * len(spatial)
+
+    pads = [int(v.split("_")[0]) for v in window["pad"].split("x")] if "pad" in window else [0] * len(spatial)
+    count = 2 * y[of_y.index("b")] * y[of_y.index("f")] * w[of_w.index("i")]
+    options = zip(sizes("size"), sizes("stride"), pads, sizes("lhs_dilate"), sizes("rhs_dilate"), strict=True)
+    for axis, (size, stride, pad, gaps, spread) in zip(spatial, options, strict=True):
+        outs, ins = y[of_y.index(axis)], x[of_x.index(axis)]
+        places = (o * stride + j * spread - pad for o in range(outs) for j in range(size))
+        count *= sum(0 <= place <= (ins - 1) * gaps and place % gaps == 0 for place in places)
+    return count
 
 
 def _trips(op: str, line: str, inner: Counts) -> int:
