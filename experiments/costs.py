@@ -228,18 +228,25 @@ def data_parallel(rule: str, net: Net) -> Sent:
 
 
 def fsdp(
-    rule: str, net: Net, devices: int, *, keeps: bool = True, shared: bool = False, rank: int | None = None
+    rule: str,
+    net: Net,
+    devices: int,
+    *,
+    keeps: bool = True,
+    split: bool = True,
+    shared: bool = False,
+    rank: int | None = None,
 ) -> Sent:
     """The batch, the parameters and the feedback are split over the same devices (fully sharded data parallel).
 
     Each parameter is gathered for the forward pass, and its gradient is summed into the parts. With `keeps`, gathered
     weights stay until the backward pass. Otherwise rules that send the error down through weights gather these once
-    more. Feedback is gathered in the backward pass. BackMAN and dual propagation are as backpropagation (BackMAN sums
-    a norm for each neuron, too).
+    more. Feedback is gathered in the backward pass; without `split`, it lies whole on each device. BackMAN and dual
+    propagation are as backpropagation (BackMAN sums a norm for each neuron, too).
     """
     through_weights = rule not in (*SEQUENTIAL, *DIRECT, "last_layer_only")
     again = [layer.weights for layer in net.layers if layer.reads] if through_weights and not keeps else []
-    feedback = feedback_numbers(rule, net, shared=shared, rank=rank)
+    feedback = feedback_numbers(rule, net, shared=shared, rank=rank) if split else 0
     pieces = {True: len(net.signals), False: sum(bool(layer.reads) for layer in net.layers)}[rule in DIRECT]
     gathers = len(net.layers) + len(again) + (pieces if feedback else 0)
     trained = _trained(rule, net)

@@ -95,12 +95,18 @@ def billion() -> str:
     backprop, rows = costs.products("backprop", net), []
     for label, (rule, options) in CHOSEN.items():
         fed = costs.feedback_numbers(rule, net, **options)
-        held = costs.training_bytes(net, fed)
         work = costs.products(rule, net, **options) / backprop
-        whole, split = (held / 1e9, held / DEVICES / 1e9)
-        fits = [f"{size:,.1f} GB{'' if size < MEMORY else ' (does not fit)'}" for size in (whole, split)]
-        rows.append((label, f"{costs.FLOAT * fed / GIB:,.1f} GiB", f"{work:,.2f}", *fits))
-    return table(("rule", "feedback", "operations over backprop", "held whole", "held split over 256"), rows, 1)
+        held = costs.training_bytes(net, 0)
+        whole, lies = held + costs.FLOAT * fed, costs.FLOAT * fed / (1 if rule == DFA else DEVICES)
+        fits = [
+            f"{_gb(size)}{'' if size < MEMORY * 1e9 else ' (does not fit)'}" for size in (whole, held / DEVICES + lies)
+        ]
+        rows.append((label, _gb(costs.FLOAT * fed), f"{work:,.2f}", *fits))
+    return table(("rule", "feedback", "operations over backprop", "held under data", "held under FSDP"), rows, 1)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.1e} GB"
 
 
 def layouts() -> str:
@@ -112,15 +118,15 @@ def layouts() -> str:
         rank = options.get("rank")
         data = costs.traffic(costs.data_parallel(rule, net), DEVICES)
         keeps, drops = (
-            costs.traffic(costs.fsdp(rule, net, DEVICES, keeps=keep, **options), DEVICES) for keep in (True, False)
+            costs.traffic(costs.fsdp(rule, net, DEVICES, keeps=keep, split=rule != DFA, **options), DEVICES)
+            for keep in (True, False)
         )
         shared = costs.traffic(costs.data_parallel(rule, net), DEVICES // GROUP) / GROUP  # of the part of a group
         sizes = (VOCABULARY, TOKENS, BLOCKS, WIDTH)
         tensor = costs.traffic(costs.tensor_parallel_transformer(rule, *sizes, GROUP, rank=rank), GROUP)
         errors = TOKENS * (rank or VOCABULARY)
         stage = costs.traffic(costs.pipeline(rule, TOKENS * WIDTH, errors, GROUP, GROUP), GROUP)
-        shown = (data, keeps, drops, shared + tensor, shared + stage)
-        rows.append((label, *(f"{size / 1e9:.1f} GB" for size in shown)))
+        rows.append((label, *map(_gb, (data, keeps, drops, shared + tensor, shared + stage))))
     head = ("rule", "data", "FSDP, weights kept", "FSDP, gathered again", "tensor 8 x data 32", "pipeline 8 x data 32")
     return table(head, rows, 1)
 

@@ -112,6 +112,24 @@ def test_the_measured_file():
         assert row["counted"] == row["formula"]
 
 
+def test_the_table_of_layouts():
+    """The library's placements, as docs/many_devices.md has them: with 4 bytes for the value, which it sums, too."""
+    path = DOCS / "layouts.json"
+    if not path.exists():
+        pytest.skip("the table of layouts is not there")
+    cells, widths = json.loads(path.read_text())["cells"], (256,) * 8 + (10,)
+    net = costs.mlp(widths)
+    for rule in ("backprop", "feedback_alignment", DFA, "backman", "dual_propagation"):
+        count, size = costs.data_parallel(rule, net)["all-reduce"]
+        assert cells["data"][rule] == {"all-reduce": [count, size + costs.FLOAT]}
+        assert cells["tensor"][rule] == {"all-reduce": list(costs.tensor_parallel(rule, widths, 64)["all-reduce"])}
+        if rule != "backman":  # biases lie whole there, and so does direct feedback
+            wanted = costs.fsdp(rule, net._replace(others=0), 8, split=rule != DFA)
+            assert cells["FSDP"][rule]["all-gather"] == list(wanted["all-gather"])
+    elsewhere = cells["FSDP"]["direct feedback, split over its last axis"]
+    assert elsewhere["all-gather"] == list(costs.fsdp(DFA, net._replace(others=0), 8)["all-gather"])
+
+
 def test_numbers_in_the_text():
     """What the sentences of the page say of the extrapolations."""
     text = " ".join((DOCS / "costs.md").read_text().split())
@@ -119,7 +137,7 @@ def test_numbers_in_the_text():
     assert "1.14 billion" in text and round(net.parameters / 1e9, 2) == 1.14
     assert f"pays up to {costs.most_outputs(net):,}" in text
     shared = costs.feedback_numbers(DFA, net, shared=True)
-    assert "34 GiB" in text and round(costs.FLOAT * shared / 2**30) == 34
+    assert "37 GB more" in text and round(costs.FLOAT * shared / 1e9) == 37
     assert "eight times as large as the parameters" in text and round(shared / net.parameters) == 8
     assert "three times that" in text
     assert round(costs.products(DFA, net, shared=True) / costs.products("backprop", net)) == 3

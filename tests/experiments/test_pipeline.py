@@ -192,6 +192,21 @@ def test_many_steps_in_a_scan_with_donation():
     assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {1}
 
 
+def test_vmap_over_seeds():
+    """Parameters and feedback of two seeds; also under vmap each stage stays on its device."""
+    net, params, x, y, loss = dense(jnp.float32)
+    rule, mesh = RULES["dfa"], stages.make_mesh(STAGES)
+    feedback = [rule.init(jax.random.key(seed), net.whole, params, x) for seed in (5, 6)]
+    split = [split_feedback(net, rule, params, fed, x) for fed in feedback]
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *split)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), stages.stacked(params))
+    step = steps.direct(net, loss, rule, mesh, 3)
+    values, grads, _ = jax.jit(jax.vmap(step, in_axes=(0, 0, None, None)))(many, both, x, y)
+    for i in range(2):
+        value, one, _ = jax.jit(step)(jax.tree.map(lambda leaf: leaf[i], many), split[i], x, y)  # noqa: B023
+        assert stages.difference((value, one), (values[i], jax.tree.map(lambda leaf: leaf[i], grads))) < 1e-6  # noqa: B023
+
+
 def test_garbage_gives_no_nan():
     """A stage that is infinite at zero, before it has a microbatch."""
     net, params, x, y, loss = dense(jnp.float32)
