@@ -7,14 +7,16 @@ On paper only products count. In operations, for one microbatch of m examples, `
 stage, and C outputs:
 
     f = 2 m width^2 layers                 the forward pass of a stage
-    b = 2 m C width layers                 direct feedback to the hidden signals of a stage
+    b = 2 m C width                        direct feedback to one hidden signal
     first, last = 2 m inputs width, 2 m width C
 
-    backpropagation  (M + P - 1) 3 f + (M + P - 1) 2 first + M 3 last
-    direct           (M + P - 1) f + M (f + b) + (M + P - 1) first + M (2 first + b / layers) + M 2 last
+    backprop               (M + P - 1) 3 f + (M + P - 1) 2 first + M 3 last
+    direct                 (M + P - 1) f + M (f + b layers) + ends
+    direct between stages  (M + P - 1) f + M (2 f - f / layers + b) + ends
+    ends                   (M + P - 1) first + M (2 first + b) + M 2 last
 
-(The forward pass of `first` runs once more in its backward pass, see `steps.direct`. The first term of each line is
-the pipeline, the others are what its two ends add.)
+(Between stages no error goes below the first layer of a stage. The forward pass of `first` runs once more in its
+backward pass, see `steps.direct`.)
 """
 
 import itertools
@@ -30,8 +32,13 @@ import lrules
 from experiments.parallel import hlo, stages, steps, timetable
 from experiments.parallel.split import split_feedback
 
-NAMES = ("backprop", "direct")
 BETWEEN = "direct between stages"
+RULES: dict[str, lrules.Rule] = {
+    "backprop": lrules.backprop(),
+    "direct": lrules.direct_feedback_alignment(),
+    BETWEEN: lrules.direct_feedback_alignment(at=stages.BOUNDARY),
+}
+NAMES = tuple(RULES)
 
 
 class Size(NamedTuple):
@@ -52,8 +59,8 @@ class Size(NamedTuple):
 
     @property
     def feedback(self) -> int:
-        """b: those that bring the output error of one microbatch to the hidden signals of a stage."""
-        return 2 * self.examples * self.outputs * self.width * self.layers
+        """b: those that bring the output error of one microbatch to one hidden signal."""
+        return 2 * self.examples * self.outputs * self.width
 
 
 def on_paper(size: Size) -> dict[str, int]:
@@ -61,26 +68,31 @@ def on_paper(size: Size) -> dict[str, int]:
     ticks, m, f = size.microbatches + size.stages - 1, size.microbatches, size.forward
     first = 2 * size.examples * size.inputs * size.width
     last = 2 * size.examples * size.width * size.outputs
-    into_first = size.feedback // size.layers
+    b, ends = size.feedback, ticks * first + m * (2 * first + size.feedback) + m * 2 * last
     return {
         "backprop": ticks * 3 * f + ticks * 2 * first + m * 3 * last,
-        "direct": ticks * f + m * (f + size.feedback) + ticks * first + m * (2 * first + into_first) + m * 2 * last,
+        "direct": ticks * f + m * (f + b * size.layers) + ends,
+        BETWEEN: ticks * f + m * (2 * f - f // size.layers + b) + ends,
     }
 
 
 class Problem(NamedTuple):
-    """The two steps of a pipeline, and their arguments."""
+    """A step in a pipeline and on one device, with their arguments."""
 
-    net: stages.Staged
-    steps: dict[str, Callable[..., Any]]
-    arguments: dict[str, tuple[Any, ...]]
-    whole: dict[str, Callable[..., Any]]  # the same on one device, from the same arguments, not placed
-    unplaced: dict[str, tuple[Any, ...]]
+    step: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    whole: Callable[..., Any]
+    unplaced: tuple[Any, ...]
+
+    @property
+    def program(self) -> Any:
+        """The compiled step of the pipeline."""
+        return jax.jit(self.step).lower(*self.arguments).compile()
 
 
-def problem(size: Size, *, dtype: Any = jnp.float32, seed: int = 0) -> Problem:
-    """A network of dense layers with tanh, random data, the squared error, and direct feedback alignment."""
-    net, loss, rule = stages.mlp(jnp.tanh), lrules.testing.half_squared_error, lrules.direct_feedback_alignment()
+def problem(name: str, size: Size, *, dtype: Any = jnp.float32, seed: int = 0) -> Problem:
+    """A network of dense layers with tanh, random data and the squared error, under one of `RULES`."""
+    net, loss, rule = stages.mlp(jnp.tanh), lrules.testing.half_squared_error, RULES[name]
     keys = jax.random.split(jax.random.key(seed), 4)
     params = stages.mlp_params(
         keys[0], inputs=size.inputs, width=size.width, outputs=size.outputs, stages=size.stages, layers=size.layers,
@@ -89,41 +101,36 @@ def problem(size: Size, *, dtype: Any = jnp.float32, seed: int = 0) -> Problem:
     batch = size.microbatches * size.examples
     x = jax.random.normal(keys[1], (batch, size.inputs), dtype)
     y = jax.random.normal(keys[2], (batch, size.outputs), dtype)
-    feedback = rule.init(keys[3], net.whole, params, x)
-    mesh = stages.make_mesh(size.stages)
-    split = stages.place(split_feedback(net, rule, params, feedback, x), mesh)
-    placed = stages.place(stages.stacked(params), mesh)
-    return Problem(
-        net,
-        {
-            "backprop": steps.gpipe(net, loss, mesh, size.microbatches),
-            "direct": steps.direct(net, loss, rule, mesh, size.microbatches),
-        },
-        {"backprop": (placed, {}, x, y), "direct": (placed, split, x, y)},
-        {
-            "backprop": lrules.value_and_grad(net.whole, loss, lrules.backprop()),
-            "direct": lrules.value_and_grad(net.whole, loss, rule),
-        },
-        {"backprop": (params, lrules.Feedback({}, {}), x, y), "direct": (params, feedback, x, y)},
-    )
+    feedback, mesh = rule.init(keys[3], net.whole, params, x), stages.make_mesh(size.stages)
+    fed: Any = {}
+    if name == "backprop":
+        step = steps.gpipe(net, loss, mesh, size.microbatches)
+    else:
+        step = steps.direct(net, loss, rule, mesh, size.microbatches)
+        fed = stages.place(split_feedback(net, rule, params, feedback, x), mesh)
+    placed = (stages.place(stages.stacked(params), mesh), fed, x, y)
+    return Problem(step, placed, lrules.value_and_grad(net.whole, loss, rule), (params, feedback, x, y))
 
 
-def differences(made: Problem) -> dict[str, float]:
+def difference(made: Problem) -> float:
     """How far the gradients of the pipeline are from those of one device, relative to the largest of each array."""
-    found = {}
-    for name in NAMES:
-        (value, _), grads = jax.jit(made.whole[name])(*made.unplaced[name])
-        piped_value, piped, _ = jax.jit(made.steps[name])(*made.arguments[name])
-        wanted = (value, stages.stacked(grads.params))
-        found[name] = stages.difference(wanted, (piped_value, piped))
-    return found
+    (value, _), grads = jax.jit(made.whole)(*made.unplaced)
+    piped_value, piped, _ = jax.jit(made.step)(*made.arguments)
+    return stages.difference((value, stages.stacked(grads.params)), (piped_value, piped))
 
 
-def counted(size: Size) -> dict[str, hlo.Counts]:
-    """What the compiled program of one device does: the operations of its products, and what it sends."""
-    made = problem(size)
-    programs = {name: jax.jit(made.steps[name]).lower(*made.arguments[name]).compile() for name in NAMES}
-    return {name: hlo.read(program.as_text() or "") for name, program in programs.items()}
+class Counted(NamedTuple):
+    """What the compiled program of one device does, and the bytes that it holds besides arguments and results."""
+
+    products: int
+    sent: dict[str, tuple[int, int]]
+    temporary: int
+
+
+def counted(name: str, size: Size) -> Counted:
+    """Compiles a step under one of `RULES`; it runs nothing."""
+    program = problem(name, size).program
+    return Counted(*hlo.read(program.as_text() or ""), program.memory_analysis().temp_size_in_bytes)
 
 
 def sent_on_paper(size: Size) -> dict[str, dict[str, tuple[int, int]]]:
@@ -137,9 +144,11 @@ def sent_on_paper(size: Size) -> dict[str, dict[str, tuple[int, int]]]:
     up = 4 * size.examples * size.width
     ends = 4 * ((size.inputs + 1) * size.width + (size.width + 1) * size.outputs + 1)
     error = 4 * size.examples * size.outputs
+    once = {"collective-permute": (ticks, ticks * up), "all-reduce": (m + 1, m * error + ends)}
     return {
         "backprop": {"collective-permute": (2 * ticks, 2 * ticks * up), "all-reduce": (1, ends)},
-        "direct": {"collective-permute": (ticks, ticks * up), "all-reduce": (m + 1, m * error + ends)},
+        "direct": once,
+        BETWEEN: once,
     }
 
 
@@ -150,27 +159,30 @@ def stage_seconds(size: Size, repeats: int) -> dict[str, list[float]]:
     time of both passes together without the median of the forward pass. It is processor time, not wall time, as the
     machine may have other work.
     """
-    net, rule = stages.mlp(jnp.tanh), lrules.direct_feedback_alignment()
+    net = stages.mlp(jnp.tanh)
     params = stages.mlp_params(
         jax.random.key(0), inputs=size.inputs, width=size.width, outputs=size.outputs, stages=1, layers=size.layers
     )
-    p = params.stages[0]
     h = jax.random.normal(jax.random.key(1), (size.examples, size.width))
     d = jax.random.normal(jax.random.key(2), h.shape)
     e = jax.random.normal(jax.random.key(3), (size.examples, size.outputs))
-    local, both = net.alone(net.stage), {"part": p, "last": params.last}
-    feedback = rule.init(jax.random.key(4), local, both, h)
-    f = lrules.transform(local, rule)
+    local, both = net.alone(net.stage), {"part": params.stages[0], "last": params.last}
 
     def backprop(p: Any, h: jax.Array) -> Any:
         out, pull = jax.vjp(net.stage, p, h)
         return out, pull(d)
 
-    def update(p: Any, h: jax.Array) -> Any:
-        (_, out), pull = jax.vjp(lambda p: f({"part": p, "last": params.last}, feedback, h), p)
-        return out, pull((e, jnp.zeros_like(out)))
+    def direct(name: str) -> Callable[..., Any]:
+        f, feedback = lrules.transform(local, RULES[name]), RULES[name].init(jax.random.key(4), local, both, h)
 
-    programs = {name: jax.jit(g) for name, g in {"forward": net.stage, "backward": backprop, "update": update}.items()}
+        def run(p: Any, h: jax.Array) -> Any:
+            (_, out), pull = jax.vjp(lambda p: f({"part": p, "last": params.last}, feedback, h), p)
+            return out, pull((e, jnp.zeros_like(out)))
+
+        return run
+
+    made = {"forward": net.stage, "backprop": backprop} | {name: direct(name) for name in ("direct", BETWEEN)}
+    programs, p = {name: jax.jit(run) for name, run in made.items()}, params.stages[0]
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(repeats + 3):
         for name, program in programs.items():
@@ -193,13 +205,19 @@ def simulated(
     rule with `at="boundary"`: inside a stage the error flows as in backpropagation.
     """
     rows: list[dict[str, Any]] = []
-    forward, backward, update = (seconds[name][0] for name in ("forward", "backward", "update"))
     for p, m in itertools.product(counts, microbatches):
-        for name in (*timetable.SCHEDULES, BETWEEN):
-            own = update if name == "direct" else backward
-            made = timetable.SCHEDULES[name if name != BETWEEN else "direct"](
-                timetable.equal(p, forward, backward, own), m
-            )
+        for name, (schedule, own) in SIMULATED.items():
+            forward, down = seconds["forward"][0], seconds[own][0]
+            made = timetable.SCHEDULES[schedule](timetable.equal(p, forward, down, down), m)
             row = {"schedule": name, "stages": p, "microbatches": m, "seconds": made.makespan}
             rows.append(row | {"idle": sum(made.idle) / p, "in_flight": max(made.in_flight)})
     return rows
+
+
+# By name: the timetable, and the backward pass of a stage.
+SIMULATED = {
+    "GPipe": ("GPipe", "backprop"),
+    "1F1B": ("1F1B", "backprop"),
+    "direct": ("direct", "direct"),
+    BETWEEN: ("direct", BETWEEN),
+}

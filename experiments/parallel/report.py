@@ -6,11 +6,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import results
-from experiments.parallel import counts, timetable
+from experiments.parallel import counts
 from experiments.plots import COLOURS, logarithmic
 
 Content = Mapping[str, Any]
-NAMES = (*timetable.SCHEDULES, counts.BETWEEN)
+NAMES = tuple(counts.SIMULATED)
 LINES = dict(zip(NAMES, ("-", ":", "-", "--"), strict=True))
 
 
@@ -22,7 +22,7 @@ def differences(content: Content) -> str:
 
 
 def operations(content: Content) -> str:
-    """Operations of the critical path, and what a device sends."""
+    """Operations of the critical path, what a device sends, and what it holds besides arguments and results."""
     rows = []
     for row in content["operations"]:
         size, sent = row["size"], row["sent"]
@@ -31,9 +31,10 @@ def operations(content: Content) -> str:
             (
                 f"{size['stages']}", f"{size['microbatches']}", f"{size['layers']} x {size['width']}", row["rule"],
                 f"{row['paper']:,}", f"{row['counted']:,}", f"{up[0]}", f"{up[1]:,}", f"{all_[0]}", f"{all_[1]:,}",
+                f"{row['temporary'] / 1024:,.0f} KiB",
             )
         )  # fmt: skip
-    head = ("P", "M", "stage", "rule", "on paper", "counted", "sends", "bytes", "all-reduces", "bytes ")
+    head = ("P", "M", "stage", "rule", "on paper", "counted", "sends", "bytes", "all-reduces", "bytes ", "memory")
     return results.table(head, rows)
 
 
