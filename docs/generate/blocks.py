@@ -93,9 +93,7 @@ def costs(name: str) -> str:
 MADE: dict[str, Callable[..., str]] = {
     "equation": equation, "example": example, "references": references, "cost": cost, "properties": properties,
     "rules": rules, "modifiers": modifiers, "coverage": coverage.full, "coverage in short": coverage.short,
-    "layouts": layouts,
-    "pipeline": pipeline,
-    "pipeline": pipeline, "costs": costs,
+    "layouts": layouts, "pipeline": pipeline, "costs": costs,
 }  # fmt: skip
 SLOW = ("coverage", "coverage in short")
 

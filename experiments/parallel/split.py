@@ -28,6 +28,12 @@ def split_feedback(
       InputError: direct feedback does not land at what one stage sends to the next.
     """
     names = _names(net, rule, params, inputs)
+    everywhere = set.intersection(*({name for local, name in own.items() if local == name} for own in names))
+    if together := everywhere & set(feedback.learned):
+        raise InputError(
+            f"All stages share the learned feedback weight {min(together)!r}, and each would have its own gradient of "
+            "it: leave out learned_factors."
+        )
     parts = []
     for own in names:
         fixed = {local: feedback.fixed[name] for local, name in own.items() if name in feedback.fixed}
@@ -115,4 +121,4 @@ def _check(net: Staged, rule: lrules.Rule, params: Params, inputs: Any) -> None:
     try:
         lrules.transform(net.whole, rule)
     except ValueError:
-        raise InputError(f"The rule needs the targets in every stage, and gets the output error: {remedy}.") from None
+        raise InputError(f"The rule needs the targets or the loss, and a stage gets the error: {remedy}.") from None

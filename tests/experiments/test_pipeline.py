@@ -264,7 +264,10 @@ def test_other_refusals():
     assert "random numbers" in refusal(net, params, x, lrules.drop_error(RULES["dfa"], 0.5))
     assert "whole batch" in refusal(net, params, x, lrules.backman())
     assert "no feedback weights" in refusal(net, params, x, lrules.skipped_backprop())
-    assert "needs the targets" in refusal(net, params, x, lrules.random_target_projection())
+    for rule in (lrules.random_target_projection(), lrules.direct_feedback_alignment(normalise_error=True)):
+        assert "needs the targets or the loss" in refusal(net, params, x, rule)
+    shared = lrules.direct_feedback_alignment(rank=2, learned_factors=True)
+    assert "'(outputs)'" in refusal(net, params, x, shared) and "learned_factors" in refusal(net, params, x, shared)
     soft = stages.Staged(net.first, net.stage, lambda p, h: jax.nn.softmax(net.last(p, h)))
     assert "into the loss" in refusal(soft, params, x, RULES["dfa"])
     with pytest.raises(InputError, match="take fewer stages"):
