@@ -7,6 +7,7 @@ Below runs what the rule sends.
 from collections.abc import Callable
 
 from docs.generate.svg import Drawing
+from docs.generate.timetables import PIPELINES
 
 X, H1, H2, Y = 70, 230, 390, 550
 TOP, BELOW = 62, 172
@@ -374,8 +375,9 @@ TERMS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (layer, hidden_signal, learning_channel, sequential_and_direct, output_error, modifier)
 }
+ALL = RULES | TERMS | PIPELINES
 
 
 def files() -> dict[str, str]:
     """The text of each picture, by its name in docs/pictures."""
-    return {f"{name}.svg": maker().svg() for name, maker in (RULES | TERMS).items()}
+    return {f"{name}.svg": maker().svg() for name, maker in ALL.items()}
