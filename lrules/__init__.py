@@ -21,6 +21,7 @@ from lrules.network import Network
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.backman import backman
 from lrules.rules.backprop import backprop, last_layer_only
+from lrules.rules.difference_target_propagation import difference_target_propagation
 from lrules.rules.direct_feedback_alignment import direct_feedback_alignment
 from lrules.rules.direct_kolen_pollack import direct_kolen_pollack
 from lrules.rules.dual_propagation import dual_propagation
@@ -52,6 +53,7 @@ __all__ = [
     "backprop",
     "describe",
     "diagnostics",
+    "difference_target_propagation",
     "direct",
     "direct_feedback_alignment",
     "direct_kolen_pollack",

@@ -1,8 +1,8 @@
 """The protocol of rules: `Rule`, `Feedback`, `Gradients`, and what a rule may do at a layer.
 
-A rule changes the backward pass and does not change the forward pass. The two constructors of `constructors.py` make
-most rules. *Sequential* rules decide, layer by layer, the weight gradient and the error that goes down. *Direct* rules
-bring the output error straight to each hidden signal.
+A rule changes the backward pass only. The two constructors of `constructors.py` make most rules. *Sequential* rules
+decide, layer by layer, the weight gradient and the error that goes down. *Direct* rules bring the output error straight
+to each hidden signal.
 """
 
 from __future__ import annotations
@@ -170,15 +170,13 @@ class Direct(_LayerRule):
       learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed feedback weights.
       redrawn: whether the rule draws new feedback weights at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
-      shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
-        hidden signals that are given for it: axes, or `"loop 0"`; the first place that fits holds.
+      shared_axes: axes of the outputs along which positions share a feedback weight, and their places, see `direct`.
       rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: it does not.
       pullback: instead of `signal`, see `lrules.direct`.
       targets: whether `signal` needs the targets.
       error_at: where it takes the output error: below a softmax or the like, `"layer"` (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
-      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from their keys where they are
-        needed.
+      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from keys where they are needed.
       offers: which of `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
@@ -340,8 +338,7 @@ class Rule:
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None if it follows from `transform`.
       stochastic: whether the rule needs `rng=`.
       additive: whether the gradient of a batch is the sum of the gradients of its parts, by their weights in it.
-      description: what the rule does at each place of a network; its functions are made from it. It is None for a rule
-        made of functions by hand, and for a copy with another function.
+      description: what the rule does at each place of a network; None if functions were made or replaced by hand.
       phase: the rule of a phase in which the feedback weights alone learn, see `lrules.feedback_grad`; or None.
 
     Example:

@@ -78,6 +78,7 @@ EXPLICIT = RULES | {
     "forward_activations": lrules.forward_gradient("activations"),
     "forward_local": lrules.forward_gradient("activations", local=lrules.local_losses()),
     "local_losses": lrules.local_losses("both"),
+    "difference_target_propagation": lrules.difference_target_propagation(first_target="outputs"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

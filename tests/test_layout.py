@@ -189,6 +189,7 @@ TESTED_ELSEWHERE = {
     "rules/forward_gradient/late": ("rules/test_forward_gradient_networks.py", "the memory of inference"),
     "rules/forward_gradient/local": ("rules/test_forward_gradient.py", "local losses"),
     "rules/forward_gradient/weights": ("rules/test_forward_gradient.py", "directions of weights"),
+    "rules/difference_target_propagation/handlers": ("rules/test_difference_target_propagation.py", "targets, noise"),
     "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),
     "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
     "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),

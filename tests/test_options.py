@@ -79,6 +79,7 @@ RULES_WITH_INIT = {
     "rank": lambda init: lrules.direct_feedback_alignment(init, rank=2),
     "monotone": lrules.monotone_dfa,
     "kolen_pollack": lrules.kolen_pollack,
+    "difference targets": lambda init: lrules.difference_target_propagation(init=init),
     "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init=init),
     "targets": lrules.random_target_projection,
     "local": lambda init: lrules.local_losses("both", init=init),

@@ -21,6 +21,7 @@ FA, DFA, BACKMAN = lrules.feedback_alignment(), lrules.direct_feedback_alignment
 PLAIN = lrules.backprop()
 NODES = lrules.node_perturbation(0.1)
 DUAL = lrules.dual_propagation()
+TARGETS = lrules.difference_target_propagation()
 RULES = {  # every family
     "feedback_alignment": FA,
     "kolen_pollack": lrules.kolen_pollack(),
@@ -35,6 +36,7 @@ RULES = {  # every family
     "direct nodes": lrules.node_perturbation(0.1, direct=True),
     "forward": lrules.forward_gradient("activations"),
     "local": lrules.local_losses(),
+    "difference targets": TARGETS,
     "dual": DUAL,
     "dual with feedback": lrules.dual_propagation(feedback_rule=FA),
     "modified": lrules.quantize_error(FA, 3),

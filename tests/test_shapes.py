@@ -42,6 +42,7 @@ RULES = {
     "forward_activations": lrules.forward_gradient("activations"),
     "forward_local": lrules.forward_gradient("activations", local=lrules.local_losses()),
     "local_losses": lrules.local_losses("both"),
+    "difference_target_propagation": lrules.difference_target_propagation(feedback_loss="jacobian"),
     "quantize_error": lrules.quantize_error(FA, 4),
     "quantize_output": lrules.quantize_error(DFA, 4, at="output"),
     "quantize_update": lrules.quantize_update(FA, 4),

@@ -12,10 +12,11 @@ from lrules.testing import check_rule
 from tests.sampling import mostly_slow
 
 GLOROT, ZEROS = jax.nn.initializers.glorot_normal(), jax.nn.initializers.zeros
-FA, DFA, DP, NP = (
+FA, DFA, DP, DTP, NP = (
     lrules.feedback_alignment,
     lrules.direct_feedback_alignment,
     lrules.dual_propagation,
+    lrules.difference_target_propagation,
     lrules.node_perturbation,
 )
 
@@ -41,6 +42,9 @@ RULES = {
     "feedback_alignment of zeros": FA(ZEROS),
     "feedback_alignment adaptive of zeros": FA(ZEROS, adaptive=True),
     "kolen_pollack": lrules.kolen_pollack(),
+    "difference_target_propagation": DTP(),
+    "difference_target_propagation outputs": DTP(first_target="outputs", feedback_loss="difference"),
+    "difference_target_propagation jacobian": DTP(0.5, std=0.2, feedback_loss="jacobian", decoder=None),
     "direct_feedback_alignment": DFA(),
     "direct_feedback_alignment adaptive": DFA(adaptive=True),
     "direct_feedback_alignment at": DFA(at="c/kernel"),
@@ -93,7 +97,6 @@ RECIPES = {
     "redrawn_direct": recipes.redrawn_direct(),
     "cascaded": recipes.cascaded(),
     "rates": recipes.rates({"[ab]/": 0.5, ".*": 2.0}),
-    "difference_target_propagation": recipes.difference_target_propagation(),
 }
 MODIFIERS = {
     "modify_error": lambda rule: lrules.modify_error(rule, lambda s, name, rng: jnp.tanh(s)),

@@ -204,6 +204,7 @@ RULES = {
     "skipped_backprop": lrules.skipped_backprop(),
     "dual_propagation": lrules.dual_propagation(),
     "node_perturbation": lrules.node_perturbation(0.1),
+    "difference_target_propagation": lrules.difference_target_propagation(),
     "modified": lrules.sign_error(lrules.feedback_alignment()),
     "partition": lrules.partition({".*": lrules.backprop()}),
 }

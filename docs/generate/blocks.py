@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable
 
 import lrules
-from docs.generate import coverage, facts
+from docs.generate import cost_tables, coverage, facts
 from docs.generate.markdown import table
 from experiments import layouts as sent
+from experiments.parallel import report
 
 BLOCK = re.compile(r"(<!-- made ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -78,10 +79,21 @@ def layouts() -> str:
     return table(["rule", *(f"`{layout}`" for layout in cells)], named)
 
 
+def pipeline(name: str) -> str:
+    """A table of what the pipelines of stages were measured at."""
+    content = json.loads((facts.DOCS / "parallel" / "pipeline.json").read_text())
+    return report.TABLES[name](content)
+
+
+def costs(name: str) -> str:
+    """A table of how cost grows."""
+    return cost_tables.TABLES[name]()
+
+
 MADE: dict[str, Callable[..., str]] = {
     "equation": equation, "example": example, "references": references, "cost": cost, "properties": properties,
     "rules": rules, "modifiers": modifiers, "coverage": coverage.full, "coverage in short": coverage.short,
-    "layouts": layouts,
+    "layouts": layouts, "pipeline": pipeline, "costs": costs,
 }  # fmt: skip
 SLOW = ("coverage", "coverage in short")
 

@@ -123,6 +123,12 @@ SHOWN = [
     Shown("forward_gradient", 'forward_gradient("activations")', lambda: lrules.forward_gradient("activations")),
     Shown("local_losses", "local_losses()", lrules.local_losses),
     Shown("local_losses", 'local_losses("both")', lambda: lrules.local_losses("both")),
+    Shown("difference_target_propagation", "difference_target_propagation()", lrules.difference_target_propagation),
+    Shown(
+        "difference_target_propagation",
+        'difference_target_propagation(feedback_loss="jacobian")',
+        lambda: lrules.difference_target_propagation(feedback_loss="jacobian"),
+    ),
     Shown("partition", "partition({pattern: rule})", _mixed),
 ]
 NAMES = list(dict.fromkeys(shown.name for shown in SHOWN))

@@ -7,6 +7,7 @@ Below runs what the rule sends.
 from collections.abc import Callable
 
 from docs.generate.svg import Drawing
+from docs.generate.timetables import PIPELINES
 
 X, H1, H2, Y = 70, 230, 390, 550
 TOP, BELOW = 62, 172
@@ -244,6 +245,18 @@ def forward_gradient() -> Drawing:
     return made
 
 
+def difference_target_propagation() -> Drawing:
+    made = _sequential(
+        "Difference target propagation: learned inverses carry targets down",
+        "g{}",
+        "learned",
+        "Each layer learns an inverse g. It turns the target of its output into one of its input:",
+        "t₁ = h₁ + g₂(t₂) − g₂(h₂). Each layer learns to come nearer to its own target.",
+        inside="t",
+    )
+    return made
+
+
 def local_losses() -> Drawing:
     made = _network("Local losses: each hidden signal has its own loss", 262)
     _output_error(made)
@@ -383,15 +396,16 @@ RULES: dict[str, Maker] = {
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
         kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
-        dual_propagation, node_perturbation, forward_gradient, local_losses, partition,
+        dual_propagation, node_perturbation, forward_gradient, local_losses, difference_target_propagation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (layer, hidden_signal, learning_channel, sequential_and_direct, output_error, modifier)
 }
+ALL = RULES | TERMS | PIPELINES
 
 
 def files() -> dict[str, str]:
     """The text of each picture, by its name in docs/pictures."""
-    return {f"{name}.svg": maker().svg() for name, maker in (RULES | TERMS).items()}
+    return {f"{name}.svg": maker().svg() for name, maker in ALL.items()}

@@ -54,7 +54,6 @@ EXPRESSIONS = {
     "central_differences": "forward_gradient(method='central', std=0.01, directions=2)",
     "forward_activations": "forward_gradient('activations')",
     "local_losses": "local_losses",
-    "local_similarities": "local_losses('both')",
     "least_squares": "node_perturbation(0.1, direct=True, solver='rls')",
     "least_squares_below": "node_perturbation(0.1, solver='rls')",
     "quantize_error": "quantize_error(feedback_alignment, 4, axis_name=AXIS)",
@@ -77,13 +76,14 @@ LAYOUTS = ("data", "data x model", "shard_map", "shard_map, own means")
 
 # Rules that draw noise for each example. Under shard_map each device draws for its own share, with its number in the
 # key; one device can be told to draw the same.
-OWN_NOISE = {"node_perturbation", "least_squares", "least_squares_below", "drop_error", "forward_activations"}
+OWN_NOISE = {
+    "node_perturbation", "least_squares", "least_squares_below", "drop_error", "difference_target_propagation",
+    "forward_activations",
+}  # fmt: skip
 # These need the gradient of the whole batch: its mean is not that of the devices' means.
 WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman"}
 # Feedback that these learn does not come from the error, so it knows nothing of an objective over all devices.
 OWN_MEANS = {"difference_target_propagation"}
-# Noise that one device cannot be told to draw; similarities, which under shard_map are those of one device's examples.
-ONLY_JIT = {"difference_target_propagation", "local_similarities"}
 
 
 class Net(nnx.Module):
@@ -164,6 +164,8 @@ def rule_of(name, axis=None, parts=None):
         noise = functools.partial(noise_by_shares, parts=parts)
         if name == "forward_activations":
             return lrules.forward_gradient("activations", noise=noise)
+        if name == "difference_target_propagation":
+            return lrules.difference_target_propagation(noise=noise)
         options = {"direct": name == "least_squares", "solver": "sgd" if name == "node_perturbation" else "rls"}
         return lrules.node_perturbation(0.1, noise=noise, **options)
     return rules.parse(EXPRESSIONS[name].replace("AXIS", repr(axis)))
@@ -280,8 +282,8 @@ def served(net, name, layout):
     if net == "cnn" and name in ("partition", "least_squares_below"):
         return False  # its pattern names a layer of the other network; it serves dense layers only
     if layout == "shard_map":
-        return name not in OWN_MEANS | ONLY_JIT
-    return layout != "shard_map, own means" or name not in WHOLE_BATCH | ONLY_JIT
+        return name not in OWN_MEANS
+    return layout != "shard_map, own means" or name not in WHOLE_BATCH
 
 
 def main():

@@ -1,6 +1,7 @@
 """Weight mirrors and weight estimation against the reference; what the feedback comes to; the phase of their own."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -242,6 +243,23 @@ def test_several_seeds_and_dtypes(phase):
     }
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_export_for_any_batch(phase):
+    """The mean over the examples is right for a batch whose size is not known when the phase is traced."""
+    rule = lrules.weight_mirror(phase=phase)
+    apply, params, feedback = net_and_feedback(rule)
+
+    def step(params, learned, x, key):
+        rng = jax.random.wrap_key_data(key)
+        return lrules.feedback_grad(apply, rule)(params, lrules.Feedback({}, learned), x, rng=rng)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    x, key = jnp.ones((7, 6)), jax.random.key_data(jax.random.key(2))
+    of_any = jax.export.export(jax.jit(step))(params, feedback.learned, jax.ShapeDtypeStruct((batch, 6), x.dtype), key)
+    args = params, feedback.learned, x, key
+    bridge.close(of_any.call(*args), jax.jit(step)(*args), 1e-6)
+
+
 def net_and_feedback(rule):
     def apply(p, x):
         return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
@@ -334,6 +352,27 @@ def test_weights_used_twice_and_weights_chosen_by_data():
     before, after = after_the_phase(rule, routed, params, inputs, rate=0.01)
     np.testing.assert_allclose(after.learned["experts"][:2], params["experts"][:2], atol=1e-2)
     np.testing.assert_allclose(after.learned["experts"][2], before.learned["experts"][2])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_complex_weights(phase):
+    """The gradient is that of JAX: its conjugate is subtracted."""
+    rng = np.random.default_rng(0)
+    shapes = {"first": (5, 8), "second": (8, 8), "last": (8, 3)}
+    params = {n: jnp.asarray(rng.normal(size=s) + 1j * rng.normal(size=s), "complex64") for n, s in shapes.items()}
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["first"]) @ p["second"]) @ p["last"]
+
+    rule, x = lrules.weight_mirror(phase=phase), jnp.zeros((200, 5), "complex64")
+    gradient = jax.jit(lrules.feedback_grad(apply, rule))
+    learned = rule.init(jax.random.key(0), apply, params, x).learned
+    for key in jax.random.split(jax.random.key(1), 100):
+        db = gradient(params, lrules.Feedback({}, learned), x, rng=key)
+        learned = jax.tree.map(lambda b, g: b - 0.1 * jnp.conj(g), learned, db)
+    for name, b in learned.items():
+        off = np.linalg.norm(b - params[name]) / np.linalg.norm(params[name])
+        assert off < (0.1 if phase == "mirror" else 1e-3)
 
 
 def test_modifiers_leave_the_phase_alone():

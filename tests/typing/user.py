@@ -233,6 +233,7 @@ def every_rule() -> list[lrules.Rule]:
         lrules.backprop(),
         lrules.last_layer_only(),
         fa,
+        lrules.difference_target_propagation(0.1, first_target="outputs", feedback_loss="jacobian", decoder=None),
         lrules.direct_feedback_alignment(init, shared_axes=[(1, 1)], at="first", error_at="layer"),
         lrules.direct_feedback_alignment(shared_axes=1, rank=4, max_feedback_bytes=2**20),
         lrules.skipped_backprop(passing={"exp"}),
