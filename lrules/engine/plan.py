@@ -209,7 +209,6 @@ class Plan:
 
     def placed_state(self, states: dict[str, Any], params: Sequence[Any]) -> dict[str, Any]:
         """The states, by site, placed on the devices where they belong."""
-
         if not may_lie_on_a_mesh(params):
             return states
         lies = [known(p) for p in params]

@@ -295,13 +295,13 @@ def _told(
 def _constraint(value: Value, dim: int) -> _Stated | None:
     """What the model states at this place."""
     sharding = None if value.producer is None else value.producer.params.get("sharding")
-    if of_placement(value) and isinstance(sharding, NamedSharding):
+    if _is_placed(value) and isinstance(sharding, NamedSharding):
         entry = sharding.spec[dim] if dim < len(sharding.spec) else None
         return None if entry is PartitionSpec.UNCONSTRAINED else _Stated(_names(entry), sharding.mesh)
     return None
 
 
-def of_placement(value: Value) -> bool:
+def _is_placed(value: Value) -> bool:
     """Whether an operation makes the value that only places it on devices."""
     return value.producer is not None and of(value.producer).kind == "placement"
 
