@@ -25,11 +25,13 @@ from lrules.rules.difference_target_propagation import difference_target_propaga
 from lrules.rules.direct_feedback_alignment import direct_feedback_alignment
 from lrules.rules.direct_kolen_pollack import direct_kolen_pollack
 from lrules.rules.dual_propagation import dual_propagation
+from lrules.rules.equilibrium_propagation import equilibrium_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
 from lrules.rules.kolen_pollack import kolen_pollack
 from lrules.rules.monotone_dfa import monotone_dfa
 from lrules.rules.node_perturbation import node_perturbation
 from lrules.rules.partition import partition
+from lrules.rules.predictive_coding import predictive_coding
 from lrules.rules.random_target_projection import random_target_projection
 from lrules.rules.sign_symmetry import sign_symmetry
 from lrules.rules.skipped_backprop import skipped_backprop
@@ -57,6 +59,7 @@ __all__ = [
     "direct_kolen_pollack",
     "drop_error",
     "dual_propagation",
+    "equilibrium_propagation",
     "extend",
     "feedback",
     "feedback_alignment",
@@ -73,6 +76,7 @@ __all__ = [
     "node_perturbation",
     "not_activation",
     "partition",
+    "predictive_coding",
     "quantize_error",
     "quantize_update",
     "random_target_projection",
