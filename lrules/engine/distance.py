@@ -45,18 +45,18 @@ def depth_of(graph: Graph, states: Mapping[Any, First | None]) -> int:
         for atom, steps in zip(block.jaxpr.outvars, outs, strict=True):
             reach(atom, steps)
         for number, eqn in reversed(list(enumerate(block.jaxpr.eqns))):
-            steps = [made(v) for v in eqn.outvars]
+            outs_at = [made(v) for v in eqn.outvars]
             children = block.children.get(number, [])
             if number in block.layers:
                 layer = block.layers[number]
                 own = tuple((k, i) for (k, _), i in zip(block.loops, index, strict=True) if k in layer.weight.loops)
-                reached.setdefault(layer.name, []).append((own, min(steps)))
+                reached.setdefault(layer.name, []).append((own, min(outs_at)))
             if len(children) == 1 and of(eqn).name == SCAN:
-                ins = scan(children[0], eqn.params, steps, index)
+                ins = scan(children[0], eqn.params, outs_at, index)
             elif len(children) == 1 and len(children[0].jaxpr.invars) == len(eqn.invars):
-                ins = walk(children[0], steps, index)
+                ins = walk(children[0], outs_at, index)
             else:
-                ins = [outside if of(eqn).stops else min(steps, default=outside)] * len(eqn.invars)
+                ins = [outside if of(eqn).stops else min(outs_at, default=outside)] * len(eqn.invars)
             for atom, own_steps in zip(eqn.invars, ins, strict=True):
                 reach(atom, own_steps)
         return [made(v) for v in block.jaxpr.invars]
@@ -80,4 +80,3 @@ def depth_of(graph: Graph, states: Mapping[Any, First | None]) -> int:
             by_slice[own] = min(by_slice.get(own, outside), steps)
         needed += [steps for steps in by_slice.values() if steps < outside]
     return int(max(needed))
-

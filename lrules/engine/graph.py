@@ -123,7 +123,7 @@ class Graph:
         outputs = {id(activation.output): activation for activation in self.activations}
         found: dict[str, list[Hidden]] = {}
         for hidden in self.hidden:
-            made, stack, seen = {}, [hidden.root], set()  # type: ignore[var-annotated]
+            made, stack, seen = {}, [hidden.root], set()
             while stack:
                 value = stack.pop()
                 if id(value) in outputs:
@@ -135,10 +135,12 @@ class Graph:
                         break
                     stack += below
             else:
-                found[hidden.name] = [self._pre_activation(hidden.name, a.source) for a in made.values()]
+                found[hidden.name] = [self._pre_activation(hidden.name, a) for a in made.values()]
         return found
 
-    def _pre_activation(self, name: str, source: Value) -> Hidden:
+    def _pre_activation(self, name: str, activation: Activation) -> Hidden:
+        source = activation.source
+        assert source is not None
         root, views = source.root()
         block, variable = root.place  # type: ignore[misc]
         if variable not in block.pre_activations:

@@ -20,8 +20,8 @@ Pair = tuple[Any, Any]  # a value and its shadow (None if there is none)
 class Handler:
     """Decides what happens at the sites of a network; the base class changes nothing.
 
-    Make a subclass and override `layer`, `affine`, `hidden`, `pre_activation` or `activation`. Handlers are pytrees, so that a
-    `custom_vjp` around the network can take their arrays as arguments: name the attributes that hold arrays in
+    Make a subclass and override `layer`, `affine`, `hidden`, `pre_activation` or `activation`. Handlers are pytrees, so
+    that a `custom_vjp` around the network can take their arrays as arguments: name the attributes that hold arrays in
     `arrays`.
 
     Example:

@@ -9,9 +9,9 @@ So dE/ds_l = 0 where s_l = f_l(a_l + D_l) with D_l = sum_above (da_k/ds_l)^T s_k
 down. In a chain of dense layers, D_l = W_{l+1}^T s_{l+1}. For activations that clip, this is the energy of the paper,
 |s|^2 / 2 - s^T W s / 2 - b^T s. (If f is not monotone, read E as a function of u with s = f(u): G = u f(u) - int f.)
 
-The phases: the states settle at beta = 0 (the free equilibrium), then at a small beta (the nudged equilibrium). If s^beta
-is the equilibrium at beta, and L* the loss at the free equilibrium (Theorem 1 of the paper; Laborieux et al. 2021 for
-the second form, whose error is O(beta^2)),
+The phases: the states settle at beta = 0 (the free equilibrium), then at a small beta (the nudged equilibrium). If
+s^beta is the equilibrium at beta, and L* the loss at the free equilibrium (Theorem 1 of the paper; Laborieux et al.
+2021 for the second form, whose error is O(beta^2)),
 
     dL*/dW = lim (dF/dW(s^beta) - dE/dW(s^0)) / beta = lim (dF/dW(s^beta) - dF/dW(s^-beta)) / (2 beta)
 
@@ -20,8 +20,9 @@ et al. With output="state" it is a state without an activation, s = a - beta dL/
 with an activation, the outputs are states in any case.
 
 The code needs no formula for G. It uses Phi = sum_l <s_l, a_l> - beta L(y), which one run of the network makes: at each
-activation the state s_l goes up in place of f(a_l), and s_l goes down as the cotangent of a_l. Then D_l arrives, and the
-new state f(a_l + D_l) comes out as the cotangent of the old one. The weight gradient of that run is dPhi/dW = -dF/dW.
+activation the state s_l goes up in place of f(a_l), and s_l goes down as the cotangent of a_l. Then D_l arrives, and
+the new state f(a_l + D_l) comes out as the cotangent of the old one. The weight gradient of that run is dPhi/dW, which
+is -dF/dW.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def equilibrium_propagation(
     do not settle, and the update means nothing. Bounded activations (tanh, a clip) and small weights settle; with relu
     and large weights the states can grow without bound.
 
-    All operations between states may be any differentiable ones (pooling, skip connections, normalisation), but each way
-    from state to state must cross at most one layer. A layer inside a loop (`scan`) has states for each iteration.
+    The operations between states may be any differentiable ones (pooling, skip connections, normalisation), but each
+    way from state to state must cross at most one layer. A layer inside a loop (`scan`) has states for each iteration.
 
     Args:
       beta: the strength of the nudge, on the scale of the loss of one example.
@@ -94,9 +95,8 @@ def equilibrium_propagation(
       nudged_steps: how many times they are renewed with each nudge, from the free equilibrium. If a nudge cannot reach
         all parameters in so many steps, the rule refuses the network.
       step_size: how far a state moves to its new value, in (0, 1].
-      output: `"readout"`: what follows the last activation is computed from the states. `"state"`: the outputs are states
-        too, and act on the states below. Then the weights of the last layer must have a norm below 1 for activations
-        without bounds.
+      output: `"readout"`: what follows the last activation is computed from the states. `"state"`: the outputs are
+        states too, and act on the states below, so that the states settle less easily.
       passing: names of functions that have no states, see `dual_propagation`.
 
     Returns:
@@ -215,14 +215,14 @@ def _plan(options: _Options, net: Network, graph: Graph, params: Pytree, inputs:
                 f"the activation {a.site!r} lies inside a {inside[0]}, where equilibrium_propagation cannot keep its "
                 f"state: move it out of the {inside[0]}, or use another rule"
             )
-        if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (a.source, a.output)):  # type: ignore[union-attr]
+        if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (a.source, a.output)):
             raise NotImplementedError(
                 f"the activation {a.site!r} is complex, and equilibrium_propagation has real states: write the network "
                 "for the real and the imaginary part, or use another rule"
             )
     own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     _check_layers(graph, {id(a.output) for a in activations})
-    depth = depth_of(graph, {a.output.place: None for a in activations})  # type: ignore[union-attr]
+    depth = depth_of(graph, {a.output.place: None for a in activations})
     depth += len(_ends(graph, activations)) > 0 and options.output == "state"
     if options.nudged_steps < depth:
         raise ValueError(
@@ -260,8 +260,8 @@ def _ends(graph: Graph, activations: Sequence[Activation]) -> list[int]:
 class _States(Handler):
     """Runs all activations as states.
 
-    With `record`, the states are those of the forward pass. With `settle`, they are in `frame.inputs`, and the cotangent
-    of a state is the new state.
+    With `record`, the states are those of the forward pass. With `settle`, they are in `frame.inputs`, and the
+    cotangent of a state is the new state.
     """
 
     activations = True

@@ -16,8 +16,8 @@ pass. So F is replaced by its linear part, and the errors settle where e_l = -dL
 
 The states are the hidden signals, or the pre-activations: Whittington and Bogacz have mu_l = W f(x_{l-1}), others
 mu_l = f(W x_{l-1}). A handler cuts the network at each state. One run of the cut network gives all predictions at once,
-and its pullback gives dF/dx and dF/dW. The sign is that of a gradient: -e_l / n stands for the error of backpropagation,
-where n is the batch, so that modifiers of the error act on the prediction errors.
+and its pullback gives dF/dx and dF/dW. The sign is that of a gradient: -e_l / n stands for the error of
+backpropagation, where n is the batch, so that modifiers of the error act on the prediction errors.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def predictive_coding(
 
     The report, `grads.report` of `value_and_grad`, has the number of `iterations` and the `residual` of each: the norm
     of the change of a state, divided by the norm of its prediction error, both over the whole batch; the largest of all
-    states. It falls to zero if the states settle. In the first step it is 1 by definition, and in steps that `tolerance`
-    leaves out it is NaN.
+    states. It falls to zero if the states settle. In the first step it is 1 by definition, and in steps that
+    `tolerance` leaves out it is NaN.
 
     In a loop each iteration has its own states. The carry and the stacked outputs of a `scan` are states of their own.
     A carry that begins with data (or zeros) is no state there, as in a network that is written out.
@@ -83,7 +83,8 @@ def predictive_coding(
         rule refuses the network.
       step_size: the step size. Gradient descent is stable below 2 / (the largest curvature of F), which is 1 + ||W||^2
         in a linear network of two layers. With fixed predictions it is stable below 2.
-      beta: the weight of the loss. For beta -> 0 the settled states give the gradient of backpropagation, up to O(beta).
+      beta: the weight of the loss. For beta -> 0 the settled states give the gradient of backpropagation, up to
+        O(beta).
       states: which tensors are states. `"hidden"`: the hidden signals, mu_l = f(W x_{l-1}). `"pre_activation"`: what
         the activations read, mu_l = W f(x_{l-1}), as in the paper; hidden signals that no activation makes are states.
       fixed_predictions: whether the predictions and their derivatives keep their values of the clean forward pass. Then
@@ -102,7 +103,8 @@ def predictive_coding(
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
-      >>> net, w = lambda w, x: jnp.tanh(x @ w["first"]) @ w["second"], {"first": jnp.eye(2), "second": jnp.ones((2, 1))}
+      >>> net = lambda w, x: jnp.tanh(x @ w["first"]) @ w["second"]
+      >>> w = {"first": jnp.eye(2), "second": jnp.ones((2, 1))}
       >>> rule, loss = lrules.predictive_coding(steps=10), lrules.testing.half_squared_error
       >>> step = lrules.value_and_grad(net, loss, rule)
       >>> (value, outputs), grads = step(w, lrules.Feedback({}, {}), jnp.ones((3, 2)), jnp.zeros((3, 1)))
@@ -239,7 +241,7 @@ class _Cut:
         self.zeros = all_zeros_at({place.name: place.root for place in self.places})
 
     def vjp(self, probes: bool, args: Sequence[Any], given: Any, wrt: int = 1) -> tuple[Any, Any, Any]:
-        """`((outputs, predictions), pull, aux)`, see `States`; `pull` gives the cotangents of `given` and `args[:wrt]`."""
+        """`((outputs, predictions), pull, aux)`; `pull` gives those of `given` and of `args[:wrt]`."""
 
         def run(given: Any, *moving: Any) -> tuple[tuple[Any, dict[str, Any]], Any]:
             params, inputs, consts, handlers = (*moving, *args[len(moving) :])
@@ -251,7 +253,7 @@ class _Cut:
         return jax.vjp(run, given, *args[:wrt], has_aux=True)
 
     def settled(self, pull: Callable[..., Any], error: Pytree) -> tuple[Any, dict[str, Any]]:
-        """The cotangents of the arguments, and the report, with fixed predictions; errors have the sign of gradients."""
+        """The cotangents of the arguments, and the report, if the predictions are fixed."""
         rate = self.options.step_size
 
         def iterate(errors: Any, _: Any) -> tuple[Any, jax.Array]:
