@@ -307,7 +307,7 @@ class _Cut:
 
     def of_sum(self, x: jax.Array, power: int = 1) -> jax.Array:
         """From the gradient of a mean over the batch to that of the sum; with the power -1, back."""
-        n = jnp.asarray(self.batch, jnp.finfo(x.dtype).dtype)  # it may be symbolic
+        n = jnp.asarray(self.batch).astype(x.dtype)  # it may be symbolic
         return x * n if power == 1 else x / n
 
 
