@@ -74,6 +74,8 @@ EXPLICIT = RULES | {
     "node_perturbation": lrules.node_perturbation(0.1),
     "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
     "difference_target_propagation": lrules.difference_target_propagation(first_target="outputs"),
+    "predictive_coding": lrules.predictive_coding(6, tolerance=1e-3),
+    "fixed_predictions": lrules.predictive_coding(6, fixed_predictions=True, states="pre_activation"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 
