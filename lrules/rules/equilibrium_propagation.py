@@ -207,6 +207,7 @@ class _Options:
 
 def _plan(options: _Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
     """Refuses what the rule cannot serve."""
+    own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     activations = treated(graph, options.passing)
     for a in activations:
         inside = [s.split(" ")[0] for s in a.scope if s != "scan"]
@@ -220,7 +221,6 @@ def _plan(options: _Options, net: Network, graph: Graph, params: Pytree, inputs:
                 f"the activation {a.site!r} is complex, and equilibrium_propagation has real states: write the network "
                 "for the real and the imaginary part, or use another rule"
             )
-    own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
     _check_layers(graph, {id(a.output) for a in activations})
     depth = depth_of(graph, {a.output.place: None for a in activations})
     depth += len(_ends(graph, activations)) > 0 and options.output == "state"
