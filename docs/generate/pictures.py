@@ -220,7 +220,7 @@ def predictive_coding() -> Drawing:
         made.arrow((AT[which] + 8, TOP + 18), (AT[which] + 8, BELOW - 17), "learned")
     _says(
         made,
-        "ε is the distance of a state from its prediction. The states move until all errors balance.",
+        "ε is a state minus its prediction. The states move until all errors balance.",
         "Then each weight learns from the error above it and the state below it.",
     )
     return made
@@ -240,7 +240,7 @@ def equilibrium_propagation() -> Drawing:
     made.circle(Y, BELOW, "±βe")
     _says(
         made,
-        "All states act on each other, up and down, until they settle. The error nudges the last one.",
+        "All states act on each other until they settle. Then the error nudges the last one.",
         "The difference of the two equilibria is the update.",
     )
     return made

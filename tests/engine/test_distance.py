@@ -43,7 +43,7 @@ def stopped(p, x):
     "net, wanted", [(chain, 3), (skips, 1), (inside_jit_and_remat, 3), (stopped, 0), (lambda p, x: x @ p["a"], 0)]
 )
 def test_depth(net, wanted):
-    """An error crosses one state in each step, on the shortest way: what the layer 'd' reads, then 'a' or 'b' or 'c'."""
+    """An error crosses one state in each step, on the shortest way."""
     assert depth(net, W) == wanted
 
 

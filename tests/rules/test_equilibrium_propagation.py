@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import sklearn.datasets
 
 import lrules
 from lrules.testing import check_rule, half_squared_error
@@ -234,3 +236,50 @@ def test_check_rule():
         params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), weights(a=(3, 4), b=(4, 5), c=(5, 2)))
         for options in ({}, {"centred": False, "beta": 0.2}, {"output": "state"}):
             check_rule(EP(**options), chain, params, jax.random.normal(jax.random.key(1), (6, 3)))
+
+
+def train_on_digits(rule, activation=jnp.tanh, gain=1.0, seeds=3):
+    """The test accuracies with the free outputs and with the forward pass, by seed, after 10 epochs with Adam."""
+    digits = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    x, labels = jnp.asarray(digits.data[order] / 16, jnp.float32), jnp.asarray(digits.target[order])
+
+    def net(p, x):
+        h = activation(activation(x @ p["a"] + p["ba"][None]) @ p["b"] + p["bb"][None])
+        return h @ p["c"] + p["bc"][None]
+
+    def loss(outputs, labels):
+        return -jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[:, None], axis=1)[:, 0]
+
+    step, optimizer = lrules.value_and_grad(net, loss, rule), optax.adam(0.003)
+
+    def one(key):
+        keys, sizes = jax.random.split(key, 5), (64, 64, 64, 10)
+        params = {
+            name: gain * jax.random.normal(keys[i], sizes[i : i + 2]) / sizes[i] ** 0.5 for i, name in enumerate("abc")
+        }
+        params |= {f"b{name}": jnp.zeros(sizes[i + 1]) for i, name in enumerate("abc")}
+
+        def update(carry, rows):
+            params, state = carry
+            updates, state = optimizer.update(step(params, NOTHING, x[rows], labels[rows])[1].params, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        def epoch(carry, key):
+            return jax.lax.scan(update, carry, jax.random.permutation(key, 1437)[:1392].reshape(29, 48))
+
+        carry = params, optimizer.init(params)
+        (params, _), _ = jax.lax.scan(epoch, carry, jax.random.split(keys[4], 10))
+        free = step(params, NOTHING, x[1437:], labels[1437:])[1].report["free_outputs"]
+        return [(y.argmax(-1) == labels[1437:]).mean() for y in (free, net(params, x[1437:]))]
+
+    with jax.enable_x64(False):
+        return [np.asarray(found) for found in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), seeds))]
+
+
+@pytest.mark.slow
+def test_the_free_equilibrium_learns_the_digits():
+    """Measured: 96.3 +- 0.9% with the free outputs, 93.1 +- 1.4% with the forward pass; one nudge 67.9 +- 5.4%."""
+    free, forward = train_on_digits(EP())
+    assert free.mean() > 0.94 and forward.mean() < free.mean()
+    assert train_on_digits(EP(centred=False))[0].mean() < 0.85

@@ -2,11 +2,11 @@
 
 Each state x_l is predicted from the states below it, mu_l = g_l(x_below, W). The energy of one example is
 
-    F = beta L(y) + sum_l |x_l - mu_l|^2 / 2,    y the outputs as the states predict them         (Eq. 2.10)
+    F = beta L(y) + sum_l |x_l - mu_l|^2 / 2,    y the outputs as the states predict them
 
 Inference descends F by the states, from x_l = mu_l (the clean forward pass), with the weights as they are:
 
-    e_l = x_l - mu_l,   dF/dx_l = e_l - sum_above (dmu_k/dx_l)^T e_k + beta (dy/dx_l)^T dL/dy      (Eq. 2.17)
+    e_l = x_l - mu_l,   dF/dx_l = e_l - sum_above (dmu_k/dx_l)^T e_k + beta (dy/dx_l)^T dL/dy
 
 and the weights descend F at the states that are reached: dW_l = dF/dW_l / beta. With half squared errors, beta = 1 is a
 network whose outputs are clamped to the targets. 1 / beta is the variance of the outputs, if that of the states is 1.
@@ -69,6 +69,9 @@ def predictive_coding(
     The outputs and the value are those of the clean forward pass, where the states begin. Prediction errors fall by one
     state in each step. They shrink on their way, by about step_size in each state, until the states have settled. So a
     deep network needs many steps, or a step_size near the largest that is stable.
+
+    Measured: an MLP on the digits of scikit-learn (20 epochs, 3 seeds) reached 96.5 +- 0.2%, and backprop 96.9 +- 0.6%.
+    With step_size=0.5 the states of the same network diverge as its weights grow: 66.3 +- 4.3%.
 
     The report, `grads.report` of `value_and_grad`, has the number of `iterations` and the `residual` of each: the norm
     of the change of a state, divided by the norm of its prediction error, both over the whole batch; the largest of all
