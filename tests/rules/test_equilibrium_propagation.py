@@ -278,6 +278,7 @@ def train_on_digits(rule, activation=jnp.tanh, gain=1.0, seeds=3):
 
 
 @pytest.mark.slow
+@pytest.mark.foreign  # optax
 def test_the_free_equilibrium_learns_the_digits():
     """Measured: 96.3 +- 0.9% with the free outputs, 93.1 +- 1.4% with the forward pass; one nudge 67.9 +- 5.4%."""
     free, forward = train_on_digits(EP())

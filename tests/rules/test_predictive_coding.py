@@ -365,6 +365,7 @@ def accuracy_on_digits(apply, params, step_size):
 
 
 @pytest.mark.slow
+@pytest.mark.foreign  # optax
 def test_32_layers_train_with_mupc_and_not_as_a_plain_chain():
     """Measured: 92.5% with the scales of muPC (backpropagation with the same settings 95.3%), chance without."""
     with jax.enable_x64(False):
