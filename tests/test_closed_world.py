@@ -1229,7 +1229,7 @@ RULES = {
     "adaptive": lrules.direct_feedback_alignment(adaptive=True),
     "skipped": lrules.skipped_backprop(), "backman": lrules.backman(), "sign_symmetry": lrules.sign_symmetry(),
     "random_target_projection": lrules.random_target_projection(), "last_layer_only": LAST,
-    "node_perturbation": lrules.node_perturbation(0.1, direct=True),
+    "node_perturbation": lrules.node_perturbation(0.1, direct=True), "predictive_coding": lrules.predictive_coding(),
 }  # fmt: skip
 
 

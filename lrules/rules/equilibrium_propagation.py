@@ -81,7 +81,7 @@ def equilibrium_propagation(
 
     Measured: a tanh network of 64-64-64-10 units on the digits of scikit-learn (10 epochs, Adam 0.003, 3 seeds) reached
     96.3 +- 0.9% with the free outputs and 93.1 +- 1.4% with the forward pass, backprop 98.6%. With one nudge only
-    (`centred=False`) it reached 67.9 +- 5.4%, and with relu and weights of He's size, which do not settle, 76.9 +- 5.5%.
+    (`centred=False`) it reached 67.9 +- 5.4%, and with relu and weights of He's size, which do not settle, 77 +- 6%.
 
     The report also has the `residual` of each free step: the norm of the change of a state, divided by the norm of the
     new state, both over the whole batch; the largest of all states. It must fall to a small number, or the states
