@@ -135,17 +135,17 @@ class Graph:
                         break
                     stack += below
             else:
-                found[hidden.name] = [self._pre_activation(hidden.name, a) for a in made.values()]
+                found[hidden.name] = [self._pre_activation(a) for a in made.values()]
         return found
 
-    def _pre_activation(self, name: str, activation: Activation) -> Hidden:
+    def _pre_activation(self, activation: Activation) -> Hidden:
         source = activation.source
         assert source is not None
         root, views = source.root()
         block, variable = root.place  # type: ignore[misc]
         if variable not in block.pre_activations:
             loops = tuple((length, False) for _, length in block.loops)
-            block.pre_activations[variable] = Hidden(f"{name} pre-activation", root, views, source, loops=loops)
+            block.pre_activations[variable] = Hidden(f"{activation.site} pre-activation", root, views, source, loops=loops)
         return block.pre_activations[variable]
 
     @property

@@ -195,6 +195,23 @@ def test_an_iteration_that_begins_with_parameters_is_a_state():
         bridge.close(*found)
 
 
+def test_a_carry_that_two_activations_make():
+    """The pre-activations of both are states, each once, as in the chain."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "w": (2, 4, 4), "o": (4, 2)}
+    params = {name: jnp.asarray(0.5 * rng.normal(size=shape)) for name, shape in shapes.items()}
+    x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+
+    def looped(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), jax.nn.softplus(x @ p["a"]), p["w"])[0] @ p["o"]
+
+    def written(p, x):
+        return jnp.tanh(jnp.tanh(jax.nn.softplus(x @ p["a"]) @ p["w"][0]) @ p["w"][1]) @ p["o"]
+
+    found = [gradient(f, params, x, y, steps=6, step_size=0.1, states="pre_activation") for f in (looped, written)]
+    bridge.close(*found)
+
+
 # -------------------------------------------------------------------------------------------------------------- options
 
 
@@ -242,7 +259,7 @@ def test_refusals():
         return jax.lax.cond(x[0, 0] > 0, deep(jnp.tanh), deep(jax.nn.relu), x) @ p["2"]["kernel"]
 
     assert "'1/kernel' lies inside a cond" in refused(branches, params, x)
-    assert "pre-activation of the hidden signal '1/kernel'" in refused(branches, params, x, states="pre_activation")
+    assert "pre-activation of 'relu' lies inside a cond" in refused(branches, params, x, states="pre_activation")
 
     def latents(p, x):
         made = jnp.tanh(jnp.tanh(jnp.eye(5) @ p["0"]["kernel"]) @ p["1"]["kernel"])

@@ -59,7 +59,7 @@ def places_of(graph: Graph, before: bool) -> list[Place]:
 
 def _words(hidden: Hidden) -> str:
     name = hidden.name.removesuffix(" pre-activation")
-    return f"hidden signal {name!r}" if name == hidden.name else f"pre-activation of the hidden signal {name!r}"
+    return f"hidden signal {name!r}" if name == hidden.name else f"pre-activation of {name!r}"
 
 
 def _first(root: Value, begins: Mapping[Any, Any]) -> First | None:
