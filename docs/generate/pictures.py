@@ -404,8 +404,8 @@ RULES: dict[str, Maker] = {
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
         kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
-        dual_propagation, predictive_coding, equilibrium_propagation, node_perturbation, difference_target_propagation,
-        partition,
+        dual_propagation, predictive_coding, equilibrium_propagation, node_perturbation,
+        difference_target_propagation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {

@@ -145,7 +145,8 @@ class Graph:
         block, variable = root.place  # type: ignore[misc]
         if variable not in block.pre_activations:
             loops = tuple((length, False) for _, length in block.loops)
-            block.pre_activations[variable] = Hidden(f"{activation.site} pre-activation", root, views, source, loops=loops)
+            name = f"{activation.site} pre-activation"
+            block.pre_activations[variable] = Hidden(name, root, views, source, loops=loops)
         return block.pre_activations[variable]
 
     @property
