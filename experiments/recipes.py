@@ -156,34 +156,6 @@ def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
     return lrules.sequential(backward, numbers={"rate": by_layer})
 
 
-def local_classifiers(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
-    """Every hidden signal has its own linear classifier, and learns from its loss (Nokland and Eidnes 2019).
-
-    L_h = softmax cross-entropy of C_h h with the classes,  s_h = C_h^T (p_h - t),  dC_h = (p_h - t) h^T
-
-    No error comes from the layers above. The layers between two hidden signals learn from the classifier at the upper
-    hidden signal, and the last layer learns from the loss of the network. The classifiers C_h `[classes, *hidden]` are
-    in `feedback.learned`.
-
-    Args:
-      init: the initializer of the classifiers; it draws `[hidden size, classes]`.
-    """
-
-    def error(h, b, targets, elements):
-        logits = jnp.tensordot(h, b, axes=(tuple(range(1, h.ndim)),) * 2)
-        wanted = jax.nn.one_hot(targets, len(b)) if targets.ndim < 2 else targets
-        return (jax.nn.softmax(logits) - wanted.astype(logits.dtype)) / elements
-
-    def signal(e, b, targets, name, *, h, elements):
-        return lrules.extend.project(error(h, b, targets, elements), b)
-
-    def learn(e, h, b, *, targets, elements):
-        return lrules.extend.correlate(error(h, b, targets, elements), h, b)
-
-    draw = init or jax.nn.initializers.glorot_normal()
-    return lrules.direct(signal, init=draw, learn=learn, targets=True)
-
-
 def pepita(init: Callable[..., jax.Array] | None = None) -> lrules.Rule:
     """PEPITA: a second forward pass, with the error added to the inputs, in the place of a backward pass.
 

@@ -27,7 +27,9 @@ from lrules.rules.direct_kolen_pollack import direct_kolen_pollack
 from lrules.rules.dual_propagation import dual_propagation
 from lrules.rules.equilibrium_propagation import equilibrium_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
+from lrules.rules.forward_gradient import forward_gradient
 from lrules.rules.kolen_pollack import kolen_pollack
+from lrules.rules.local_losses import local_losses
 from lrules.rules.monotone_dfa import monotone_dfa
 from lrules.rules.node_perturbation import node_perturbation
 from lrules.rules.partition import partition
@@ -64,11 +66,13 @@ __all__ = [
     "feedback",
     "feedback_alignment",
     "feedback_grad",
+    "forward_gradient",
     "from_linen",
     "from_nnx",
     "hidden",
     "kolen_pollack",
     "last_layer_only",
+    "local_losses",
     "magnitude_error",
     "modify_error",
     "monotone",

@@ -82,6 +82,7 @@ RULES_WITH_INIT = {
     "difference targets": lambda init: lrules.difference_target_propagation(init=init),
     "sign_symmetry": lambda init: lrules.sign_symmetry("fixed", init=init),
     "targets": lrules.random_target_projection,
+    "local": lambda init: lrules.local_losses("both", init=init),
     "sequential": lambda init: lrules.sequential(lambda *_: None, init=init),
     "own direct": lambda init: lrules.direct(lambda *_: None, init=init),
     "shifted": lambda init: lrules.feedback_alignment(lrules.feedback.shifted(0.1, init=init)),

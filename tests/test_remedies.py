@@ -35,6 +35,8 @@ RULES = {  # every family
     "last_layer_only": lrules.last_layer_only(),
     "nodes": NODES,
     "direct nodes": lrules.node_perturbation(0.1, direct=True),
+    "forward": lrules.forward_gradient("activations"),
+    "local": lrules.local_losses(),
     "difference targets": TARGETS,
     "dual": DUAL,
     "dual with feedback": lrules.dual_propagation(feedback_rule=FA),

@@ -68,6 +68,11 @@ RULES = {
     "node_perturbation direct": NP(0.1, direct=True),
     "node_perturbation rls": NP(0.1, solver="rls"),
     "node_perturbation direct rls": NP(0.1, direct=True, solver="rls"),
+    "forward_gradient of activations": lrules.forward_gradient("activations"),
+    "forward_gradient of two losses": lrules.forward_gradient("activations", method="central", std=0.01),
+    "forward_gradient local": lrules.forward_gradient("activations", local=lrules.local_losses("both"), directions=2),
+    "local_losses": lrules.local_losses(),
+    "local_losses both": lrules.local_losses("both"),
     "dual_propagation": DP(),
     "dual_propagation of one state": DP(0.0, beta={"tanh": 0.05, ".*": 0.1}),
     "dual_propagation original": DP(0.3, adjoint=False, iterations=2),
@@ -97,7 +102,6 @@ RECIPES = {
     "redrawn_direct": recipes.redrawn_direct(),
     "cascaded": recipes.cascaded(),
     "rates": recipes.rates({"[ab]/": 0.5, ".*": 2.0}),
-    "local_classifiers": recipes.local_classifiers(),
 }
 MODIFIERS = {
     "modify_error": lambda rule: lrules.modify_error(rule, lambda s, name, rng: jnp.tanh(s)),
@@ -130,7 +134,8 @@ PAIRS = {
 QUICK = {
     "backprop", "feedback_alignment adaptive of zeros", "kolen_pollack",
     "direct_feedback_alignment rank", "monotone_dfa", "random_target_projection", "skipped_backprop",
-    "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "dual_propagation", "partition",
+    "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "local_losses",
+    "dual_propagation", "partition",
 }  # fmt: skip
 QUICK_PAIRS = {
     "quantize_error(direct_feedback_alignment)", "quantize_error at the output(random_target_projection)",
@@ -142,6 +147,23 @@ QUICK_PAIRS = {
 @pytest.mark.parametrize("name", mostly_slow(RULES, QUICK))
 def test_rules(name):
     check_rule(RULES[name])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    mostly_slow(
+        [
+            lrules.forward_gradient(),
+            lrules.forward_gradient(directions=4),
+            lrules.forward_gradient(method="central", std=0.01, directions=2),
+            lrules.forward_gradient(local=lrules.local_losses()),
+        ],
+        [],
+    ),
+)
+def test_directions_of_weights(rule):
+    """The numbers in a direction are independent, so the weights of a neuron do not share one error."""
+    check_rule(rule, skip="local")
 
 
 @pytest.mark.parametrize("name", mostly_slow(RECIPES, {"redrawn_direct", "cascaded"}))

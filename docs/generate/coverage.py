@@ -25,6 +25,8 @@ RULES: dict[str, lrules.Rule] = {
     "PC": lrules.predictive_coding(),
     "EP": lrules.equilibrium_propagation(),
     "NP": lrules.node_perturbation(0.1),
+    "FG": lrules.forward_gradient("activations"),
+    "local": lrules.local_losses(),
     "DTP": lrules.difference_target_propagation(),
 }
 KINDS = {"linen_": "Flax Linen", "nnx_": "Flax NNX", "equinox_": "Equinox", "": "bare functions of JAX"}

@@ -121,6 +121,15 @@ SHOWN = [
         lambda: lrules.node_perturbation(0.01, direct=True),
         "node_perturbation(std=0.01, direct=True)",
     ),
+    Shown("forward_gradient", "forward_gradient()", lrules.forward_gradient),
+    Shown(
+        "forward_gradient",
+        'forward_gradient(method="central", std=std)',
+        lambda: lrules.forward_gradient(method="central", std=1e-3),
+    ),
+    Shown("forward_gradient", 'forward_gradient("activations")', lambda: lrules.forward_gradient("activations")),
+    Shown("local_losses", "local_losses()", lrules.local_losses),
+    Shown("local_losses", 'local_losses("both")', lambda: lrules.local_losses("both")),
     Shown("difference_target_propagation", "difference_target_propagation()", lrules.difference_target_propagation),
     Shown(
         "difference_target_propagation",

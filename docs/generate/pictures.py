@@ -264,6 +264,23 @@ def node_perturbation() -> Drawing:
     return made
 
 
+def forward_gradient() -> Drawing:
+    made = _network("Forward gradient: random directions, and what they do to the loss", 270, top=88)
+    for which in (1, 2):
+        made.text(AT[which], 20, "direction v" + "₁₂"[which - 1], "other", 14)
+        made.arrow((AT[which], 30), (AT[which], 70), "other")
+        made.arrow((AT[which], BELOW - 17), (AT[which], 106), "error", dashed=True)
+        made.circle(AT[which], BELOW, "D v" + "₁₂"[which - 1], radius=22)
+    made.arrow((Y, 106), (Y, BELOW - 17), "error")
+    made.circle(Y, BELOW, "D")
+    _says(
+        made,
+        "A forward pass along random directions v shows one number: how the loss changes, D.",
+        "Each layer multiplies this number by its own direction. On average, D v is the gradient.",
+    )
+    return made
+
+
 def difference_target_propagation() -> Drawing:
     made = _sequential(
         "Difference target propagation: learned inverses carry targets down",
@@ -273,6 +290,17 @@ def difference_target_propagation() -> Drawing:
         "t₁ = h₁ + g₂(t₂) − g₂(h₂). Each layer learns to come nearer to its own target.",
         inside="t",
     )
+    return made
+
+
+def local_losses() -> Drawing:
+    made = _network("Local losses: each hidden signal has its own loss", 262)
+    _output_error(made)
+    for which in (1, 2):
+        made.arrow((AT[which] + 12, TOP + 18), (AT[which] + 12, BELOW - 17), "learned", "C" + "₁₂"[which - 1])
+        made.circle(AT[which], BELOW, "L" + "₁₂"[which - 1])
+        made.arrow((AT[which] - 12, BELOW - 14), (AT[which] - 12, TOP + 18), "error", dashed=True)
+    _says(made, "A learned layer C predicts the targets from each hidden signal. No error comes from above.")
     return made
 
 
@@ -404,7 +432,7 @@ RULES: dict[str, Maker] = {
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
         kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
-        dual_propagation, predictive_coding, equilibrium_propagation, node_perturbation,
+        dual_propagation, predictive_coding, equilibrium_propagation, node_perturbation, forward_gradient, local_losses,
         difference_target_propagation, partition,
     )
 }  # fmt: skip

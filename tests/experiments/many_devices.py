@@ -53,6 +53,10 @@ EXPRESSIONS = {
     "pre_activation": "predictive_coding(6, states='pre_activation', fixed_predictions=True)",
     "equilibrium_propagation": "equilibrium_propagation(free_steps=5, nudged_steps=4)",
     "node_perturbation": "node_perturbation(0.1)",
+    "forward_gradient": "forward_gradient",
+    "central_differences": "forward_gradient(method='central', std=0.01, directions=2)",
+    "forward_activations": "forward_gradient('activations')",
+    "local_losses": "local_losses",
     "least_squares": "node_perturbation(0.1, direct=True, solver='rls')",
     "least_squares_below": "node_perturbation(0.1, solver='rls')",
     "quantize_error": "quantize_error(feedback_alignment, 4, axis_name=AXIS)",
@@ -66,7 +70,6 @@ EXPRESSIONS = {
     "without_derivatives": "without_derivatives(feedback_alignment)",
     # Rules made with the constructors: what their functions ask for by name.
     "difference_target_propagation": "difference_target_propagation",
-    "local_classifiers": "local_classifiers",
     "redrawn_direct": "redrawn_direct",
 }
 QUICK = ("feedback_alignment", "adaptive", "backman", "dual_propagation", "node_perturbation", "quantize_update")
@@ -78,6 +81,7 @@ LAYOUTS = ("data", "data x model", "shard_map", "shard_map, own means")
 # key; one device can be told to draw the same.
 OWN_NOISE = {
     "node_perturbation", "least_squares", "least_squares_below", "drop_error", "difference_target_propagation",
+    "forward_activations",
 }  # fmt: skip
 # These need the gradient of the whole batch: its mean is not that of the devices' means.
 WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman"}
@@ -161,6 +165,8 @@ def rule_of(name, axis=None, parts=None):
         return lrules.modify_error(lrules.kolen_pollack(), fn, stochastic=True)
     if parts and parts > 1 and name in OWN_NOISE:
         noise = functools.partial(noise_by_shares, parts=parts)
+        if name == "forward_activations":
+            return lrules.forward_gradient("activations", noise=noise)
         if name == "difference_target_propagation":
             return lrules.difference_target_propagation(noise=noise)
         options = {"direct": name == "least_squares", "solver": "sgd" if name == "node_perturbation" else "rls"}

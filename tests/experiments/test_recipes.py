@@ -10,8 +10,7 @@ import lrules
 from experiments import recipes
 from tests import bridge
 from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, losses, modifiers, nets, pepita
-from tests.reference import recipes as reference
-from tests.rules.common import BATCH, agrees, by_name, draw, make, one_hot_mean, pull
+from tests.rules.common import BATCH, agrees, draw, make, pull
 
 NONE = lrules.Feedback({}, {})
 CLASSES = optax.softmax_cross_entropy_with_integer_labels
@@ -156,32 +155,6 @@ def test_rates():
             bridge.close(got[str(k)]["bias"], true.biases[k])
         with pytest.raises(ValueError, match="rate: 'head' matches no layer; the layers are '0/kernel', '1/kernel'"):
             draw(recipes.rates({"head": 1.0, ".*": 1.0}), net, x)
-
-
-@pytest.mark.parametrize("classes", [True, False])
-def test_local_classifiers(classes):
-    with jax.enable_x64(True):
-        net, x, _ = make("deep")
-        targets = losses.one_hot(LABELS, 3)
-        rule = recipes.local_classifiers()
-        feedback, listed = draw(rule, net, x)
-        loss = CLASSES if classes else DENSE
-        step = lrules.value_and_grad(bridge.apply_of(net), loss, rule)
-        given = jnp.asarray(LABELS if classes else targets)
-        grads = step(bridge.parameters(net), feedback, jnp.asarray(x), given)[1]
-        wanted = reference.local_classifiers(net, listed, x, one_hot_mean(net, x, LABELS), targets)
-        bridge.close(grads.params, bridge.kernels_and_biases(wanted))
-        bridge.close(grads.feedback, by_name(wanted.feedback))
-
-
-def test_classifiers_of_maps():
-    """A hidden signal of any shape; the classifier and what is below it descend its loss."""
-    net, x, _ = make("conv_max")
-    rule = recipes.local_classifiers(init=jax.nn.initializers.zeros)
-    feedback, _ = draw(rule, net, x)
-    assert feedback.learned["1/kernel"].shape == (3, 3, 3, 4)
-    params, learned = gradients(net, rule, feedback, x, LABELS)
-    assert not np.any(params["0"]["kernel"]) and np.any(learned["1/kernel"])  # zeros send nothing, and learn
 
 
 @pytest.mark.parametrize("name", ["shallow", "deep", "conv_max", "conv_average"])
