@@ -12,8 +12,8 @@ that XLA has compiled for eight devices of a CPU; nothing is timed. The layouts 
 - `FSDP`: the batch is split, and the weights are split over their rows to save memory. The model states that its hidden
   signals are split over the batch alone (`with_sharding_constraint`), so XLA gathers the weights.
 
-The parameters are placed first, and `rule.init` places the feedback. To compare, direct feedback is also split over its
-last axis everywhere, whatever its hidden signal does.
+The parameters are placed first, and `rule.init` places the feedback. To compare, direct feedback is also placed in two
+other ways: whole on every device, and split over its last axis, whatever its hidden signal does.
 """
 
 import json
@@ -21,7 +21,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -45,8 +45,14 @@ RULES: dict[str, Callable[[], lrules.Rule]] = {
     "backman": lrules.backman,
     "dual_propagation": lrules.dual_propagation,
 }
-ELSEWHERE = "direct feedback, split over its last axis"
-Cell = dict[str, list[int]]  # the number of operations of each kind, and their bytes
+ELSEWHERE = {"direct feedback, whole": P(), "direct feedback, split over its last axis": P(None, "parts")}
+
+
+class Cell(TypedDict):
+    """What a rule needs: the number of operations of each kind and their bytes; the bytes of feedback on a device."""
+
+    sent: dict[str, list[int]]
+    feedback: int
 
 
 def weight_spec(layout: str, layer: int, layers: int) -> P:
@@ -60,14 +66,14 @@ def weight_spec(layout: str, layer: int, layers: int) -> P:
 
 
 def measure(
-    layout: str, rule: lrules.Rule, *, elsewhere: bool = False, layers: int = LAYERS, width: int = WIDTH
+    layout: str, rule: lrules.Rule, *, elsewhere: P | None = None, layers: int = LAYERS, width: int = WIDTH
 ) -> Cell:
-    """What the devices send in one step.
+    """What the devices send in one step, and what they hold.
 
     Args:
       layout: where the parameters lie, one of `LAYOUTS`.
       rule: the rule.
-      elsewhere: direct feedback is split over its last axis, whatever its hidden signal does.
+      elsewhere: where all feedback weights lie; None: where `rule.init` places them.
       layers, width: of the network.
     """
     mesh = Mesh(jax.devices(), ("parts",), axis_types=(AxisType.Auto,))
@@ -91,8 +97,8 @@ def measure(
         params.append((place(w, spec), place(jnp.zeros(size), P(columns))))
     x, y = (jax.device_put(jnp.ones((BATCH, size)), of_examples) for size in (width, OUTPUTS))
     feedback = rule.init(jax.random.key(1), net, params, x)
-    if elsewhere:
-        feedback = jax.tree.map(lambda b: place(b, P(None, "parts")), feedback)
+    if elsewhere is not None:
+        feedback = jax.tree.map(lambda b: place(b, elsewhere), feedback)
     gradients = lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)
 
     def step(params: Any, feedback: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
@@ -101,7 +107,8 @@ def measure(
 
     lies = jax.tree.map(lambda p: p.sharding, params), NamedSharding(mesh, P())
     compiled = jax.jit(step, out_shardings=lies).lower(params, feedback, x, y).compile()
-    return {kind: list(sent) for kind, sent in devices.traffic(compiled).items() if sent[0]}
+    sent = {kind: list(found) for kind, found in devices.traffic(compiled).items() if found[0]}
+    return {"sent": sent, "feedback": sum(b.addressable_shards[0].data.nbytes for b in jax.tree.leaves(feedback))}
 
 
 def measure_all() -> dict[str, dict[str, Cell]]:
@@ -109,22 +116,23 @@ def measure_all() -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for layout in LAYOUTS:
         found[layout] = {name: measure(layout, make()) for name, make in RULES.items()}
-        found[layout][ELSEWHERE] = measure(layout, lrules.direct_feedback_alignment(), elsewhere=True)
+        for name, spec in ELSEWHERE.items():
+            found[layout][name] = measure(layout, lrules.direct_feedback_alignment(), elsewhere=spec)
     return found
 
 
 def total(cell: Cell) -> tuple[int, int]:
     """The number of operations, and their bytes."""
-    return sum(n for n, _ in cell.values()), sum(size for _, size in cell.values())
+    return sum(n for n, _ in cell["sent"].values()), sum(size for _, size in cell["sent"].values())
 
 
 def rows(cells: dict[str, dict[str, Cell]]) -> list[list[str]]:
-    """The table: a row for each rule, and the layouts beside each other."""
+    """The table: how many times, KiB sent, KiB of feedback on a device; by rule, with the layouts beside each other."""
     names = next(iter(cells.values()))
 
     def shown(cell: Cell) -> str:
         number, size = total(cell)
-        return f"{number}, {size / 1024:,.0f} KiB"
+        return f"{number} / {size / 1024:.0f} / {cell['feedback'] / 1024:.0f}"
 
     return [[name, *(shown(found[name]) for found in cells.values())] for name in names]
 

@@ -25,6 +25,7 @@ from lrules.rules.difference_target_propagation import difference_target_propaga
 from lrules.rules.direct_feedback_alignment import direct_feedback_alignment
 from lrules.rules.direct_kolen_pollack import direct_kolen_pollack
 from lrules.rules.dual_propagation import dual_propagation
+from lrules.rules.equilibrium_propagation import equilibrium_propagation
 from lrules.rules.feedback_alignment import feedback_alignment
 from lrules.rules.forward_gradient import forward_gradient
 from lrules.rules.kolen_pollack import kolen_pollack
@@ -32,6 +33,7 @@ from lrules.rules.local_losses import local_losses
 from lrules.rules.monotone_dfa import monotone_dfa
 from lrules.rules.node_perturbation import node_perturbation
 from lrules.rules.partition import partition
+from lrules.rules.predictive_coding import predictive_coding
 from lrules.rules.random_target_projection import random_target_projection
 from lrules.rules.sign_symmetry import sign_symmetry
 from lrules.rules.skipped_backprop import skipped_backprop
@@ -59,6 +61,7 @@ __all__ = [
     "direct_kolen_pollack",
     "drop_error",
     "dual_propagation",
+    "equilibrium_propagation",
     "extend",
     "feedback",
     "feedback_alignment",
@@ -77,6 +80,7 @@ __all__ = [
     "node_perturbation",
     "not_activation",
     "partition",
+    "predictive_coding",
     "quantize_error",
     "quantize_update",
     "random_target_projection",

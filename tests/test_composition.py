@@ -79,6 +79,8 @@ EXPLICIT = RULES | {
     "forward_local": lrules.forward_gradient("activations", local=lrules.local_losses()),
     "local_losses": lrules.local_losses("both"),
     "difference_target_propagation": lrules.difference_target_propagation(first_target="outputs"),
+    "predictive_coding": lrules.predictive_coding(6, tolerance=1e-3),
+    "fixed_predictions": lrules.predictive_coding(6, fixed_predictions=True, states="pre_activation"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

@@ -193,6 +193,7 @@ TESTED_ELSEWHERE = {
     "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),
     "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
     "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),
+    "rules/predictive_coding/states": ("rules/test_predictive_coding.py", "where the states lie"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
     "modified": ("test_modifiers.py", "the handlers of modifiers"),
     "promises": ("test_testing.py", "what check_rule asks"),

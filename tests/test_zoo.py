@@ -205,6 +205,8 @@ RULES = {
     "dual_propagation": lrules.dual_propagation(),
     "node_perturbation": lrules.node_perturbation(0.1),
     "difference_target_propagation": lrules.difference_target_propagation(),
+    "predictive_coding": lrules.predictive_coding(),
+    "equilibrium_propagation": lrules.equilibrium_propagation(nudged_steps=20),
     "modified": lrules.sign_error(lrules.feedback_alignment()),
     "partition": lrules.partition({".*": lrules.backprop()}),
 }

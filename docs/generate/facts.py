@@ -102,6 +102,13 @@ SHOWN = [
         lambda: lrules.dual_propagation(iterations=5),
         "dual_propagation(iterations=5)",
     ),
+    Shown("predictive_coding", "predictive_coding()", lrules.predictive_coding),
+    Shown(
+        "predictive_coding",
+        "predictive_coding(fixed_predictions=True)",
+        lambda: lrules.predictive_coding(fixed_predictions=True),
+    ),
+    Shown("equilibrium_propagation", "equilibrium_propagation()", lrules.equilibrium_propagation),
     Shown(
         "node_perturbation",
         "node_perturbation(std)",

@@ -210,6 +210,42 @@ def dual_propagation() -> Drawing:
     return made
 
 
+def predictive_coding() -> Drawing:
+    made = _network("Predictive coding: states settle between predictions and errors", 284)
+    _output_error(made)
+    for which, start in ((2, Y), (1, H2)):
+        made.arrow((start - 17, BELOW), (AT[which] + 17, BELOW), "error", f"W{'₁₂₃'[which]}ᵀ")
+        made.circle(AT[which], BELOW, "ε" + "₁₂"[which - 1])
+        made.arrow((AT[which] - 8, BELOW - 17), (AT[which] - 8, TOP + 18), "error")
+        made.arrow((AT[which] + 8, TOP + 18), (AT[which] + 8, BELOW - 17), "learned")
+    _says(
+        made,
+        "ε is a state minus its prediction. The states move until all errors balance.",
+        "Then each weight learns from the error above it and the state below it.",
+    )
+    return made
+
+
+def equilibrium_propagation() -> Drawing:
+    made = Drawing("Equilibrium propagation: states settle twice, without and with a nudge", height=262)
+    for i, (left, right) in enumerate(((X, H1), (H1, H2), (H2, Y)), 1):
+        made.arrow((left + 30, TOP - 9), (right - 30, TOP - 9), "forward", f"W{'₁₂₃'[i - 1]}")
+        if i > 1:
+            made.arrow((right - 30, TOP + 9), (left + 30, TOP + 9), "learned")
+    for place, name in ((X, "x"), (H1, "s₁"), (H2, "s₂"), (Y, "s₃")):
+        made.box(place, TOP, name, "forward")
+    made.text((H1 + H2) / 2, TOP + 30, "W₂ᵀ", "learned", 14)
+    made.text((H2 + Y) / 2, TOP + 30, "W₃ᵀ", "learned", 14)
+    made.arrow((Y, BELOW - 17), (Y, TOP + 18), "error", dashed=True)
+    made.circle(Y, BELOW, "±βe")
+    _says(
+        made,
+        "All states act on each other until they settle. Then the error nudges the last one.",
+        "The difference of the two equilibria is the update.",
+    )
+    return made
+
+
 def node_perturbation() -> Drawing:
     made = _network("Node perturbation: feedback weights learn from noise", 300, top=88)
     for which in (1, 2):
@@ -396,7 +432,8 @@ RULES: dict[str, Maker] = {
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
         kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
-        dual_propagation, node_perturbation, forward_gradient, local_losses, difference_target_propagation, partition,
+        dual_propagation, predictive_coding, equilibrium_propagation, node_perturbation, forward_gradient, local_losses,
+        difference_target_propagation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {

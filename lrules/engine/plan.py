@@ -138,6 +138,7 @@ class Plan:
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
         places = not redrawn and may_lie_on_a_mesh(params)
+        lies = [known(p) for p in params] if places else []
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, name_number(name))
             for axis in () if redrawn else sorted(self.parts.get(name, ())):  # each device draws its own part
@@ -154,7 +155,7 @@ class Plan:
             else:
                 drawn = draw_reduction(k, shape, dtype)
             if places:
-                drawn = self.layouts[name].place(drawn, params)
+                drawn = self.layouts[name].place(drawn, params, lies)
             (learned if is_learned else fixed)[name] = drawn
         state = self.placed_state(self._begin(key), params) if self.states and not redrawn else ()
         return Feedback(fixed, learned, state)
@@ -208,12 +209,13 @@ class Plan:
 
     def placed_state(self, states: dict[str, Any], params: Sequence[Any]) -> dict[str, Any]:
         """The states, by site, placed on the devices where they belong."""
-
-        def place(layout: Layout, leaf: Any) -> Any:
-            return layout.place(leaf, params)
-
         if not may_lie_on_a_mesh(params):
             return states
+        lies = [known(p) for p in params]
+
+        def place(layout: Layout, leaf: Any) -> Any:
+            return layout.place(leaf, params, lies)
+
         return {site: jax.tree.map(place, self._state_layouts(site, state), state) for site, state in states.items()}
 
     def shardings(self, feedback: Feedback, params: Sequence[Any]) -> Feedback:

@@ -14,6 +14,7 @@ comes from. These weights may lie in parts to save memory (FSDP): the feedback w
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,8 @@ class Layout:
 
     def sharding(self, shape: Sequence[int], shardings: Sequence[Any]) -> Any:
         """The sharding, from those of the parameters; None if they are not known."""
-        told = [self.home, *(i for axis in self.sources for i, _ in axis), *range(len(shardings))]
+        own = (i for axis in self.sources for i, _ in axis)
+        told = itertools.chain([self.home], own, range(len(shardings)))
         home = next((s for i in told if isinstance(s := shardings[i], NamedSharding)), shardings[self.home])
         if self.same or not isinstance(home, NamedSharding):
             return shardings[self.home]
@@ -102,14 +104,20 @@ class Layout:
             if isinstance(shardings[i], NamedSharding) and axis < len(shardings[i].spec):
                 yield _names(shardings[i].spec[axis])
 
-    def place(self, x: jax.Array, params: Sequence[Any]) -> Any:
-        """The array, placed on the devices where it belongs."""
-        types = [p.sharding if isinstance(p, jax.ShapeDtypeStruct) else jax.typeof(p).sharding for p in params]
-        if isinstance(types[self.home], NamedSharding) and AxisType.Explicit in types[self.home].mesh.axis_types:
-            x = split_as(x, *(self.typed or self.sharding(x.shape, types).spec))
-        if isinstance(params[self.home], jax.core.Tracer):
+    def place(self, x: jax.Array, params: Sequence[Any], shardings: Sequence[Any]) -> Any:
+        """The array, placed on the devices where it belongs.
+
+        Args:
+          x: the array.
+          params: the parameters.
+          shardings: `known` of each.
+        """
+        home = params[self.home]
+        if AxisType.Explicit in _kinds(home):
+            x = split_as(x, *(self.typed or self.sharding(x.shape, list(map(_in_type, params))).spec))
+        if isinstance(home, jax.core.Tracer):
             return self._tied(x, params)
-        sharding = self.sharding(x.shape, [known(p) for p in params])
+        sharding = self.sharding(x.shape, shardings)
         if not isinstance(sharding, NamedSharding):
             return x
         if isinstance(x, jax.core.Tracer):
@@ -119,8 +127,7 @@ class Layout:
 
     def _tied(self, x: jax.Array, params: Sequence[Any]) -> Any:
         """The array, which XLA shall place as the parameters, wherever it places them."""
-        kinds = jax.typeof(params[self.home]).sharding.mesh.axis_types
-        if any(kind != AxisType.Auto for kind in kinds or ()) or jax.device_count() == 1:
+        if any(kind != AxisType.Auto for kind in _kinds(params[self.home])) or jax.device_count() == 1:
             return x
         if any(s is not None for s in self.stated) and isinstance(self.mesh, jax.sharding.Mesh):
             given = dataclasses.replace(self, home=0, sources=((),) * x.ndim)
@@ -154,6 +161,16 @@ class Layout:
 def known(leaf: Any) -> Any:
     """The sharding of an array or `ShapeDtypeStruct`; None if it is not known."""
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+
+
+def _in_type(leaf: Any) -> Any:
+    """The sharding in the type of a value, which has the explicit axes."""
+    return known(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf).sharding
+
+
+def _kinds(leaf: Any) -> Sequence[Any]:
+    """The kinds of the axes of the mesh in the type of a value."""
+    return getattr(getattr(_in_type(leaf), "mesh", None), "axis_types", ())
 
 
 def may_lie_on_a_mesh(params: Sequence[Any]) -> bool:
@@ -278,13 +295,13 @@ def _told(
 def _constraint(value: Value, dim: int) -> _Stated | None:
     """What the model states at this place."""
     sharding = None if value.producer is None else value.producer.params.get("sharding")
-    if of_placement(value) and isinstance(sharding, NamedSharding):
+    if _is_placed(value) and isinstance(sharding, NamedSharding):
         entry = sharding.spec[dim] if dim < len(sharding.spec) else None
         return None if entry is PartitionSpec.UNCONSTRAINED else _Stated(_names(entry), sharding.mesh)
     return None
 
 
-def of_placement(value: Value) -> bool:
+def _is_placed(value: Value) -> bool:
     """Whether an operation makes the value that only places it on devices."""
     return value.producer is not None and of(value.producer).kind == "placement"
 

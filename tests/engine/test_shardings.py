@@ -205,10 +205,15 @@ def of_low_rank(p, x):
     return jnp.tanh(x @ p["a"]) @ p["b"]
 
 
-@case((4, 3), {"a": ((3, 7), P()), "b": ((7, 2), P()), "c": ((2, 2), P("model"))}, {"b": P(), "c": P(None, "model")})
+@case(
+    (4, 3),
+    {"a": ((3, 6), P(None, "model")), "b": ((3, 2, 2), P()), "c": ((2, 2), P("model"))},
+    {"b": P(), "c": P(None, "model")},
+)
 def indivisible(p, x):
-    h = jnp.tanh(stated(x @ p["a"], FREE, FREE))
-    return jnp.tanh(h @ p["b"]) @ p["c"]
+    """Three times two features in two parts: no axis of the signal can be split like this."""
+    h = jnp.tanh(x @ p["a"]).reshape(len(x), 3, 2)
+    return jnp.tanh(jnp.einsum("bij,ijk->bk", h, p["b"])) @ p["c"]
 
 
 @case(

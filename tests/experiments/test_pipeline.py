@@ -13,6 +13,7 @@ import lrules
 from experiments.errors import InputError
 from experiments.parallel import counts, hlo, pipeline, report, stages, steps, timetable
 from experiments.parallel.split import split_feedback
+from tests.experiments.programs import run
 
 STAGES = 4  # the devices of the tests
 squared = lrules.testing.half_squared_error
@@ -96,8 +97,7 @@ def piped(problem, rule, feedback, microbatches):
 # -------------------------------------------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 6, 12])
-@pytest.mark.parametrize("make", [dense, blocks])
+@pytest.mark.parametrize("make, microbatches", [(dense, 1), (dense, 2), (dense, 6), (dense, 12), (blocks, 6)])
 def test_backpropagation(make, microbatches):
     with jax.enable_x64(True):
         problem = make(jnp.float64)
@@ -427,6 +427,16 @@ def test_program_is_complete():
     assert again == content["simulated"]
     assert all(make(content).count("\n") > 2 for make in report.TABLES.values())
     assert len(report.figure(content).axes) == 2
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path):
+    done = run("parallel.pipeline", "--width=16", "--examples=4", "--repeats=4", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline.json", "pipeline.png"]
+    assert "| direct between stages |" in done.stdout
+    content = json.loads((tmp_path / "pipeline.json").read_text())
+    assert all(row["counted"] == row["paper"] for row in content["operations"])
 
 
 def test_stage_seconds():

@@ -251,6 +251,8 @@ def every_rule() -> list[lrules.Rule]:
         lrules.dual_propagation(beta=0.01, iterations=3, order="forward", output="refreshed"),
         lrules.dual_propagation(alpha={"relu": 0.0, ".*": 1.0}, adjoint=False, damping="spectral", feedback_rule=fa),
         lrules.dual_propagation(adjoint=False, damping=0.5, input_nudge=1.0, tolerance=1e-3, passing="tanh"),
+        lrules.predictive_coding(8, step_size=0.2, states="pre_activation", fixed_predictions=True, tolerance=1e-3),
+        lrules.equilibrium_propagation(0.1, centred=False, free_steps=40, nudged_steps=8, output="state"),
         lrules.node_perturbation(0.01, direct=True, solver="sgd", noise=jax.random.normal),
         lrules.forward_gradient(directions=2, noise=jax.random.rademacher),
         lrules.forward_gradient("activations", method="central", std=1e-3),
