@@ -176,9 +176,9 @@ class Direct(_LayerRule):
       pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
         cotangent of each hidden signal at its definition, by name.
       targets: whether `signal` needs the targets.
-      error_at: where the rule takes the output error: `"layer"`, below a softmax or the like (`head.py`), or `"outputs"`.
+      error_at: where the rule takes the output error: `"layer"`, below a softmax or the like (`head.py`); `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
-      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from their keys where they are needed.
+      storage: `"stored"`, or `"recomputed"`: feedback weights are drawn again from their keys where they are needed.
       offers: which of `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.

@@ -109,7 +109,7 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
     def one(e: jax.Array, b: Any) -> jax.Array:  # [*shared, batch, *hidden without shared axes]
         return arriving(landing, signal(e, b), e)
 
-    behind = 0 if turns else 1  # where JAX finds shared axes: behind the batch, where the network has them, it copies less
+    behind = 0 if turns else 1  # shared axes go behind the batch, as in the network, so that signals are not transposed
     if behind:
         e = moved(e, range(len(shared)), range(1, len(shared) + 1))
     for _ in shared:
@@ -138,8 +138,8 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
 
 def landed_as(landing: DirectFeedback) -> jax.ShapeDtypeStruct:
     """The shape and dtype of the result of `land`."""
-    hidden = landing.hidden
-    return jax.ShapeDtypeStruct((*(length for length, _ in hidden.loops), *hidden.root.aval.shape), hidden.root.aval.dtype)
+    aval, loops = landing.hidden.root.aval, landing.hidden.loops
+    return jax.ShapeDtypeStruct((*(length for length, _ in loops), *aval.shape), aval.dtype)
 
 
 def land_each(

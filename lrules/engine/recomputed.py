@@ -167,12 +167,12 @@ class _Window:
     def of(self, array: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(array, self.starts, self.sizes) if self.axes else array
 
-    def beside(self, shape: Sequence[int], other: Sequence[int]) -> _Window:
-        """The part of another operand, of a scalar, or of one that has size one where this array is larger."""
-        if tuple(shape) == tuple(other):
+    def beside(self, shape: Sequence[int], result: Sequence[int]) -> _Window:
+        """The part of an operand from which this part of a result follows; it may be a scalar, or have axes of one."""
+        if tuple(shape) == tuple(result):
             return self
-        pairs = zip(self.axes, shape, other, strict=True) if other else ()
-        return _Window([axis if n == m else (0, m) for axis, n, m in pairs])
+        triples = zip(self.axes, shape, result, strict=True) if shape else ()
+        return _Window([axis if n == m else (0, n) for axis, n, m in triples])
 
 
 class _Whole:
@@ -219,8 +219,8 @@ class _Parts:
             eqn = self.source[atom]
             if max(math.prod(v.aval.shape) for v in (*eqn.outvars, *eqn.invars)) > TILE:
                 raise ValueError(
-                    f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all numbers '
-                    f'together ({of(eqn).name}): use an initializer that draws each number by itself, such as '
+                    f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all its '
+                    f'numbers together ({of(eqn).name}): use an initializer that draws each number by itself, such as '
                     'jax.nn.initializers.glorot_normal(), or storage="stored"'
                 )
             body = call_body(eqn)
@@ -251,8 +251,7 @@ class _Parts:
         if body is not None:
             return self.called(eqn, body).part(body.outvars[eqn.outvars.index(atom)], window)
         if of(eqn).elementwise or name in _ELEMENTWISE:
-            operands = [v if is_literal(v) else (v, window.beside(shape, v.aval.shape)) for v in eqn.invars]
-            return bind(eqn, [v.val if is_literal(v) else self.part(*v) for v in operands])[0]
+            return bind(eqn, [self.part(v, window.beside(v.aval.shape, shape)) for v in eqn.invars])[0]
         if name == "random_bits":
             return self.bits(eqn, window)
         if name == "iota":

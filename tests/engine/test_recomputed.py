@@ -24,7 +24,7 @@ INITS = {
     "shifted": lrules.feedback.shifted(0.1),
     "absolute": lrules.feedback.absolute(),
     "averaged": lrules.feedback.averaged(3),
-    "by_row": lambda key, shape, dtype: jnp.arange(shape[0], dtype=dtype)[:, None] * jax.random.normal(key, shape, dtype),
+    "by_row": lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * jnp.ones(shape[0], dtype)[:, None],
     "turned": lambda key, shape, dtype: jax.random.uniform(key, shape[::-1], dtype).T,
     "integers": lambda key, shape, dtype: jax.random.randint(key, (1, *shape), -3, 4)[0].astype(dtype),
     "of a reduction": draw_reduction,
@@ -201,7 +201,7 @@ def test_refusals():
         lrules.direct_feedback_alignment(storage=3)
     with pytest.raises(ValueError, match="give init too"):
         lrules.direct(lambda e, b, targets, name: e, storage="recomputed")
-    with pytest.raises(ValueError, match=r"'c' in tiles.*all numbers together \(qr\).*glorot_normal"):
+    with pytest.raises(ValueError, match=r"'c' in tiles.*all its numbers together \(qr\).*glorot_normal"):
         direct(jax.nn.initializers.orthogonal()).init(KEY, mlp, W | {"b": jnp.ones((6, 50)), "c": jnp.ones((50, 3))}, X)
     with pytest.raises(ValueError, match="got a key of rbg"):
         direct().init(jax.random.key(0, impl="rbg"), mlp, W, X)
