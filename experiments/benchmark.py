@@ -136,13 +136,14 @@ def benchmark(
     compile_repeats: int,
     limit: float = math.inf,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """Measure rules on one model; returns a row for "plain" and for each rule, and the messages of rules that refuse.
 
     After `limit` seconds of compiling, and after `limit` seconds of timing, no further round begins, but at least one
-    round of compiling and three of timing are done. The function calls `progress(runs)` after each compilation and each
-    timing.
+    round of compiling and three of timing are done. `clock` times the steps. The function calls `progress(runs)` after
+    each compilation and each timing.
     """
     steps, refused = make_steps(make_model, case, chosen, seed)
     compiled: dict[str, Any] = {}
@@ -152,11 +153,11 @@ def benchmark(
         return seconds
 
     def step_seconds(name: str) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(calls):
             out = compiled[name](*steps[name].arguments)
         jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / calls
+        return (clock() - begin) / calls
 
     compile_seconds("plain")  # to warm up
     compiling = time_pairs(compile_seconds, list(steps), compile_repeats, 1, limit, progress)
@@ -317,9 +318,11 @@ def main() -> None:
                 compile_repeats=compile_repeats,
                 limit=60 * FLAGS.minutes,
                 seed=FLAGS.seed,
+                clock=time.process_time if FLAGS.processor_time else time.perf_counter,
                 progress=bar.update,
             )
     device = f"{results.describe_device()}, {FLAGS.dtype}, jax {jax.__version__}"
+    device += ", processor time" if FLAGS.processor_time else ""
     for name, rows in measured.items():
         print(f"\n{cases[name].describe(name)} ({device}); ratios to plain jax.value_and_grad\n\n{table(rows)}")
         for rule, reason in refusals[name].items():
@@ -357,6 +360,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule, and some variants).")
     flags.DEFINE_integer("repeats", None, "Rounds of timing (default: 20, 5 with --quick).", lower_bound=1)
     flags.DEFINE_integer("compile_repeats", None, "Rounds of compiling (default: 3, 1 with --quick).", lower_bound=1)
+    flags.DEFINE_bool("processor_time", False, "Time steps by processor time of all cores, for a machine that is busy.")
     flags.DEFINE_float(
         "minutes", 10, "Do not begin a round of a model after this time (but do one of compiling, three of timing)."
     )

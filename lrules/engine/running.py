@@ -306,7 +306,7 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable[..., Any]:
             if spec.learn is not None:
                 learn = () if calls is None or spec.plain else calls.learn(operands, landing, e, records)
                 feedback_grads[name] = direct_feedback_gradient(landing, e, records[name], b, *learn)
-                learned.append(feedback_grads[name])
+                learned.extend([feedback_grads[name]] if waits else [])
             return signal
 
         signals: dict[str, Any] = {}
@@ -314,7 +314,8 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable[..., Any]:
             signals |= pull_signals(errors)
         brought = [name for name, landing in plan.direct_feedback.items() if landing.spec.signal is not None]
         lands = {name: landed_as(plan.direct_feedback[name]) for name in brought}
-        if not signals and chained.wanted(errors, lands):
+        waits = not signals and chained.wanted(errors, lands)
+        if waits:
             params, weights, passed, *rest = chained.pulled(pull, errors, lands, bring)
         else:
             signals |= {name: bring(name) for name in brought}
