@@ -1,23 +1,26 @@
 """Training on many devices: a mesh of them, what lies where, and several processes.
 
 The mesh has two axes. The batch is split over `data`. Wide layers are split over `model`: the last axis of their
-parameters, of the feedback that belongs to them, and of the optimizer's state. Everything else is whole on every
-device. The axis of seeds in front is never split. XLA adds the communication, so a step needs no change:
+parameters, and of the optimizer's state. Feedback lies where `lrules.feedback.shardings` says: as its parameter or
+hidden signal. Everything else is whole on every device. The axis of seeds in front is never split. XLA adds the
+communication, so a step needs no change:
 
     >>> import jax, jax.numpy as jnp, lrules, optax
     >>> from experiments import devices
     >>> mesh = devices.make_mesh("all", "data=1") if jax.device_count() == 1 else devices.make_mesh("all")
     >>> net, rule = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lrules.feedback_alignment()
     >>> params, x, y = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((16, 3)), jnp.zeros((16, 2))
-    >>> feedback = rule.init(jax.random.key(0), net, params, x)
+    >>> params = devices.place(params, mesh)
+    >>> feedback = rule.init(jax.random.key(0), net, params, x)  # lies where it belongs
     >>> gradients = lrules.value_and_grad(net, lrules.testing.half_squared_error, rule)
     >>> def step(carry, key, x, y):
     ...     params, feedback = carry
     ...     (value, _), grads = gradients(params, feedback, x, y)
     ...     return (jax.tree.map(lambda p, g: p - 0.1 * g, params, grads.params), feedback), value
-    >>> carry = devices.place((params, feedback), mesh)
+    >>> carry = params, feedback
     >>> x, y = devices.place_batch((x, y), mesh)
-    >>> train = jax.jit(devices.shard_step(step, mesh), donate_argnums=0)
+    >>> lies = jax.tree.map(lambda array: array.sharding, carry)
+    >>> train = jax.jit(devices.shard_step(step, mesh, lies=lies), donate_argnums=0)
     >>> carry, value = train(carry, jax.random.key(1), x, y)
     >>> devices.gather(value).shape
     ()
@@ -25,15 +28,16 @@ device. The axis of seeds in front is never split. XLA adds the communication, s
 What a training loop does:
 
 1. It calls `initialize_processes` first, before any other use of JAX, and then `make_mesh` and `check_batch`.
-2. It places what it carries (parameters, feedback, optimizer state: `place(carry, mesh, lead=1)` with an axis of seeds
-   in front), and also keys and data sets (`place(keys, mesh, lead=1)`): with several processes, no array may lie on the
-   devices of one process alone.
-3. It trains with `shard_step(step, mesh)`, which splits the batch inside of the step. This may be under `jax.vmap` over
-   seeds and in a loop over steps. `jax.jit(..., out_shardings=(layout(carry, mesh, lead=1), None))` keeps the carry
-   where it is: `shard_step` asks for this, but under `vmap` XLA may still choose for the axis of seeds.
+2. It places what it carries (parameters, optimizer state: `place(carry, mesh, lead=1)` with an axis of seeds in front;
+   feedback follows the parameters), and also keys and data sets (`place(keys, mesh, lead=1)`): with several processes,
+   no array may lie on the devices of one process alone.
+3. It trains with `shard_step(step, mesh, lies=...)`, which splits the batch inside of the step, and keeps the carry
+   where it is. This may be under `jax.vmap` over seeds and in a loop over steps; under `vmap`, XLA may still choose for
+   the axis of seeds, so give `jax.jit(..., out_shardings=...)` too.
 4. Every process calls `gather` on what it reads. Only the process for which `is_first()` is True writes files.
 """
 
+import math
 import os
 import pickle
 import re
@@ -47,7 +51,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import InputError, nearest
-from experiments.placement import Placement
+from experiments.placement import Lies, Placement
 
 PyTree = Any
 DATA, MODEL = AXES = ("data", "model")
@@ -140,7 +144,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def layout(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTree:
     """Where the leaves of a pytree lie, as shardings: whole, but for wide last axes, which are split over `model`.
 
-    The rule looks at shapes only. So what has the shape of a parameter (its feedback, momentum) lies as the parameter.
+    The rule looks at shapes only. So what has the shape of a parameter (its momentum) lies as the parameter. Direct
+    feedback has the shape of no parameter: `lrules.feedback.shardings` says where it lies.
 
     Args:
       tree: arrays, or `jax.ShapeDtypeStruct`s.
@@ -159,10 +164,16 @@ def layout(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTr
     return jax.tree.map(of, tree)
 
 
-def place(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE) -> PyTree:
-    """New arrays, placed as `layout` says, so they can be donated. With several processes, all give the same values."""
+def place(tree: PyTree, mesh: Mesh, *, lead: int = 0, wide: int = WIDE, lies: PyTree | None = None) -> PyTree:
+    """New arrays, so they can be donated. With several processes, all give the same values.
+
+    Args:
+      tree: the arrays.
+      mesh, lead, wide: as in `layout`.
+      lies: the shardings; None: those of `layout`.
+    """
     copies = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) and x.is_fully_addressable else x, tree)
-    return _put(copies, layout(tree, mesh, lead=lead, wide=wide))
+    return _put(copies, layout(tree, mesh, lead=lead, wide=wide) if lies is None else lies)
 
 
 def place_batch(batch: PyTree, mesh: Mesh, *, shares: bool = False) -> PyTree:
@@ -202,17 +213,26 @@ def _put(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def shard_step(
-    step: Callable[[PyTree, jax.Array, jax.Array, jax.Array], tuple[PyTree, PyTree]], mesh: Mesh, *, wide: int = WIDE
+    step: Callable[[PyTree, jax.Array, jax.Array, jax.Array], tuple[PyTree, PyTree]],
+    mesh: Mesh,
+    *,
+    wide: int = WIDE,
+    lies: PyTree | None = None,
 ) -> Callable[[PyTree, jax.Array, jax.Array, jax.Array], tuple[PyTree, PyTree]]:
     """A step `(carry, key, x, y) -> (carry, value)` that splits its batch over `data`, and keeps the carry in place.
 
     Use it under `jax.jit`, also below `jax.vmap` over seeds and in a loop over steps.
+
+    Args:
+      step: the step.
+      mesh, wide: as in `layout`.
+      lies: the shardings of the carry of one seed; None: those of `layout`, which knows no direct feedback.
     """
 
     def sharded(carry: PyTree, key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
         x, y = jax.lax.with_sharding_constraint((x, y), batch_sharding(mesh))
         carry, value = step(carry, key, x, y)
-        return jax.lax.with_sharding_constraint(carry, layout(carry, mesh, wide=wide)), value
+        return jax.lax.with_sharding_constraint(carry, layout(carry, mesh, wide=wide) if lies is None else lies), value
 
     return sharded
 
@@ -326,9 +346,20 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     Args:
       compiled: such as `jax.jit(step).lower(carry, key, x, y).compile()`.
     """
+    return {kind: number for kind, (number, _) in traffic(compiled).items()}
+
+
+def traffic(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
+    """The same, with the bytes of their results on one device: `{kind: (number, bytes)}`."""
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-    text = compiled.as_text() or ""
-    return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
+    found = dict.fromkeys(kinds, (0, 0))
+    for shapes, kind in re.findall(rf"= (.*?) ({'|'.join(kinds)})(?:-start)?\(", compiled.as_text() or ""):
+        size = 0
+        for dtype, axes in re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", shapes):
+            bits = int(re.sub(r"\D", "", dtype) or 8)  # those of pred are bytes
+            size += bits * math.prod(int(n) for n in axes.split(",") if n) // 8
+        found[kind] = found[kind][0] + 1, found[kind][1] + size
+    return found
 
 
 class MeshPlacement(Placement):
@@ -343,11 +374,20 @@ class MeshPlacement(Placement):
     def batch(self, array: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, batch_sharding(self.mesh))
 
-    def carry(self, tree: PyTree) -> PyTree:
-        return place(tree, self.mesh, lead=1)
+    def carry(self, tree: PyTree, lies: Lies | None = None) -> PyTree:
+        return place(tree, self.mesh, lies=self.layout(tree, lies))
 
-    def layout(self, tree: PyTree) -> PyTree:
-        return layout(tree, self.mesh, lead=1)
+    def layout(self, tree: PyTree, lies: Lies | None = None) -> PyTree:
+        found = layout(tree, self.mesh, lead=1)
+        if lies is None:
+            return found
+
+        def of_one_lane(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            own = NamedSharding(self.mesh, PartitionSpec(*sharding.spec[1:]))
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=own)
+
+        found = lies(jax.tree.map(of_one_lane, tree, found))
+        return jax.tree.map(lambda sharding: NamedSharding(self.mesh, PartitionSpec(None, *sharding.spec)), found)
 
     def gather(self, tree: PyTree) -> PyTree:
         return gather(tree)

@@ -138,6 +138,8 @@ class Run:
                 record_every=record_every,
             )
         self._probe = self._feed.first(probe)
+        lies, batch = example.lies, self._feed.first(batch_size)[0]
+        self._lies = None if lies is None else lambda carry: lies(carry, batch)
         keys = self._place.whole(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
 
         def group(start: int, stop: int) -> Group:
@@ -149,7 +151,7 @@ class Run:
         size = memory.fitting(lanes, lambda n: self._train(group(0, n), longest), limit) if self._looped else 1
         self._groups = [group(i, min(i + size, lanes)) for i in range(0, lanes, size)]
         for g in self._groups:
-            g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._feed.first(batch_size)))
+            g.carry = self._place.carry(self._call("init", 2, g, g.keys, *self._feed.first(batch_size)), self._lies)
             self._train(g, longest)
         self.compile_seconds = time.perf_counter() - begin
 
@@ -203,7 +205,7 @@ class Run:
 
         init = functools.partial(self._call, "init", 2, group)
         carry = jax.eval_shape(init, group.keys, *self._feed.first(self.batch_size))
-        layout = self._place.layout(carry)
+        layout = self._place.layout(carry, self._lies)
         if layout is not None:
             carry = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), carry, layout)
         keys, order = self._shuffle(group, 2, 0)
@@ -412,7 +414,7 @@ class Run:
     def carry(self, carry: PyTree) -> None:
         for group in self._groups:
             own = jax.tree.map(lambda leaf, group=group: leaf[group.lanes], carry)
-            group.carry = self._place.carry(own if len(self._groups) > 1 else carry)
+            group.carry = self._place.carry(own if len(self._groups) > 1 else carry, self._lies)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: give it to `restore` of a run that was made the same way."""

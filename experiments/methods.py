@@ -57,6 +57,8 @@ class Method(NamedTuple):
       measure: `(carry, key, x, y) -> {name: number}` on a fixed batch, or None; they come into `Run.curve`, and "angle"
         into the records, too.
       warm_up: a step that trains only what must be ready before the others begin, or None.
+      lies: `(carry, x) -> shardings` of the carry, from `ShapeDtypeStruct`s that have shardings by their shapes, and a
+        batch; or None: they lie as these say.
       convolves: how many convolutions there are: in a loop, XLA makes them slow on a CPU, and compiles many of them
         for minutes on a GPU.
     """
@@ -67,6 +69,7 @@ class Method(NamedTuple):
     attacked: Callable[[PyTree, Array, Array], dict[str, Array]] | None = None
     measure: Callable[[PyTree, Array, Array, Array], dict[str, Array]] | None = None
     warm_up: Callable[[PyTree, Array, Array, Array], tuple[PyTree, Array]] | None = None
+    lies: Callable[[PyTree, Array], PyTree] | None = None
     convolves: int = 0
 
 
@@ -123,6 +126,7 @@ def by_rule(
         adversarial.check(epsilon)
     optimizers = as_optimizers(optimizer, task)
     value_and_grad = lrules.value_and_grad(task.net, task.loss, rule)
+    feedback_grad = None if rule.phase is None else lrules.feedback_grad(task.net, rule)
     true_gradient = lrules.value_and_grad(task.net, task.loss, lrules.backprop())
     if accumulate > 1 and not rule.additive:
         raise InputError(
@@ -143,6 +147,10 @@ def by_rule(
         (value, _, state), grads = refused(value_and_grad)(
             carry.params, carry.feedback, (carry.state, x), y, rng=key if rule.stochastic else None
         )
+        if feedback_grad is not None and rule.phase is not None:  # each step is one of the phase too
+            rng = jax.random.fold_in(key, 1) if rule.phase.stochastic else None
+            taught = feedback_grad(carry.params, carry.feedback, (carry.state, x), rng=rng)
+            grads = grads._replace(feedback=jax.tree.map(jnp.add, grads.feedback, taught))
         return value, state, grads
 
     def accumulated(carry: Carry, key: Array, x: Array, y: Array) -> tuple[Array, PyTree, lrules.Gradients]:
@@ -198,6 +206,19 @@ def by_rule(
     def evaluate(carry: Carry, x: Array, y: Array, epsilon: float = 0.0) -> dict[str, Array]:
         return task.evaluate(carry.evaluated, carry.state, x, y, epsilon)
 
+    def lies(carry: Carry, x: Array) -> Carry:
+        inputs = carry.state, jax.eval_shape(task.prepare, x)
+        feedback = lrules.feedback.shardings(rule, task.net, carry.params, inputs)
+        found = jax.tree.map(lambda leaf: leaf.sharding, carry)
+        state = optax.tree_map_params(
+            optimizers.feedback,
+            lambda _, sharding: sharding,
+            carry.optimizer[1],
+            feedback.learned,
+            transform_non_params=lambda leaf: leaf.sharding,
+        )
+        return found._replace(feedback=feedback, optimizer=(found.optimizer[0], state))
+
     shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     return Method(
         init,
@@ -206,6 +227,7 @@ def by_rule(
         functools.partial(evaluate, epsilon=attack) if attack else None,
         measure if angle or layers else None,
         functools.partial(step, warm_up=True),
+        lies,
         convolves=sum(leaf.ndim > 3 for leaf in jax.tree.leaves(shapes)),  # [height, width, in, out]
     )
 

@@ -1,5 +1,6 @@
 """Where the arrays of a run lie: on one device here, on many with `devices.MeshPlacement`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 Array = jax.Array
 PyTree = Any
+Lies = Callable[[PyTree], PyTree]  # from a carry of `ShapeDtypeStruct`s with shardings to better shardings
 
 
 class Placement:
@@ -21,12 +23,17 @@ class Placement:
         """A batch of one lane, inside a compiled step."""
         return array
 
-    def carry(self, tree: PyTree) -> PyTree:
-        """What training carries, [lanes, ...]."""
+    def carry(self, tree: PyTree, lies: Lies | None = None) -> PyTree:
+        """What training carries, [lanes, ...]; `lies` as in `layout`."""
         return jax.tree.map(jnp.asarray, tree)
 
-    def layout(self, tree: PyTree) -> PyTree | None:
-        """The shardings of a carry; None where JAX chooses."""
+    def layout(self, tree: PyTree, lies: Lies | None = None) -> PyTree | None:
+        """The shardings of a carry; None where JAX chooses.
+
+        Args:
+          tree: the carry, [lanes, ...].
+          lies: from the carry of one lane, with shardings that follow from the shapes, to its shardings.
+        """
         return None
 
     def gather(self, tree: PyTree) -> PyTree:

@@ -36,6 +36,8 @@ PAPER_NAMES: dict[str, Factory] = {
     "brsf": functools.partial(lrules.sign_symmetry, magnitude="random"),
     "frsf": functools.partial(lrules.sign_symmetry, magnitude="fixed"),
     "kp": lrules.kolen_pollack,
+    "dkp": lrules.direct_kolen_pollack,
+    "wm": lrules.weight_mirror,
     "drtp": lrules.random_target_projection,
     "mdfa": lrules.monotone_dfa,
     "dp": lrules.dual_propagation,

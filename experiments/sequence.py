@@ -69,7 +69,11 @@ def renumbered(method: Method, classes: int) -> Method:
     def evaluate(carry: PyTree, x: Any, y: Any) -> dict[str, Any]:
         return method.evaluate(carry[0], x, carry[1][y])
 
-    return Method(init, step, evaluate, convolves=method.convolves)
+    def lies(carry: PyTree, x: Any) -> PyTree:
+        assert method.lies is not None
+        return method.lies(carry[0], x), carry[1].sharding
+
+    return Method(init, step, evaluate, lies=method.lies and lies, convolves=method.convolves)
 
 
 class Course:

@@ -1,4 +1,4 @@
-"""Applying a rule to a network: `transform` and `value_and_grad`."""
+"""Applying a rule to a network: `transform`, `value_and_grad` and `feedback_grad`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Any, Literal, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from lrules.engine.jaxprs import varying_axes
 from lrules.network import Network, NetworkLike, as_network
-from lrules.rule import Feedback, Gradients, Rule, check_params, check_rng, require_feedback, require_rule
+from lrules.rule import (
+    Feedback,
+    Gradients,
+    Rule,
+    check_params,
+    check_rng,
+    require_description,
+    require_feedback,
+    require_rule,
+)
 from lrules.typing import Loss, Pytree
 
 ValueAndGradients: TypeAlias = tuple[tuple[jax.Array, *tuple[Any, ...]], Gradients]  # ((value, outputs[, aux]), ...)
@@ -36,6 +46,35 @@ class TransformedNetwork(Protocol):
           feedback: the result of `rule.init`; `Feedback({}, {})` for a rule without feedback weights.
           inputs: the inputs of the network.
           rng: a new key for every step, only for stochastic rules.
+        """
+
+
+class FeedbackGrad(Protocol):
+    """The type of the function that `feedback_grad` returns.
+
+    fn(params, feedback, inputs) -> the gradient of feedback.learned
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> def one_step(mirror: lrules.FeedbackGrad, params, feedback, x):
+      ...     return mirror(params, feedback, x, rng=jax.random.key(1))
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> x, rule = jnp.ones((5, 3)), lrules.weight_mirror()
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> one_step(lrules.feedback_grad(net, rule), params, feedback, x)["b"].shape
+      (4, 2)
+    """
+
+    def __call__(
+        self, params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """The gradient of the learned feedback weights, with the structure of `feedback.learned`.
+
+        Args:
+          params: the parameters.
+          feedback: the result of `rule.init`.
+          inputs: inputs of the network. They give the shapes, and the number of examples.
+          rng: a new key for every step, only if the phase is stochastic.
         """
 
 
@@ -155,6 +194,76 @@ def value_and_grad(net: NetworkLike, loss: Loss, rule: Rule) -> ValueAndGrad:
         check_params(params)
         require_feedback(feedback)
         return inner(params, feedback, inputs, targets, rng=rng)
+
+    return fn
+
+
+def feedback_grad(net: NetworkLike, rule: Rule) -> FeedbackGrad:
+    """Returns a function that computes the gradient of the feedback weights in a phase of their own.
+
+    fn(params, feedback, inputs) = dB, without a loss, an error or an update of the parameters
+
+    Some rules (`lrules.weight_mirror`) train the feedback weights apart from the parameters. Their ordinary steps give
+    the feedback weights no gradient (`grads.feedback` is zero). Take a step of the phase whenever you want: after each
+    ordinary step, before training, or between epochs.
+
+    Args:
+      net: a `Network`, or a bare function `apply(params, inputs) -> outputs`.
+      rule: a rule with such a phase.
+
+    Returns:
+      `fn(params, feedback, inputs, *, rng=None) -> dB`, a `FeedbackGrad`. dB has the structure of `feedback.learned`
+      and the sign of a gradient: optimizers subtract it. It is zero for feedback weights that learn in ordinary steps
+      (in a partition). Give the phase an optimizer of its own.
+
+    Raises:
+      ValueError: the rule has no such phase. When fn is called: `rng` is missing, or the phase does not use it.
+      NotImplementedError: when fn is called: the network has an operation that the rule cannot serve.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules, optax
+      >>> net, params = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> x, rule, optimizer = jnp.ones((5, 3)), lrules.weight_mirror(), optax.sgd(0.1)
+      >>> feedback = rule.init(jax.random.key(0), net, params, x)
+      >>> mirror, state = jax.jit(lrules.feedback_grad(net, rule)), optimizer.init(feedback.learned)
+      >>> grads = mirror(params, feedback, x, rng=jax.random.key(1))
+      >>> updates, state = optimizer.update(grads, state)
+      >>> feedback = feedback._replace(learned=optax.apply_updates(feedback.learned, updates))
+      >>> feedback.learned["b"].shape
+      (4, 2)
+    """
+    _check_call(net, rule)
+    phase = rule.phase
+    if phase is None:
+        raise ValueError(
+            "this rule has no phase in which its feedback weights alone learn: if they learn at all, their gradient is "
+            "grads.feedback of lrules.value_and_grad(net, loss, rule)"
+        )
+    net = as_network(net)
+    f = transform(net, phase)
+
+    def fn(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+        require_feedback(feedback)
+        check_params(params)
+        about = require_description(phase, "feedback_grad", "the phase of this rule")
+        taught = about.plan(net, net.graph(params, inputs), params, inputs).feedback_shapes()
+
+        def run(learned: dict[str, jax.Array]) -> jax.Array:
+            out = f(params, Feedback({}, learned), inputs, rng=rng)
+            leaves = jax.tree.leaves(out[0] if net.has_aux else out)
+            # What arrives at the layers does not matter, but something has to: the phase gives its gradients there.
+            sums = [jnp.sum(y.real).astype(float) for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact)]
+            return sum(sums, jnp.zeros(()))
+
+        own = {name: b for name, b in feedback.learned.items() if name in taught}
+        spread = frozenset().union(*(varying_axes(jax.typeof(leaf)) for leaf in jax.tree.leaves(inputs)))
+
+        def averaged(grad: jax.Array, b: jax.Array) -> jax.Array:
+            """Inside a shard_map, JAX has summed the gradient over the devices that share b."""
+            axes = tuple(sorted(spread - varying_axes(jax.typeof(b))))
+            return grad / jax.lax.psum(1, axes) if axes else grad
+
+        return jax.tree.map(jnp.zeros_like, feedback.learned) | jax.tree.map(averaged, jax.grad(run)(own), own)
 
     return fn
 

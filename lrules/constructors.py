@@ -129,6 +129,7 @@ def sequential(
     gain: Callable[..., Any] | None = None,
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
+    phase: Rule | None = None,
 ) -> Rule:
     """Makes a rule whose error goes down through every layer, as `backward` says.
 
@@ -153,6 +154,9 @@ def sequential(
         continue with `feedback._replace(state=grads.state)`.
       numbers: hyperparameters by name. Give for each a number, or a dict of numbers by regular expression for the names
         of layers (`re.search`, the first match holds). `jax.jit` and `jax.vmap` may trace them.
+      phase: a sequential rule with learned feedback, for a phase in which the feedback weights alone learn, by its
+        `db`. `lrules.feedback_grad` runs it. `d` has no meaning there, and `dx` must not be None, so that the layers
+        below take part. The `db` of this rule, in ordinary steps, is then zeros.
 
     Returns:
       The rule.
@@ -176,7 +180,16 @@ def sequential(
     if learned and init is None:
         raise ValueError("learned=True trains feedback weights, and init draws them: give both or neither")
     spec = Sequential(backward, init, learned, redrawn, whole_batch, gain, state, rule_numbers(numbers))
-    return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
+    rule = layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
+    if phase is None:
+        return rule
+    own = None if phase.description is None else phase.description.layer
+    if not (isinstance(own, Sequential) and own.learned and own.state is None and own.needs_loss is None and learned):
+        raise ValueError(
+            "phase must be a sequential rule with learned=True that asks for no state, targets or elements, and this "
+            "rule must have learned=True too"
+        )
+    return dataclasses.replace(rule, phase=phase)
 
 
 def direct(
@@ -196,6 +209,8 @@ def direct(
     offers: Sequence[str] = ("at", "shared_axes", "rank", "storage"),
     state: Callable[..., Pytree] | None = None,
     numbers: Mapping[str, Any] | None = None,
+    learned_factors: bool = False,
+    normalise_error: bool = False,
 ) -> Rule:
     """Makes a rule that brings the output error straight to every hidden signal.
 
@@ -233,6 +248,10 @@ def direct(
         axes; it can ask for `key` and `name`. States are kept as in `sequential`, by hidden signal: one for each
         iteration of the loops around it, and for each position along shared axes.
       numbers: hyperparameters by name, as in `sequential`; regular expressions are for the names of hidden signals.
+      learned_factors: whether the matrix of `rank` learns too. Its gradient is the sum over the hidden signals of
+        e (B_l h_l)^T, with the error e before the matrix reduces it.
+      normalise_error: whether the error vector of each example (and shared position) has length one, before the matrix
+        of `rank` reduces it. It is then divided by the number of losses, as the gradient of a mean is.
 
     Returns:
       The rule.
@@ -253,7 +272,7 @@ def direct(
       >>> rule.init(jax.random.key(0), net, params, jnp.ones((1, 3))).fixed["b"].shape
       (2, 4)
     """
-    require_flags(redrawn=redrawn, targets=targets)
+    require_flags(redrawn=redrawn, targets=targets, learned_factors=learned_factors, normalise_error=normalise_error)
     several = isinstance(at, Iterable) and not isinstance(at, str)
     where: tuple[Any, ...] | None = None if at is None else tuple(at) if several else (at,)
     if where == ():
@@ -270,6 +289,8 @@ def direct(
         for option, value in {"init": init, "learn": learn, "state": state, "numbers": numbers}.items():
             if value:
                 raise ValueError(f"signal=None stops the error, so {option} has no use: leave it out")
+    if learned_factors and (rank is None or learn is None):
+        raise ValueError("learned_factors trains the matrix of rank beside the others: give rank and learn too")
     if redrawn and learn is not None:
         raise ValueError("feedback that is redrawn at every step cannot learn: leave out redrawn or learn")
     if learn is not None and init is None:
@@ -286,7 +307,7 @@ def direct(
     given = rule_numbers(numbers, "hidden signal")
     spec = Direct(
         signal, init, learn, redrawn, where, _pairs(shared_axes), rank, pullback, targets, error_at, max_feedback_bytes,
-        storage, tuple(offers), state, given,
+        storage, tuple(offers), state, given, learned_factors, normalise_error,
     )  # fmt: skip
     return layerwise(lambda graph: lambda name: spec, [spec], layer=spec)
 

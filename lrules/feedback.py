@@ -1,4 +1,4 @@
-"""Initializers of feedback weights that `jax.nn.initializers` does not have; `save` and `load` for all feedback.
+"""Initializers of feedback weights that `jax.nn.initializers` does not have; where feedback lies; its file.
 
 Each initializer here returns an `init(key, shape, dtype)`, for the `init=` of a rule. Rules draw sequential feedback as
 a layer's `[fan_in, fan_out]` (a convolution: `[*window, in, out]`), and direct feedback as `[hidden size, outputs]`.
@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrules.network import NetworkLike, as_network
 from lrules.options import as_initializer, draw, is_whole
-from lrules.rule import Feedback, require_feedback
+from lrules.rule import Feedback, Rule, check_params, require_description, require_feedback, require_rule
 from lrules.typing import Initializer, Pytree
 
-__all__ = ["absolute", "averaged", "binary", "congruent", "load", "save", "shifted", "sparse"]
+__all__ = ["absolute", "averaged", "binary", "congruent", "load", "save", "shardings", "shifted", "sparse"]
 
 
 def _around(init: Initializer | None, change: Callable[..., Any]) -> Initializer:
@@ -231,6 +232,58 @@ def averaged(n: int, *, init: Initializer | None = None) -> Initializer:
     if not (is_whole(n) and n >= 1):
         raise ValueError(f"averaged: n must be an integer >= 1, got {n!r}")
     return _around(init, lambda inner, key: jax.vmap(inner)(jax.random.split(key, n)).mean(0))
+
+
+# ------------------------------------------------------------------------------------------------------- many devices
+
+
+def shardings(rule: Rule, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+    """Says where the feedback of a rule lies on a mesh of devices. `rule.init` places it there.
+
+    Sequential feedback lies as its parameter. Direct feedback `[outputs, *hidden]` lies as the features of the hidden
+    signal: as the model says (`jax.lax.with_sharding_constraint`), else as the axis of the weight that reads them, else
+    as that of the weight that makes them, else whole. An array in the state of a rule lies as the parameter or feedback
+    weight of its shape, else whole.
+
+    Args:
+      rule: the rule.
+      net: the network.
+      params: the parameters: arrays, or `ShapeDtypeStruct`s with `sharding=`.
+      inputs: the inputs of the network, arrays or `ShapeDtypeStruct`s.
+
+    Returns:
+      The shardings, in the structure of `rule.init(key, net, params, inputs)`: a `NamedSharding` for each array, for
+      `jax.jit(in_shardings=..., out_shardings=...)`, `jax.device_put` and checkpoints. If the parameters lie on one
+      device, without a mesh, it is this device's sharding.
+
+    Raises:
+      ValueError: a parameter does not say where it lies, or the rule does not say what it does at each layer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lrules
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> net = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+      >>> params = {"a": (jnp.ones((3, 4)), P(None, "model")), "b": (jnp.ones((4, 2)), P("model", None))}
+      >>> params = {name: jax.device_put(w, NamedSharding(mesh, spec)) for name, (w, spec) in params.items()}
+      >>> rule = lrules.direct_feedback_alignment()
+      >>> lrules.feedback.shardings(rule, net, params, jnp.ones((5, 3))).fixed["b"].spec == P(None, "model")
+      True
+    """
+    require_rule(rule)
+    check_params(params)
+    net = as_network(net)
+    known = require_description(rule, "feedback.shardings")
+    leaves = jax.tree.leaves((params, net.frozen))
+    for path, leaf in jax.tree_util.tree_leaves_with_path((params, net.frozen)):
+        if isinstance(leaf, jax.core.Tracer) or getattr(leaf, "sharding", None) is None:
+            name = jax.tree_util.keystr(path[1:], simple=True, separator="/") or "params"
+            raise ValueError(
+                f"feedback.shardings: the parameter {name!r} does not say where it lies: call it outside of jit with "
+                "arrays, or with jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+            )
+    shapes = jax.eval_shape(lambda key, p, x: rule.init(key, net, p, x), jax.random.key(0), params, inputs)
+    return known.plan(net, net.graph(params, inputs), params, inputs).shardings(shapes, leaves)
 
 
 # ----------------------------------------------------------------------------------------------------- saving, loading

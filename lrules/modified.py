@@ -157,6 +157,7 @@ def _with_error(loss: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..
         call.defvjp(forward, backward)
         return call(outputs, targets)
 
+    modified.error_is_modified = True  # type: ignore[attr-defined]  # for rules that read values alone, and must refuse
     return modified
 
 

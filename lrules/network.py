@@ -83,7 +83,7 @@ class Network:
 
     def parameters(self, params: Pytree) -> list[Any]:
         """The leaves of the parameters, then the frozen weights."""
-        return [*jax.tree.leaves(params), *map(jax.lax.stop_gradient, jax.tree.leaves(self.frozen))]
+        return [*jax.tree.leaves(params), *map(_without_gradient, jax.tree.leaves(self.frozen))]
 
     def pushing(self, handler: Handler) -> Network:
         """The same network with one more handler, inside the handlers that it has."""
@@ -238,6 +238,11 @@ def parameter_name(path: tuple[Any, ...]) -> str:
     """The name of a parameter: its path with `/` between the parts, without a trailing `/value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value") or "params"
+
+
+def _without_gradient(leaf: Any) -> Any:
+    """The value; an array that JAX does not trace stays as it is, so that it still says on which devices it lies."""
+    return jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
 
 
 def _split_aux(out: Any) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from lrules.trial import (
     loss,
     named,
     off,
+    shapes,
     wide,
 )
 from lrules.typing import Pytree
@@ -76,10 +77,11 @@ def check_arrives(trial: Trial, samples: Gradients) -> None:
 
 
 def check_used(trial: Trial, samples: Gradients) -> None:
+    taught = named(trial.taught) if trial.rule.phase is not None else {}
     for name, g in named(samples.feedback).items():
-        assert np.any(g) or trial.stops_error, (
-            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, or learn), or make the "
-            "weight fixed, without learned=True"
+        assert np.any(g) or np.any(taught.get(name, 0)) or trial.stops_error, (
+            f"the learned feedback weight {name!r} has no gradient: return it (db of backward, learn, or phase), or "
+            "make the weight fixed, without learned=True"
         )
     base = named(samples)
     for kind in ("fixed", "learned"):
@@ -97,6 +99,23 @@ def check_used(trial: Trial, samples: Gradients) -> None:
 
 def _differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return any(not np.array_equal(a[name], np.broadcast_to(b[name], a[name].shape), equal_nan=True) for name in a)
+
+
+def check_phase(trial: Trial) -> None:
+    """In a phase of its own, the feedback gets gradients like itself, and the ordinary step gives it none."""
+    if trial.rule.phase is None:
+        return
+    taught, learned = trial.taught, trial.feedback.learned
+    assert shapes(taught) == shapes(learned), "feedback_grad gives another structure than feedback.learned"
+    assert all(np.all(np.isfinite(g)) for g in named(taught).values()), "a gradient of the phase is not finite"
+    stepped = named(trial.samples(trial.inputs, trial.targets).feedback)
+    for name, g in named(taught).items():
+        assert not (np.any(g) and np.any(stepped[name])), (
+            f"the feedback weight {name!r} learns in ordinary steps and in the phase: return zeros for its db in one"
+        )
+    if trial.rule.phase.stochastic:
+        other = trial.teach(jax.random.key(23))
+        assert _differ(named(taught), named(other)), "the phase is stochastic, and another key changes nothing"
 
 
 def check_modified(trial: Trial) -> None:

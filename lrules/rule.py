@@ -1,8 +1,8 @@
 """The protocol of rules: `Rule`, `Feedback`, `Gradients`, and what a rule may do at a layer.
 
-A rule changes the backward pass and does not change the forward pass. The two constructors of `constructors.py` make
-most rules. *Sequential* rules decide, layer by layer, the weight gradient and the error that goes down. *Direct* rules
-bring the output error straight to each hidden signal.
+A rule changes the backward pass only. The two constructors of `constructors.py` make most rules. *Sequential* rules
+decide, layer by layer, the weight gradient and the error that goes down. *Direct* rules bring the output error straight
+to each hidden signal.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _LayerRule:
         """A name of what the rule needs and `transform` does not have; None if it needs nothing more."""
         if "targets" in self.asks_for or getattr(self, "targets", False):
             return "the targets"
-        if "elements" in self.asks_for:
+        if "elements" in self.asks_for or getattr(self, "normalise_error", False):
             return "the loss"
         return None if self.state is None else "to return its state"
 
@@ -170,18 +170,17 @@ class Direct(_LayerRule):
       learn: `(e, h, b) -> db`, the gradient of the feedback weights; None for fixed feedback weights.
       redrawn: whether the rule draws new feedback weights at every step.
       at: names (regular expressions) of the hidden signals or marked tensors where feedback lands; None for all.
-      shared_axes: axes of the outputs along which all positions share one feedback weight, each with the places in
-        hidden signals that are given for it: axes, or `"loop 0"`. At each signal, the first place that fits holds.
-      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: there is none.
-      pullback: instead of `signal`: `(plan, params, inputs, consts, records) -> pull`, where `pull(errors)` gives the
-        cotangent of each hidden signal at its definition, by name.
+      shared_axes: axes of the outputs along which positions share a feedback weight, and their places, see `direct`.
+      rank: the number of values to which one more feedback weight, `(outputs)`, reduces the error; None: it does not.
+      pullback: instead of `signal`, see `lrules.direct`.
       targets: whether `signal` needs the targets.
-      error_at: where the rule takes the output error: `"layer"`, below a softmax or the like (`head.py`); `"outputs"`.
+      error_at: where it takes the output error: below a softmax or the like, `"layer"` (see `head.py`), or `"outputs"`.
       max_feedback_bytes: the largest number of bytes that the feedback weights may have.
-      storage: `"stored"`, or `"recomputed"`: feedback weights are drawn again from their keys where they are needed.
+      storage: `"stored"`, or `"recomputed"`: the feedback weights are drawn again from keys where they are needed.
       offers: which of `at`, `shared_axes`, `rank` and `storage` the user of the rule can give: refusals advise them.
       state: `(shape) -> pytree`, the first state of a hidden signal; None if there is none.
       numbers: hyperparameters, by the name that the functions ask for.
+      learned_factors, normalise_error: whether the matrix of `rank` learns; whether errors are sent with length one.
 
     Example:
       >>> import lrules
@@ -205,6 +204,8 @@ class Direct(_LayerRule):
     offers: tuple[str, ...] = ("at", "shared_axes", "rank", "storage")
     state: Callable[..., Any] | None = None
     numbers: Mapping[str, ByName[Any]] = dataclasses.field(default_factory=dict)
+    learned_factors: bool = False
+    normalise_error: bool = False
 
     of = "shape"
 
@@ -336,10 +337,9 @@ class Rule:
       transform: `(net, *, reduction) -> f(params, feedback, inputs, *, rng=None)`, see `lrules.transform`.
       value_and_grad: `(net, loss) -> fn`, see `lrules.value_and_grad`; None if it follows from `transform`.
       stochastic: whether the rule needs `rng=`.
-      additive: whether the gradient of a batch is the sum of the gradients of its parts, up to their weights in the
-        objective.
-      description: what the rule does at each place of a network; its functions are made from it. It is None for a rule
-        that is made of functions by hand, and for a copy with another function: the description would be wrong there.
+      additive: whether the gradient of a batch is the sum of the gradients of its parts, by their weights in it.
+      description: what the rule does at each place of a network; None if functions were made or replaced by hand.
+      phase: the rule of a phase in which the feedback weights alone learn, see `lrules.feedback_grad`; or None.
 
     Example:
       >>> import lrules
@@ -355,6 +355,7 @@ class Rule:
     stochastic: bool = False
     additive: bool = True
     description: RuleDescription | None = None
+    phase: Rule | None = None
 
     def __post_init__(self) -> None:
         functions = (self.init, self.transform, self.value_and_grad)
@@ -410,8 +411,7 @@ def require_feedback(feedback: Any) -> None:
     """Refuses an object that is not a `Feedback`."""
     if not isinstance(feedback, Feedback):
         restored = isinstance(feedback, Mapping) and {"fixed", "learned"} <= set(feedback) <= set(Feedback._fields)
-        remedy = "write lrules.Feedback(**restored)" if restored else "make it with "
-        remedy += "" if restored else "rule.init(key, net, params, inputs)"
+        remedy = "write lrules.Feedback(**restored)" if restored else "make it with rule.init(key, net, params, inputs)"
         raise TypeError(f"the feedback is a {type(feedback).__name__}, not an lrules.Feedback: {remedy}")
 
 

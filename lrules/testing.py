@@ -18,6 +18,7 @@ from lrules.promises import (
     check_descends,
     check_local,
     check_modified,
+    check_phase,
     check_transform,
     check_used,
 )
@@ -81,7 +82,7 @@ def check_rule(
     - `"arrives"`: each parameter that backprop trains gets a gradient. A rule that stops the error must say so, with
       `direct(None)`, as `lrules.last_layer_only` does.
     - `"used"`: each feedback weight changes the step, and so does the key of a stochastic rule. Each learned feedback
-      weight gets a gradient.
+      weight gets a gradient, in the step or in the phase of the rule (`lrules.feedback_grad`), and not in both.
     - `"modified"`: modifiers of the error act on the rule, or the rule refuses them.
 
     Args:
@@ -131,6 +132,7 @@ def check_rule(
         check_arrives(trial, samples)
     if "used" not in skipped:
         check_used(trial, samples)
+    check_phase(trial)
     if "modified" not in skipped:
         check_modified(trial)
     if serves_transform(trial.rule, trial.net):

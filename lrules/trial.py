@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.apply import value_and_grad
+from lrules.apply import feedback_grad, value_and_grad
 from lrules.network import Network
 from lrules.rule import Direct, Feedback, Gradients, Rule
 from lrules.rules.backprop import backprop, last_layer_only
@@ -97,6 +97,17 @@ class Trial:
         if self.rule.stochastic:
             return self.over_keys(jax.random.split(jax.random.key(13), KEYS), *args)
         return jax.tree.map(lambda g: jnp.asarray(g)[None], self.jitted(*args)[1])
+
+    def teach(self, key: jax.Array) -> dict[str, jax.Array]:
+        """The gradient of the feedback in the phase of the rule, jitted."""
+        phase = self.rule.phase
+        rng = {"rng": key} if phase is not None and phase.stochastic else {}
+        return jax.jit(feedback_grad(self.net, self.rule))(self.params, self.feedback, self.inputs, **rng)
+
+    @functools.cached_property
+    def taught(self) -> dict[str, jax.Array]:
+        """The same, for one key."""
+        return self.teach(jax.random.key(19))
 
     def true_gradient(self, inputs: Pytree, targets: Pytree) -> Pytree:
         step = value_and_grad(self.net, loss, backprop())

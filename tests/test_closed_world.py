@@ -1229,7 +1229,10 @@ RULES = {
     "adaptive": lrules.direct_feedback_alignment(adaptive=True),
     "skipped": lrules.skipped_backprop(), "backman": lrules.backman(), "sign_symmetry": lrules.sign_symmetry(),
     "random_target_projection": lrules.random_target_projection(), "last_layer_only": LAST,
-    "node_perturbation": lrules.node_perturbation(0.1, direct=True),
+    "node_perturbation": lrules.node_perturbation(0.1, direct=True), "predictive_coding": lrules.predictive_coding(),
+    "forward_gradient": lrules.forward_gradient(), "forward_activations": lrules.forward_gradient("activations"),
+    "forward_local": lrules.forward_gradient(local=lrules.local_losses()), "local_losses": lrules.local_losses(),
+    "central_differences": lrules.forward_gradient(method="central", std=0.1),
 }  # fmt: skip
 
 

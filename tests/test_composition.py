@@ -73,6 +73,14 @@ EXPLICIT = RULES | {
     "squared_error": DP(adjoint=False, output="squared_error", feedback_rule=lrules.feedback_alignment()),
     "node_perturbation": lrules.node_perturbation(0.1),
     "least_squares": lrules.node_perturbation(0.1, direct=True, solver="rls"),
+    "forward_gradient": lrules.forward_gradient(),
+    "central_differences": lrules.forward_gradient(method="central", std=0.1),
+    "forward_activations": lrules.forward_gradient("activations"),
+    "forward_local": lrules.forward_gradient("activations", local=lrules.local_losses()),
+    "local_losses": lrules.local_losses("both"),
+    "difference_target_propagation": lrules.difference_target_propagation(first_target="outputs"),
+    "predictive_coding": lrules.predictive_coding(6, tolerance=1e-3),
+    "fixed_predictions": lrules.predictive_coding(6, fixed_predictions=True, states="pre_activation"),
     "without_derivatives": lrules.without_derivatives(lrules.backprop()),
 }
 

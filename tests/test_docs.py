@@ -141,7 +141,7 @@ def test_page(page):
     run_page(page)
 
 
-TAUGHT = {"mixed": (), "signs": (), "normalised": (), "limited": ("net", "params", "x")}  # its network
+TAUGHT = {"mixed": (), "fading": (), "signs": (), "normalised": (), "limited": ("net", "params", "x")}  # its network
 
 
 @pytest.mark.parametrize("name", mostly_slow(TAUGHT, {"signs"}))

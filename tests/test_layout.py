@@ -70,7 +70,9 @@ BELOW_THE_ENGINE = {"lrules.network", "lrules.rule", "lrules.options", "lrules.t
 # A rule may be made of another: one line for each such pair.
 RULES_OF_RULES = {
     ("kolen_pollack", "feedback_alignment"),
+    ("forward_gradient", "local_losses"),
     ("monotone_dfa", "direct_feedback_alignment"),
+    ("direct_kolen_pollack", "direct_feedback_alignment"),
 }
 BUILT_ON_RULES = ("adapters", "audit", "description", "modified", "modifiers", "promises", "testing", "trial")
 
@@ -182,9 +184,16 @@ TESTED_ELSEWHERE = {
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
     "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),
+    "rules/forward_gradient/activations": ("rules/test_forward_gradient.py", "directions of activations"),
+    "rules/forward_gradient/directions": ("rules/test_forward_gradient.py", "the noise"),
+    "rules/forward_gradient/late": ("rules/test_forward_gradient_networks.py", "the memory of inference"),
+    "rules/forward_gradient/local": ("rules/test_forward_gradient.py", "local losses"),
+    "rules/forward_gradient/weights": ("rules/test_forward_gradient.py", "directions of weights"),
+    "rules/difference_target_propagation/handlers": ("rules/test_difference_target_propagation.py", "targets, noise"),
     "rules/node_perturbation/experiment": ("rules/test_node_perturbation.py", "both passes"),
     "rules/node_perturbation/handlers": ("rules/test_node_perturbation.py", "the noise"),
     "rules/node_perturbation/least_squares": ("rules/test_node_perturbation.py", "the solver rls"),
+    "rules/predictive_coding/states": ("rules/test_predictive_coding.py", "where the states lie"),
     "typing": ("typing/test_typing.py", "what type checkers say to a user"),
     "modified": ("test_modifiers.py", "the handlers of modifiers"),
     "promises": ("test_testing.py", "what check_rule asks"),

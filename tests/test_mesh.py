@@ -158,6 +158,40 @@ def test_where_feedback_lies():
     assert {n: spec(b) for n, b in direct.fixed.items()} == {"b": (None, "model"), "c": (None, None)}
 
 
+def with_state(layer):
+    return {"like the weight": jnp.zeros(layer.weight.aval.shape), "n": jnp.zeros(())}
+
+
+def keep(op, w, b, x, d, layer, *, state):
+    return op.weight_gradient(w, x, d), op.passed_down(b, x, d), None, state
+
+
+@pytest.mark.parametrize("rule", [
+    lrules.direct_feedback_alignment(), lrules.direct_feedback_alignment(rank=2), lrules.kolen_pollack(),
+    lrules.node_perturbation(0.1, solver="rls", direct=True),
+    lrules.sequential(keep, init=jax.nn.initializers.normal(), state=with_state),
+])  # fmt: skip
+@pytest.mark.parametrize("types", ["EE", "EA", "AE"])
+def test_shardings_are_where_feedback_lies(rule, types):
+    """Also the states, with the same types under jit and outside."""
+    mesh = jax.make_mesh(
+        (2, 2), ("batch", "model"), axis_types=tuple({"E": AxisType.Explicit, "A": AxisType.Auto}[t] for t in types)
+    )
+    batch = P("batch" if types[0] == "E" else None) if "E" in types else None
+    net = lambda p, x: columns_and_rows(p, x, batch)  # noqa: E731
+    with jax.set_mesh(mesh):
+        params = {n: jax.device_put(v, NamedSharding(mesh, SPLIT[n])) for n, v in W.items()}
+        x = jax.device_put(X, NamedSharding(mesh, P("batch")))
+        init = lambda p, x: rule.init(jax.random.key(1), net, p, x)  # noqa: E731
+        drawn, jitted = init(params, x), jax.jit(init)(params, x)
+        want = lrules.feedback.shardings(rule, net, params, x)
+        told = jax.jit(init, out_shardings=want)(params, x)
+    assert jax.tree.map(jax.typeof, drawn) == jax.tree.map(jax.typeof, jitted)
+    for a, b, s in zip(*map(jax.tree.leaves, (drawn, told, want)), strict=True):
+        assert a.sharding.is_equivalent_to(s, a.ndim) and b.sharding.is_equivalent_to(s, a.ndim)
+    same(jitted, jax.device_get(drawn), 1e-6)
+
+
 def test_a_reshard_is_no_leak():
     """Direct feedback stops at the tensor that is gathered, not behind the gathering, as a skip goes past that."""
     mesh = jax.make_mesh((2, 2), ("batch", "model"))

@@ -21,6 +21,8 @@ FA, DFA, BACKMAN = lrules.feedback_alignment(), lrules.direct_feedback_alignment
 PLAIN = lrules.backprop()
 NODES = lrules.node_perturbation(0.1)
 DUAL = lrules.dual_propagation()
+TARGETS = lrules.difference_target_propagation()
+CODING, EQUILIBRIUM = lrules.predictive_coding(), lrules.equilibrium_propagation()
 RULES = {  # every family
     "feedback_alignment": FA,
     "kolen_pollack": lrules.kolen_pollack(),
@@ -33,8 +35,12 @@ RULES = {  # every family
     "last_layer_only": lrules.last_layer_only(),
     "nodes": NODES,
     "direct nodes": lrules.node_perturbation(0.1, direct=True),
+    "forward": lrules.forward_gradient("activations"),
+    "local": lrules.local_losses(),
+    "difference targets": TARGETS,
     "dual": DUAL,
     "dual with feedback": lrules.dual_propagation(feedback_rule=FA),
+    "coding": CODING,
     "modified": lrules.quantize_error(FA, 3),
     "modified direct": lrules.sign_error(DFA),
 }
@@ -258,7 +264,7 @@ def test_direct_rules_in_a_branch(rule):
             served(branch, lrules.partition({"^b$": other, ".*": rule}))
 
 
-@pytest.mark.parametrize("rule", [NODES, DUAL])
+@pytest.mark.parametrize("rule", [NODES, DUAL, EQUILIBRIUM])
 def test_rules_of_the_whole_network_in_a_branch(rule):
     message = refusal(branch, rule, error=NotImplementedError)
     assert "inside a cond" in message and "move" in message and "partition" not in message
@@ -501,6 +507,40 @@ def test_dual_propagation():
     direct = lrules.dual_propagation(feedback_rule=DFA)
     assert "must be a sequential rule" in refusal(IN_ORDER, direct)
     served(IN_ORDER, lrules.dual_propagation(feedback_rule=FA))
+
+
+@pytest.mark.parametrize("states", ["hidden", "pre_activation"])
+def test_predictive_coding(states):
+    served(branch, CODING)  # its states lie outside
+    deeper = lambda p, x: lax.cond(x[0, 0] > 0, IN_ORDER, lambda p, x: H(p, x) @ p["c"], p, x)  # noqa: E731
+    message = refusal(deeper, lrules.predictive_coding(states=states))
+    assert "inside a cond, where predictive_coding cannot keep its state: move it out of the cond" in message
+    served(lambda p, x: lax.cond(x[0, 0] > 0, lambda a, b: a, lambda a, b: b, IN_ORDER(p, x), H(p, x) @ p["c"]), CODING)
+    message = refusal(IN_ORDER, lrules.predictive_coding(1, states=states))
+    (least,) = re.findall("would learn nothing: give at least steps=([0-9]+)", message)
+    served(IN_ORDER, lrules.predictive_coding(int(least), states=states))
+    message = refusal(without_a_batch, lrules.predictive_coding(states=states))
+    assert "has no batch, and predictive_coding has one state for each example" in message
+    served(without_a_batch, FA)
+
+
+def without_a_batch(p, x):
+    """A layer reads latents that all examples share."""
+    latents = jnp.tanh(jnp.tanh(jnp.eye(5) @ p["a"]) @ p["b"])
+    return (H(p, x) + latents[:1]) @ p["c"]
+
+
+def test_equilibrium_propagation():
+    message = refusal(IN_ORDER, lrules.equilibrium_propagation(nudged_steps=1))
+    (least,) = re.findall("would learn nothing: give at least nudged_steps=([0-9]+)", message)
+    served(IN_ORDER, lrules.equilibrium_propagation(nudged_steps=int(least)))
+    between = lambda p, x: H(p, x) @ p["b"] @ p["c"]  # noqa: E731
+    assert "put an activation between the two" in refusal(between, EQUILIBRIUM)
+    served(lambda p, x: jnp.tanh(H(p, x) @ p["b"]) @ p["c"], EQUILIBRIUM)
+    assert "leave the modifier out" in refusal(IN_ORDER, lrules.sign_error(EQUILIBRIUM))
+    served(IN_ORDER, EQUILIBRIUM)
+    whole = lambda p, x: (jnp.tanh(x.astype(complex) @ p["a"].astype(complex)) @ p["b"].astype(complex)).real  # noqa: E731
+    assert "write the network for the real and the imaginary part" in refusal(whole, EQUILIBRIUM)
 
 
 def test_least_squares_of_node_perturbation():

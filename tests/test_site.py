@@ -80,10 +80,10 @@ def test_pictures():
     assert shown == set(made)
 
 
-@pytest.mark.parametrize("name", pictures.RULES | pictures.TERMS)
+@pytest.mark.parametrize("name", pictures.ALL)
 def test_words_of_a_picture(name):
     """All words lie on the card, and each kind of line has a colour on the light card and on the dark one."""
-    drawing = (pictures.RULES | pictures.TERMS)[name]()
+    drawing = pictures.ALL[name]()
     root = ElementTree.fromstring(drawing.svg())
     style = next(node for node in root.iter() if node.tag.endswith("style")).text
     light, _, dark = style.partition("@media (prefers-color-scheme:dark)")

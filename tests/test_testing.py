@@ -12,11 +12,13 @@ from lrules.testing import check_rule
 from tests.sampling import mostly_slow
 
 GLOROT, ZEROS = jax.nn.initializers.glorot_normal(), jax.nn.initializers.zeros
-FA, DFA, DP, NP = (
+FA, DFA, DP, DTP, NP, PC = (
     lrules.feedback_alignment,
     lrules.direct_feedback_alignment,
     lrules.dual_propagation,
+    lrules.difference_target_propagation,
     lrules.node_perturbation,
+    lrules.predictive_coding,
 )
 
 
@@ -41,10 +43,18 @@ RULES = {
     "feedback_alignment of zeros": FA(ZEROS),
     "feedback_alignment adaptive of zeros": FA(ZEROS, adaptive=True),
     "kolen_pollack": lrules.kolen_pollack(),
+    "difference_target_propagation": DTP(),
+    "difference_target_propagation outputs": DTP(first_target="outputs", feedback_loss="difference"),
+    "difference_target_propagation jacobian": DTP(0.5, std=0.2, feedback_loss="jacobian", decoder=None),
     "direct_feedback_alignment": DFA(),
     "direct_feedback_alignment adaptive": DFA(adaptive=True),
     "direct_feedback_alignment at": DFA(at="c/kernel"),
     "direct_feedback_alignment rank": DFA(rank=3, adaptive=True),
+    "direct_feedback_alignment both factors": DFA(rank=3, learned_factors=True),
+    "direct_feedback_alignment normalised": DFA(normalise_error=True),
+    "direct_kolen_pollack": lrules.direct_kolen_pollack(),
+    "weight_mirror": lrules.weight_mirror(),
+    "weight_mirror estimation": lrules.weight_mirror(phase="estimation", std=0.5),
     "direct_feedback_alignment outputs": DFA(error_at="outputs"),
     "direct_feedback_alignment of zeros": DFA(ZEROS, adaptive=True),
     "monotone_dfa": lrules.monotone_dfa(),
@@ -58,6 +68,11 @@ RULES = {
     "node_perturbation direct": NP(0.1, direct=True),
     "node_perturbation rls": NP(0.1, solver="rls"),
     "node_perturbation direct rls": NP(0.1, direct=True, solver="rls"),
+    "forward_gradient of activations": lrules.forward_gradient("activations"),
+    "forward_gradient of two losses": lrules.forward_gradient("activations", method="central", std=0.01),
+    "forward_gradient local": lrules.forward_gradient("activations", local=lrules.local_losses("both"), directions=2),
+    "local_losses": lrules.local_losses(),
+    "local_losses both": lrules.local_losses("both"),
     "dual_propagation": DP(),
     "dual_propagation of one state": DP(0.0, beta={"tanh": 0.05, ".*": 0.1}),
     "dual_propagation original": DP(0.3, adjoint=False, iterations=2),
@@ -70,6 +85,10 @@ RULES = {
     "dual_propagation input_nudge": DP(input_nudge=1.0, iterations=2),
     "dual_propagation kolen_pollack": DP(feedback_rule=lrules.kolen_pollack()),
     "dual_propagation redrawn": DP(feedback_rule=recipes.redrawn()),
+    "predictive_coding": PC(beta=0.1),
+    "predictive_coding pre_activation": PC(beta=0.1, step_size=0.3, states="pre_activation"),
+    "predictive_coding fixed_predictions": PC(6, step_size=1.0, fixed_predictions=True),
+    "predictive_coding tolerance": PC(beta=0.1, tolerance=1e-2),
     "partition": lrules.partition({"d": lrules.backprop(), "c": FA(), ".*": lrules.backman()}),
     "partition direct": lrules.partition({"[cd]": lrules.random_target_projection(), ".*": lrules.kolen_pollack()}),
     "partition stopped": lrules.partition({"c": lrules.last_layer_only(), ".*": lrules.backprop()}),
@@ -83,9 +102,6 @@ RECIPES = {
     "redrawn_direct": recipes.redrawn_direct(),
     "cascaded": recipes.cascaded(),
     "rates": recipes.rates({"[ab]/": 0.5, ".*": 2.0}),
-    "weight_mirror": recipes.weight_mirror(),
-    "difference_target_propagation": recipes.difference_target_propagation(),
-    "local_classifiers": recipes.local_classifiers(),
 }
 MODIFIERS = {
     "modify_error": lambda rule: lrules.modify_error(rule, lambda s, name, rng: jnp.tanh(s)),
@@ -102,7 +118,7 @@ MODIFIERS = {
     "quantize_update": lambda rule: lrules.quantize_update(rule, 4),
 }
 MODIFIED = ("last_layer_only", "feedback_alignment", "kolen_pollack", "direct_feedback_alignment", "skipped_backprop",
-            "random_target_projection", "backman", "node_perturbation", "dual_propagation")
+            "random_target_projection", "backman", "node_perturbation", "dual_propagation", "predictive_coding")
 WITHOUT_DERIVATIVES = {"without_derivatives", "replace_derivative"}
 PAIRS = {
     f"{name}({of})": (make, of)
@@ -118,7 +134,8 @@ PAIRS = {
 QUICK = {
     "backprop", "feedback_alignment adaptive of zeros", "kolen_pollack",
     "direct_feedback_alignment rank", "monotone_dfa", "random_target_projection", "skipped_backprop",
-    "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "dual_propagation", "partition",
+    "sign_symmetry random", "backman gradient_norm", "node_perturbation rls", "local_losses",
+    "dual_propagation", "partition",
 }  # fmt: skip
 QUICK_PAIRS = {
     "quantize_error(direct_feedback_alignment)", "quantize_error at the output(random_target_projection)",
@@ -130,6 +147,23 @@ QUICK_PAIRS = {
 @pytest.mark.parametrize("name", mostly_slow(RULES, QUICK))
 def test_rules(name):
     check_rule(RULES[name])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    mostly_slow(
+        [
+            lrules.forward_gradient(),
+            lrules.forward_gradient(directions=4),
+            lrules.forward_gradient(method="central", std=0.01, directions=2),
+            lrules.forward_gradient(local=lrules.local_losses()),
+        ],
+        [],
+    ),
+)
+def test_directions_of_weights(rule):
+    """The numbers in a direction are independent, so the weights of a neuron do not share one error."""
+    check_rule(rule, skip="local")
 
 
 @pytest.mark.parametrize("name", mostly_slow(RECIPES, {"redrawn_direct", "cascaded"}))
@@ -151,7 +185,7 @@ def test_damping(damping):
 
 def test_all_rules_and_modifiers_are_here():
     tried = {name.split(" ")[0] for name in RULES}
-    assert tried == set(named_rules.rules())
+    assert tried | {"equilibrium_propagation"} == set(named_rules.rules())  # which cannot settle on the default network
     assert {name.split(" ")[0] for name in MODIFIERS} == set(named_rules.modifiers())
     assert set(RECIPES) | {"weight_by_weight"} == set(named_rules.recipe_rules())
 

@@ -506,14 +506,19 @@ def test_threads_share_a_network():
     assert not failures
 
 
-PLANNED = SEQUENTIAL | DIRECT | {"node_perturbation": lrules.node_perturbation(0.1)}
+PLANNED = SEQUENTIAL | DIRECT | {
+    "node_perturbation": lrules.node_perturbation(0.1),
+    "predictive_coding": lrules.predictive_coding(),
+    "equilibrium_propagation": lrules.equilibrium_propagation(),
+}
 
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_a_plan_is_made_once_for_each_traced_network(name, monkeypatch):
     """What a rule does where is settled once, and called again with the same shapes it is there."""
     rule, made = PLANNED[name], []
-    for module in ("constructors", "rules.node_perturbation", "rules.dual_propagation.network"):
+    own = ("node_perturbation", "dual_propagation.network", "predictive_coding", "equilibrium_propagation")
+    for module in ("constructors", *(f"rules.{name}" for name in own)):
         held = functools.reduce(getattr, module.split("."), lrules)
         held = held if isinstance(held, types.ModuleType) else importlib.import_module(f"lrules.{module}")
         make = held.make_plan

@@ -198,11 +198,15 @@ RULES = {
     "last_layer_only": lrules.last_layer_only(),
     "direct_feedback_alignment": lrules.direct_feedback_alignment(),
     "kolen_pollack": lrules.kolen_pollack(),
+    "weight_mirror": lrules.weight_mirror(),
     "sign_symmetry": lrules.sign_symmetry(),
     "backman": lrules.backman(),
     "skipped_backprop": lrules.skipped_backprop(),
     "dual_propagation": lrules.dual_propagation(),
     "node_perturbation": lrules.node_perturbation(0.1),
+    "difference_target_propagation": lrules.difference_target_propagation(),
+    "predictive_coding": lrules.predictive_coding(),
+    "equilibrium_propagation": lrules.equilibrium_propagation(nudged_steps=20),
     "modified": lrules.sign_error(lrules.feedback_alignment()),
     "partition": lrules.partition({".*": lrules.backprop()}),
 }
@@ -249,3 +253,30 @@ def test_direct(entry):
     for name in feedback.fixed:
         without = feedback._replace(fixed={**feedback.fixed, name: jnp.zeros_like(feedback.fixed[name])})
         assert max(errors(step(params, without)[1], grads)) > 1e-6, name
+
+
+# What each of these has is treated in a way of its own where a weight is used.
+PHASE = ("linen_scan", "conv_grouped", "cond", "sharded_inside", "tied_embedding", "weight_normalisation", "vmapped")
+
+
+@models(quick=PHASE)
+def test_phase_of_feedback(entry):
+    """An estimate learns from noise at every layer that reads a hidden signal, and rests where B is the weight."""
+    net, params, inputs = build(entry)
+    rule = lrules.weight_mirror(phase="estimation")
+    feedback = jax.jit(lambda key: rule.init(key, net, params, inputs))(jax.random.key(0))
+    gradient = jax.jit(lrules.feedback_grad(net, rule))
+    moved = gradient(params, feedback, inputs, rng=jax.random.key(1))
+    assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, feedback.learned)
+    assert all(bool(jnp.isfinite(g).all()) for g in moved.values())
+    still = [name for name, g in moved.items() if not bool(jnp.any(g))]
+    assert not still or entry.name == "cond", still  # the branch that is not taken
+    weights = lrules.Feedback({}, {name: leaf for name, leaf in by_name(params).items() if name in moved})
+    rests = gradient(params, weights, inputs, rng=jax.random.key(1))
+    for name, g in rests.items():
+        assert float(jnp.max(jnp.abs(g))) <= 1e-5 * float(jnp.max(jnp.abs(moved[name]))), name
+
+
+def by_name(tree):
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path).removesuffix("/value"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

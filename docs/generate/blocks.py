@@ -8,12 +8,15 @@ In a page, such a part stands between two comments. The first one names it:
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 
 import lrules
-from docs.generate import coverage, facts
+from docs.generate import cost_tables, coverage, facts
 from docs.generate.markdown import table
+from experiments import layouts as sent
+from experiments.parallel import report
 
 BLOCK = re.compile(r"(<!-- made ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -37,7 +40,7 @@ def cost(name: str) -> str:
     """What it costs."""
     rows = facts.costs(name)
     if not rows:
-        return "It was not measured. It costs what the rules of its layers cost."
+        return "It was not measured." + " It costs what the rules of its layers cost." * (name == "partition")
     head = ("network", "rule", "step time", "memory", "feedback weights")
     return table(head, rows, 2)
 
@@ -69,9 +72,28 @@ def modifiers() -> str:
     return table(("modifier", "what it does", "s is the error at a hidden signal"), rows)
 
 
+def layouts() -> str:
+    """What devices send in a step, by rule and layout."""
+    cells = json.loads(sent.FILE.read_text())["cells"]
+    named = [[f"`{name}`" if name in sent.RULES else name, *found] for name, *found in sent.rows(cells)]
+    return table(["rule", *(f"`{layout}`" for layout in cells)], named)
+
+
+def pipeline(name: str) -> str:
+    """A table of what the pipelines of stages were measured at."""
+    content = json.loads((facts.DOCS / "parallel" / "pipeline.json").read_text())
+    return report.TABLES[name](content)
+
+
+def costs(name: str) -> str:
+    """A table of how cost grows."""
+    return cost_tables.TABLES[name]()
+
+
 MADE: dict[str, Callable[..., str]] = {
     "equation": equation, "example": example, "references": references, "cost": cost, "properties": properties,
     "rules": rules, "modifiers": modifiers, "coverage": coverage.full, "coverage in short": coverage.short,
+    "layouts": layouts, "pipeline": pipeline, "costs": costs,
 }  # fmt: skip
 SLOW = ("coverage", "coverage in short")
 

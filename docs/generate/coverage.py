@@ -22,7 +22,12 @@ RULES: dict[str, lrules.Rule] = {
     "SBP": lrules.skipped_backprop(),
     "last": lrules.last_layer_only(),
     "DP": lrules.dual_propagation(),
+    "PC": lrules.predictive_coding(),
+    "EP": lrules.equilibrium_propagation(),
     "NP": lrules.node_perturbation(0.1),
+    "FG": lrules.forward_gradient("activations"),
+    "local": lrules.local_losses(),
+    "DTP": lrules.difference_target_propagation(),
 }
 KINDS = {"linen_": "Flax Linen", "nnx_": "Flax NNX", "equinox_": "Equinox", "": "bare functions of JAX"}
 

@@ -79,6 +79,8 @@ SHOWN = [
     Shown("sign_symmetry", 'sign_symmetry("random")', lambda: lrules.sign_symmetry("random")),
     Shown("sign_symmetry", 'sign_symmetry("fixed")', lambda: lrules.sign_symmetry("fixed")),
     Shown("kolen_pollack", "kolen_pollack()", lrules.kolen_pollack, "kolen_pollack"),
+    Shown("direct_kolen_pollack", "direct_kolen_pollack()", lrules.direct_kolen_pollack, "asrbp"),
+    Shown("weight_mirror", "weight_mirror()", lrules.weight_mirror),
     Shown(
         "random_target_projection",
         "random_target_projection()",
@@ -100,6 +102,13 @@ SHOWN = [
         lambda: lrules.dual_propagation(iterations=5),
         "dual_propagation(iterations=5)",
     ),
+    Shown("predictive_coding", "predictive_coding()", lrules.predictive_coding),
+    Shown(
+        "predictive_coding",
+        "predictive_coding(fixed_predictions=True)",
+        lambda: lrules.predictive_coding(fixed_predictions=True),
+    ),
+    Shown("equilibrium_propagation", "equilibrium_propagation()", lrules.equilibrium_propagation),
     Shown(
         "node_perturbation",
         "node_perturbation(std)",
@@ -111,6 +120,21 @@ SHOWN = [
         "node_perturbation(std, direct=True)",
         lambda: lrules.node_perturbation(0.01, direct=True),
         "node_perturbation(std=0.01, direct=True)",
+    ),
+    Shown("forward_gradient", "forward_gradient()", lrules.forward_gradient),
+    Shown(
+        "forward_gradient",
+        'forward_gradient(method="central", std=std)',
+        lambda: lrules.forward_gradient(method="central", std=1e-3),
+    ),
+    Shown("forward_gradient", 'forward_gradient("activations")', lambda: lrules.forward_gradient("activations")),
+    Shown("local_losses", "local_losses()", lrules.local_losses),
+    Shown("local_losses", 'local_losses("both")', lambda: lrules.local_losses("both")),
+    Shown("difference_target_propagation", "difference_target_propagation()", lrules.difference_target_propagation),
+    Shown(
+        "difference_target_propagation",
+        'difference_target_propagation(feedback_loss="jacobian")',
+        lambda: lrules.difference_target_propagation(feedback_loss="jacobian"),
     ),
     Shown("partition", "partition({pattern: rule})", _mixed),
 ]

@@ -7,6 +7,7 @@ Below runs what the rule sends.
 from collections.abc import Callable
 
 from docs.generate.svg import Drawing
+from docs.generate.timetables import PIPELINES
 
 X, H1, H2, Y = 70, 230, 390, 550
 TOP, BELOW = 62, 172
@@ -94,6 +95,30 @@ def kolen_pollack() -> Drawing:
         "learned",
         "The feedback weights B learn: each gets the same update as its forward weight W.",
     )
+
+
+def direct_kolen_pollack() -> Drawing:
+    return _direct(
+        "Direct Kolen-Pollack: learned feedback weights bring the output error to each hidden signal",
+        "B{}ᵀ",
+        "learned",
+        "The feedback weights B learn from e and the hidden signals, and decay as W does.",
+    )
+
+
+def weight_mirror() -> Drawing:
+    made = _network("Weight mirror: in a phase of their own, feedback weights learn from noise", 236, top=88)
+    for i, (left, right) in enumerate(((H1, H2), (H2, Y))):
+        made.text(left, 20, "noise ξ" + "₁₂"[i], "other", 14)
+        made.arrow((left, 30), (left, 70), "other")
+        made.arrow((right - 28, 136), (left + 28, 136), "learned", f"B{'₂₃'[i]}ᵀ")
+        made.text((left + right) / 2, 160, f"learns ξ{'₁₂'[i]} (W{'₂₃'[i]}ξ{'₁₂'[i]})ᵀ", "learned", 13)
+    _says(
+        made,
+        "Noise ξ replaces the inputs of the layers. B learns the products of noise and response,",
+        "and so comes to W. Ordinary steps are those of feedback alignment, and leave B alone.",
+    )
+    return made
 
 
 def sign_symmetry() -> Drawing:
@@ -185,6 +210,42 @@ def dual_propagation() -> Drawing:
     return made
 
 
+def predictive_coding() -> Drawing:
+    made = _network("Predictive coding: states settle between predictions and errors", 284)
+    _output_error(made)
+    for which, start in ((2, Y), (1, H2)):
+        made.arrow((start - 17, BELOW), (AT[which] + 17, BELOW), "error", f"W{'₁₂₃'[which]}ᵀ")
+        made.circle(AT[which], BELOW, "ε" + "₁₂"[which - 1])
+        made.arrow((AT[which] - 8, BELOW - 17), (AT[which] - 8, TOP + 18), "error")
+        made.arrow((AT[which] + 8, TOP + 18), (AT[which] + 8, BELOW - 17), "learned")
+    _says(
+        made,
+        "ε is a state minus its prediction. The states move until all errors balance.",
+        "Then each weight learns from the error above it and the state below it.",
+    )
+    return made
+
+
+def equilibrium_propagation() -> Drawing:
+    made = Drawing("Equilibrium propagation: states settle twice, without and with a nudge", height=262)
+    for i, (left, right) in enumerate(((X, H1), (H1, H2), (H2, Y)), 1):
+        made.arrow((left + 30, TOP - 9), (right - 30, TOP - 9), "forward", f"W{'₁₂₃'[i - 1]}")
+        if i > 1:
+            made.arrow((right - 30, TOP + 9), (left + 30, TOP + 9), "learned")
+    for place, name in ((X, "x"), (H1, "s₁"), (H2, "s₂"), (Y, "s₃")):
+        made.box(place, TOP, name, "forward")
+    made.text((H1 + H2) / 2, TOP + 30, "W₂ᵀ", "learned", 14)
+    made.text((H2 + Y) / 2, TOP + 30, "W₃ᵀ", "learned", 14)
+    made.arrow((Y, BELOW - 17), (Y, TOP + 18), "error", dashed=True)
+    made.circle(Y, BELOW, "±βe")
+    _says(
+        made,
+        "All states act on each other until they settle. Then the error nudges the last one.",
+        "The difference of the two equilibria is the update.",
+    )
+    return made
+
+
 def node_perturbation() -> Drawing:
     made = _network("Node perturbation: feedback weights learn from noise", 300, top=88)
     for which in (1, 2):
@@ -200,6 +261,46 @@ def node_perturbation() -> Drawing:
         "A second pass with noise shows how each hidden signal changes the loss.",
         "The feedback weights B learn to bring down this effect. Then W learns through B.",
     )
+    return made
+
+
+def forward_gradient() -> Drawing:
+    made = _network("Forward gradient: random directions, and what they do to the loss", 270, top=88)
+    for which in (1, 2):
+        made.text(AT[which], 20, "direction v" + "₁₂"[which - 1], "other", 14)
+        made.arrow((AT[which], 30), (AT[which], 70), "other")
+        made.arrow((AT[which], BELOW - 17), (AT[which], 106), "error", dashed=True)
+        made.circle(AT[which], BELOW, "D v" + "₁₂"[which - 1], radius=22)
+    made.arrow((Y, 106), (Y, BELOW - 17), "error")
+    made.circle(Y, BELOW, "D")
+    _says(
+        made,
+        "A forward pass along random directions v shows one number: how the loss changes, D.",
+        "Each layer multiplies this number by its own direction. On average, D v is the gradient.",
+    )
+    return made
+
+
+def difference_target_propagation() -> Drawing:
+    made = _sequential(
+        "Difference target propagation: learned inverses carry targets down",
+        "g{}",
+        "learned",
+        "Each layer learns an inverse g. It turns the target of its output into one of its input:",
+        "t₁ = h₁ + g₂(t₂) − g₂(h₂). Each layer learns to come nearer to its own target.",
+        inside="t",
+    )
+    return made
+
+
+def local_losses() -> Drawing:
+    made = _network("Local losses: each hidden signal has its own loss", 262)
+    _output_error(made)
+    for which in (1, 2):
+        made.arrow((AT[which] + 12, TOP + 18), (AT[which] + 12, BELOW - 17), "learned", "C" + "₁₂"[which - 1])
+        made.circle(AT[which], BELOW, "L" + "₁₂"[which - 1])
+        made.arrow((AT[which] - 12, BELOW - 14), (AT[which] - 12, TOP + 18), "error", dashed=True)
+    _says(made, "A learned layer C predicts the targets from each hidden signal. No error comes from above.")
     return made
 
 
@@ -330,15 +431,18 @@ RULES: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         backprop, last_layer_only, feedback_alignment, direct_feedback_alignment, skipped_backprop, sign_symmetry,
-        kolen_pollack, random_target_projection, backman, monotone_dfa, dual_propagation, node_perturbation, partition,
+        kolen_pollack, direct_kolen_pollack, weight_mirror, random_target_projection, backman, monotone_dfa,
+        dual_propagation, predictive_coding, equilibrium_propagation, node_perturbation, forward_gradient, local_losses,
+        difference_target_propagation, partition,
     )
 }  # fmt: skip
 TERMS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (layer, hidden_signal, learning_channel, sequential_and_direct, output_error, modifier)
 }
+ALL = RULES | TERMS | PIPELINES
 
 
 def files() -> dict[str, str]:
     """The text of each picture, by its name in docs/pictures."""
-    return {f"{name}.svg": maker().svg() for name, maker in (RULES | TERMS).items()}
+    return {f"{name}.svg": maker().svg() for name, maker in ALL.items()}

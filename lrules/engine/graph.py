@@ -111,6 +111,44 @@ class Graph:
         read = linear_origins([hidden.root for hidden in self.hidden if not hidden.mark])
         return [doubt for doubt, value in doubts if value is None or id(value) in read]
 
+    def pre_activations(self) -> dict[str, list[Hidden]]:
+        """The pre-activations of each hidden signal that activations make, by the name of the hidden signal.
+
+        Pooling, factors, casts, reshapes and transposes may lie between. Several signals may share one. They are
+        searched at first use; from then on handlers with a method `pre_activation` are called where they are defined.
+        """
+        return self.once("pre_activations", self._find_pre_activations)
+
+    def _find_pre_activations(self) -> dict[str, list[Hidden]]:
+        outputs = {id(activation.output): activation for activation in self.activations}
+        found: dict[str, list[Hidden]] = {}
+        for hidden in self.hidden:
+            made, stack, seen = {}, [hidden.root], set()
+            while stack:
+                value = stack.pop()
+                if id(value) in outputs:
+                    made[id(value)] = outputs[id(value)]
+                elif id(value) not in seen:
+                    seen.add(id(value))
+                    below = [] if value.layer is not None else [v for v in value.operands if v.both]
+                    if not below or (len(below) > 1 and value.producer is not None):  # a carry is made in two places
+                        break
+                    stack += below
+            else:
+                found[hidden.name] = [self._pre_activation(a) for a in made.values()]
+        return found
+
+    def _pre_activation(self, activation: Activation) -> Hidden:
+        source = activation.source
+        assert source is not None
+        root, views = source.root()
+        block, variable = root.place  # type: ignore[misc]
+        if variable not in block.pre_activations:
+            loops = tuple((length, False) for _, length in block.loops)
+            name = f"{activation.site} pre-activation"
+            block.pre_activations[variable] = Hidden(name, root, views, source, loops=loops)
+        return block.pre_activations[variable]
+
     @property
     def consts(self) -> list[Any]:
         """Arrays over which the function closes. They are arguments of `run`, so that gradients reach them."""
@@ -172,6 +210,7 @@ class _Runner:
         self.at_activations = [h for h in self.handlers if type(h).activation is not Handler.activation]
         self.at_layers = [h for h in self.handlers if type(h).layer is not Handler.layer]
         self.at_hidden = [h for h in self.handlers if type(h).hidden is not Handler.hidden]
+        self.before = [h for h in self.handlers if type(h).pre_activation is not Handler.pre_activation]
         # Without jit an equation is a program of its own, as it is where the network is called.
         self.staged = isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
 
@@ -187,6 +226,9 @@ class _Runner:
             for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
                 for hidden in here:
                     value = handler.hidden(hidden, value, frame)
+            if self.before and variable in block.pre_activations:
+                for handler in reversed(self.before):
+                    value = handler.pre_activation(block.pre_activations[variable], value, frame)
             if (block, variable) in self.taps:
                 frame.records[self.taps[block, variable]] = value
             env[variable] = (value, shadow)
@@ -247,7 +289,9 @@ class _Runner:
 
     def is_noted(self, block: Block, v: Atom) -> bool:
         """Whether a value is handled, or recorded."""
-        return bool(self.at_hidden and v in block.hidden) or (block, v) in self.taps
+        if (self.at_hidden and v in block.hidden) or (self.before and v in block.pre_activations):
+            return True
+        return (block, v) in self.taps
 
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]

@@ -20,8 +20,8 @@ Pair = tuple[Any, Any]  # a value and its shadow (None if there is none)
 class Handler:
     """Decides what happens at the sites of a network; the base class changes nothing.
 
-    Make a subclass and override `layer`, `affine`, `hidden` or `activation`. Handlers are pytrees, so that a
-    `custom_vjp` around the network can take their arrays as arguments: name the attributes that hold arrays in
+    Make a subclass and override `layer`, `affine`, `hidden`, `pre_activation` or `activation`. Handlers are pytrees, so
+    that a `custom_vjp` around the network can take their arrays as arguments: name the attributes that hold arrays in
     `arrays`.
 
     Example:
@@ -62,6 +62,10 @@ class Handler:
 
     def hidden(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
         """The value that the readers of a hidden signal (and all other users of that tensor) get."""
+        return value
+
+    def pre_activation(self, hidden: Hidden, value: Any, frame: Frame) -> Any:
+        """The value that all users of a pre-activation get, at its definition; only of `Graph.pre_activations`."""
         return value
 
     def activation(self, activation: Activation, fn: Callable[..., Any], x: jax.Array, frame: Frame) -> Any:

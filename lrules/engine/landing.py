@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import placed_as, split_as
 from lrules.engine.plan import Plan
 from lrules.engine.recomputed import Matrix, reduced
@@ -56,7 +57,7 @@ def output_error(plan: Plan, errors: Pytree) -> jax.Array:
 
 
 def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, Any]) -> jax.Array:
-    """Prepares the output error for sending: with the shared axes in front, and reduced to the rank of the rule.
+    """Prepares the output error for sending: with the shared axes in front, normalised, and reduced to a rank.
 
     Args:
       plan: a plan with direct feedback.
@@ -83,12 +84,23 @@ def sent_error(plan: Plan, spec: Direct, e: jax.Array, feedback: Mapping[str, An
         axes = [out + 1 if out < batch_axis else out for out, _ in spec.shared_axes]
         e = moved(e, axes, range(len(axes)))
         e = e.reshape(*e.shape[: len(axes) + 1], -1)
+    if spec.normalise_error:
+        assert plan.elements is not None
+        e = (_unit(e) / plan.elements).astype(e.dtype)
     for name, (owner, shape, dtype) in plan.reduced.items():
         if owner is spec and spec.storage == "recomputed":
             e = reduced(e.astype(dtype), feedback[name], Matrix(draw_reduction, *shape, dtype, name))
         elif owner is spec:
             e = jnp.tensordot(e.astype(feedback[name].dtype), feedback[name], axes=1)
     return e
+
+
+def _unit(e: jax.Array) -> jax.Array:
+    """Vectors of length one; zeros stay zero. Their largest number is 1 first, so that no square underflows."""
+    e = e.astype(at_least_float32(e.dtype))
+    e = e / jnp.max(jnp.abs(e), axis=-1, keepdims=True, initial=jnp.finfo(e.dtype).tiny)
+    length = jnp.linalg.norm(e, axis=-1, keepdims=True)
+    return e / jnp.where(length == 0, jnp.ones_like(length), length)
 
 
 def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., Any]) -> jax.Array:
@@ -109,7 +121,8 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
     def one(e: jax.Array, b: Any) -> jax.Array:  # [*shared, batch, *hidden without shared axes]
         return arriving(landing, signal(e, b), e)
 
-    behind = 0 if turns else 1  # shared axes go behind the batch, as in the network, so that signals are not transposed
+    # Where JAX finds shared axes: behind the batch, where the network has them, it copies less.
+    behind = 0 if turns else 1
     if behind:
         e = moved(e, range(len(shared)), range(1, len(shared) + 1))
     for _ in shared:
@@ -138,8 +151,9 @@ def land(landing: DirectFeedback, e: jax.Array, b: Any, signal: Callable[..., An
 
 def landed_as(landing: DirectFeedback) -> jax.ShapeDtypeStruct:
     """The shape and dtype of the result of `land`."""
-    aval, loops = landing.hidden.root.aval, landing.hidden.loops
-    return jax.ShapeDtypeStruct((*(length for length, _ in loops), *aval.shape), aval.dtype)
+    hidden = landing.hidden
+    aval = hidden.root.aval
+    return jax.ShapeDtypeStruct((*(length for length, _ in hidden.loops), *aval.shape), aval.dtype)
 
 
 def land_each(
@@ -229,6 +243,32 @@ def direct_feedback_gradient(
     for _ in landing.own:
         one = jax.vmap(one, (None, 0, 0, 0))
     return split_as(one(e, h, b, given or {}), *placing)
+
+
+def reduction_gradient(
+    plan: Plan, spec: Direct, name: str, e: jax.Array, feedback: Mapping[str, Any], records: Mapping[str, Any]
+) -> jax.Array:
+    """The gradient of the matrix R that reduces errors to a rank, where it learns: dR = sum over l of e (B_l h_l)^T.
+
+    The feedback weight of a hidden signal is the product R B_l, and e h_l^T its gradient. This is the part of R in it.
+
+    Args:
+      plan: a plan with direct feedback.
+      spec, name: the direct rule, and the name of its matrix in `plan.reduced`.
+      e: the result of `output_error`.
+      feedback: the feedback weights by name.
+      records: the hidden signals, at their definitions.
+    """
+    reduced, pull = jax.vjp(lambda r: sent_error(plan, spec, e, {name: r}), feedback[name])
+    back = jnp.zeros_like(reduced)
+    for place, landing in plan.direct_feedback.items():
+        if landing.spec is spec:  # what is linear in the error: its transpose brings h back to the error
+
+            def lands(e: jax.Array, landing: DirectFeedback = landing, b: Any = feedback[place]) -> jax.Array:
+                return land(landing, e, b, lambda e, b: jnp.tensordot(e.astype(b.dtype), b, axes=1))
+
+            back += jax.vjp(lands, reduced)[1](records[place])[0]
+    return pull(back)[0]
 
 
 def at_calls(landing: DirectFeedback, record: jax.Array, batch: int) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,20 @@ from lrules.engine.carried import begin
 from lrules.engine.graph import Graph
 from lrules.engine.handlers import name_number
 from lrules.engine.head import Head
-from lrules.engine.jaxprs import split_as
+from lrules.engine.jaxprs import split_as, varying_axes
 from lrules.engine.recomputed import key_words
-from lrules.engine.records import Hidden
+from lrules.engine.records import Hidden, Layer
+from lrules.engine.shardings import (
+    Layout,
+    known,
+    may_lie_on_a_mesh,
+    of_parameter,
+    of_signal,
+    of_weight,
+    parts_of_parameter,
+    parts_of_signal,
+    whole,
+)
 from lrules.engine.weights import (
     DirectFeedback,
     SequentialFeedback,
@@ -48,6 +59,7 @@ class Plan:
       heads: where the output error is taken below an output, see `head.py`.
       reduced: the matrices that reduce the error to a rank, see `Direct`.
       elements: the number of losses in the mean of the objective, if a rule needs it.
+      state_layouts: `(plan) -> {site: pytree of Layout}`, where states lie; None: their shapes tell.
 
     Example:
       >>> import jax.numpy as jnp, lrules
@@ -69,6 +81,7 @@ class Plan:
     heads: dict[str, Head] = dataclasses.field(default_factory=dict)
     reduced: dict[str, tuple[Direct, tuple[int, int], Any]] = dataclasses.field(default_factory=dict)
     elements: int | None = None
+    state_layouts: Callable[[Plan], dict[str, Pytree]] | None = None
 
     @property
     def marks(self) -> list[Hidden]:
@@ -111,7 +124,7 @@ class Plan:
                 shapes[name] = (landing.shape, landing.dtype, landing.spec.learn is not None)
         for name, (spec, shape, dtype) in self.reduced.items():
             if spec.redrawn == redrawn:
-                shapes[name] = (shape, dtype, False)
+                shapes[name] = (shape, dtype, spec.learned_factors)
         return shapes | {name: ((2,), jnp.uint32, False) for name in shapes if self.recomputed(name)}
 
     def recomputed(self, name: str) -> bool:
@@ -124,8 +137,12 @@ class Plan:
         require_key(key, "the first argument of init")
         fixed: dict[str, jax.Array] = {}
         learned: dict[str, jax.Array] = {}
+        places = not redrawn and may_lie_on_a_mesh(params)
+        lies = [known(p) for p in params] if places else []
         for name, (shape, dtype, is_learned) in sorted(self.feedback_shapes(redrawn=redrawn).items()):
             k = jax.random.fold_in(key, name_number(name))
+            for axis in () if redrawn else sorted(self.parts.get(name, ())):  # each device draws its own part
+                k = jax.random.fold_in(k, jax.lax.axis_index(axis))
             if self.recomputed(name):
                 drawn = key_words(k, name)
                 if name in self.direct_feedback:
@@ -137,8 +154,83 @@ class Plan:
                 drawn = split_as(draw_direct(self.direct_feedback[name], k), *self.direct_feedback[name].split)
             else:
                 drawn = draw_reduction(k, shape, dtype)
+            if places:
+                drawn = self.layouts[name].place(drawn, params, lies)
             (learned if is_learned else fixed)[name] = drawn
-        return Feedback(fixed, learned, self._begin(key) if self.states and not redrawn else ())
+        state = self.placed_state(self._begin(key), params) if self.states and not redrawn else ()
+        return Feedback(fixed, learned, state)
+
+    @functools.cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Where each feedback weight lies."""
+        found = {name: whole(0, len(shape)) for name, (_, shape, _) in self.reduced.items()}
+        for name, landing in self.direct_feedback.items():
+            if landing.axis is not None:
+                found[name] = of_signal(landing)
+        found |= {name: whole(0, 1) for name in found if self.recomputed(name)}  # a key
+        return found | {name: of_parameter(e.index, len(e.shape)) for name, e in self.sequential_feedback.items()}
+
+    @functools.cached_property
+    def parts(self) -> dict[str, frozenset[Any]]:
+        """Inside a `shard_map`, the mesh axes along which devices have different parts of a feedback weight."""
+        if not any(map(varying_axes, self.graph.param_avals)):
+            return {}
+        found = {name: parts_of_parameter(self.graph, e.index) for name, e in self.sequential_feedback.items()}
+        for name, landing in self.direct_feedback.items():
+            if landing.axis is not None:
+                found[name] = parts_of_signal(self.graph, landing)
+        return found
+
+    def state_layout(self, site: str, shape: tuple[int, ...]) -> Layout:
+        """Where an array of a state lies: as what has its shape, among the weights and signals that it belongs to."""
+        alike: list[tuple[tuple[int, ...], Layout]] = []
+        if site in self.layouts and site in self.feedback_shapes():
+            alike.append((self.feedback_shapes()[site][0], self.layouts[site]))
+        _, like, _, lengths = self.states.get(site, (None, None, "", ()))
+        if isinstance(like, Layer):
+            alike += [(tuple(self.graph.param_avals[i].shape), of_parameter(i, len(shape))) for i in like.sources]
+            alike.append((tuple(like.weight.aval.shape), of_weight(like)))
+        for known_shape, layout in alike:
+            if shape == known_shape:
+                return layout
+            if shape == (*lengths, *known_shape):
+                return layout.behind(len(lengths))
+        if site in self.direct_feedback:
+            signal = self.direct_feedback[site].signal_shape
+            if signal and shape[len(shape) - len(signal) :] == signal and site in self.layouts:
+                return self.layouts[site].of_last(len(signal)).behind(len(shape) - len(signal))
+        home = alike[0][1].home if alike else 0
+        return whole(home, len(shape))
+
+    def _state_layouts(self, site: str, state: Pytree) -> Pytree:
+        if self.state_layouts is not None:
+            return self.state_layouts(self)[site]
+        return jax.tree.map(lambda leaf: self.state_layout(site, jnp.shape(leaf)), state)
+
+    def placed_state(self, states: dict[str, Any], params: Sequence[Any]) -> dict[str, Any]:
+        """The states, by site, placed on the devices where they belong."""
+        if not may_lie_on_a_mesh(params):
+            return states
+        lies = [known(p) for p in params]
+
+        def place(layout: Layout, leaf: Any) -> Any:
+            return layout.place(leaf, params, lies)
+
+        return {site: jax.tree.map(place, self._state_layouts(site, state), state) for site, state in states.items()}
+
+    def shardings(self, feedback: Feedback, params: Sequence[Any]) -> Feedback:
+        """The shardings of feedback, from its shapes and the parameters."""
+        given = [known(p) for p in params]
+
+        def lies(layout: Layout, leaf: Any) -> Any:
+            return layout.sharding(leaf.shape, given)
+
+        fixed, learned = ({name: lies(self.layouts[name], b) for name, b in part.items()} for part in feedback[:2])
+        state: Pytree = ()
+        if feedback.state != ():
+            sites = feedback.state.items()
+            state = {site: jax.tree.map(lies, self._state_layouts(site, leaves), leaves) for site, leaves in sites}
+        return Feedback(fixed, learned, state)
 
     def _begin(self, key: jax.Array) -> dict[str, Any]:
         """The first states."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ class Product:
 
     y = op(w, x)
 
-    `jax.vjp(op, w, x)[1](d)` gives the gradients of both. Each of the two methods gives one of them, and is traced once
-    for all layers of the same shape.
+    `jax.vjp(op, w, x)[1](d)` gives the gradients of both. `weight_gradient` and `passed_down` give one of them, and are
+    traced once for all layers of the same shape.
 
     Args:
       eqn: the equation of the layer.
@@ -72,9 +73,40 @@ class Product:
                 found[i] = leaf
         return jax.tree.unflatten(tree, found)
 
+    def terms(self, w: jax.Array, x: Pytree) -> Any:
+        """For each weight, in how many terms of the output sums it is: a number, or an array to divide `w` by.
+
+        In a dense layer this is the number of rows of `x`. A convolution has fewer terms at a border with padding.
+        """
+        out, name = self.eqn.outvars[0].aval, self.eqn.primitive.name
+        if name == "dot_general":
+            contracted = self.eqn.params["dimension_numbers"][0][self.position]
+            free = math.prod(n for i, n in enumerate(w.shape) if i not in contracted)
+            return jnp.asarray(math.prod(out.shape) // free, w.dtype)
+        if name == "conv_general_dilated" and self.position == 1 and not any(map(is_symbolic_dim, out.shape)):
+            return jnp.asarray(_window_terms(self.eqn, out.shape), w.dtype)
+        ones = [jnp.ones_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in jax.tree.leaves(x)]
+        x = jax.tree.unflatten(jax.tree.structure(x), ones)
+        count = self.weight_gradient(w, x, jnp.ones_like(self(w, x)))
+        return jnp.where(count == 0, jnp.ones_like(count), count)  # no term, and so no gradient to divide
+
     def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:
         key = equation_key(self.eqn)
         return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), lambda: pull)
+
+
+def _window_terms(eqn: Equation, out: Sequence[int]) -> np.ndarray:
+    """For each place in the window of a convolution, the number of products there, in the shape of the kernel."""
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    data, kernel = (v.aval.shape for v in eqn.invars)
+    count = np.full([1] * len(kernel), out[numbers.out_spec[0]], float)
+    for d, axis in enumerate(numbers.rhs_spec[2:]):
+        dilated = (data[numbers.lhs_spec[2 + d]] - 1) * params["lhs_dilation"][d] + 1
+        starts = np.arange(out[numbers.out_spec[2 + d]]) * params["window_strides"][d] - params["padding"][d][0]
+        place = starts + np.arange(kernel[axis])[:, None] * params["rhs_dilation"][d]
+        inside = (place >= 0) & (place < dilated) & (place % params["lhs_dilation"][d] == 0)
+        count = count * inside.sum(1).reshape([-1 if i == axis else 1 for i in range(len(kernel))])
+    return np.maximum(count, 1)  # a place that meets padding alone has no gradient to divide
 
 
 def _no_error(leaf: jax.Array) -> Any:

@@ -276,6 +276,7 @@ class Block:
     children: dict[int, list[Block]] = dataclasses.field(default_factory=dict)
     hidden: dict[Any, list[Hidden]] = dataclasses.field(default_factory=dict)
     regions: dict[int, Any] = dataclasses.field(default_factory=dict)
+    pre_activations: dict[Any, Hidden] = dataclasses.field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
 
     @functools.cached_property
@@ -290,10 +291,10 @@ class Block:
     def sites(self, *, affines: bool = False, activations: bool = True) -> set[str]:
         """The keys in frames of all sites in this block and below: hidden signals, activations, `<layer> output`.
 
-        With `affines` also biases and scales. Activations are in it if they have been searched.
+        With `affines` also biases and scales. Activations and pre-activations are in it if they have been searched.
         """
         own = {layer.at_output for layer in self.layers.values()}
-        own |= {h.name for hs in self.hidden.values() for h in hs}
+        own |= {h.name for hs in (*self.hidden.values(), self.pre_activations.values()) for h in hs}
         own |= {region.activation.site for region in self.regions.values()} if activations else set()
         own |= {affine.site for affine in self.affines.values()} if affines else set()
         for children in self.children.values():

@@ -17,7 +17,14 @@ from lrules.engine.calls import Calls
 from lrules.engine.handlers import Frame, Handler, Operation
 from lrules.engine.head import finish
 from lrules.engine.jaxprs import placed_as, varying_axes
-from lrules.engine.landing import direct_feedback_gradient, land, landed_as, output_error, sent_error
+from lrules.engine.landing import (
+    direct_feedback_gradient,
+    land,
+    landed_as,
+    output_error,
+    reduction_gradient,
+    sent_error,
+)
 from lrules.engine.plan import Plan
 from lrules.engine.records import Hidden, Layer
 from lrules.engine.returned import called
@@ -306,9 +313,13 @@ def _direct_run(plan: Plan, calls: Calls | None) -> Callable[..., Any]:
             if spec.learn is not None:
                 learn = () if calls is None or spec.plain else calls.learn(operands, landing, e, records)
                 feedback_grads[name] = direct_feedback_gradient(landing, e, records[name], b, *learn)
-                learned.extend([feedback_grads[name]] if waits else [])
+                learned.extend([feedback_grads[name]] if waits else ())
             return signal
 
+        for name, (spec, _, _) in plan.reduced.items():
+            if spec.learned_factors:
+                e = output_error(plan, errors)
+                feedback_grads[name] = reduction_gradient(plan, spec, name, e, feedback, records)
         signals: dict[str, Any] = {}
         for pull_signals in pulls:
             signals |= pull_signals(errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from lrules.extend import Backprop, Graph, LayerRule, layerwise, require_description
@@ -41,6 +42,7 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
     if not rules:
         raise ValueError("partition: rules must have at least one rule, as in {'.*': rule}, got an empty dict")
     layers: dict[str, LayerRule] = {}
+    phases: dict[str, LayerRule] = {}
     for pattern, rule in rules.items():
         require_pattern(pattern)
         if not isinstance(rule, Rule):
@@ -52,6 +54,9 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
                 "layers: give a sequential or a direct rule, and put modifiers around the partition"
             )
         layers[pattern] = layer
+        if rule.phase is not None:
+            own = require_description(rule.phase, "partition", f"the phase of the rule for {pattern!r}").layer
+            phases[pattern] = Backprop() if own is None else own
 
     chosen: ByName[LayerRule] = ByName("partition", layers)
 
@@ -63,4 +68,10 @@ def partition(rules: Mapping[str, Rule]) -> Rule:
             chosen.of(name)  # this refuses a layer without a rule
         return lambda name: first_match(layers, name) or Backprop()
 
-    return layerwise(choose_for, layers.values(), layer=None)
+    def phase_for(graph: Graph) -> Callable[[str], LayerRule]:
+        choose_for(graph)  # this refuses the same
+        own: dict[str, LayerRule] = {pattern: phases.get(pattern, Backprop()) for pattern in layers}
+        return lambda name: first_match(own, name) or Backprop()
+
+    phase = layerwise(phase_for, phases.values(), layer=None) if phases else None
+    return dataclasses.replace(layerwise(choose_for, layers.values(), layer=None), phase=phase)

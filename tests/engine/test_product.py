@@ -111,3 +111,40 @@ def test_products_with_a_derivative_of_their_own_are_not_shared():
     wanted = jax.grad(lambda p: (apply(p, X) ** 2).sum())(params)
     for name in params:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def conv(kernel, **options):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lambda w, x: lax.conv_general_dilated(x, w, dimension_numbers=numbers, **options), kernel, (3, 6, 5, 4)
+
+
+TERMS = {
+    "dense": (lambda w, x: x @ w, (4, 3), (5, 4)),
+    "weight first": (lambda w, x: w @ x, (3, 4), (4, 5)),
+    "several axes": (lambda w, x: jnp.einsum("btij,ijo->bto", x, w), (2, 3, 4), (5, 6, 2, 3)),
+    "heads": (lambda w, x: jnp.einsum("bhi,hio->bho", x, w), (2, 3, 4), (5, 2, 3)),
+    "padding": conv((3, 3, 4, 2), window_strides=(1, 1), padding="SAME"),
+    "strides": conv((3, 2, 4, 2), window_strides=(2, 3), padding=((2, 0), (1, 1))),
+    "dilated kernel": conv((3, 3, 4, 2), window_strides=(1, 2), padding="SAME", rhs_dilation=(2, 1)),
+    "dilated input": conv((3, 3, 4, 2), window_strides=(1, 1), padding=((2, 2), (1, 3)), lhs_dilation=(2, 3)),
+    "groups": conv((3, 3, 2, 6), window_strides=(1, 1), padding="SAME", feature_group_count=2),
+    "groups of examples": conv((3, 3, 4, 6), window_strides=(1, 1), padding="SAME", batch_group_count=3),
+    "more padding than map": conv((3, 3, 4, 2), window_strides=(9, 9), padding=((7, 0), (7, 0)), rhs_dilation=(2, 2)),
+    "rows by group": (lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 3])), (3, 4, 2), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms(name):
+    """Each weight is in as many terms as its gradient is large, if all inputs and errors are one."""
+    apply, weight, data = TERMS[name]
+    w, x = jnp.zeros(weight), jnp.ones(data)
+    (layer,) = lrules.Network(apply, batch_axes=None).graph(w, x).layers
+    single = name != "rows by group"
+    rest = [] if single else [jnp.array([2, 0, 3])]
+    op = Product(layer.eqn, layer.position, single)
+    x = x if single else (x, *rest)
+    counted = np.broadcast_to(op.terms(w, x), w.shape)
+    wanted = np.asarray(jax.grad(lambda w: apply(w, jnp.ones(data)).sum())(w))
+    np.testing.assert_array_equal(counted, np.maximum(wanted, 1))
+    assert name not in ("padding", "groups of examples") or len(np.unique(wanted)) > 1

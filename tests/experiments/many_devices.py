@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lrules
-from experiments import devices, models, recipes, rules
+from experiments import devices, models, rules
 
 BATCH = 16
 WIDE = 8  # the layers of the test are small
@@ -39,13 +39,24 @@ EXPRESSIONS = {
     "monotone_dfa": "monotone_dfa",
     "random_target_projection": "random_target_projection",
     "skipped_backprop": "skipped_backprop",
+    "direct_kolen_pollack": "direct_kolen_pollack",
+    "weight_mirror": "weight_mirror",
+    "both_factors": "direct_feedback_alignment(rank=3, learned_factors=True)",
+    "normalised_error": "direct_feedback_alignment(normalise_error=True)",
     "partition": "partition({'layers/1': backman(axis_name=AXIS), '.*': feedback_alignment})",
     "dual_propagation": "dual_propagation(0.2, iterations=3, axis_name=AXIS)",
     "dual_parallel": "dual_propagation(iterations=6, order='parallel', tolerance=1e-3, axis_name=AXIS)",
     "dual_random": "dual_propagation(iterations=2, order='random', axis_name=AXIS)",
     "dual_damped": "dual_propagation(adjoint=False, damping='spectral', output='refreshed', axis_name=AXIS)",
     "dual_squared": "dual_propagation(adjoint=False, output='squared_error', feedback_rule=fa, axis_name=AXIS)",
+    "predictive_coding": "predictive_coding(6, tolerance=1e-3, axis_name=AXIS)",
+    "pre_activation": "predictive_coding(6, states='pre_activation', fixed_predictions=True)",
+    "equilibrium_propagation": "equilibrium_propagation(free_steps=5, nudged_steps=4)",
     "node_perturbation": "node_perturbation(0.1)",
+    "forward_gradient": "forward_gradient",
+    "central_differences": "forward_gradient(method='central', std=0.01, directions=2)",
+    "forward_activations": "forward_gradient('activations')",
+    "local_losses": "local_losses",
     "least_squares": "node_perturbation(0.1, direct=True, solver='rls')",
     "least_squares_below": "node_perturbation(0.1, solver='rls')",
     "quantize_error": "quantize_error(feedback_alignment, 4, axis_name=AXIS)",
@@ -58,9 +69,7 @@ EXPRESSIONS = {
     "replace_derivative": "replace_derivative(srbp, derivative(sigmoid))",
     "without_derivatives": "without_derivatives(feedback_alignment)",
     # Rules made with the constructors: what their functions ask for by name.
-    "weight_mirror": "weight_mirror",
     "difference_target_propagation": "difference_target_propagation",
-    "local_classifiers": "local_classifiers",
     "redrawn_direct": "redrawn_direct",
 }
 QUICK = ("feedback_alignment", "adaptive", "backman", "dual_propagation", "node_perturbation", "quantize_update")
@@ -70,13 +79,14 @@ LAYOUTS = ("data", "data x model", "shard_map", "shard_map, own means")
 
 # Rules that draw noise for each example. Under shard_map each device draws for its own share, with its number in the
 # key; one device can be told to draw the same.
-OWN_NOISE = {"node_perturbation", "least_squares", "least_squares_below", "drop_error", "weight_mirror"}
+OWN_NOISE = {
+    "node_perturbation", "least_squares", "least_squares_below", "drop_error", "difference_target_propagation",
+    "forward_activations",
+}  # fmt: skip
 # These need the gradient of the whole batch: its mean is not that of the devices' means.
 WHOLE_BATCH = {"backman", "gradient_norm", "partition", "quantize_backman"}
 # Feedback that these learn does not come from the error, so it knows nothing of an objective over all devices.
-OWN_MEANS = {"weight_mirror", "difference_target_propagation"}
-# Noise that one device cannot be told to draw.
-ONLY_JIT = {"difference_target_propagation"}
+OWN_MEANS = {"difference_target_propagation"}
 
 
 class Net(nnx.Module):
@@ -155,8 +165,10 @@ def rule_of(name, axis=None, parts=None):
         return lrules.modify_error(lrules.kolen_pollack(), fn, stochastic=True)
     if parts and parts > 1 and name in OWN_NOISE:
         noise = functools.partial(noise_by_shares, parts=parts)
-        if name == "weight_mirror":
-            return recipes.weight_mirror(noise=noise)
+        if name == "forward_activations":
+            return lrules.forward_gradient("activations", noise=noise)
+        if name == "difference_target_propagation":
+            return lrules.difference_target_propagation(noise=noise)
         options = {"direct": name == "least_squares", "solver": "sgd" if name == "node_perturbation" else "rls"}
         return lrules.node_perturbation(0.1, noise=noise, **options)
     return rules.parse(EXPRESSIONS[name].replace("AXIS", repr(axis)))
@@ -196,7 +208,8 @@ def under_jit(case, name, mesh):
     """The step with a split batch, and the feedback as it is drawn there."""
     rule = rule_of(name)
     params, state = devices.place((case.params, case.state), mesh, wide=WIDE)
-    feedback = devices.place(start(case, name), mesh, wide=WIDE)
+    lies = lrules.feedback.shardings(rule, case.net, params, case.inputs(state, case.x))
+    feedback = devices.place(start(case, name), mesh, lies=lies)
     x, y = devices.place_batch((case.x, case.y), mesh)
 
     def step(carry, key, x, y):
@@ -272,8 +285,8 @@ def served(net, name, layout):
     if net == "cnn" and name in ("partition", "least_squares_below"):
         return False  # its pattern names a layer of the other network; it serves dense layers only
     if layout == "shard_map":
-        return name not in OWN_MEANS | ONLY_JIT
-    return layout != "shard_map, own means" or name not in WHOLE_BATCH | ONLY_JIT
+        return name not in OWN_MEANS
+    return layout != "shard_map, own means" or name not in WHOLE_BATCH
 
 
 def main():

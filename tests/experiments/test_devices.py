@@ -16,7 +16,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lrules
-from experiments import devices, rules
+from experiments import build, devices, rules
+from experiments.config import Config
+from experiments.data import Dataset
 from experiments.errors import InputError
 from tests.experiments import many_devices
 from tests.experiments.many_devices import EXPRESSIONS, LAYOUTS, QUICK, WIDE, served
@@ -152,6 +154,31 @@ def test_steps_of_several_seeds(mesh):
     assert "all-reduce" in text and ("all-gather" in text) == (mesh.shape["model"] > 1)
     sharded(got[0], keys, x, y)
     assert sharded._cache_size() == 1
+
+
+@pytest.mark.foreign
+def test_feedback_lies_with_what_it_belongs_to():
+    """In a run: where the library says, with the optimizer's state of what is learned, before and after training."""
+    images = np.random.default_rng(0).normal(size=(32, 28, 28, 1)).astype(np.float32)
+    data = Dataset(images, np.arange(32) % 10, images, np.arange(32) % 10, 10, "noise")
+    wide, whole, found, moments = (None, None, "model"), (None, None, None), {}, 0
+    for model, rule in (("lenet5", "srbp"), ("mlp", "srbp(adaptive=True)"), ("mlp", "arbp")):
+        config = Config(model=model, widths=(256, 8, 256), rule=rule, batch_size=16, probe=0, seeds=2)
+        run = build.run(config, data, placement=devices.placement("all", "data=2,model=2", 16))
+        for _ in range(2):
+            carry = run.carry
+            for name, b in {**carry.feedback.fixed, **carry.feedback.learned}.items():
+                key, leaves = jax.tree_util.DictKey(name), jax.tree.leaves_with_path(carry.optimizer[1])
+                own = [m for path, m in leaves if path[-1] == key]
+                assert all(m.sharding == b.sharding for m in own)
+                found[model, rule, name] = (*b.sharding.spec, *[None] * (b.ndim - len(b.sharding.spec)))
+                moments += len(own)
+            run.epoch()
+    assert moments == 2 * 2 * (3 + 3)
+    lies = lambda *key: [found[(*key, name)] for name in sorted(n for *k, n in found if tuple(k) == key)]  # noqa: E731
+    assert lies("mlp", "srbp(adaptive=True)") == [wide, whole, wide]  # as what the layers below make
+    assert lies("mlp", "arbp") == [whole, wide, whole]  # as the parameters
+    assert lies("lenet5", "srbp") == [(*whole, None, None), whole, whole, whole]  # fc1 reads 400 features, in no parts
 
 
 def test_layout():

@@ -25,10 +25,11 @@ RULES = {
     "direct": lrules.node_perturbation(1e-2, direct=True),
     "adaptive": lrules.direct_feedback_alignment(adaptive=True),
     "kolen_pollack": lrules.kolen_pollack(),
+    "weight_mirror": lrules.weight_mirror(),
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(RULES, ["rls", "adaptive"]))
+@pytest.mark.parametrize("name", mostly_slow(RULES, ["rls", "adaptive", "weight_mirror"]))
 def test_only_the_feedback_moves(name):
     """Bit for bit: forward weights, their optimizer's state and the model's state; the optimizer has a memory."""
     run = make_run(RULES[name], optimizer=optax.sgd(1e-2, momentum=0.9), seeds=(3, 4))
@@ -43,6 +44,17 @@ def test_only_the_feedback_moves(name):
         assert not same(before.optimizer[1], after.optimizer[1])
     assert run.epochs == 0 and run.epoch().epoch == 1
     assert not same(before.params, run.carry.params)
+
+
+def test_each_step_is_one_of_the_phase_too():
+    """The feedback of weight mirrors learns while the weights do, by the optimizer of the feedback alone."""
+    for rate in (0.3, 0.0):
+        optimizers = Optimizers(optax.sgd(1e-2, momentum=0.9), optax.sgd(rate))
+        run = make_run(lrules.weight_mirror(phase="estimation"), optimizer=optimizers)
+        before = jax.tree.map(jnp.copy, run.carry)
+        run.epoch()
+        assert not same(before.params, run.carry.params)
+        assert same(before.feedback.learned, run.carry.feedback.learned) == (rate == 0)
 
 
 def test_the_averages_of_batch_norm_stay():

@@ -11,7 +11,7 @@ import pytest
 
 import lrules
 from tests import bridge
-from tests.reference import direct_feedback_alignment
+from tests.reference import direct_feedback_alignment, low_rank_feedback, nets
 from tests.rules.common import ALL_NETS, NETS, agrees, by_name, draw, make, pull
 from tests.sampling import mostly_slow, pairs
 
@@ -443,3 +443,98 @@ def test_low_rank_draws_no_matrix_larger_than_all_feedback_may_be():
         rule = lrules.direct_feedback_alignment(init, rank=2, max_feedback_bytes=most)
         rule.init(jax.random.key(0), apply, params, jnp.zeros((3, 2)))
     assert drawn == [(10, 100), (10, 50), (10, 25)]
+
+
+# ------------------------------------------------------------------------------- both factors learn, normalised errors
+
+
+def factors_of(feedback, net):
+    """The shared matrix, and the other factors as the reference takes them."""
+    weights = {**feedback.fixed, **feedback.learned}
+    return weights["(outputs)"], [None, *(weights[f"{k}/kernel"] for k in range(1, len(net)))]
+
+
+def step_of(net, rule, feedback, x, e):
+    """The gradients of a step whose output error is e: through the loss, which `normalise_error` needs."""
+    apply = bridge.apply_of(net)
+    loss = lambda outputs, e: len(x) * jnp.sum(outputs * e, -1)  # noqa: E731
+    step = jax.jit(lrules.value_and_grad(apply, loss, rule))
+    return step(bridge.parameters(net), feedback, jnp.asarray(x), jnp.asarray(e))[1]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("name", ["deep", "conv_max"])
+def test_both_factors_learn(name, normalise):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        e[1] = 0  # an error of zero stays zero
+        rule = lrules.direct_feedback_alignment(rank=2, learned_factors=True, normalise_error=normalise)
+        feedback, _ = draw(rule, net, x)
+        assert feedback.fixed == {}
+        shared, factors = factors_of(feedback, net)
+        got = step_of(net, rule, feedback, x, e)
+        wanted, of_shared = low_rank_feedback.gradients(net, shared, factors, x, e, normalise=normalise)
+        bridge.close(got.params, bridge.kernels_and_biases(wanted))
+        bridge.close(got.feedback, by_name(wanted.feedback) | {"(outputs)": of_shared})
+
+
+@pytest.mark.parametrize("name", ["deep", "conv_max"])
+def test_normalised_error(name):
+    with jax.enable_x64(True):
+        net, x, e = make(name)
+        e[1] = 0
+        e[2] *= 1e-200  # whose square is zero
+        rule = lrules.direct_feedback_alignment(normalise_error=True)
+        feedback, listed = draw(rule, net, x)
+        grads = step_of(net, rule, feedback, x, e).params
+        sent = low_rank_feedback.normalised(e / np.maximum(np.abs(e).max(1, keepdims=True), 1e-300))
+        signals = [np.tensordot(sent, b, axes=1) for b in listed[1:]]
+        trace = nets.forward(net, x)
+        bridge.close(
+            grads, bridge.kernels_and_biases(direct_feedback_alignment.from_signals(net, trace, x, e, signals))
+        )
+        with pytest.raises(ValueError, match="needs the loss, so transform cannot serve it"):
+            lrules.transform(bridge.apply_of(net), rule)
+
+
+def test_both_factors_where_positions_and_iterations_share_feedback():
+    """The shared matrix has the part of the whole product's gradient that is its own, as `jax.vjp` of the product says.
+
+    Along a shared axis (time), in a loop with a weight for each iteration, and in one with a weight for all.
+    """
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = {"first": (3, 4), "each": (2, 4, 4), "all": (4, 4), "last": (4, 5)}
+        params = {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}
+        x, y = jnp.asarray(rng.normal(size=(6, 7, 3))), jnp.asarray(rng.normal(size=(6, 7, 5)))
+
+        def apply(p, x):
+            h = jnp.tanh(x @ p["first"])
+            h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["each"])
+            h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["all"]), None), h, None, length=3)
+            return h @ p["last"]
+
+        def grads_of(feedback, **options):
+            rule = lrules.direct_feedback_alignment(shared_axes=1, **options)
+            fb = rule.init(jax.random.key(0), apply, params, x) if feedback is None else feedback
+            return fb, lrules.value_and_grad(apply, lambda o, t: ((o - t) ** 2).sum(-1), rule)(params, fb, x, y)[1]
+
+        feedback, got = grads_of(None, rank=2, learned_factors=True)
+        factors = dict(feedback.learned)
+        shared = factors.pop("(outputs)")
+
+        def whole(shared, factors):
+            return {name: jnp.einsum("or,...rh->...oh", shared, b) for name, b in factors.items()}
+
+        products, pull = jax.vjp(whole, shared, factors)
+        _, of_products = grads_of(lrules.Feedback({}, products), adaptive=True)
+        of_shared, of_factors = pull(of_products.feedback)
+        bridge.close(got.params, of_products.params)
+        bridge.close(got.feedback, of_factors | {"(outputs)": of_shared})
+
+
+def test_options_that_need_each_other():
+    with pytest.raises(ValueError, match="two factors that rank makes: give rank="):
+        lrules.direct_feedback_alignment(learned_factors=True)
+    with pytest.raises(ValueError, match="give rank and learn too"):
+        lrules.direct(lambda e, b, t, n: e @ b, init=jax.nn.initializers.normal(), rank=2, learned_factors=True)

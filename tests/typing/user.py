@@ -142,6 +142,14 @@ def with_noise() -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
     return mean, grads.report, grads.feedback
 
 
+def in_a_phase_of_its_own() -> lrules.Feedback:
+    rule = lrules.weight_mirror(decay=0.5)
+    feedback = rule.init(key, mlp, weights, x)
+    mirror: lrules.FeedbackGrad = lrules.feedback_grad(mlp, rule)
+    db: dict[str, jax.Array] = jax.jit(mirror)(weights, feedback, x, rng=key)
+    return feedback._replace(learned=jax.tree.map(lambda b, g: b - 0.1 * g, feedback.learned, db))
+
+
 def under_transformations() -> Any:
     rule, feedback = lrules.backman(), lrules.Feedback({}, {})
     step, f = lrules.value_and_grad(mlp, loss, rule), lrules.transform(mlp, rule, reduction="sum")
@@ -225,12 +233,16 @@ def every_rule() -> list[lrules.Rule]:
         lrules.backprop(),
         lrules.last_layer_only(),
         fa,
+        lrules.difference_target_propagation(0.1, first_target="outputs", feedback_loss="jacobian", decoder=None),
         lrules.direct_feedback_alignment(init, shared_axes=[(1, 1)], at="first", error_at="layer"),
         lrules.direct_feedback_alignment(shared_axes=1, rank=4, max_feedback_bytes=2**20),
         lrules.skipped_backprop(passing={"exp"}),
         lrules.sign_symmetry("random"),
         lrules.sign_symmetry(magnitude="fixed", init=init),
         lrules.kolen_pollack(init),
+        lrules.direct_kolen_pollack(init, at="first", shared_axes=1, error_at="outputs"),
+        lrules.weight_mirror(init, std={"last": 0.5, ".*": 1.0}, noise=jax.random.rademacher, phase="estimation"),
+        lrules.direct_feedback_alignment(rank=4, learned_factors=True, normalise_error=True),
         lrules.random_target_projection(init),
         lrules.backman(alpha=0.1),
         lrules.backman({"last": 0.1, ".*": 1.0}),
@@ -239,7 +251,13 @@ def every_rule() -> list[lrules.Rule]:
         lrules.dual_propagation(beta=0.01, iterations=3, order="forward", output="refreshed"),
         lrules.dual_propagation(alpha={"relu": 0.0, ".*": 1.0}, adjoint=False, damping="spectral", feedback_rule=fa),
         lrules.dual_propagation(adjoint=False, damping=0.5, input_nudge=1.0, tolerance=1e-3, passing="tanh"),
+        lrules.predictive_coding(8, step_size=0.2, states="pre_activation", fixed_predictions=True, tolerance=1e-3),
+        lrules.equilibrium_propagation(0.1, centred=False, free_steps=40, nudged_steps=8, output="state"),
         lrules.node_perturbation(0.01, direct=True, solver="sgd", noise=jax.random.normal),
+        lrules.forward_gradient(directions=2, noise=jax.random.rademacher),
+        lrules.forward_gradient("activations", method="central", std=1e-3),
+        lrules.forward_gradient(perturb="activations", local=lrules.local_losses()),
+        lrules.local_losses("both", similarity=0.9, factor={"last": 0.0, ".*": 1.0}, init=init, at="last"),
         lrules.partition({"last": lrules.backprop(), ".*": fa}),
         lrules.modify_error(fa, lambda s, name, rng: 0.5 * s),
         lrules.modify_error(fa, lambda s, name, rng, factor: factor * s, numbers={"factor": {"last": 0.5, ".*": 1.0}}),

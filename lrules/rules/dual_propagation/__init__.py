@@ -208,4 +208,5 @@ def dual_propagation(
         return fn
 
     stochastic = order == "random" or (feedback_rule is not None and feedback_rule.stochastic)
-    return Rule(init, transform, value_and_grad, stochastic=stochastic, description=RuleDescription(plan))
+    phase = None if feedback_rule is None else feedback_rule.phase
+    return Rule(init, transform, value_and_grad, stochastic=stochastic, description=RuleDescription(plan), phase=phase)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrules.engine import settling
 from lrules.engine.regions import RegionFunction
 from lrules.extend import Activation, Frame, Handler, at_least_float32
 from lrules.rules.dual_propagation.options import Options
@@ -195,17 +196,5 @@ def residual(old: State, new: State, axis_name: AxisName = None) -> jax.Array:
     It leaves out a pair without a difference, because no error reaches it. If such a pair changes, the pairs above
     show it.
     """
-    dtype = jnp.result_type(float)
-    if not new:
-        return jnp.zeros((), dtype)
-    squares = []
-    for site, pair in new.items():
-        changes = jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")])
-        squares += [_square(changes).astype(dtype), _square(pair["plus"] - pair["minus"]).astype(dtype)]
-    both = jnp.stack(squares).reshape(-1, 2)
-    change, size = jnp.sqrt(both if axis_name is None else jax.lax.psum(both, axis_name)).T
-    return jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size)).max()
-
-
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype)))))
+    changes = {site: jnp.stack([pair[s] - old[site][s] for s in ("plus", "minus")]) for site, pair in new.items()}
+    return settling.residual(changes, {site: p["plus"] - p["minus"] for site, p in new.items()}, axis_name)

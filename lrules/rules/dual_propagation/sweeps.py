@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrules.engine.jaxprs import as_varying, varying_axes
+from lrules.engine.settling import repeat
 from lrules.extend import Frame, Handler, evaluate
 from lrules.rules.dual_propagation.network import DualNetwork
 from lrules.rules.dual_propagation.outputs import Floats
@@ -41,7 +41,16 @@ def gradients(
         state, done = start, 1
     else:
         state, error, done = start, [jnp.zeros_like(e) for e in error], 0
-    (state, error), report = _repeat(network, sweeps.iterate, (state, error), keys, done)
+    options = network.options
+
+    def iterate(carry: Any, key: Any) -> tuple[Any, Any]:
+        new = sweeps.iterate(carry, key)
+        return new, residual(carry[0], new[0], options.axis_name)
+
+    (state, error), report = repeat(
+        iterate, (state, error), keys, done=done, iterations=options.iterations, least=network.depth,
+        tolerance=options.tolerance, axis_name=options.axis_name,
+    )  # fmt: skip
 
     def still(*args: Any) -> tuple[Any, Any]:
         outputs, aux, _ = network.run("still", args, with_damping(state, damping))
@@ -147,45 +156,3 @@ class _Sweeps:
                     old, new[site],
                 )  # fmt: skip
         return renewed, self.error(outputs) if chosen.get("outputs", False) else error
-
-
-def _repeat(network: DualNetwork, iterate: Callable[..., Any], carry: Any, keys: Any, done: int) -> tuple[Any, ...]:
-    """`(carry, report)` after the remaining iterations; it stops early if the residual is within the tolerance.
-
-    Args:
-      network: the network, with its options.
-      iterate: `(carry, key) -> carry`.
-      carry: the states, and the error of the outputs.
-      keys: one per iteration, or None.
-      done: how many iterations came before.
-    """
-    options, dtype = network.options, jnp.result_type(float)
-    keys = None if keys is None else keys[done:]
-
-    def iteration(carry: Any, key: Any) -> tuple[Any, Any]:
-        new = iterate(carry, key)
-        return new, residual(carry[0], new[0], options.axis_name)
-
-    if options.tolerance is None or options.iterations == done:
-        found = jnp.ones(done, dtype)
-        if options.iterations > done:
-            carry, rest = jax.lax.scan(iteration, carry, keys, length=options.iterations - done)
-            found = jnp.concatenate([found, rest])
-        return carry, {"residual": found, "iterations": jnp.asarray(options.iterations)}
-
-    least = max(network.depth, done)  # after fewer iterations, no error has reached the lowest layers
-
-    def more(loop: Any) -> Any:
-        i, _, found = loop
-        return (i < options.iterations) & ((i < least) | ~(found[i - 1] <= options.tolerance))
-
-    def body(loop: Any) -> tuple[Any, Any, Any]:
-        i, carry, found = loop
-        carry, change = iteration(carry, None if keys is None else keys[i - done])
-        return i + 1, carry, found.at[i].set(change)
-
-    found = jnp.where(jnp.arange(options.iterations) < done, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
-    if options.axis_name is None:
-        found = as_varying(found, varying_axes(jax.typeof(residual(carry[0], carry[0]))))
-    count, carry, found = jax.lax.while_loop(more, body, (jnp.asarray(done), carry, found))
-    return carry, {"residual": found, "iterations": count}

@@ -47,7 +47,7 @@ from lrules.network import Network, NetworkLike
 from lrules.options import as_initializer, by_name, is_positive, require_flags
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.node_perturbation.experiment import Experiment
-from lrules.rules.node_perturbation.least_squares import Rows
+from lrules.rules.node_perturbation.least_squares import Rows, layouts
 from lrules.typing import Initializer, Loss, Numbers, Pytree
 
 Solver = Literal["sgd", "rls"]
@@ -135,15 +135,23 @@ def node_perturbation(
         return spec
 
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
-        return graph.once_for(choose, lambda: make_plan(net, graph, params, inputs, choose, partition=False))
+        def make() -> Plan:
+            made = make_plan(net, graph, params, inputs, choose, partition=False)
+            made.state_layouts = None if learned else layouts
+            return made
+
+        return graph.once_for(choose, make)
 
     def rule_init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
         net = as_network(net)
         check_params(params)
         graph = net.graph(params, inputs)
         made = plan(net, graph, params, inputs)
-        feedback = made.init(key, net.parameters(params))
-        return feedback if learned else Feedback({}, {}, Rows(made).begin(feedback.fixed, ridge))
+        leaves = net.parameters(params)
+        feedback = made.init(key, leaves)
+        if learned:
+            return feedback
+        return Feedback({}, {}, made.placed_state(Rows(made).begin(feedback.fixed, ridge), leaves))
 
     def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
         raise ValueError(

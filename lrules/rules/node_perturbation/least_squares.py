@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.operations import of
+from lrules.engine.shardings import whole
 from lrules.extend import Plan, at_least_float32, correlate, placed_as, split_as
 from lrules.typing import Pytree
 
@@ -66,10 +67,23 @@ class Rows:
         """Adds a batch: `gradient` is its sum of d (B^T d - lambda)^T, `covariance` that of d d^T."""
         v = state["v"] + covariance.astype(state["v"].dtype)
         rows = self.of(name, state["b"])
-        s = state["s"] + jnp.einsum("ij,...jk->...ik", v - state["v"], rows) - self.of(name, gradient)
+        s = split_as(state["s"]) + jnp.einsum("ij,...jk->...ik", v - state["v"], rows) - self.of(name, gradient)
         width, columns = v.shape[0], jnp.moveaxis(s, -2, 0)
         solved = _solve(v, columns.reshape(width, -1)).reshape(columns.shape)
+        s = placed_as(s, jax.typeof(state["s"]))
         return {"b": self.back(name, jnp.moveaxis(solved, 0, -2), state["b"]), "s": s, "v": v}
+
+
+def layouts(plan: Plan) -> dict[str, Any]:
+    """Where the states lie: b and s as the feedback weights, which s has as rows; v whole."""
+    found, layers = {}, Rows(plan).layers
+    for name, lies in plan.layouts.items():
+        rows = lies.reversed if name in layers and layers[name].contracted == (0,) else lies
+        lead = 0 if name in layers else len(plan.direct_feedback[name].lengths)
+        if len(rows.sources) != lead + 2:  # the axes of the hidden signal are merged
+            rows = whole(lies.home, lead + 2)
+        found[name] = {"b": lies, "s": rows, "v": whole(lies.home, 2)}
+    return found
 
 
 def _solve(v: jax.Array, s: Any) -> Any:

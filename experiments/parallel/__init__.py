@@ -1,0 +1,1 @@
+"""Training on many devices beyond what `experiments.train` does: pipelines of stages."""
