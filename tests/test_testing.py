@@ -187,7 +187,7 @@ def test_all_rules_and_modifiers_are_here():
     tried = {name.split(" ")[0] for name in RULES}
     assert tried | {"equilibrium_propagation"} == set(named_rules.rules())  # which cannot settle on the default network
     assert {name.split(" ")[0] for name in MODIFIERS} == set(named_rules.modifiers())
-    assert set(RECIPES) | {"weight_by_weight"} == set(named_rules.recipe_rules())
+    assert set(RECIPES) | {"pepita", "weight_by_weight"} == set(named_rules.recipe_rules())
 
 
 @pytest.mark.slow

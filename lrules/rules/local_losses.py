@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from lrules.constructors import direct
 from lrules.engine.handlers import name_number
 from lrules.engine.landing import at_calls
-from lrules.engine.shardings import Layout, may_lie_on_a_mesh, whole
+from lrules.engine.shardings import Layout, known, may_lie_on_a_mesh, whole
 from lrules.extend import (
     DirectFeedback,
     Frame,
@@ -254,8 +254,9 @@ class LocalPlan(Plan):
                 place = self.direct_feedback[name.removesuffix(_compared(""))]
                 own = jax.random.fold_in(key, name_number(name))
                 drawn = self.draw(own, shape, len(place.lengths), dtype)
-                placed = may_lie_on_a_mesh(params) and not redrawn
-                feedback.learned[name] = self.layouts[name].place(drawn, params) if placed else drawn
+                if may_lie_on_a_mesh(params) and not redrawn:
+                    drawn = self.layouts[name].place(drawn, params, [known(p) for p in params])
+                feedback.learned[name] = drawn
         return feedback
 
     @functools.cached_property
