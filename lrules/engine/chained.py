@@ -22,8 +22,8 @@ from lrules.typing import Pytree
 def wanted(errors: Pytree, signals: Mapping[str, Any]) -> bool:
     """Whether signals should wait for the gradients above them.
 
-    They do on one CPU: on a GPU it was not measured, and several devices would have to communicate. And only if they are
-    larger than the error, of which another copy may be made.
+    They do on one CPU: on a GPU it was not measured, and several devices would have to communicate. And only if they
+    are larger than the error, of which another copy may be made.
     """
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (errors, dict(signals))]
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(e).sharding.mesh for e in jax.tree.leaves(errors))]
