@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lrules
-from tests import bridge
+from tests import bridge, zoo
 from tests.rules.test_forward_gradient import (
     FG,
     KEY,
@@ -242,3 +242,19 @@ def test_parameters_are_made_late():
         grads = lift(lambda p: step(p, NONE, x, y, rng=KEY)[1].params)(params)
         assert not np.any(grads.pop("free"))  # it leads nowhere
         bridge.close(grads, {n: rate * v[n] for n in grads})
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("name", ["linen_jit", "linen_scan_remat"])
+@pytest.mark.parametrize("rule", [FG("activations"), FG(local=lrules.local_losses())], ids=["activations", "local"])
+def test_models_that_are_traced_anew(name, rule):
+    """The places belong to the trace of the plan, also where each trace makes other equations."""
+    with jax.enable_x64(False):
+        net, params, inputs = zoo.ZOO[name].build()
+        outputs = jax.eval_shape(net, params, inputs)
+        loss = lambda y, t: jnp.sum(jnp.square(y - t).reshape(y.shape[0], -1), 1)  # noqa: E731
+        targets = jnp.zeros(outputs.shape, outputs.dtype)
+        feedback = rule.init(KEY, net, params, inputs)
+        step = lrules.value_and_grad(net, loss, rule)
+        found = jax.eval_shape(lambda p: step(p, feedback, inputs, targets, rng=KEY)[1].params, params)
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)

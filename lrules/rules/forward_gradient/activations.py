@@ -32,7 +32,6 @@ from lrules.extend import (
     mean_loss,
     output_error,
     placed_as,
-    run,
 )
 from lrules.network import Network
 from lrules.rules.forward_gradient.directions import Directions, forward_mode, paired, widened
@@ -171,7 +170,7 @@ def transformed(made: Plan, drawn: Directions, net: Network, params: Pytree, inp
 
     def along(key: jax.Array) -> tuple[jax.Array]:
         def outputs(number: jax.Array) -> tuple[jax.Array, None]:
-            return output_error(made, run(net, *still, [Along(made, drawn, key, number)])[0]), None
+            return output_error(made, _run(made, net, *still, Along(made, drawn, key, number))[0]), None
 
         return (forward_mode(outputs, jnp.zeros(()), jnp.ones(()))[0],)
 
@@ -181,11 +180,18 @@ def transformed(made: Plan, drawn: Directions, net: Network, params: Pytree, inp
     return (outputs, aux) if net.has_aux else outputs
 
 
+def _run(made: Plan, net: Network, params: Pytree, inputs: Pytree, *handlers: Handler) -> tuple[Any, Any, Any]:
+    """`(outputs, aux, records)` of the traced network of the plan, whose places the handlers know."""
+    frame = Frame()
+    outputs, aux = made.graph.run(net.parameters(params), jax.tree.leaves(inputs), handlers=handlers, frame=frame)
+    return outputs, aux, frame.taken()
+
+
 def learning(
     made: Plan, drawn: Directions, net: Network, params: Pytree, inputs: Pytree, keys: jax.Array
 ) -> tuple[Any, Any, jax.Array]:
     """`(outputs, aux, effect)`: the pass in which the network learns, with the sum of all effects."""
-    outputs, aux, records = run(net, params, inputs, [Learning(made, drawn, keys)])
+    outputs, aux, records = _run(made, net, params, inputs, Learning(made, drawn, keys))
     effects = [records[effect_of(name)] for name in made.direct_feedback]
     effects = [effect.reshape(-1, *effect.shape[-2:]).sum(0) for effect in effects]  # over the loops around the place
     return outputs, aux, sum(effects[1:], effects[0])
@@ -219,7 +225,7 @@ def central(
     batch = net.batch_size(inputs)
 
     def losses(key: jax.Array, step: Any) -> jax.Array:
-        outputs, _, _ = run(net, *still, [Step(made, drawn, key, step)])
+        outputs, _, _ = _run(made, net, *still, Step(made, drawn, key, step))
         mean_loss(net, loss, outputs, inputs, targets)  # this refuses a loss without a batch
         return widened(loss)(outputs, targets).reshape(batch, -1).mean(1)
 
@@ -232,7 +238,7 @@ def central(
 
     def objective(params: Pytree) -> tuple[jax.Array, Any]:
         if rates is None:
-            outputs, aux, _ = run(net, params, inputs)
+            outputs, aux, _ = _run(made, net, params, inputs)
             added: Any = 0.0
         else:
             outputs, aux, effect = learning(made, drawn, net, params, inputs, keys)
