@@ -24,40 +24,63 @@ from absl import flags
 from tqdm import tqdm
 
 import lrules
-from experiments import cli, files, models, plots, results, rules, tasks
+from experiments import cli, files, models, plots, results, rules, tasks, transformer
 from experiments.errors import InputError, nearest
 
 FLAGS = flags.FLAGS
 
 
 class Case(NamedTuple):
-    """A model of `models.py` and the shape of its inputs; `widths` are for the MLP."""
+    """A model of `models.py` and the shape of its inputs; `widths` are for the MLP.
+
+    With `blocks` it is the transformer of `transformer.py`, which reads tokens and predicts the next ones; `widths` has
+    its width.
+    """
 
     shape: tuple[int, ...]
     batch: int
     widths: tuple[int, ...] = ()
+    blocks: int = 0
 
     def describe(self, model: str) -> str:
+        if self.blocks:
+            inside = f"{self.blocks} blocks of width {self.widths[0]}"
+            return f"{model}, {inside}, {self.shape[0]} tokens, batch {self.batch}"
         inside = f" {'-'.join(map(str, (math.prod(self.shape), *self.widths, 10)))}" if self.widths else ""
         return f"{model}{inside}, inputs {'x'.join(map(str, self.shape))}, batch {self.batch}"
 
     def maker(self, model: str, dtype: str) -> Callable[[Any], Any]:
-        """The function that builds the model, with ReLU, from the `rngs`."""
+        """The function that builds the model, with ReLU (the transformer: with GELU), from the `rngs`."""
+        if self.blocks:
+            tokens = self.shape[0]
+            sizes: dict[str, Any] = {"blocks": self.blocks, "width": self.widths[0], "dtype": jnp.dtype(dtype)}
+            return lambda rngs: transformer.Transformer(VOCABULARY, tokens, rngs=rngs, **sizes)
         options: dict[str, Any] = {"widths": self.widths, "activation": "relu", "dtype": jnp.dtype(dtype)}
         return lambda rngs: models.build(model, self.shape, 10, rngs=rngs, **options)
 
+    def examples(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Random inputs and targets, from two keys."""
+        if self.blocks:
+            x = jax.random.randint(keys[0], (self.batch, *self.shape), 0, VOCABULARY)
+            return x, jnp.roll(x, -1, 1)
+        x = jax.random.uniform(keys[0], (self.batch, *self.shape))
+        return x, jax.random.randint(keys[1], (self.batch,), 0, 10)
 
+
+VOCABULARY = 256  # of the transformer
 FULL = {
     "mlp": Case((28, 28, 1), 1024, (2000,) * 4),
     "lenet5": Case((32, 32, 3), 1024),
     "vgg16": Case((32, 32, 3), 64),
     "resnet18": Case((32, 32, 3), 64),
+    "transformer": Case((64,), 16, (512,), blocks=4),
 }
 QUICK = {
     "mlp": Case((28, 28, 1), 256, (500,) * 4),
     "lenet5": Case((32, 32, 3), 128),
     "vgg16": Case((32, 32, 3), 4),
     "resnet18": Case((8, 8, 3), 8),
+    "transformer": Case((16,), 4, (64,), blocks=2),
 }
 
 
@@ -65,6 +88,7 @@ QUICK = {
 FURTHER = (
     "arbp",
     "asrbp",
+    "direct_feedback_alignment(shared_axes=1)",
     "dual_propagation(iterations=2)",
     "dual_propagation(iterations=5)",
     "node_perturbation(std=0.01)",
@@ -112,13 +136,14 @@ def benchmark(
     compile_repeats: int,
     limit: float = math.inf,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """Measure rules on one model; returns a row for "plain" and for each rule, and the messages of rules that refuse.
 
     After `limit` seconds of compiling, and after `limit` seconds of timing, no further round begins, but at least one
-    round of compiling and three of timing are done. The function calls `progress(runs)` after each compilation and each
-    timing.
+    round of compiling and three of timing are done. `clock` times the steps. The function calls `progress(runs)` after
+    each compilation and each timing.
     """
     steps, refused = make_steps(make_model, case, chosen, seed)
     compiled: dict[str, Any] = {}
@@ -128,11 +153,11 @@ def benchmark(
         return seconds
 
     def step_seconds(name: str) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(calls):
             out = compiled[name](*steps[name].arguments)
         jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / calls
+        return (clock() - begin) / calls
 
     compile_seconds("plain")  # to warm up
     compiling = time_pairs(compile_seconds, list(steps), compile_repeats, 1, limit, progress)
@@ -167,8 +192,7 @@ def make_steps(
     task = tasks.task(make_model)
     keys = jax.random.split(jax.random.key(seed), 3)
     params, state = jax.jit(task.init)(keys[0])
-    x = jax.random.uniform(keys[1], (case.batch, *case.shape))
-    y = jax.random.randint(keys[2], (case.batch,), 0, 10)
+    x, y = case.examples(keys[1:])
 
     steps = {"plain": Step(plain_step(task), (params, lrules.Feedback({}, {}), state, x, y))}
     refused = {}
@@ -294,9 +318,11 @@ def main() -> None:
                 compile_repeats=compile_repeats,
                 limit=60 * FLAGS.minutes,
                 seed=FLAGS.seed,
+                clock=time.process_time if FLAGS.processor_time else time.perf_counter,
                 progress=bar.update,
             )
     device = f"{results.describe_device()}, {FLAGS.dtype}, jax {jax.__version__}"
+    device += ", processor time" if FLAGS.processor_time else ""
     for name, rows in measured.items():
         print(f"\n{cases[name].describe(name)} ({device}); ratios to plain jax.value_and_grad\n\n{table(rows)}")
         for rule, reason in refusals[name].items():
@@ -334,6 +360,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule, and some variants).")
     flags.DEFINE_integer("repeats", None, "Rounds of timing (default: 20, 5 with --quick).", lower_bound=1)
     flags.DEFINE_integer("compile_repeats", None, "Rounds of compiling (default: 3, 1 with --quick).", lower_bound=1)
+    flags.DEFINE_bool("processor_time", False, "Time steps by processor time of all cores, for a machine that is busy.")
     flags.DEFINE_float(
         "minutes", 10, "Do not begin a round of a model after this time (but do one of compiling, three of timing)."
     )

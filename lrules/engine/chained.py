@@ -22,8 +22,8 @@ from lrules.typing import Pytree
 def wanted(errors: Pytree, signals: Mapping[str, Any]) -> bool:
     """Whether signals should wait for the gradients above them.
 
-    They do on one CPU: other schedulers save memory by themselves, and several devices would have to communicate. And
-    only if they are larger than the error, of which another copy may be made.
+    They do on one CPU: on a GPU it was not measured, and several devices would have to communicate. And only if they
+    are larger than the error, of which another copy may be made.
     """
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (errors, dict(signals))]
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(e).sharding.mesh for e in jax.tree.leaves(errors))]
@@ -66,7 +66,8 @@ def pulled(
     given = jax.tree.leaves(errors)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars[: len(given)]], [*consts, *given], strict=True))
     names = dict(zip(jaxpr.invars[len(given) :], sorted(signals), strict=True))
-    results, formed = {v for v in jaxpr.outvars if not is_literal(v)}, []
+    results = {v for v in jaxpr.outvars if not is_literal(v)}
+    formed: list[Any] = []
 
     def read(atom: Any) -> Any:
         if is_literal(atom):
@@ -84,7 +85,7 @@ def pulled(
 
 
 def _by_signal(eqns: Sequence[Any], names: Mapping[Any, str]) -> list[Any]:
-    """The equations in the order of the signals that they wait for: what can end before the next signal does."""
+    """The equations in the order of the signals that they wait for: what can be done before the next signal is done."""
     level: dict[Any, int] = {}
     count = 0
     for eqn in eqns:

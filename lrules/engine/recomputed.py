@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
+from lrules.engine.dtypes import at_least_float32
 from lrules.engine.jaxprs import bind, call_body, is_literal, open_jaxpr
 from lrules.engine.operations import of
 from lrules.options import draw
 from lrules.typing import Initializer
 
-TILE = 2**16  # numbers that are drawn at once, unless a single row has more
+TILE, COLUMNS = 2**16, 512  # the numbers that are drawn at once, and in how many columns at most
 _ELEMENTWISE = {"shift_right_logical", "shift_right_arithmetic", "shift_left", "bitcast_convert_type"}
 
 
@@ -58,15 +59,9 @@ class Matrix:
     dtype: Any
     name: str
 
-    def tiles(self) -> tuple[int, jax.Array]:
-        """The number of rows of a tile, and the first row of each; all tiles are equally large, so two may overlap."""
-        count = -(-self.rows // max(1, min(self.rows, TILE // max(self.columns, 1))))
-        n = -(-self.rows // count)
-        return n, jnp.asarray([min(i * n, self.rows - n) for i in range(-(-self.rows // n))], jnp.int32)
-
-    @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-    def part(self, words: jax.Array, start: jax.Array, n: int, kept: int) -> jax.Array:
-        """n rows from a start, and the first columns, of the matrix for a key."""
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def part(self, words: jax.Array, starts: Sequence[Any], sizes: tuple[int, int]) -> jax.Array:
+        """Some rows and columns of the matrix for a key, from a first row and a first column."""
 
         def drawn(words: jax.Array) -> jax.Array:
             key = jax.random.wrap_key_data(words, impl="threefry2x32")
@@ -75,7 +70,7 @@ class Matrix:
         jaxpr, consts = open_jaxpr(jax.make_jaxpr(drawn)(words))
         variables = [*jaxpr.constvars, *jaxpr.invars]
         given = {v: _Whole(x) for v, x in zip(variables, [*consts, words], strict=True)}
-        return _Parts(jaxpr, given, self.name).part(jaxpr.outvars[0], _Window([(start, n), (0, kept)]))
+        return _Parts(jaxpr, given, self.name).part(jaxpr.outvars[0], _Window(list(zip(starts, sizes, strict=True))))
 
 
 @functools.partial(
@@ -112,26 +107,43 @@ class RecomputedFeedback:
 
     def checked(self) -> jax.Array:
         """One tile. Its shapes alone say whether parts of what the initializer draws can be drawn."""
-        n, starts = self.matrix.tiles()
-        return self.matrix.part(self.key, starts[0], n, self.shape[0])
+        return self.matrix.part(self.key, (0, 0), self._tile())
 
     def whole(self) -> jax.Array:
         """The feedback weight, `[outputs, *hidden]`; for tests and small feedback, as it takes memory."""
-        return self.matrix.part(self.key, jnp.int32(0), self.matrix.rows, self.shape[0]).T.reshape(self.shape)
+        return self.matrix.part(self.key, (0, 0), (self.matrix.rows, self.shape[0])).T.reshape(self.shape)
+
+    def _tile(self) -> tuple[int, int]:
+        """The rows and columns of a tile."""
+        columns = _equal(self.shape[0], COLUMNS)
+        return _equal(self.matrix.rows, TILE // max(columns, 1)), columns
 
     def projected(self, e: jax.Array) -> jax.Array:
         """The product `e . B`, `[batch, *hidden]`, of the error `[batch, outputs]`."""
-        n, starts = self.matrix.tiles()
+        (rows, outputs), (n, m) = (self.matrix.rows, self.shape[0]), self._tile()
+        columns = _starts(outputs, m)
+        wide = at_least_float32(e.dtype) if len(columns) > 1 else e.dtype
 
-        def one(start: jax.Array) -> jax.Array:
-            rows = jax.lax.optimization_barrier(self.matrix.part(self.key, start, n, self.shape[0]))
-            return jax.lax.dot_general(e, rows, (((e.ndim - 1,), (1,)), ((), ())))
+        def product(row: Any, column: Any, first: Any) -> jax.Array:  # [batch, n], of the outputs from the first on
+            tile = jax.lax.optimization_barrier(self.matrix.part(self.key, (row, column), (n, m)))
+            if outputs % m:
+                tile = jnp.where(column + jnp.arange(m, dtype=jnp.int32) >= first, tile, jnp.zeros((), tile.dtype))
+            sent = e if len(columns) == 1 else jax.lax.dynamic_slice_in_dim(e, column, m, axis=1)
+            return jax.lax.dot_general(sent, tile, (((1,), (1,)), ((), ())), preferred_element_type=wide)
 
+        def over_outputs(row: Any) -> jax.Array:
+            s, rest = product(row, 0, 0), range(1, len(columns))
+            if rest:
+                steps = jnp.asarray(columns[1:], jnp.int32), jnp.asarray([i * m for i in rest], jnp.int32)
+                s, _ = jax.lax.scan(lambda s, at: (s + product(row, *at), None), s, steps)
+            return s.astype(e.dtype)
+
+        starts = _starts(rows, n)
         if len(starts) == 1:
-            return one(starts[0]).reshape(e.shape[0], *self.shape[1:])
-        tiles = jax.lax.map(one, starts)  # [tiles, batch, n]; the last two may overlap
+            return over_outputs(0).reshape(e.shape[0], *self.shape[1:])
+        tiles = jax.lax.map(over_outputs, jnp.asarray(starts, jnp.int32))  # [tiles, batch, n]
         front = jnp.moveaxis(tiles[:-1], 0, 1).reshape(e.shape[0], -1)
-        s = jnp.concatenate([front, tiles[-1][:, len(starts) * n - self.matrix.rows :]], axis=1)
+        s = jnp.concatenate([front, tiles[-1][:, len(starts) * n - rows :]], axis=1)
         return s.reshape(e.shape[0], *self.shape[1:])
 
 
@@ -143,10 +155,11 @@ def reduced(e: jax.Array, key: jax.Array, matrix: Matrix) -> jax.Array:
       key: the two words of the key of the matrix.
       matrix: what is drawn.
     """
-    n, starts = matrix.tiles()
+    n = _equal(matrix.rows, TILE // matrix.columns)
+    starts = jnp.asarray(_starts(matrix.rows, n), jnp.int32)
 
     def one(start: jax.Array, first: jax.Array) -> jax.Array:
-        rows = matrix.part(key, start, n, matrix.columns)
+        rows = matrix.part(key, (start, 0), (n, matrix.columns))
         new = start + jnp.arange(n, dtype=jnp.int32) >= first  # the last tile may begin inside the tile before it
         part = jax.lax.dynamic_slice_in_dim(e, start, n, axis=e.ndim - 1)
         return jnp.tensordot(part, jnp.where(new[:, None], rows, jnp.zeros((), rows.dtype)), axes=1)
@@ -155,6 +168,16 @@ def reduced(e: jax.Array, key: jax.Array, matrix: Matrix) -> jax.Array:
     if len(starts) == 1:
         return one(starts[0], firsts[0])
     return jax.lax.map(lambda at: one(*at), (starts, firsts)).sum(0)
+
+
+def _equal(total: int, most: int) -> int:
+    """The size of parts of a total that are equally large, and not larger than `most` (or than one)."""
+    return -(-total // -(-total // max(1, min(total, most))))
+
+
+def _starts(total: int, n: int) -> list[int]:
+    """The starts of parts of size n; the last part begins inside the part before it if they do not fit."""
+    return [min(start, total - n) for start in range(0, total, n)]
 
 
 class _Window:
@@ -167,12 +190,12 @@ class _Window:
     def of(self, array: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(array, self.starts, self.sizes) if self.axes else array
 
-    def beside(self, shape: Sequence[int], other: Sequence[int]) -> _Window:
-        """The part of another operand, of a scalar, or of one that has size one where this array is larger."""
-        if tuple(shape) == tuple(other):
+    def beside(self, shape: Sequence[int], result: Sequence[int]) -> _Window:
+        """The part of an operand from which this part of a result follows; it may be a scalar, or have axes of one."""
+        if tuple(shape) == tuple(result):
             return self
-        pairs = zip(self.axes, shape, other, strict=True) if other else ()
-        return _Window([axis if n == m else (0, m) for axis, n, m in pairs])
+        triples = zip(self.axes, shape, result, strict=True) if shape else ()
+        return _Window([axis if n == m else (0, n) for axis, n, m in triples])
 
 
 class _Whole:
@@ -219,7 +242,7 @@ class _Parts:
             eqn = self.source[atom]
             if max(math.prod(v.aval.shape) for v in (*eqn.outvars, *eqn.invars)) > TILE:
                 raise ValueError(
-                    f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all '
+                    f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all its '
                     f'numbers together ({of(eqn).name}): use an initializer that draws each number by itself, such as '
                     'jax.nn.initializers.glorot_normal(), or storage="stored"'
                 )
@@ -251,8 +274,7 @@ class _Parts:
         if body is not None:
             return self.called(eqn, body).part(body.outvars[eqn.outvars.index(atom)], window)
         if of(eqn).elementwise or name in _ELEMENTWISE:
-            operands = [v if is_literal(v) else (v, window.beside(shape, v.aval.shape)) for v in eqn.invars]
-            return bind(eqn, [v.val if is_literal(v) else self.part(*v) for v in operands])[0]
+            return bind(eqn, [self.part(v, window.beside(v.aval.shape, shape)) for v in eqn.invars])[0]
         if name == "random_bits":
             return self.bits(eqn, window)
         if name == "iota":

@@ -14,8 +14,6 @@ from lrules.engine.recomputed import Matrix
 from lrules.engine.weights import draw_reduction
 from tests.small import KEY, W, X, half_square, mlp
 
-normal = jax.random.normal
-
 INITS = {
     "glorot_normal": jax.nn.initializers.glorot_normal(),
     "he_uniform": jax.nn.initializers.he_uniform(),
@@ -26,7 +24,7 @@ INITS = {
     "shifted": lrules.feedback.shifted(0.1),
     "absolute": lrules.feedback.absolute(),
     "averaged": lrules.feedback.averaged(3),
-    "by_row": lambda key, shape, dtype: jnp.arange(shape[0], dtype=dtype)[:, None] * normal(key, shape, dtype),
+    "by_row": lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * jnp.ones(shape[0], dtype)[:, None],
     "turned": lambda key, shape, dtype: jax.random.uniform(key, shape[::-1], dtype).T,
     "integers": lambda key, shape, dtype: jax.random.randint(key, (1, *shape), -3, 4)[0].astype(dtype),
     "of a reduction": draw_reduction,
@@ -35,7 +33,8 @@ INITS = {
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(recomputed, "TILE", 40)
+    monkeypatch.setattr(recomputed, "TILE", 12)
+    monkeypatch.setattr(recomputed, "COLUMNS", 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -45,11 +44,14 @@ def test_tiles_are_parts_of_what_the_initializer_draws(name, dtype):
         matrix = Matrix(INITS[name], 23, 7, jnp.dtype(dtype), "x")
         key = jax.random.key(5)
         whole = np.asarray(jax.jit(lambda key: INITS[name](key, (23, 7), jnp.dtype(dtype)))(key))
-        n, starts = matrix.tiles()
-        assert (n, list(starts)) == (5, [0, 5, 10, 15, 18])
-        for start in starts:
-            tile = matrix.part(jax.random.key_data(key), start, n, 6)
-            assert tile.dtype == whole.dtype and np.array_equal(tile, whole[start : start + n, :6])
+        for row, column in ((0, 0), (5, 0), (18, 0), (20, 4)):
+            tile = matrix.part(jax.random.key_data(key), (row, column), (3, 3))
+            assert tile.dtype == whole.dtype and np.array_equal(tile, whole[row : row + 3, column : column + 3])
+
+
+def test_the_sizes_of_tiles():
+    assert [recomputed._equal(n, 5) for n in (1, 5, 6, 10, 11)] == [1, 5, 3, 5, 4] and recomputed._equal(3, 0) == 1
+    assert recomputed._starts(11, 4) == [0, 4, 7] and recomputed._starts(3, 3) == [0]
 
 
 def test_places_beyond_32_bits():
@@ -203,7 +205,7 @@ def test_refusals():
         lrules.direct_feedback_alignment(storage=3)
     with pytest.raises(ValueError, match="give init too"):
         lrules.direct(lambda e, b, targets, name: e, storage="recomputed")
-    with pytest.raises(ValueError, match=r"'c' in tiles.*all numbers together \(qr\).*glorot_normal"):
+    with pytest.raises(ValueError, match=r"'b' in tiles.*all its numbers together \(qr\).*glorot_normal"):
         direct(jax.nn.initializers.orthogonal()).init(KEY, mlp, W | {"b": jnp.ones((6, 50)), "c": jnp.ones((50, 3))}, X)
     with pytest.raises(ValueError, match="got a key of rbg"):
         direct().init(jax.random.key(0, impl="rbg"), mlp, W, X)

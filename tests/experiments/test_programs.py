@@ -153,9 +153,9 @@ def test_tracing_program(tmp_path):
 @pytest.mark.parametrize("size", ["QUICK", "FULL"])
 def test_benchmarked_models_exist(size):
     for name, case in getattr(benchmark, size).items():
-        model = nnx.eval_shape(
-            lambda name=name, case=case: models.build(name, case.shape, 10, rngs=nnx.Rngs(0), widths=case.widths)
-        )
+        model = nnx.eval_shape(lambda name=name, case=case: case.maker(name, "float32")(nnx.Rngs(0)))
+        x, y = jax.eval_shape(case.examples, jax.random.split(jax.random.key(0)))
+        assert x.shape[0] == y.shape[0] == case.batch
         assert isinstance(model, nnx.Module) and str(case.batch) in case.describe(name)
 
 

@@ -1,10 +1,16 @@
-"""The learning channel's products in the compiled program: Eq. 14 and 15 of Baldi, Sadowski, Lu (2018)."""
+"""Products in compiled programs: those of the channel, Eq. 14 and 15 of Baldi, Sadowski, Lu (2018); transformers."""
+
+import collections
+import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 
 import lrules
+from experiments import transformer
 
 BATCH = 8
 
@@ -42,3 +48,34 @@ def test_costs_of_the_channel(widths):
     assert products_of_the_channel(rule, widths, inputs=True) == skipped + first
     assert products_of_the_channel(rule, widths, inputs=False) == skipped
     assert products_of_the_channel(lrules.last_layer_only(), widths, inputs=False) < 0  # no weight gradients below
+
+
+def operations_of_a_transformer(rule, blocks):
+    """The operations by kind, and the floating-point operations, of one compiled step on one device."""
+    net, params = lrules.from_nnx(transformer.Transformer(32, 8, rngs=nnx.Rngs(0), blocks=blocks, width=64, heads=2))
+    x = jnp.zeros((4, 8), int)
+    feedback = jax.eval_shape(lambda key: rule.init(key, net, params, x), jax.random.key(0))
+    step = lrules.value_and_grad(net, optax.softmax_cross_entropy_with_integer_labels, rule)
+    compiled = jax.jit(lambda *args: step(*args)[1].params).lower(params, feedback, x, x).compile()
+    found = re.findall(r" = \S+ (dot|transpose|copy)\(", compiled.as_text())
+    return collections.Counter(found), compiled.cost_analysis()["flops"]
+
+
+def test_direct_feedback_of_a_transformer_adds_no_operation_to_backprop():
+    """One product brings feedback to queries, keys and values, and one to every other layer; nothing is transposed."""
+    blocks = 2
+    plain, plain_flops = operations_of_a_transformer(lrules.backprop(), blocks)
+    found, flops = operations_of_a_transformer(lrules.direct_feedback_alignment(shared_axes=1), blocks)
+    assert plain["dot"] - found["dot"] == 2 * blocks
+    assert found["transpose"] <= plain["transpose"] and found["copy"] <= plain["copy"]
+    places, width, outputs = 4 * 8, 64, 32
+    down = 12 * width * width  # the numbers of the weights through which the error of a block goes down in backprop
+    left_out = 2 * places * (blocks * (down - outputs * 7 * width))  # 7 width: all that its layers read
+    assert abs(plain_flops - flops - left_out) < 0.05 * left_out  # and what is elementwise
+
+
+def test_one_sweep_of_dual_propagation_costs_a_second_forward_pass():
+    plain, plain_flops = operations_of_a_transformer(lrules.backprop(), 2)
+    found, flops = operations_of_a_transformer(lrules.dual_propagation(), 2)
+    assert 1.2 < flops / plain_flops < 4 / 3
+    assert found["dot"] < 1.6 * plain["dot"]
