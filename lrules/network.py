@@ -176,7 +176,7 @@ class Network:
         """The number of examples in `inputs`.
 
         Raises:
-          ValueError: no input has a batch axis, or the batch axes have different sizes.
+          ValueError: no input has a batch axis, the batch axes have different sizes, or there are no examples.
         """
         sizes: dict[int, None] = {}  # in the order of the inputs: symbolic sizes cannot be sorted
         for leaf, axis in zip(jax.tree.leaves(inputs), self.input_batch_axes(inputs), strict=True):
@@ -190,7 +190,10 @@ class Network:
         if len(sizes) != 1:
             found = f"the inputs' batch axes differ in size, {list(sizes)}" if sizes else "no input has a batch axis"
             raise ValueError(f"{found}: say where the batch lies with Network(apply, batch_axes=...)")
-        return next(iter(sizes))
+        (size,) = sizes
+        if isinstance(size, int) and size == 0:
+            raise ValueError("the batch is empty, and the rule needs at least one example: leave out such a step")
+        return size
 
 
 NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # a function of (params, inputs)

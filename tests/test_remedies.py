@@ -391,6 +391,7 @@ def test_batch_axes():
     inputs = (X, jnp.ones(3))
     assert "differ in size" in refusal(uneven, DFA, inputs=inputs)
     served(lrules.Network(uneven, batch_axes=(0, None)), DFA, inputs=inputs)
+    assert "the batch is empty" in refusal(IN_ORDER, DFA, inputs=X[:0])
     message = refusal(lrules.Network(uneven, batch_axes={"x": 0}), DFA, inputs=inputs)
     assert "give one axis (or None) per input" in message
     wrong = lrules.Network(lambda p, x: IN_ORDER(p, x).T.reshape(-1, 3), signal_axes={"outputs": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,9 +133,23 @@ class Findings:
         for layer in self.layers:
             layer.site = sites.unique(layer.name)
             want(layer.weight)
+        self.count_uses()
         taken = {True: Names(), False: Names()}
         for hidden in self.hidden:
             hidden.name = taken[hidden.mark].unique(hidden.name if hidden.mark else hidden.readers[0].name)
+
+    def count_uses(self) -> None:
+        """Says of each layer how often its parameter is used where it reads a hidden signal."""
+        whole: dict[str, list[Layer]] = {}  # not those that use a slice each, such as w[0] and w[1]
+        for layer in self.layers:
+            loops = layer.place[0].loops
+            layer.times = math.prod(length for key, length in loops if key not in layer.weight.loops)
+            if layer.reads is not None and not any(sliced for _, sliced in layer.weight.axes.values()):
+                whole.setdefault(layer.name, []).append(layer)
+        for layers in whole.values():
+            total = sum(layer.times for layer in layers)
+            for layer in layers:
+                layer.times = total
 
     def add_affine(self, block: Block, index: int, ins: list[Value], out: Value) -> None:
         """Records where a bias or scale meets data, except in a `custom_jvp` body, which has no place of its own."""

@@ -58,6 +58,7 @@ class Layer:
     sources: frozenset[int] = frozenset()
     position: int = 0
     mixed: bool = False
+    times: Any = 1  # how often its parameter reads hidden signals, in loops that share it and at several layers
     place: Any = dataclasses.field(default=None, repr=False)  # the block and the number of the equation
     uses: set[str] = dataclasses.field(default_factory=set, repr=False)  # how the rows that it looks up are used
     output: Value | None = dataclasses.field(default=None, repr=False)
@@ -136,8 +137,7 @@ def undo_views(views: Sequence[Equation], x: jax.Array) -> jax.Array:
     for eqn in reversed(views):
         before, permutes = eqn.invars[0].aval, of(eqn).permutation
         if permutes is not None:
-            permutation = permutes(eqn)
-            x = x.transpose([permutation.index(i) for i in range(x.ndim)])
+            x = x.transpose(sorted(range(x.ndim), key=list(permutes(eqn)).__getitem__))
         x = x.reshape(before.shape).astype(before.dtype)
     return x
 

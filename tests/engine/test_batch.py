@@ -16,6 +16,7 @@ def test_batch_axes():
     refused(lrules.Network(mlp, batch_axes={"x": 0}), "a prefix of", rule=DFA, error=ValueError)
     uneven = lrules.Network(lambda p, x: mlp(p, x[0]) + x[1].sum())
     refused(uneven, "differ in size", "batch_axes", rule=DFA, error=ValueError, inputs=(X, jnp.ones(3)))
+    refused(mlp, "the batch is empty", rule=DFA, error=ValueError, inputs=X[:0])
 
     def mixed(p, x):  # a hidden signal that holds the batch along two axes
         h = jnp.tanh(x @ p["a"])

@@ -331,6 +331,55 @@ def test_direct_feedback_beside_a_mirror():
     assert np.any(db["1/kernel"]) and np.any(db["2/kernel"]) and not np.any(db["3/kernel"])
 
 
+@pytest.mark.parametrize("loop", ["scan", "unrolled"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_uses_of_a_weight_make_a_mean(phase, loop):
+    """With the same noise at each step of a recurrent net, the number of steps does not count."""
+
+    def net(p, x):
+        h, step = jnp.tanh(x[0] @ p["in"]), lambda h, x: (jnp.tanh(h @ p["w"] + x @ p["in"]), None)
+        if loop == "scan":
+            h, _ = jax.lax.scan(step, h, x[1:])
+        else:
+            for one in x[1:]:
+                h, _ = step(h, one)
+        return h @ p["out"]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"in": (3, 6), "w": (6, 6), "out": (6, 2)}
+    params = {name: jax.random.normal(k, s) for k, (name, s) in zip(keys, shapes.items(), strict=False)}
+    draws = jax.random.normal(keys[3], (5, 6))
+    rule = lrules.weight_mirror(phase=phase, noise=lambda key, shape, dtype: draws)
+    learned = {}
+    for steps in (1, 30):
+        network, x = lrules.Network(net, batch_axes=1), jnp.ones((steps + 1, 5, 3))
+        feedback = rule.init(jax.random.key(1), network, params, x)
+        learned[steps] = lrules.feedback_grad(network, rule)(params, feedback, x, rng=jax.random.key(2))
+    assert jnp.abs(learned[1]["w"]).max() > 0.1
+    bridge.close(learned[30], learned[1], 1e-5)
+
+
+def test_slices_of_a_weight_do_not_share_a_mean():
+    """Layers in one stacked parameter learn as layers with parameters of their own."""
+
+    def net(p, x):
+        return jnp.tanh(jnp.tanh(jnp.tanh(x @ p["in"]) @ p["w"][0]) @ p["w"][1]) @ p["out"]
+
+    def apart(p, x):
+        return jnp.tanh(jnp.tanh(jnp.tanh(x @ p["in"]) @ p["w0"]) @ p["w1"]) @ p["out"]
+
+    draws, x = jax.random.normal(jax.random.key(3), (5, 4)), jnp.ones((5, 4))
+    rule = lrules.weight_mirror(noise=lambda key, shape, dtype: draws)
+    w = jax.random.normal(jax.random.key(0), (2, 4, 4))
+    common = {"in": jnp.eye(4), "out": jnp.eye(4)}
+    one = lrules.feedback_grad(net, rule)
+    learned = one(common | {"w": w}, lrules.Feedback({}, {"w": -w, "out": jnp.eye(4)}), x, rng=jax.random.key(2))
+    two = lrules.feedback_grad(apart, rule)
+    given = lrules.Feedback({}, {"w0": -w[0], "w1": -w[1], "out": jnp.eye(4)})
+    wanted = two(common | {"w0": w[0], "w1": w[1]}, given, x, rng=jax.random.key(2))
+    bridge.close(learned["w"], jnp.stack([wanted["w0"], wanted["w1"]]), 1e-6)
+
+
 def test_weights_used_twice_and_weights_chosen_by_data():
     """A weight that reads data, too, learns where it reads a hidden signal; experts learn from the rows they get."""
 
