@@ -142,3 +142,14 @@ def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
         else:
             out = eqn.primitive.bind(*values, **prepared)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def primitives(jaxpr: Jaxpr) -> set[str]:
+    """The names of all primitives in a jaxpr, and in the jaxprs inside it."""
+    found = set()
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        found.add(eqn.primitive.name)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                found |= primitives(inner)
+    return found

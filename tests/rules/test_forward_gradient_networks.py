@@ -74,8 +74,13 @@ def test_weights_serve_what_no_other_rule_serves():
     )
     bridge.close(one, other, 1e-4)
     whole = lambda p, x: net(p, x, odd)  # noqa: E731
-    with pytest.raises(NotImplementedError, match=r'jax.custom_vjp.*method="central"'):
+    refused = pytest.raises(NotImplementedError, match=r'jax.custom_vjp.*method="central"')
+    with refused:
         lrules.value_and_grad(whole, half_squared, jvp)(params, NONE, x, y, rng=KEY)
+    with refused:  # under jit, JAX itself would not complain before it compiles
+        jax.eval_shape(lambda p: lrules.value_and_grad(whole, half_squared, jvp)(p, NONE, x, y, rng=KEY), params)
+    of_data = lambda p, x: net(p, odd(x))  # noqa: E731
+    assert jnp.isfinite(jax.jit(lrules.value_and_grad(of_data, half_squared, jvp))(params, NONE, x, y, rng=KEY)[0][0])
     served = lrules.value_and_grad(whole, half_squared, central)(params, NONE, x, y, rng=KEY)[1].params
     bridge.close(served, other, 1e-9)
 

@@ -172,7 +172,7 @@ def transformed(made: Plan, drawn: Directions, net: Network, params: Pytree, inp
         def outputs(number: jax.Array) -> tuple[jax.Array, None]:
             return output_error(made, _run(made, net, *still, Along(made, drawn, key, number))[0]), None
 
-        return (forward_mode(outputs, jnp.zeros(()), jnp.ones(()))[0],)
+        return (forward_mode(made.graph, outputs, jnp.zeros(()), jnp.ones(()))[0],)
 
     (rates,) = drawn.each(along, keys, (0,))
     outputs, aux, effect = learning(made, drawn, net, params, inputs, keys)

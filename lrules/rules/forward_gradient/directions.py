@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.handlers import name_number
-from lrules.engine.jaxprs import varying_axes
-from lrules.extend import at_least_float32, placed_as
+from lrules.engine.jaxprs import primitives, varying_axes
+from lrules.extend import Graph, at_least_float32, placed_as
 from lrules.typing import Pytree
 
 
@@ -87,19 +87,26 @@ def paired(cotangent: jax.Array, tangent: jax.Array) -> jax.Array:
     return jnp.real(cotangent.astype(wide) * tangent.astype(wide))
 
 
-def forward_mode(fn: Callable[..., Any], at: Pytree, along: Pytree) -> tuple[Any, Any]:
-    """`(rates, more)` of a function `at -> (values, more)`: the derivatives of the values along a direction."""
-    try:
+def forward_mode(graph: Graph, fn: Callable[..., Any], at: Pytree, along: Pytree) -> tuple[Any, Any]:
+    """`(rates, more)` of a function `at -> (values, more)`: the derivatives of the values along a direction.
+
+    The function runs the network of the graph, or a part of it.
+    """
+
+    def run(at: Pytree, along: Pytree) -> tuple[Any, Any]:
         _, rates, more = jax.jvp(fn, (at,), (along,), has_aux=True)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise NotImplementedError(
-            "the network has a function with jax.custom_vjp, which has no forward mode, and "
-            'forward_gradient(method="jvp") needs it: give method="central" and std=, or write the function with '
-            "jax.custom_jvp"
-        ) from error
-    return rates, more
+        return rates, more
+
+    inside = graph.once("primitives", lambda: primitives(graph.block.jaxpr))
+    # Under jit, JAX itself refuses a function with jax.custom_vjp only when it compiles the step.
+    if any(name.startswith("custom_vjp_call") for name in inside):
+        if "custom_lin" in primitives(jax.make_jaxpr(run)(at, along)):
+            raise NotImplementedError(
+                "the network has a function with jax.custom_vjp, which has no forward mode, and "
+                'forward_gradient(method="jvp") needs it: give method="central" and std=, or write the function with '
+                "jax.custom_jvp"
+            )
+    return run(at, along)
 
 
 def widened(loss: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class LocalStep:
                 ends, _, records = run.forward(still, [Along(plan, self.drawn, key, number, cut=True)])
                 return self.signals(records), (ends, self.signals(records))
 
-            return forward_mode(signals, jnp.zeros(()), jnp.ones(()))
+            return forward_mode(plan.graph, signals, jnp.zeros(()), jnp.ones(()))
 
         rates, (ends, signals) = self.drawn.each(along, self.keys, (0, None))
         errors, own = self.errors(signals, learned, ends, still)
@@ -100,7 +100,7 @@ class LocalStep:
                 found = self.signals(records)
                 return (found, value), (ends, found, (value, outputs, aux))
 
-            return forward_mode(signals, named, self.drawn.of(key, named))
+            return forward_mode(plan.graph, signals, named, self.drawn.of(key, named))
 
         (rates, last), (ends, signals, head) = self.drawn.each(along, self.keys, (0, None))
         errors, own = self.errors(signals, learned, ends, params)

@@ -72,7 +72,7 @@ def _network(graph: Graph, drawn: Directions, names: Sequence[Sequence[str]], ki
             return [y for y in jax.tree.leaves(outs[0]) if _inexact(y)], outs
 
         def along(key: jax.Array) -> tuple[list[jax.Array], Any]:
-            return forward_mode(outputs, moving, drawn.of(key, moving))
+            return forward_mode(graph, outputs, moving, drawn.of(key, moving))
 
         keys = drawn.keys(jax.random.wrap_key_data(key.value, impl=kind))
         rates, outs = drawn.each(along, keys, (0, None))
