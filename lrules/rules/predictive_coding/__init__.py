@@ -117,6 +117,7 @@ def predictive_coding(
     References:
       Whittington, Bogacz: An approximation of the error backpropagation algorithm in a predictive coding network with
       local Hebbian synaptic plasticity (2017), section 2.
+      Innocenti, Achour, Buckley: MuPC: scaling predictive coding to 100+ layer networks (2025).
       Millidge, Tschantz, Buckley: Predictive coding approximates backprop along arbitrary computation graphs (2020),
       section 3 (the fixed predictions).
     """
