@@ -64,7 +64,12 @@ def repeat(
     return carry, {"residual": found, "iterations": count}
 
 
-def residual(changes: Mapping[str, Any], sizes: Mapping[str, Any], axis_name: AxisName = None) -> jax.Array:
+def residual(
+    changes: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    axis_name: AxisName = None,
+    ranks: Mapping[str, int] | None = None,
+) -> jax.Array:
     """The largest change of a state, divided by its size; the norms are over all devices of the axes.
 
     A state of size zero is left out, because no error reaches it. If it changes, other states show it.
@@ -72,15 +77,23 @@ def residual(changes: Mapping[str, Any], sizes: Mapping[str, Any], axis_name: Ax
     Args:
       changes, sizes: arrays by state.
       axis_name: the mesh axes.
+      ranks: the rank of a state, by name. The axes before are those of loops, with a state for each iteration. A name
+        that is not there has one state.
     """
+    ranks = ranks or {}
     dtype = jnp.result_type(float)
     if not changes:
         return jnp.zeros((), dtype)
-    squares = [_square(x).astype(dtype) for site in changes for x in (changes[site], sizes[site])]
-    both = jnp.stack(squares).reshape(-1, 2)
-    change, size = jnp.sqrt(both if axis_name is None else jax.lax.psum(both, axis_name)).T
+    squares = [
+        jnp.concatenate([_squares(by[site], ranks.get(site)).astype(dtype) for site in changes])
+        for by in (changes, sizes)
+    ]
+    both = jnp.stack(squares)
+    change, size = jnp.sqrt(both if axis_name is None else jax.lax.psum(both, axis_name))
     return jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size)).max()
 
 
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype)))))
+def _squares(x: jax.Array, rank: int | None) -> jax.Array:
+    """The squared norms of the states in `x`, which are of this rank."""
+    squared = jnp.square(jnp.abs(x.astype(at_least_float32(x.dtype))))
+    return squared.sum(tuple(range(x.ndim - (x.ndim if rank is None else rank), x.ndim))).reshape(-1)

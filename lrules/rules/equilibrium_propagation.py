@@ -339,10 +339,12 @@ class _Phases:
     def settled(self, params: Sequence[Any], states: Any) -> tuple[Any, dict[str, Any]]:
         """The free equilibrium."""
         free = jnp.zeros(())
+        outputs = [(a.site, a.output) for a in self.plan.graph.activations if a.site in self.sites]
+        ranks = {site: len(output.aval.shape) for site, output in outputs if output is not None}
 
         def iterate(states: Any, _: Any) -> tuple[Any, jax.Array]:
             new = self.renewed(params, states, free)
-            return new, residual(jax.tree.map(jnp.subtract, new, states), new)
+            return new, residual(jax.tree.map(jnp.subtract, new, states), new, ranks=ranks)
 
         return repeat(iterate, states, done=0, iterations=self.options.free_steps)
 

@@ -42,3 +42,8 @@ def test_the_residual():
     assert residual({"a": changes["a"]}, {"a": sizes["a"]}) == 0.5
     assert residual({"none": changes["a"]}, {"none": sizes["none"]}) == 0  # no error reaches it
     assert residual({}, {}) == 0
+    # a loop has a state in each iteration: 5 / 10 and 2 / 4 and 3 / 4
+    changes = {"loop": jnp.asarray([[3.0, 4.0], [0.0, 2.0], [3.0, 0.0]])}
+    sizes = {"loop": jnp.asarray([[10.0, 0.0], [0.0, 4.0], [4.0, 0.0]])}
+    assert residual(changes, sizes, ranks={"loop": 1}) == 0.75
+    assert residual(changes, sizes) == jnp.sqrt(jnp.asarray(38 / 132))

@@ -182,7 +182,9 @@ def test_scanned_layers(output):
             x = jnp.tanh(x @ p["w"][k])
         return x @ p["out"]
 
-    bridge.close(*(computed(f, params, x, y, output=output)[1].params for f in (looped, written)))
+    found = [computed(f, params, x, y, output=output)[1] for f in (looped, written)]
+    bridge.close(*(grads.params for grads in found))
+    bridge.close(*(grads.report for grads in found))
 
 
 @pytest.mark.parametrize("options, message", [

@@ -137,9 +137,12 @@ def test_scanned_layers(options):
     """A loop over layers is the chain that it stands for: the carry of the first iteration is data, not a state."""
     net, x, apply, params = stacked()
     y = targets_of(nets.forward(net, x).outputs)
-    looped = gradient(apply, params, x, y, steps=8, step_size=0.2, **options)
-    chain = gradient(bridge.apply_of(net), bridge.parameters(net), x, y, steps=8, step_size=0.2, **options)
-    bridge.close(looped, {"out": chain["3"]["kernel"], "w": np.stack([chain[str(k)]["kernel"] for k in range(3)])})
+    looped = computed(apply, params, x, y, steps=8, step_size=0.2, **options)[1]
+    written = computed(bridge.apply_of(net), bridge.parameters(net), x, y, steps=8, step_size=0.2, **options)[1]
+    chain = written.params
+    kernels = np.stack([chain[str(k)]["kernel"] for k in range(3)])
+    bridge.close(looped.params, {"out": chain["3"]["kernel"], "w": kernels})
+    bridge.close(looped.report, written.report)
 
 
 @pytest.mark.parametrize("states", KINDS)

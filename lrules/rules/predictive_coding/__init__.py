@@ -117,6 +117,7 @@ def predictive_coding(
     References:
       Whittington, Bogacz: An approximation of the error backpropagation algorithm in a predictive coding network with
       local Hebbian synaptic plasticity (2017), section 2.
+      Innocenti, Achour, Buckley: MuPC: scaling predictive coding to 100+ layer networks (2025).
       Millidge, Tschantz, Buckley: Predictive coding approximates backprop along arbitrary computation graphs (2020),
       section 3 (the fixed predictions).
     """
@@ -242,6 +243,7 @@ class _Cut:
         self.options, self.plan, self.batch = options, plan, batch
         self.places, self.depth = _states(options, plan.graph)
         self.zeros = all_zeros_at({place.name: place.root for place in self.places})
+        self.ranks = {place.name: len(place.root.aval.shape) for place in self.places}
 
     def vjp(self, probes: bool, args: Sequence[Any], given: Any, wrt: int = 1) -> tuple[Any, Any, Any]:
         """`((outputs, predictions), pull, aux)`; `pull` gives those of `given` and of `args[:wrt]`."""
@@ -262,7 +264,7 @@ class _Cut:
         def iterate(errors: Any, _: Any) -> tuple[Any, jax.Array]:
             changes = jax.tree.map(lambda arriving, e: rate * (arriving - e), pull((error, errors))[0], errors)
             new = jax.tree.map(jnp.add, errors, changes)
-            return new, residual(changes, new, self.options.axis_name)
+            return new, residual(changes, new, self.options.axis_name, self.ranks)
 
         errors, report = self.repeat(iterate, self.zeros, done=0)
         return pull((error, errors))[1:], report
@@ -292,7 +294,7 @@ class _Cut:
                 lambda a, x, mu: -options.step_size * (x - mu + sum_of(jnp.conj(a))), arriving, states, predicted
             )
             new = jax.tree.map(jnp.add, states, changes)
-            return new, residual(changes, jax.tree.map(jnp.subtract, new, predicted), options.axis_name)
+            return new, residual(changes, jax.tree.map(jnp.subtract, new, predicted), options.axis_name, self.ranks)
 
         arriving = pull((weighted(error), self.zeros))[0]  # in the first step there are no prediction errors
         states = jax.tree.map(lambda mu, a: mu - options.step_size * sum_of(jnp.conj(a)), predicted, arriving)
