@@ -62,7 +62,7 @@ LocalLoss = Literal["prediction", "similarity", "both"]
 def local_losses(
     loss: LocalLoss = "prediction",
     *,
-    similarity: float = 0.99,
+    similarity: float | None = None,
     factor: Numbers = 1.0,
     init: Initializer | None = None,
     at: str | Sequence[str] | None = None,
@@ -88,7 +88,8 @@ def local_losses(
 
     Args:
       loss: `"prediction"`, `"similarity"` or `"both"`.
-      similarity: beta, the part of the similarity in `"both"`, a number in [0, 1].
+      similarity: beta, the part of the similarity, a number in [0, 1], only for `"both"`. Default 0.99, as in the
+        paper.
       factor: the factor of the local losses; or a dict of such numbers by regular expression (`re.search` on the name
         of the hidden signal, the first match holds). `jax.jit` and `jax.vmap` may trace them.
       init: the initializer of C_l and K_l, `init(key, shape, dtype)`; it draws `[hidden size, outputs]` and
@@ -126,14 +127,18 @@ def local_losses(
     """
     if loss not in get_args(LocalLoss):
         raise ValueError(f"loss must be one of {', '.join(map(repr, get_args(LocalLoss)))}, got {loss!r}")
-    if not (is_number(similarity) and 0 <= similarity <= 1):
+    if similarity is not None and not (is_number(similarity) and 0 <= similarity <= 1):
         raise ValueError(f"similarity must be a number in [0, 1], got {similarity!r}")
+    if similarity is not None and loss != "both":
+        raise ValueError(
+            f'similarity weighs the two terms of loss="both", and loss={loss!r} has one term: leave similarity out'
+        )
     if loss != "prediction" and shared_axes != ():
         raise ValueError(
             f"shared_axes shares a prediction along axes of the outputs, and loss={loss!r} compares whole examples: "
             'leave shared_axes out, or give loss="prediction"'
         )
-    beta = {"prediction": 0.0, "similarity": 1.0, "both": similarity}[loss]
+    beta = {"prediction": 0.0, "similarity": 1.0, "both": 0.99 if similarity is None else similarity}[loss]
     factors = by_name("factor", factor, _is_factor, "a finite number >= 0", "hidden signal", traced=True)
     initializer = as_initializer(init)
     made = direct(
@@ -144,7 +149,7 @@ def local_losses(
         shared_axes=shared_axes,
         targets=True,
         max_feedback_bytes=max_feedback_bytes,
-        offers=("shared_axes",) if loss == "prediction" else (),
+        offers=("at", "shared_axes") if loss == "prediction" else ("at",),
     )
     spec, compares = require_description(made, "local_losses").layer, initializer if loss != "prediction" else None
 

@@ -58,7 +58,7 @@ def error_of(net, x, targets):
 @pytest.mark.parametrize("case", CASES)
 def test_reference(case, kind):
     net, x = CASES[case]()
-    rule = lrules.local_losses(kind, similarity=0.7)
+    rule = lrules.local_losses(kind, similarity=0.7 if kind == "both" else None)
     apply, params, feedback = start(net, x, rule)
     targets = losses.one_hot(LABELS, 3)
     e = error_of(net, x, targets)
@@ -292,6 +292,7 @@ def test_refusals():
     for options, message in [
         ({"loss": "sim"}, "loss must be one of 'prediction', 'similarity', 'both', got 'sim'"),
         ({"similarity": 1.5}, r"similarity must be a number in \[0, 1\], got 1.5"),
+        ({"similarity": 0.5}, "loss='prediction' has one term: leave similarity out"),
         ({"factor": -1}, "factor must be a finite number >= 0, got -1"),
         ({"init": 3}, "init must be a function"),
         ({"loss": "both", "shared_axes": 1}, "leave shared_axes out"),
