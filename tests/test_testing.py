@@ -149,21 +149,19 @@ def test_rules(name):
     check_rule(RULES[name])
 
 
-@pytest.mark.parametrize(
-    "rule",
-    mostly_slow(
-        [
-            lrules.forward_gradient(),
-            lrules.forward_gradient(directions=4),
-            lrules.forward_gradient(method="central", std=0.01, directions=2),
-            lrules.forward_gradient(local=lrules.local_losses()),
-        ],
-        [],
-    ),
-)
-def test_directions_of_weights(rule):
+DIRECTIONS = {
+    "one": lrules.forward_gradient(),
+    "four": lrules.forward_gradient(directions=4),
+    "central differences": lrules.forward_gradient(method="central", std=0.01, directions=2),
+    "local losses": lrules.forward_gradient(local=lrules.local_losses()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_of_weights(name):
     """The numbers in a direction are independent, so the weights of a neuron do not share one error."""
-    check_rule(rule, skip="local")
+    check_rule(DIRECTIONS[name], skip="local")
 
 
 @pytest.mark.parametrize("name", mostly_slow(RECIPES, {"redrawn_direct", "cascaded"}))

@@ -12,6 +12,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from lrules.engine.jaxprs import Equation, bind
+from lrules.engine.operations import of
 from lrules.engine.shared import EVERYWHERE, equation_key
 from lrules.typing import Pytree
 
@@ -78,13 +79,14 @@ class Product:
 
         In a dense layer this is the number of rows of `x`. A convolution has fewer terms at a border with padding.
         """
-        out, name = self.eqn.outvars[0].aval, self.eqn.primitive.name
-        if name == "dot_general":
-            contracted = self.eqn.params["dimension_numbers"][0][self.position]
+        row, out = of(self.eqn), self.eqn.outvars[0].aval
+        if row.window(self.eqn, self.position):
+            if not any(map(is_symbolic_dim, out.shape)):
+                return jnp.asarray(_window_terms(self.eqn, out.shape), w.dtype)
+        elif row.either:
+            contracted = row.contracted(self.eqn, self.position)
             free = math.prod(n for i, n in enumerate(w.shape) if i not in contracted)
             return jnp.asarray(math.prod(out.shape) // free, w.dtype)
-        if name == "conv_general_dilated" and self.position == 1 and not any(map(is_symbolic_dim, out.shape)):
-            return jnp.asarray(_window_terms(self.eqn, out.shape), w.dtype)
         ones = [jnp.ones_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in jax.tree.leaves(x)]
         x = jax.tree.unflatten(jax.tree.structure(x), ones)
         count = self.weight_gradient(w, x, jnp.ones_like(self(w, x)))
