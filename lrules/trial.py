@@ -87,8 +87,14 @@ class Trial:
         outputs = jax.jit(net.__call__)(params, inputs)
         self.outputs = outputs[0] if net.has_aux else outputs
         self.targets = targets_for(self.outputs)
-        self.step = value_and_grad(net, loss, rule)
-        self.jitted: Any = jax.jit(self.step)
+        self.step: Any = value_and_grad(net, loss, rule)
+        self.traces, step = 0, self.step
+
+        def traced(*args: Any, **rng: Any) -> Any:
+            self.traces += 1
+            return step(*args, **rng)
+
+        self.jitted: Any = jax.jit(traced)
         self.over_keys = jax.jit(jax.vmap(lambda k, *args: self.step(*args, rng=k)[1], (0, None, None, None, None)))
 
     def samples(self, inputs: Pytree, targets: Pytree, feedback: Feedback | None = None) -> Gradients:

@@ -390,7 +390,7 @@ def test_the_second_step_compiles_nothing(rule):
 
     x, y = jax.device_put((one.x, jnp.ones((4, 2))), NamedSharding(mesh(), P("data")))
     step(*step(params, feedback, x, y), x, y)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # 0: JAX may leave its fast path out
 
 
 @pytest.mark.foreign

@@ -160,7 +160,7 @@ def test_greedy():
         assert not any(np.any(g) for g in jax.tree.leaves(got.params[str(1 - phase)]))
         for name, g in got.feedback.items():
             assert np.any(g) == name.startswith(str(phase + 1)), name
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # 0: JAX may leave its fast path out
     twice = lrules.local_losses("both", factor=2.0)
     got = lrules.value_and_grad(apply, CLASSES, twice)(params, feedback, jnp.asarray(x), jnp.asarray(LABELS))[1]
     bridge.close(got.params["0"], jax.tree.map(lambda g: 2 * g, together.params["0"]))

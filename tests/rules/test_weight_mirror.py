@@ -218,7 +218,7 @@ def test_training_in_turns():
     true = lrules.value_and_grad(net, loss, lrules.backprop())(params, lrules.Feedback({}, {}), x, y)[1].params
     got = step(params, feedback, x, y)[1].params
     assert float(lrules.diagnostics.total_angle(got, true)) < 3
-    assert train._cache_size() == turn._cache_size() == 1
+    assert max(train._cache_size(), turn._cache_size()) <= 1  # 0: JAX may leave its fast path out
 
 
 @pytest.mark.parametrize("phase", PHASES)
