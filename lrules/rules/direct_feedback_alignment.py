@@ -108,7 +108,7 @@ def direct_feedback_alignment(
       Nokland: Direct feedback alignment provides learning in deep neural networks (2016).
       Baldi, Sadowski, Lu: Learning in the machine: random backpropagation and the deep learning channel (2018), 2.2, 3.
       Launay, Poli, Boniface, Krzakala: Direct feedback alignment scales to modern deep learning tasks and architectures
-        (2020).
+      (2020).
       Hanut, Kadmon: Training large neural networks with low-dimensional error feedback (2025).
     """
     require_flags(adaptive=adaptive, learned_factors=learned_factors, normalise_error=normalise_error)
