@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 
@@ -39,6 +39,26 @@ from lrules.network import Network, NetworkLike, as_network
 from lrules.options import is_whole, require_flags, require_pattern, rule_numbers
 from lrules.rule import Direct, Feedback, Gradients, LayerRule, Rule, RuleDescription, Sequential, check_params
 from lrules.typing import Initializer, Loss, Pytree
+
+
+def drawn_by(plan: Callable[[Network, Graph, Pytree, Pytree], Plan]) -> Callable[..., Feedback]:
+    """The `init` of a rule whose plan draws all its feedback."""
+
+    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
+        net = as_network(net)
+        check_params(params)
+        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
+
+    return init
+
+
+def no_transform(why: str) -> Callable[..., NoReturn]:
+    """The `transform` of a rule that only `lrules.value_and_grad` serves: it says why."""
+
+    def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
+        raise ValueError(f"{why}, so transform cannot serve it: use lrules.value_and_grad(net, loss, rule)")
+
+    return transform
 
 
 def layerwise(
@@ -69,18 +89,7 @@ def layerwise(
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return graph.once_for(choose_for, lambda: make_plan(net, graph, params, inputs, choose_for(graph)))
 
-    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
     def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
-        if needs_loss is not None:
-            raise ValueError(
-                f"this rule needs {needs_loss}, so transform cannot serve it: use "
-                "lrules.value_and_grad(net, loss, rule)"
-            )
-
         def f(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> Any:
             made = plan(net, net.graph(params, inputs), params, inputs)
             return run_plan(made, net, params, feedback, inputs, rng=rng)
@@ -110,8 +119,8 @@ def layerwise(
         return fn
 
     return Rule(
-        init,
-        transform,
+        drawn_by(plan),
+        transform if needs_loss is None else no_transform(f"this rule needs {needs_loss}"),
         value_and_grad if needs_loss is not None else None,
         stochastic=any(spec.stochastic for spec in specs),
         additive=not any(isinstance(spec, Sequential) and spec.whole_batch for spec in specs),

@@ -17,6 +17,15 @@ from lrules.rule import Backprop, Direct, LayerRule, Sequential
 from lrules.typing import Pytree
 
 
+class Elsewhere:
+    """The entry of a layer in the plan of a rule that does nothing there; it is not backprop, so refusals count."""
+
+
+def plan_elsewhere(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
+    """The plan of a rule that acts elsewhere than at layers; it refuses what no rule but backprop can serve."""
+    return make_plan(net, graph, params, inputs, lambda name: Elsewhere(), partition=False)  # type: ignore[arg-type,return-value]
+
+
 def make_plan(
     net: Network,
     graph: Graph,

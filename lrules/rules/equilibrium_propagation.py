@@ -29,12 +29,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from lrules.constructors import drawn_by, no_transform
 from lrules.engine.distance import depth_of
+from lrules.engine.planning import plan_elsewhere
 from lrules.engine.settling import repeat, residual
 from lrules.extend import (
     Activation,
@@ -43,15 +45,12 @@ from lrules.extend import (
     Handler,
     Plan,
     RuleDescription,
-    as_network,
-    check_params,
     evaluate,
-    make_plan,
     mean_loss,
     passing_names,
     treated,
 )
-from lrules.network import Network, NetworkLike
+from lrules.network import Network
 from lrules.options import is_number, is_positive, is_whole, not_traced, require_flags
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.typing import Loss, Pytree
@@ -134,17 +133,6 @@ def equilibrium_propagation(
         made: Plan = graph.once_for(options, lambda: _plan(options, net, graph, params, inputs))
         return made
 
-    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
-    def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
-        raise ValueError(
-            "equilibrium_propagation nudges the states with the loss, so transform cannot serve it: use "
-            "lrules.value_and_grad(net, loss, rule)"
-        )
-
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
         def fn(
             params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
@@ -175,11 +163,8 @@ def equilibrium_propagation(
 
         return fn
 
-    return Rule(init, transform, value_and_grad, description=RuleDescription(plan))
-
-
-class _Own:
-    """The entry of a layer in the plan: it is not backprop and not a rule with feedback, so refusals count."""
+    transform = no_transform("equilibrium_propagation nudges the states with the loss")
+    return Rule(drawn_by(plan), transform, value_and_grad, description=RuleDescription(plan))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -211,7 +196,7 @@ class _Options:
 
 def _plan(options: _Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
     """Refuses what the rule cannot serve."""
-    own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
+    own = plan_elsewhere(net, graph, params, inputs)
     activations = treated(graph, options.passing)
     for a in activations:
         inside = [s.split(" ")[0] for s in a.scope if s != "scan"]

@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn, get_args
 import jax
 import jax.numpy as jnp
 
-from lrules.constructors import direct
+from lrules.constructors import direct, drawn_by, no_transform
 from lrules.engine.handlers import name_number
 from lrules.engine.landing import at_calls
 from lrules.engine.shardings import Layout, known, may_lie_on_a_mesh, whole
@@ -37,9 +37,7 @@ from lrules.extend import (
     Handler,
     Plan,
     RuleDescription,
-    as_network,
     at_least_float32,
-    check_params,
     evaluate,
     from_heads,
     make_plan,
@@ -51,7 +49,7 @@ from lrules.extend import (
     sent_error,
     split_as,
 )
-from lrules.network import Network, NetworkLike
+from lrules.network import Network
 from lrules.options import ByName, as_initializer, by_name, draw, is_number
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.typing import Initializer, Loss, Numbers, Pytree
@@ -162,17 +160,6 @@ def local_losses(
 
     about = LocalDescription(plan)
 
-    def init_rule(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return about.plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
-    def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
-        raise ValueError(
-            "local_losses needs the targets and the loss, so transform cannot serve it: use "
-            "lrules.value_and_grad(net, loss, rule)"
-        )
-
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
         def fn(
             params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
@@ -193,7 +180,8 @@ def local_losses(
 
         return fn
 
-    return Rule(init_rule, transform, value_and_grad, additive=loss == "prediction", description=about)
+    transform = no_transform("local_losses needs the targets and the loss")
+    return Rule(drawn_by(about.plan), transform, value_and_grad, additive=loss == "prediction", description=about)
 
 
 def _is_factor(value: Any) -> bool:

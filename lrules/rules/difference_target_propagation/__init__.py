@@ -28,11 +28,12 @@ layer, measures the losses of the inverses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from lrules.constructors import drawn_by, no_transform
 from lrules.engine.records import ancestors
 from lrules.extend import (
     Frame,
@@ -42,13 +43,11 @@ from lrules.extend import (
     Product,
     RuleDescription,
     Sequential,
-    as_network,
-    check_params,
     evaluate,
     make_plan,
     mean_loss,
 )
-from lrules.network import Network, NetworkLike
+from lrules.network import Network
 from lrules.options import as_initializer, by_name, is_positive
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.difference_target_propagation.handlers import Above, Noisy, Targets
@@ -161,17 +160,6 @@ def difference_target_propagation(
 
         return graph.once_for(with_inverse, make)
 
-    def rule_init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
-    def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
-        raise ValueError(
-            "difference_target_propagation needs the loss of each example, so transform cannot serve it: use "
-            "lrules.value_and_grad(net, loss, rule)"
-        )
-
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
         def fn(
             params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
@@ -210,7 +198,8 @@ def difference_target_propagation(
 
         return fn
 
-    return Rule(rule_init, transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
+    transform = no_transform("difference_target_propagation needs the loss of each example")
+    return Rule(drawn_by(plan), transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
 
 
 def _by_passes(

@@ -28,8 +28,9 @@ from typing import Any
 
 import jax
 
-from lrules.extend import Graph, Plan, RuleDescription, as_network, check_params, mean_loss, passing_names
-from lrules.network import Network, NetworkLike
+from lrules.constructors import drawn_by
+from lrules.extend import Graph, Plan, RuleDescription, mean_loss, passing_names
+from lrules.network import Network
 from lrules.options import by_name, is_number, is_positive
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.dual_propagation.network import DualNetwork, plan_for
@@ -160,11 +161,6 @@ def dual_propagation(
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         return plan_for(options, net, graph, params, inputs)
 
-    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
     def transform(net: Network, *, reduction: str = "mean") -> Callable[..., Any]:
         if output != "once":
             raise ValueError(
@@ -209,4 +205,5 @@ def dual_propagation(
 
     stochastic = order == "random" or (feedback_rule is not None and feedback_rule.stochastic)
     phase = None if feedback_rule is None else feedback_rule.phase
-    return Rule(init, transform, value_and_grad, stochastic=stochastic, description=RuleDescription(plan), phase=phase)
+    description = RuleDescription(plan)
+    return Rule(drawn_by(plan), transform, value_and_grad, stochastic=stochastic, description=description, phase=phase)

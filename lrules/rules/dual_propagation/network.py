@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
+from lrules.engine.planning import plan_elsewhere
 from lrules.extend import (
     Direct,
     Frame,
@@ -18,7 +19,6 @@ from lrules.extend import (
     Plan,
     all_zeros_at,
     evaluate,
-    make_plan,
     require_description,
     treated,
 )
@@ -30,10 +30,6 @@ from lrules.rules.dual_propagation.levels import levels_of
 from lrules.rules.dual_propagation.options import Options
 from lrules.rules.dual_propagation.states import Dyads, State, units_of, with_damping
 from lrules.typing import AxisName, Pytree
-
-
-class _Own:
-    """The entry of a layer in the plan: it is not backprop and not a rule with feedback, so refusals count."""
 
 
 def plan_for(options: Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
@@ -58,7 +54,7 @@ def _plan(options: Options, net: Network, graph: Graph, params: Pytree, inputs: 
             f"{place}, or give passing={{{listed}}}, so that the error passes through {them} by the derivative"
         )
     check_differences(graph, activations)
-    own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
+    own = plan_elsewhere(net, graph, params, inputs)
     if options.feedback_rule is None:
         return own
     description = require_description(options.feedback_rule, "dual_propagation", "its feedback_rule")

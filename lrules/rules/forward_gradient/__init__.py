@@ -27,8 +27,9 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from lrules.extend import Graph, Plan, RuleDescription, as_network, check_params, require_description
-from lrules.network import Network, NetworkLike
+from lrules.constructors import drawn_by
+from lrules.extend import Graph, Plan, RuleDescription, require_description
+from lrules.network import Network
 from lrules.options import by_name, is_number, is_positive, is_whole
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.forward_gradient import activations, weights
@@ -115,11 +116,6 @@ def forward_gradient(
     if local is not None:
         make = require_description(local, "forward_gradient", "local").plan
 
-    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
     def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
         if net.handlers:
             raise NotImplementedError(
@@ -168,7 +164,7 @@ def forward_gradient(
         return fn
 
     return Rule(
-        init,
+        drawn_by(plan),
         transform,
         value_and_grad if method == "central" or local is not None else None,
         stochastic=True,

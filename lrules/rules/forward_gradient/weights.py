@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from lrules.engine.jaxprs import varying_axes
 from lrules.engine.operations import of
+from lrules.engine.planning import Elsewhere
 from lrules.engine.records import ancestors, reach
 from lrules.extend import Graph, Plan, mean_loss
 from lrules.network import Network, parameter_names
@@ -27,13 +28,9 @@ from lrules.rules.forward_gradient.late import run_late
 from lrules.typing import Loss, Pytree
 
 
-class _Own:
-    """What the rule does at a layer: nothing, because it acts on parameters."""
-
-
 def plan(net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
     """A plan that refuses no network: there is no error that could go a wrong way."""
-    return Plan(graph, dict.fromkeys((layer.site for layer in graph.layers), _Own()), {}, {})  # type: ignore[arg-type]
+    return Plan(graph, dict.fromkeys((layer.site for layer in graph.layers), Elsewhere()), {}, {})  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------- a jvp

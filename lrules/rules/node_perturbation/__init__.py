@@ -24,11 +24,12 @@ pairs of a batch enter B after the forward weights have got their gradients from
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from lrules.constructors import no_transform
 from lrules.extend import (
     Direct,
     Graph,
@@ -153,12 +154,6 @@ def node_perturbation(
             return feedback
         return Feedback({}, {}, made.placed_state(Rows(made).begin(feedback.fixed, ridge), leaves))
 
-    def transform(net: Network, *, reduction: str = "mean") -> NoReturn:
-        raise ValueError(
-            "node_perturbation compares the losses of two forward passes, so transform cannot serve it: use "
-            "lrules.value_and_grad(net, loss, rule)"
-        )
-
     def value_and_grad(net: Network, loss: Loss) -> Callable[..., tuple[tuple[Any, ...], Gradients]]:
         def fn(
             params: Pytree, feedback: Feedback, inputs: Pytree, targets: Pytree, *, rng: jax.Array | None = None
@@ -183,6 +178,7 @@ def node_perturbation(
 
         return fn
 
+    transform = no_transform("node_perturbation compares the losses of two forward passes")
     return Rule(rule_init, transform, value_and_grad, stochastic=True, description=RuleDescription(plan))
 
 

@@ -29,7 +29,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from lrules.constructors import drawn_by
 from lrules.engine.distance import depth_of
+from lrules.engine.planning import plan_elsewhere
 from lrules.engine.settling import repeat, residual
 from lrules.extend import (
     Frame,
@@ -37,13 +39,10 @@ from lrules.extend import (
     Plan,
     RuleDescription,
     all_zeros_at,
-    as_network,
-    check_params,
     evaluate,
-    make_plan,
     mean_loss,
 )
-from lrules.network import Network, NetworkLike
+from lrules.network import Network
 from lrules.options import is_number, is_positive, is_whole, mesh_axes, not_traced, require_flags
 from lrules.rule import Feedback, Gradients, Rule
 from lrules.rules.predictive_coding.states import Place, States, places_of
@@ -128,11 +127,6 @@ def predictive_coding(
         made: Plan = graph.once_for(options, lambda: _plan(options, net, graph, params, inputs))
         return made
 
-    def init(key: jax.Array, net: NetworkLike, params: Pytree, inputs: Pytree) -> Feedback:
-        net = as_network(net)
-        check_params(params)
-        return plan(net, net.graph(params, inputs), params, inputs).init(key, net.parameters(params))
-
     def prepare(net: Network, params: Pytree, feedback: Feedback, inputs: Pytree) -> tuple[_Cut, tuple[Any, ...]]:
         graph = net.graph(params, inputs)
         made = plan(net, graph, params, inputs)
@@ -177,11 +171,7 @@ def predictive_coding(
         return fn
 
     description = RuleDescription(plan)
-    return Rule(init, transform, value_and_grad, additive=tolerance is None, description=description)
-
-
-class _Own:
-    """The entry of a layer in the plan: it is not backprop and not a rule with feedback, so refusals count."""
+    return Rule(drawn_by(plan), transform, value_and_grad, additive=tolerance is None, description=description)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,7 +204,7 @@ class _Options:
 
 def _plan(options: _Options, net: Network, graph: Graph, params: Pytree, inputs: Pytree) -> Plan:
     """Refuses what the rule cannot serve."""
-    own = make_plan(net, graph, params, inputs, lambda name: _Own(), partition=False)  # type: ignore[arg-type,return-value]
+    own = plan_elsewhere(net, graph, params, inputs)
     _, depth = _states(options, graph)
     if options.steps < depth:
         raise ValueError(
