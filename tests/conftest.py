@@ -4,6 +4,8 @@ What is set in the environment already stays as it is: `XLA_FLAGS="--xla_backend
 --xla_cpu_use_fusion_emitters=1" make test` runs everything as users do.
 """
 
+import functools
+import gc
 import os
 import pathlib
 from importlib import metadata
@@ -33,6 +35,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,6 +45,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("lrules", deadline=None, derandomize=True, max_examples=6)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("lrules")
+
+# JAX makes an MLIR context for each program, and loads every dialect into it: the half of the time to lower a small
+# one. The programs of a test file share one context.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+gc.set_threshold(10_000, 20, 20)  # the tests keep millions of objects, and a full collection looks at each
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _after_each_file():
+    """What is left of a file's tests is not collected again; a new context, as one keeps its programs' constants."""
+    yield
+    getattr(mlir.make_ir_context, "cache_clear", lambda: None)()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

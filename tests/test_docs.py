@@ -134,7 +134,12 @@ WITH_PYTHON = [
 ]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON)
+TAUGHT_ON = pytest.mark.xdist_group("writing_rules")  # one process runs the page, and tests its rules
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[TAUGHT_ON] if p == "docs/writing_rules.md" else []) for p in WITH_PYTHON]
+)
 def test_page(page):
     if page == "docs/guides/haiku.md":
         pytest.importorskip("haiku")
@@ -144,12 +149,14 @@ def test_page(page):
 TAUGHT = {"mixed": (), "fading": (), "signs": (), "normalised": (), "limited": ("net", "params", "x")}  # its network
 
 
+@TAUGHT_ON
 @pytest.mark.parametrize("name", mostly_slow(TAUGHT, {"signs"}))
 def test_rules_that_the_page_teaches(name):
     page = run_page("docs/writing_rules.md")
     lrules.testing.check_rule(page[name], *(page[argument] for argument in TAUGHT[name]))
 
 
+@TAUGHT_ON
 def test_all_rules_that_the_page_teaches_are_here():
     rules = {name for name, value in run_page("docs/writing_rules.md").items() if isinstance(value, lrules.Rule)}
     assert rules == TAUGHT.keys() | {"local"}  # which needs classes as its targets

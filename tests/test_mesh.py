@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import lrules
-from tests.sampling import mostly_slow
+from tests.sampling import mostly_slow, pairs
 from tests.test_shapes import QUICK, RULES, half_square
 
 P = PartitionSpec
@@ -166,14 +166,18 @@ def keep(op, w, b, x, d, layer, *, state):
     return op.weight_gradient(w, x, d), op.passed_down(b, x, d), None, state
 
 
-@pytest.mark.parametrize("rule", [
-    lrules.direct_feedback_alignment(), lrules.direct_feedback_alignment(rank=2), lrules.kolen_pollack(),
-    lrules.node_perturbation(0.1, solver="rls", direct=True),
-    lrules.sequential(keep, init=jax.nn.initializers.normal(), state=with_state),
-])  # fmt: skip
-@pytest.mark.parametrize("types", ["EE", "EA", "AE"])
-def test_shardings_are_where_feedback_lies(rule, types):
+LYING = {
+    "direct": lrules.direct_feedback_alignment(), "rank": lrules.direct_feedback_alignment(rank=2),
+    "learned": lrules.kolen_pollack(), "rls": lrules.node_perturbation(0.1, solver="rls", direct=True),
+    "state": lrules.sequential(keep, init=jax.nn.initializers.normal(), state=with_state),
+}  # fmt: skip
+QUICK_LYING = [("EE", "direct"), ("EE", "rls"), ("EA", "rank"), ("EA", "state"), ("AE", "direct"), ("AE", "learned")]
+
+
+@pytest.mark.parametrize(("types", "name"), mostly_slow(pairs(["EE", "EA", "AE"], LYING), QUICK_LYING))
+def test_shardings_are_where_feedback_lies(types, name):
     """Also the states, with the same types under jit and outside."""
+    rule = LYING[name]
     mesh = jax.make_mesh(
         (2, 2), ("batch", "model"), axis_types=tuple({"E": AxisType.Explicit, "A": AxisType.Auto}[t] for t in types)
     )

@@ -116,8 +116,8 @@ MODIFIERS = {
 }
 
 
-# Every family on dense layers, and one of those whose error goes layer by layer and straight on convolutions, too.
-QUICK = [*pairs(["deep"], FAMILIES), ("conv_max", "alignment"), ("conv_max", "direct")]
+# Every family, and convolutions for one of those whose error goes layer by layer, and for one where it goes straight.
+QUICK = [(("conv_max" if family in ("alignment", "direct") else "deep"), family) for family in FAMILIES]
 
 
 @pytest.mark.parametrize(("name", "family"), mostly_slow(pairs(["deep", "conv_max"], FAMILIES), QUICK))
@@ -559,9 +559,13 @@ def test_shard_map(modify):
             bridge.close(jax.jit(sharded)(params, x, y), jax.jit(gradients)(params, x, y))
 
 
-@pytest.mark.parametrize("modify", [lrules.drop_error, lrules.quantize_update])
-@pytest.mark.parametrize("steps", [(), (3,)])
-def test_explicit_mesh(modify, steps):
+SPLIT = {"drop": lambda rule: lrules.drop_error(rule, 0.3), "update": lambda rule: lrules.quantize_update(rule, 3)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "modify"), mostly_slow(pairs([(), (3,)], SPLIT), [((), "drop"), ((3,), "update")])
+)
+def test_explicit_mesh(steps, modify):
     """A batch that is split over explicit mesh axes, as those of `jax.make_mesh` are by default."""
     keys = jax.random.split(KEY, 5)
     params = {"a": jax.random.normal(keys[0], (3, 4)), "b": jax.random.normal(keys[1], (4, 4))}
@@ -573,7 +577,7 @@ def test_explicit_mesh(modify, steps):
         h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, jnp.stack([p["b"]] * 2))[0]
         return h @ p["c"]
 
-    rule = modify(lrules.feedback_alignment(), *((0.3,) if modify is lrules.drop_error else (3,)))
+    rule = SPLIT[modify](lrules.feedback_alignment())
     feedback = rule.init(KEY, apply, params, x)
     step = jax.jit(lrules.value_and_grad(apply, lambda y, t: ((y - t) ** 2).sum(-1), rule))
     rng = {"rng": KEY} if rule.stochastic else {}

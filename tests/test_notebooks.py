@@ -134,7 +134,7 @@ CLAIMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", mostly_slow(NOTEBOOKS, {"your_own_model", "many_devices"}))
+@pytest.mark.parametrize("name", mostly_slow(NOTEBOOKS, {"many_devices"}))
 def test_runs(name):
     """It runs, and what its text says of its results holds."""
     printed = execute(name)

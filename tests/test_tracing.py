@@ -21,6 +21,7 @@ import pytest
 
 import lrules
 from lrules.engine.analysis import Analysis
+from tests.sampling import mostly_slow, pairs
 
 KEY = jax.random.key(0)
 X, Y = jax.random.normal(KEY, (4, 3)), jnp.ones((4, 2))
@@ -212,10 +213,13 @@ def helper(params, x):
     return model(params, x) * GLOBAL
 
 
-@pytest.mark.parametrize("where", closures())
-@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+KINDS = {"jax": jnp.asarray, "numpy": np.asarray}
+IN_TURNS = [(where, list(KINDS)[i % 2]) for i, where in enumerate(closures())]  # the way matters, and the kind
+
+
+@pytest.mark.parametrize(("where", "kind"), mostly_slow(pairs(closures(), KINDS), IN_TURNS))
 def test_what_a_function_closes_over_may_be_replaced(monkeypatch, where, kind):
-    apply, put = closures()[where]
+    (apply, put), kind = closures()[where], KINDS[kind]
     put(kind([[1.0, 1.0]], jnp.float32))
     counted = Counted(monkeypatch, apply)
     rule = lrules.direct_feedback_alignment()

@@ -19,8 +19,8 @@ BACKMAN = (
 )  # fmt: skip
 
 
-# Under direct rules, too, the deepest and the second of two that differ in dtype are as the others.
-DIRECT = tuple(name for name in ZOO if name not in ("linen_resnet18", "nnx_transformer_bfloat16", "nnx_lenet5"))
+# The deepest, and the second of two that differ in dtype or library, are as the others.
+USUAL = tuple(name for name in ZOO if name not in ("linen_resnet18", "nnx_transformer_bfloat16", "nnx_lenet5"))
 
 
 def models(quick=tuple(ZOO)):
@@ -106,7 +106,7 @@ def test_layers(entry):
         assert len([h for h in graph.hidden if not h.mark]) == entry.hidden
 
 
-@models()
+@models(quick=USUAL)
 def test_sequential(entry):
     """FA with the weights as feedback is `jax.grad`; other feedback changes all below; the forward pass is the same."""
     net, params, inputs = build(entry)
@@ -184,7 +184,7 @@ def routes(entry, rule):
     return {row["parameter"]: row["route"] for row in lrules.audit(net, rule, params, inputs).rows}
 
 
-@models()
+@models(quick=USUAL)
 def test_audit(entry):
     """The program of the gradients multiplies error by no parameter that is neither a layer's, a bias nor a scale."""
     found = routes(entry, lrules.feedback_alignment())
@@ -231,7 +231,7 @@ def test_audit_under_every_rule(entry, name):
 NOT_CHECKED = {"tied_autoencoder", "weight_normalisation", "fori_loop"}
 
 
-@models(quick=DIRECT)
+@models(quick=USUAL)
 def test_direct(entry):
     """DFA: every hidden signal gets e.B and nothing else, or the model is refused with a sentence."""
     net, params, inputs = build(entry)

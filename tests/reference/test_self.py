@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.sampling import mostly_slow, pairs
+
 from . import (
     backman,
     backprop,
@@ -1111,6 +1113,9 @@ def test_spread_by_hand():
     np.testing.assert_allclose(local_losses.features(h, spread=False), h.reshape(1, -1))
 
 
+CASES = {"dense": dense_case, "conv": conv_case}
+
+
 def local_parts(net, x, outputs=2):
     """Classifiers, biases and projections of every hidden signal."""
     reads = nets.forward(net, x).reads
@@ -1121,12 +1126,17 @@ def local_parts(net, x, outputs=2):
     return {"classifiers": classifiers, "biases": biases, "projections": projections}
 
 
-@pytest.mark.parametrize("projected", [True, False])
-@pytest.mark.parametrize("kind", ["prediction", "similarity", "both"])
-@pytest.mark.parametrize("case", [dense_case, conv_case])
+@pytest.mark.parametrize(
+    ("case", "kind", "projected"),
+    mostly_slow(
+        [(c, k, p) for c in CASES for k in ("prediction", "similarity", "both") for p in (True, False)],
+        [*(("dense", k, p) for k in ("prediction", "similarity", "both") for p in (True, False)),
+         ("conv", "both", True), ("conv", "similarity", False)],
+    ),
+)  # fmt: skip
 def test_local_losses_are_gradients(case, kind, projected):
     """Each layer gets the gradient of the loss right above it, each local weight that of its own."""
-    net, x, e = case()
+    net, x, e = CASES[case]()
     targets = losses.one_hot(np.arange(len(x)) % 2, 2)
     parts = local_parts(net, x)
     if not projected:
@@ -1438,11 +1448,19 @@ def settled(net, x, targets, loss=losses.softmax_cross_entropy, **options):
     return equilibrium_propagation.gradients(net, x, error_at, **options)
 
 
-@pytest.mark.parametrize("dynamics", ["discrete", "euler"])
-@pytest.mark.parametrize("output", ["state", "readout"])
-@pytest.mark.parametrize("case", [dense_case, conv_case])
+DYNAMICS = pairs(["state", "readout"], ["discrete", "euler"])
+
+
+@pytest.mark.parametrize(
+    ("case", "output", "dynamics"),
+    mostly_slow(
+        [(case, *options) for case in CASES for options in DYNAMICS],
+        [("dense", "state", "euler"), ("dense", "readout", "discrete"), ("conv", "state", "discrete")],
+    ),
+)
 def test_equilibrium_propagation_is_the_gradient_at_the_free_equilibrium(case, output, dynamics):
     """Theorem 1 of Scellier and Bengio: as beta -> 0, with an error of beta, centred of beta^2."""
+    case = CASES[case]
     net, x, _ = case()
     net, x = small(net, 0.2 if case is dense_case else 0.07), 0.5 * x
     targets = losses.one_hot(np.arange(len(x)) % 2, 2)

@@ -99,9 +99,13 @@ def run(net, x, rule, loss=half_squared, targets=None, feedback=NONE, key=KEY):
 # ------------------------------------------------------------------------------------------------------ the reference
 
 
-@pytest.mark.parametrize("directions", [1, 3])
-@pytest.mark.parametrize("method", ["jvp", "central"])
-@pytest.mark.parametrize("case", CASES)
+OPTIONS = mostly_slow(
+    [(case, method, directions) for case in CASES for method in ("jvp", "central") for directions in (1, 3)],
+    [("dense", "jvp", 1), ("dense", "central", 3), ("conv", "jvp", 3), ("conv", "central", 1)],
+)
+
+
+@pytest.mark.parametrize(("case", "method", "directions"), OPTIONS)
 def test_weights(case, method, directions):
     net, x = CASES[case]()
     y, std = targets_of(net, x), 0.03
@@ -115,9 +119,7 @@ def test_weights(case, method, directions):
     bridge.close((value, outputs), (at(outputs), nets.forward(net, x).outputs))
 
 
-@pytest.mark.parametrize("directions", [1, 3])
-@pytest.mark.parametrize("method", ["jvp", "central"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "method", "directions"), OPTIONS)
 def test_activations(case, method, directions):
     net, x = CASES[case]()
     y, std = targets_of(net, x), 0.03

@@ -14,7 +14,7 @@ import lrules
 from tests import bridge
 from tests.reference import feedback_alignment, weight_mirror
 from tests.rules.common import NETS, agrees, by_name, draw, make, pull
-from tests.sampling import mostly_slow
+from tests.sampling import mostly_slow, pairs
 
 PHASES = ["mirror", "estimation"]
 
@@ -137,9 +137,11 @@ def after_the_phase(rule, net, params, x, *, steps=200, rate=0.05):
     return feedback, run(feedback)
 
 
+QUICK = [("mlp", "estimation"), ("conv", "estimation"), ("scanned", "mirror"), ("branched", "mirror")]
+
+
 @pytest.mark.foreign
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "phase"), mostly_slow(pairs(NETWORKS, PHASES), QUICK))
 def test_alignment(name, phase):
     """From random feedback to within ten degrees of the weights (an estimate: to the weights), from noise alone.
 
