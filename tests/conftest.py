@@ -41,7 +41,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples on every run, so that a failure is the change's; compilation would miss any deadline. Few, as each
-# may be a network of its own to compile: `make test-slow` takes the other profile.
+# may be a network of its own to compile: `--hypothesis-profile=thorough` takes the other profile.
 hypothesis.settings.register_profile("lrules", deadline=None, derandomize=True, max_examples=6)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("lrules")

@@ -14,6 +14,7 @@ from flax import nnx
 import lrules
 from lrules.adapters import from_linen, from_nnx
 from lrules.network import Network
+from tests.sampling import mostly_slow, pairs
 
 pytestmark = pytest.mark.foreign
 
@@ -242,10 +243,15 @@ def carried(carry_init):
     return Recurrent(nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("lift", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "checkpoint"])
-@pytest.mark.parametrize("train", [True, False])
+LIFTS = {"eager": lambda f: f, "jit": jax.jit, "checkpoint": jax.checkpoint}
+
+
+@pytest.mark.parametrize(
+    ("lift", "train"), mostly_slow(pairs(LIFTS, [True, False]), [*pairs(LIFTS, [True])[1:], ("eager", False)])
+)
 def test_nnx_keys_that_make_no_random_numbers_do_not_warn(lift, train):
     """A key that is drawn for a carry of zeros, or for dropout that is switched off, reaches no output."""
+    lift = LIFTS[lift]
     model = carried(nnx.initializers.zeros_init())
     if not train:
         model.eval()

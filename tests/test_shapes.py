@@ -9,7 +9,7 @@ from jax import export
 
 import lrules
 from tests import bridge
-from tests.sampling import mostly_slow
+from tests.sampling import mostly_slow, pairs
 from tests.zoo import ZOO, loss
 
 DP, FA, DFA = lrules.dual_propagation, lrules.feedback_alignment(), lrules.direct_feedback_alignment()
@@ -83,11 +83,18 @@ def optional(p, inputs):
     return {"logits": out, "extra": None}, {"state": inputs["state"]}
 
 
-@pytest.mark.parametrize("name", mostly_slow(RULES, QUICK))
-@pytest.mark.parametrize("axes", [0, {"x": 0, "mask": None, "state": None}, {"x": 0, "mask": 0, "state": 0}])
+AXES = {
+    "one": 0,
+    "none of None": {"x": 0, "mask": None, "state": None},
+    "of None": {"x": 0, "mask": 0, "state": 0},
+}
+IN_TURNS = [(name, list(AXES)[i % 3]) for i, name in enumerate([*QUICK, "feedback_alignment"])]
+
+
+@pytest.mark.parametrize(("name", "axes"), mostly_slow(pairs(RULES, AXES), IN_TURNS))
 def test_none(name, axes):
     """None in the inputs, parameters, outputs, aux and targets is no leaf: all is as without it."""
-    rule = RULES[name]
+    rule, axes = RULES[name], AXES[axes]
     targets = {"logits": Y, "weights": None}
     net = lrules.Network(optional, has_aux=True, batch_axes=axes)
     inputs, params = {"x": X, "mask": None, "state": None}, {"net": W | {"bias": None}, "static": None}
@@ -132,11 +139,14 @@ def merged(p, x):
     return jax.nn.relu(h @ p["b"]).reshape(-1, 2, 5).mean(1) @ p["c"]
 
 
-@pytest.mark.parametrize("name", mostly_slow(sorted(RULES.keys() - {"damped"}), QUICK))
-@pytest.mark.parametrize("net", [mlp, merged])
-def test_symbolic_batch(name, net):
+NETS = {"mlp": mlp, "merged": merged}
+BY_NET = [("merged", name) for name in QUICK] + [("mlp", "direct_feedback_alignment")]
+
+
+@pytest.mark.parametrize(("net", "name"), mostly_slow(pairs(NETS, sorted(RULES.keys() - {"damped"})), BY_NET))
+def test_symbolic_batch(net, name):
     """A step exported for any batch gives what it gives for one."""
-    rule, (b,) = RULES[name], export.symbolic_shape("b")
+    net, rule, (b,) = NETS[net], RULES[name], export.symbolic_shape("b")
     feedback, want = gradients(net, rule, W, X, Y, half_square)
 
     def step(p, x, y):
