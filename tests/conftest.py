@@ -48,16 +48,15 @@ hypothesis.settings.load_profile("lrules")
 
 # JAX makes an MLIR context for each program, and loads every dialect into it: the half of the time to lower a small
 # one. The programs of a test file share one context.
-if hasattr(mlir, "make_ir_context"):
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+contexts = mlir.make_ir_context = functools.cache(getattr(mlir, "make_ir_context", object))
 gc.set_threshold(10_000, 20, 20)  # the tests keep millions of objects, and a full collection looks at each
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _after_each_file():
-    """What is left of a file's tests is not collected again; a new context, as one keeps its programs' constants."""
+    """A new context, as one keeps the constants of its programs; what is left of the file is not collected again."""
     yield
-    getattr(mlir.make_ir_context, "cache_clear", lambda: None)()
+    contexts.cache_clear()
     gc.collect()
     gc.freeze()
 

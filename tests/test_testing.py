@@ -197,6 +197,7 @@ def test_weights_that_share_no_error():
         check_rule(rule)
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(reason="coefficients for the last layer, which has its true gradient, are drawn and never used")
 def test_weight_by_weight_uses_what_it_draws():
     check_rule(recipes.weight_by_weight(), skip="local")
