@@ -47,8 +47,10 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("lrules")
 
 # JAX makes an MLIR context for each program, and loads every dialect into it: the half of the time to lower a small
-# one. The programs of a test file share one context.
-contexts = mlir.make_ir_context = functools.cache(getattr(mlir, "make_ir_context", object))
+# one. The programs of a test file share one context, but for those that are lowered while another is.
+own_context = mlir.make_ir_context
+shared_context = functools.cache(own_context)
+mlir.make_ir_context = lambda: shared_context() if mlir.ir.Context.current is None else own_context()
 gc.set_threshold(10_000, 20, 20)  # the tests keep millions of objects, and a full collection looks at each
 
 
@@ -56,7 +58,7 @@ gc.set_threshold(10_000, 20, 20)  # the tests keep millions of objects, and a fu
 def _after_each_file():
     """A new context, as one keeps the constants of its programs; what is left of the file is not collected again."""
     yield
-    contexts.cache_clear()
+    shared_context.cache_clear()
     gc.collect()
     gc.freeze()
 
