@@ -14,9 +14,11 @@ from docs.generate.markdown import table
 RULES: dict[str, lrules.Rule] = {
     "FA": lrules.feedback_alignment(),
     "KP": lrules.kolen_pollack(),
+    "WM": lrules.weight_mirror(),
     "sign": lrules.sign_symmetry(),
     "BackMAN": lrules.backman(),
     "DFA": lrules.direct_feedback_alignment(),
+    "DKP": lrules.direct_kolen_pollack(),
     "mDFA": lrules.monotone_dfa(),
     "DRTP": lrules.random_target_projection(),
     "SBP": lrules.skipped_backprop(),
