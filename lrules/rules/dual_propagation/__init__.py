@@ -65,10 +65,10 @@ def dual_propagation(
 
     The report, `grads.report` of `value_and_grad`, has the number of `iterations` and the `residual` of each. The
     residual of one activation is the norm of the change of s+ and s-, divided by the norm of s+ - s-, both norms over
-    the whole batch. The report has the maximum over the hidden activations, and over the inputs with `input_nudge`; the
-    outputs do not count. It falls to zero if the states converge, and stays around 1 if they do not. In the first
-    iteration it is 1 by definition, except that `"odd_even"` and `"random"` measure it. In iterations that `tolerance`
-    leaves out it is NaN.
+    the whole batch; in a loop each iteration has its own. The report has the maximum over the hidden activations, and
+    over the inputs with `input_nudge`; the outputs do not count. It falls to zero if the states converge, and stays
+    around 1 if they do not. In the first iteration it is 1 by definition, except that `"odd_even"` and `"random"`
+    measure it. In iterations that `tolerance` leaves out it is NaN.
 
     States have the precision of their activation. In half precision the difference of two states is mostly rounding,
     unless beta is large. A difference of values cannot show a derivative that is not that of the function. So the rule

@@ -82,6 +82,7 @@ class DualNetwork:
     Attributes:
       nudged: the inputs that are states, by their place among the leaves of the inputs.
       clean: zeros of the shape of each state.
+      ranks: the rank of each state without the axes of loops; not of inputs, which lie in none.
       units: the numbers of each state.
       readers: the layers that read each state, if there is damping.
       levels, depth: the levels of the states and of the outputs, if the order needs them.
@@ -104,6 +105,7 @@ class DualNetwork:
         self.nudged = _nudged_inputs(options, net, inputs)
         activations = treated(graph, options.passing)
         self.clean = all_zeros_at({a.site: a.output for a in activations})
+        self.ranks = {a.site: a.output.aval.ndim for a in activations if a.output is not None}
         self.clean |= {name: jnp.zeros_like(jax.tree.leaves(inputs)[i]) for i, name in self.nudged.items()}
         names = [*self.clean, *(["outputs"] if options.output == "squared_error" else [])]
         self.units = units_of(options, names, list(self.nudged.values()), batch)

@@ -45,7 +45,7 @@ def gradients(
 
     def iterate(carry: Any, key: Any) -> tuple[Any, Any]:
         new = sweeps.iterate(carry, key)
-        return new, residual(carry[0], new[0], options.axis_name)
+        return new, residual(carry[0], new[0], options.axis_name, network.ranks)
 
     (state, error), report = repeat(
         iterate, (state, error), keys, done=done, iterations=options.iterations, least=network.depth,

@@ -13,7 +13,7 @@ import lrules
 from lrules.rules.dual_propagation.levels import levels_of
 from tests import bridge
 from tests.reference import dual_propagation as reference
-from tests.rules.dual_propagation.common import NO_FEEDBACK, expected, half_squared, stacked, targets_of
+from tests.rules.dual_propagation.common import NO_FEEDBACK, computed, expected, half_squared, stacked, targets_of
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -26,6 +26,8 @@ def test_loops(order):
     fn = lrules.value_and_grad(apply, half_squared, lrules.dual_propagation(**options))
     _, grads = jax.jit(fn)(params, NO_FEEDBACK, jnp.asarray(x), jnp.asarray(targets_of(net, x)))
     bridge.close(grads.params, {"w": np.stack(want.kernels[:-1]), "out": want.kernels[-1]})
+    _, chain = computed(net, x, **options)  # whose states have a residual each
+    np.testing.assert_allclose(grads.report["residual"], chain.report["residual"], rtol=1e-10)
     f = lrules.transform(apply, lrules.dual_propagation(**options))
     np.testing.assert_array_equal(
         jax.jit(f)(params, NO_FEEDBACK, jnp.asarray(x)), jax.jit(apply)(params, jnp.asarray(x))

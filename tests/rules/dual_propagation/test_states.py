@@ -1,12 +1,27 @@
 """Two values at each activation, against explicit states in NumPy."""
 
+import re
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lrules
+from lrules.rules.dual_propagation.states import Unit
 from tests import bridge
 from tests.reference import dual_propagation as reference
 from tests.reference import nets
-from tests.rules.dual_propagation.common import VARIANTS, computed, conv, dense, expected, refused
+from tests.rules.dual_propagation.common import (
+    NO_FEEDBACK,
+    VARIANTS,
+    computed,
+    conv,
+    dense,
+    expected,
+    half_squared,
+    refused,
+)
 from tests.sampling import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -77,3 +92,33 @@ def test_names_without_a_number_and_numbers_without_a_name():
         beta={"elu$": 0.5, "elu": 0.1, ".*": 0.1},
         net=dense(0, ("tanh", "tanh")),
     )
+
+
+def test_the_error_that_goes_down():
+    """It is (s- - s+) / (n beta) bit for bit, also where both are the same, and where they are not finite."""
+    plus = np.float32([0.3, -0.0, 0.0, 7.0, 1e-30, np.inf, np.inf, np.nan])
+    minus = np.float32([0.1, 0.0, -0.0, 7.0, 0.0, np.inf, 1.0, 1.0])
+    unit = Unit(0.5, True, 1.0, 0.25, 2)
+    with np.errstate(invalid="ignore"):
+        want = (minus - plus) / np.float32(unit.scale)
+    np.testing.assert_array_equal(unit.error(jnp.asarray(plus), jnp.asarray(minus)), want)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about XLA for CPUs")
+def test_each_error_is_computed_once():
+    """Not again for each of its readers: two products and the sum over the batch, which is the gradient of a bias."""
+    size = {"a1": (16, 64), "a2": (64,), "a3": (64, 16)}
+    params = {name.replace("a", block): jnp.ones(shape) for block in "ab" for name, shape in size.items()}
+
+    def net(w, x):
+        for k in "ab":
+            x = x + jax.nn.gelu(x @ w[f"{k}1"] + w[f"{k}2"][None, None]) @ w[f"{k}3"]
+        return x
+
+    def loss(outputs, targets):
+        return half_squared(outputs, targets).mean(-1)
+
+    x = jnp.ones((8, 16, 16))
+    step = jax.jit(lrules.value_and_grad(net, loss, lrules.dual_propagation()))
+    text = step.lower(params, NO_FEEDBACK, x, x).compile().as_text()
+    assert len(re.findall(r' (?:multiply|divide)\([^\n]*renew\)+/div"', text)) == 2  # for two activations
