@@ -3,6 +3,10 @@
 All signals could be made at once, as they wait only for the output error. XLA's scheduler for CPUs does that, and then
 all of them are in memory together. Here each signal waits for the gradients of the layers above it, so that they, and
 the hidden signals that they were made from, are free again before the next signal is made.
+
+For the weight gradient of a convolution XLA for CPUs copies its input into another layout. The copy waits for nothing,
+so XLA makes it in the forward pass, and then it lies in memory beside the input. Here these inputs wait for their
+signals, too.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.jaxprs import bind, is_literal, open_jaxpr
+from lrules.engine.operations import of
 from lrules.engine.reshapes import moved
 from lrules.typing import Pytree
 
@@ -67,18 +72,29 @@ def pulled(
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars[: len(given)]], [*consts, *given], strict=True))
     names = dict(zip(jaxpr.invars[len(given) :], sorted(signals), strict=True))
     results = {v for v in jaxpr.outvars if not is_literal(v)}
+    shapes_of_signals = {signal.shape for signal in signals.values()}
+    hidden = {v for v in jaxpr.constvars if v.aval.shape in shapes_of_signals}
     formed: list[Any] = []
+    latest: list[Any] = []
 
     def read(atom: Any) -> Any:
         if is_literal(atom):
             return atom.val
         if atom not in env:
             env[atom] = make(names[atom], formed)
+            latest[:] = [env[atom]]
             formed.clear()
         return env[atom]
 
+    def waiting(atom: Any) -> Any:
+        value = read(atom)
+        return after(value, latest) if not is_literal(atom) and atom in hidden else value
+
     for eqn in _by_signal(jaxpr.eqns, names):
-        made = bind(eqn, [read(v) for v in eqn.invars])
+        arguments = [read(v) for v in eqn.invars]  # all of them first, because one of them may be the signal
+        if of(eqn).name == "conv_general_dilated":
+            arguments = [waiting(v) for v in eqn.invars]
+        made = bind(eqn, arguments)
         env.update(zip(eqn.outvars, made, strict=True))
         formed += [x for v, x in zip(eqn.outvars, made, strict=True) if v in results]
     return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in jaxpr.outvars])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lrules
-from lrules.engine import chained
+from lrules.engine import chained, operations
 from tests.small import KEY, W, X, half_square, mlp
 
 RULES = {
@@ -59,6 +59,34 @@ def test_the_numbers_stay_the_same(monkeypatch, name, apply):
             found.append(step_of(apply, rule)(W, feedback, X, Y))
     for got in found[1:]:
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got, found[0])
+
+
+def test_inputs_of_convolutions_wait_too(monkeypatch):
+    """The same numbers, with less memory: the copies for the weight gradients are not made in the forward pass."""
+
+    def net(params, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        for w in params["convs"]:
+            x = jax.nn.relu(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dims))
+        return x.mean((1, 2)) @ params["out"]
+
+    keys = jax.random.split(KEY, 6)
+    convs = [jax.random.normal(key, (3, 3, 8, 8)) / 8 for key in keys[:4]]
+    params, x = {"convs": convs, "out": jnp.ones((8, 3))}, jax.random.normal(keys[4], (16, 16, 16, 8))
+    wait(monkeypatch, True)
+    for rule in (RULES["direct"], RULES["adaptive"]):
+        feedback = rule.init(KEY, net, params, x)
+        found = []
+        for waits in (True, False):
+            if not waits:
+                monkeypatch.setattr(chained, "of", lambda eqn: operations.Row("another"))
+            compiled = jax.jit(step_of(net, rule)).lower(params, feedback, x, jnp.ones((16, 3))).compile()
+            found.append((compiled(params, feedback, x, jnp.ones((16, 3))), compiled.memory_analysis()))
+        monkeypatch.undo()
+        wait(monkeypatch, True)
+        (got, ours), (want, without) = found
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got, want)
+        assert ours.temp_size_in_bytes <= without.temp_size_in_bytes - x.nbytes
 
 
 def test_infinite_gradients_above_leave_the_signals_below_as_they_are(monkeypatch):
