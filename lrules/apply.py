@@ -217,7 +217,8 @@ def feedback_grad(net: NetworkLike, rule: Rule) -> FeedbackGrad:
       (in a partition). Give the phase an optimizer of its own.
 
     Raises:
-      ValueError: the rule has no such phase. When fn is called: `rng` is missing, or the phase does not use it.
+      ValueError: the rule has no such phase. When fn is called: there are no examples, `rng` is missing, or the phase
+        does not use it.
       NotImplementedError: when fn is called: the network has an operation that the rule cannot serve.
 
     Example:
@@ -245,6 +246,7 @@ def feedback_grad(net: NetworkLike, rule: Rule) -> FeedbackGrad:
     def fn(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> dict[str, jax.Array]:
         require_feedback(feedback)
         check_params(params)
+        net.batch_size(inputs)  # which refuses an empty batch: the means over it would be NaN
         about = require_description(phase, "feedback_grad", "the phase of this rule")
         taught = about.plan(net, net.graph(params, inputs), params, inputs).feedback_shapes()
 

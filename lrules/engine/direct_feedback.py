@@ -142,12 +142,19 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
         plan.direct_feedback[hidden.name] = landing
         total += landing.nbytes
         if total > spec.max_feedback_bytes:
-            offered = [option for option in spec.offers if option != "storage" or spec.learn is None]
+            offered = [option for option in spec.offers if option not in _unavailing(spec)]
             raise ValueError(
                 f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
                 f"max_feedback_bytes={spec.max_feedback_bytes:,}: "
                 + ", or ".join(["raise max_feedback_bytes", *(SMALLER[option] for option in offered)])
             )
+
+
+def _unavailing(spec: Direct) -> set[str]:
+    """The options that cannot make the feedback of a rule smaller."""
+    if spec.storage == "recomputed":  # a key for each hidden signal, whatever the shapes are
+        return {"shared_axes", "rank", "storage"}
+    return set() if spec.learn is None else {"storage"}
 
 
 def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:

@@ -17,7 +17,7 @@ mean the same for layers of all kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -63,7 +63,8 @@ def weight_mirror(
       init: the initializer of the feedback weights, `init(key, shape, dtype)`; it draws each layer's
         `[fan_in, fan_out]`. Default `jax.nn.initializers.glorot_normal()`.
       std: the standard deviation of the noise; or a dict of such numbers by regular expression (`re.search` on the name
-        of the layer, the first match holds). `jax.jit` and `jax.vmap` may trace them.
+        of the layer, the first match holds). Layers that read data get no noise, and need no number. `jax.jit` and
+        `jax.vmap` may trace them.
       decay: the decay of the feedback weights in the phase, a number or numbers by layer; for `phase="mirror"` only.
         B goes to `std**2 / decay` times W.
       noise: `(key, shape, dtype)` -> numbers with mean 0 and variance 1, such as `jax.random.rademacher`.
@@ -77,7 +78,8 @@ def weight_mirror(
     Raises:
       TypeError: `init` or `noise` is not a function.
       ValueError: an option does not fit its description, or `decay` is given for `phase="estimation"`. At use: a
-        pattern in `std` or `decay` matches no layer, or the noise does not have the shape that the rule asks for.
+        pattern in `std` or `decay` matches no layer, a layer that gets noise has no number, or the noise does not have
+        the shape that the rule asks for.
 
     Example:
       >>> import jax, jax.numpy as jnp, lrules
@@ -127,6 +129,7 @@ def weight_mirror(
     ) -> tuple[Any, Any, Any]:
         if layer.reads is None:  # nothing goes down from here
             return None, None, jnp.zeros_like(b)
+        _require_numbers(layer, std=std, decay=decay)
         xi = noisy(x, rng, std, layer)
         mirrored = _mean_product(op, w, xi, op(w, xi))
         db = jnp.asarray(decay).astype(b.dtype) * jnp.conj(b) - mirrored.astype(b.dtype)
@@ -137,13 +140,14 @@ def weight_mirror(
     ) -> tuple[Any, Any, Any]:
         if layer.reads is None:
             return None, None, jnp.zeros_like(b)
+        _require_numbers(layer, std=std)
         xi = noisy(x, rng, std, layer)
         difference = op(b.astype(w.dtype), xi) - op(w, xi)  # of responses: a product may round its weight
         return None, _zeros(x), _one_of(layer, _mean_product(op, w, xi, difference).astype(b.dtype))
 
-    numbers: dict[str, Any] = {"std": std}
+    numbers: dict[str, Any] = {"std": _or_none(std)}
     if phase == "mirror":
-        numbers["decay"] = decay
+        numbers["decay"] = _or_none(decay)
     elif not is_number(decay) or isinstance(decay, jax.core.Tracer) or decay != 1:
         raise ValueError('decay belongs to phase="mirror": leave it out, as the estimate goes to W by itself')
     own = sequential(mirror if phase == "mirror" else estimate, init=draw, learned=True, numbers=numbers)
@@ -154,6 +158,19 @@ def _backward(
     op: Product, w: jax.Array, b: jax.Array, x: Any, d: jax.Array, layer: Layer
 ) -> tuple[Any, Any, jax.Array]:
     return op.weight_gradient(w, x, d), op.passed_down(b, x, d), jnp.zeros_like(b)
+
+
+def _or_none(numbers: Numbers) -> Any:
+    """The numbers, with None for layers that match no pattern: a layer that reads data needs no number."""
+    return {**numbers, "": numbers.get("")} if isinstance(numbers, Mapping) else numbers
+
+
+def _require_numbers(layer: Layer, **numbers: Any) -> None:
+    for option, number in numbers.items():
+        if number is None:
+            raise ValueError(
+                f"{option}: no pattern matches the layer {layer.name!r}: add one, such as '.*', at the end"
+            )
 
 
 def _mean_product(op: Product, w: jax.Array, xi: Pytree, y: jax.Array) -> jax.Array:

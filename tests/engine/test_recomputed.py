@@ -220,3 +220,6 @@ def test_refusals():
     with pytest.raises(ValueError) as caught:
         lrules.direct_feedback_alignment(adaptive=True, max_feedback_bytes=1).init(KEY, mlp, W, X)
     assert "recomputed" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"raise max_feedback_bytes, or let it land at fewer places \(at=\)$"):
+        direct(max_feedback_bytes=9).init(KEY, mlp, W, X)
+    direct(max_feedback_bytes=9, at="c$").init(KEY, mlp, W, X)

@@ -172,6 +172,24 @@ def test_where_the_mirror_settles():
         np.testing.assert_allclose(each.angle, wanted, rtol=0.15)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_only_layers_that_get_noise_need_numbers(phase):
+    net, x, _ = make("deep")
+    feedback, _ = draw(lrules.weight_mirror(), net, x)
+    first, second, *_ = bridge.parameters(net)
+    others = f"^(?!{first}/)"
+    numbers = [{"std": 0.5}, {"std": {others: 0.5}}, {"std": {"": 0.5}}, {"std": {first: 9.0, ".*": 0.5}}]
+    if phase == "mirror":
+        numbers.append({"std": 0.5, "decay": {others: 1.0}})
+    want, *same = [taught(net, lrules.weight_mirror(phase=phase, **given), feedback, x) for given in numbers]
+    for got in same:
+        bridge.close(got, want)
+    with pytest.raises(ValueError, match=f"std: no pattern matches the layer '{second}/kernel': add one"):
+        taught(net, lrules.weight_mirror(phase=phase, std={f"^(?!({first}|{second})/)": 0.5}), feedback, x)
+    gradient = lambda std: taught(net, lrules.weight_mirror(phase=phase, std={others: std}), feedback, x)  # noqa: E731
+    bridge.close(jax.jit(gradient)(0.5), want)
+
+
 # ---------------------------------------------------------------------------------------------------------- the phase
 
 
@@ -456,6 +474,8 @@ def test_refusals():
         taught(net, flat, feedback, x)
     with pytest.raises(ValueError, match="std: 'head' matches no layer"):
         taught(net, lrules.weight_mirror(std={"head": 1.0, ".*": 2.0}), feedback, x)
+    with pytest.raises(ValueError, match="the batch is empty, and the rule needs at least one example"):
+        taught(net, rule, feedback, x[:0])
     with pytest.raises(ValueError, match="give it a new key at every step"):
         lrules.feedback_grad(bridge.apply_of(net), rule)(bridge.parameters(net), feedback, jnp.asarray(x))
     with pytest.raises(ValueError, match="this rule has no phase"):
