@@ -3,12 +3,14 @@
     python -m experiments.benchmark --quick            # small models: about four minutes on two cores
     python -m experiments.benchmark                    # the full models: for a GPU; more than an hour on two cores
     python -m experiments.benchmark --models=mlp --rules="feedback_alignment,backman(alpha=0.5)" --repeats=30
+    python -m experiments.benchmark --models=wide --batch=1024 --rules="dfa,dfa(storage='recomputed')"
 
 A step is the loss and its gradient, jitted, without an optimizer. Each round times every rule next to the plain step.
 A ratio is the median over the rounds of rule over plain, with the quartiles; the quartiles of plain over plain show how
-quiet the machine was. A modifier is also compared with the rule that it modifies. Memory is the memory that the
-compiled step allocates, for outputs and temporaries. The user holds the feedback weights beside the parameters, so they
-have their own column. The program writes metrics.json, table.csv and benchmark.png.
+quiet the machine was. A modifier is also compared with the rule that it modifies, and feedback that is drawn again with
+stored feedback. Memory is the memory that the compiled step allocates, for outputs and temporaries. The user holds the
+feedback weights beside the parameters, so they have their own column. The program writes metrics.json, table.csv and
+benchmark.png.
 """
 
 import math
@@ -31,7 +33,7 @@ FLAGS = flags.FLAGS
 
 
 class Case(NamedTuple):
-    """A model of `models.py` and the shape of its inputs; `widths` are for the MLP.
+    """A model of `models.py` and the shape of its inputs; with `widths` it is the MLP.
 
     With `blocks` it is the transformer of `transformer.py`, which reads tokens and predicts the next ones; `widths` has
     its width.
@@ -41,12 +43,13 @@ class Case(NamedTuple):
     batch: int
     widths: tuple[int, ...] = ()
     blocks: int = 0
+    classes: int = 10
 
     def describe(self, model: str) -> str:
         if self.blocks:
             inside = f"{self.blocks} blocks of width {self.widths[0]}"
             return f"{model}, {inside}, {self.shape[0]} tokens, batch {self.batch}"
-        inside = f" {'-'.join(map(str, (math.prod(self.shape), *self.widths, 10)))}" if self.widths else ""
+        inside = f" {'-'.join(map(str, (math.prod(self.shape), *self.widths, self.classes)))}" if self.widths else ""
         return f"{model}{inside}, inputs {'x'.join(map(str, self.shape))}, batch {self.batch}"
 
     def maker(self, model: str, dtype: str) -> Callable[[Any], Any]:
@@ -56,7 +59,8 @@ class Case(NamedTuple):
             sizes: dict[str, Any] = {"blocks": self.blocks, "width": self.widths[0], "dtype": jnp.dtype(dtype)}
             return lambda rngs: transformer.Transformer(VOCABULARY, tokens, rngs=rngs, **sizes)
         options: dict[str, Any] = {"widths": self.widths, "activation": "relu", "dtype": jnp.dtype(dtype)}
-        return lambda rngs: models.build(model, self.shape, 10, rngs=rngs, **options)
+        name = "mlp" if self.widths else model
+        return lambda rngs: models.build(name, self.shape, self.classes, rngs=rngs, **options)
 
     def examples(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Random inputs and targets, from two keys."""
@@ -64,7 +68,7 @@ class Case(NamedTuple):
             x = jax.random.randint(keys[0], (self.batch, *self.shape), 0, VOCABULARY)
             return x, jnp.roll(x, -1, 1)
         x = jax.random.uniform(keys[0], (self.batch, *self.shape))
-        return x, jax.random.randint(keys[1], (self.batch,), 0, 10)
+        return x, jax.random.randint(keys[1], (self.batch,), 0, self.classes)
 
 
 VOCABULARY = 256  # of the transformer
@@ -74,6 +78,7 @@ FULL = {
     "vgg16": Case((32, 32, 3), 64),
     "resnet18": Case((32, 32, 3), 64),
     "transformer": Case((64,), 16, (512,), blocks=4),
+    "wide": Case((28, 28, 1), 128, (512,) * 3, classes=20_000),
 }
 QUICK = {
     "mlp": Case((28, 28, 1), 256, (500,) * 4),
@@ -81,7 +86,9 @@ QUICK = {
     "vgg16": Case((32, 32, 3), 4),
     "resnet18": Case((8, 8, 3), 8),
     "transformer": Case((16,), 4, (64,), blocks=2),
+    "wide": Case((28, 28, 1), 32, (64,) * 3, classes=2000),
 }
+ASKED_FOR = ("wide",)  # it is for feedback that is drawn again: only --models=wide measures it
 
 
 # The program also times these by default, after every rule without a required argument.
@@ -113,7 +120,7 @@ class Step(NamedTuple):
 class Row(NamedTuple):
     """One rule on one model. Ratios are to plain `jax.value_and_grad`: (median, lower quartile, upper quartile).
 
-    `over_rule` is the median ratio of a modifier's step time to that of the rule that it modifies.
+    `over_rule` is the median ratio of a modifier's step time to that of the rule that it modifies (`rules.modified`).
     """
 
     step_seconds: float
@@ -297,7 +304,9 @@ def table(rows: Mapping[str, Row]) -> str:
 def main() -> None:
     chosen = rules.select(FLAGS.rules or ",".join([*rules.argument_free_rules(), *FURTHER]))
     cases = QUICK if FLAGS.quick else FULL
-    names: Sequence[str] = FLAGS.models or list(cases)
+    names: Sequence[str] = FLAGS.models or [name for name in cases if name not in ASKED_FOR]
+    if FLAGS.batch:
+        cases = {name: case._replace(batch=FLAGS.batch) for name, case in cases.items()}
     for name in names:
         if name not in cases:
             raise InputError(f"There is no model '{name}' in the benchmark: {nearest(name, cases)}")
@@ -356,8 +365,9 @@ def write(
 
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "Smaller models and batches.")
-    flags.DEFINE_list("models", None, f"Some of {', '.join(FULL)} (default: all).")
+    flags.DEFINE_list("models", None, f"Some of {', '.join(FULL)} (default: all but the last).")
     flags.DEFINE_string("rules", None, "Rules separated by commas (default: every rule, and some variants).")
+    flags.DEFINE_integer("batch", None, "The batch (default: that of each model).", lower_bound=1)
     flags.DEFINE_integer("repeats", None, "Rounds of timing (default: 20, 5 with --quick).", lower_bound=1)
     flags.DEFINE_integer("compile_repeats", None, "Rounds of compiling (default: 3, 1 with --quick).", lower_bound=1)
     flags.DEFINE_bool("processor_time", False, "Time steps by processor time of all cores, for a machine that is busy.")

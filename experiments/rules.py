@@ -145,11 +145,21 @@ def _owner(tree: ast.expr, option: str, expression: str) -> ast.AST:
 
 
 def modified(expression: str) -> str | None:
-    """The rule that an expression modifies, as text: `fa` of `sign_error(fa)`; None if it is not a modifier."""
+    """The rule that an expression modifies, as text: `fa` of `sign_error(fa)`; None if it is not a modifier.
+
+    Feedback that is drawn again counts as a modifier: it is `dfa` of `dfa(storage='recomputed')`.
+    """
     match ast.parse(expression, mode="eval").body:
         case ast.Call(func=ast.Name(id=name), args=[rule, *_]) if name in modifiers():
             return ast.unparse(rule)
+        case ast.Call(func=func, args=args, keywords=keywords) if any(map(_recomputes, keywords)):
+            rest = [keyword for keyword in keywords if not _recomputes(keyword)]
+            return ast.unparse(ast.Call(func, args, rest) if args or rest else func)
     return None
+
+
+def _recomputes(keyword: ast.keyword) -> bool:
+    return keyword.arg == "storage" and isinstance(keyword.value, ast.Constant) and keyword.value.value == "recomputed"
 
 
 def select(expressions: str | None) -> dict[str, lrules.Rule]:

@@ -138,6 +138,17 @@ def test_benchmark_program(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 2 and is_png(tmp_path / "benchmark.png")
 
 
+def test_benchmark_of_feedback_that_is_drawn_again(tmp_path):
+    """The command of docs/speed.md, with smaller sizes."""
+    flags = ["--quick", "--models=wide", "--batch=8", "--repeats=1", "--compile_repeats=1"]
+    done = fork("benchmark", *flags, "--rules=dfa,dfa(storage='recomputed')", f"--output={tmp_path}")
+    assert done.returncode == 0 and "784-64-64-64-2000, inputs 28x28x1, batch 8" in done.stdout, done.stderr
+    found = results(tmp_path)["models"]["wide"]["rules"]
+    assert (found["dfa"]["feedback_bytes"], found["dfa"]["over_rule"]) == (4 * 3 * 64 * 2000, None)
+    drawn_again = found["dfa(storage='recomputed')"]
+    assert drawn_again["feedback_bytes"] == 3 * 8 and drawn_again["over_rule"] > 0
+
+
 def test_tracing_program(tmp_path):
     flags = ["--models=mlp 8,transformer in a scan", "--rules=backprop,node_perturbation(std=0.1)", "--repeats=1"]
     done = fork("tracing", *flags, "--compile", f"--output={tmp_path}")

@@ -115,6 +115,8 @@ def test_malformed_list(expressions):
 
 def test_modified_rule():
     assert rules.modified("drop_error(fa(init=normal(0.1)), 0.5)") == "fa(init=normal(0.1))"
+    assert rules.modified("dfa(storage='recomputed')") == "dfa" and rules.modified("dfa(storage='stored')") is None
+    assert rules.modified("dfa(rank=3, storage='recomputed')") == "dfa(rank=3)"
     assert rules.modified("backprop") is None and rules.modified("partition({'.*': backprop})") is None
 
 
