@@ -100,6 +100,13 @@ def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Ma
     return result | {"curves": curves}
 
 
+def with_error(found: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The figures of a job, with "error", one minus the accuracy; for tables of papers that give errors."""
+    if found is None:
+        return None
+    return {**found, "error": {"by_seed": 1 - np.asarray(found["accuracy"]["by_seed"])}}
+
+
 def kept_epochs(epochs: int, points: int = POINTS) -> np.ndarray:
     """The epochs that curves keep, from 1; the first and the last are among them."""
     return np.unique(np.linspace(0, epochs - 1, min(points, epochs)).round().astype(int)) + 1

@@ -1,0 +1,1 @@
+"""Akrout, Wilson, Humphreys, Lillicrap and Tweed, Deep learning without weight transport (2019)."""
