@@ -1,0 +1,1 @@
+"""Lee, Zhang, Fischer and Bengio, Difference target propagation (2015)."""

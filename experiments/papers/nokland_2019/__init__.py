@@ -1,0 +1,1 @@
+"""Nokland and Eidnes, Training neural networks with local error signals (2019)."""

@@ -1,0 +1,1 @@
+"""Scellier and Bengio, Equilibrium propagation (2017)."""

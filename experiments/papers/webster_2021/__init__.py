@@ -1,0 +1,1 @@
+"""Webster, Choi and Ahn, Learning the connections in direct feedback alignment (2021)."""
