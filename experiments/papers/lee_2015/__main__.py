@@ -104,8 +104,8 @@ TABLE = Table(
     shown=(cells.Shown(label="accuracy"), cells.Shown("angle", "angle", 1, 1)),
     notes="""We had no copy of the paper's table, so there are no numbers of the paper here. FA and the last layer alone
 show how much of the accuracy needs a good way down. The rules beyond the paper have the noise 0.1, and Jacobians
-inverses without tanh, as on the page of the rule. Inverses that learn Jacobians give the smallest angle, and yet not the
-best accuracy. With the noise 0.36 and tanh, inverses that learn differences had 87.88 ± 2.87 and those that learn
+inverses without tanh, as on the page of the rule. Inverses that learn Jacobians give the smallest angle, but not
+the best accuracy. With the noise 0.36 and tanh, inverses that learn differences had 87.88 ± 2.87 and those that learn
 Jacobians 91.47 ± 0.50 (5 epochs, 2 seeds).""",
 )
 

@@ -111,9 +111,9 @@ TABLE = Table(
     ],
     notes="""The README writes the spread of four seeds as 0.002 to 0.006; we take it as a part of one, 0.2 to 0.6%.
 
-After one epoch the order of BP, DKP and DFA is that of the authors after 50. Feedback as large as theirs makes hidden
-gradients three to five times those of BP in the first step. Errors of length one keep them so, even where an example is
-right, and then the net learns little in an epoch.""",
+After one epoch the order of BP, DKP and DFA is that of the authors after 50. With their feedback, the hidden gradients
+of DFA are two to five times those of BP in the first step. Errors of length one do not shrink where an example is
+right, and with them the net is far behind DFA.""",
 )
 
 HEADING = "Webster, Choi and Ahn (2021): learning the connections in direct feedback alignment"
