@@ -28,7 +28,7 @@ The inverses learn from noise, layer by layer, with W held:
 xi and zeta come with their standard deviation in them; the loss is a mean over the batch, and is divided by `variance`
 where that is wanted ("jacobian" in the paper: 1 / sigma^2).
 
-What follows (tests/reference/test_self.py). Linear invertible layers with exact inverses: t_k - h_k = -eta J_k^-1 e,
+What follows (its test shows it). Linear invertible layers with exact inverses: t_k - h_k = -eta J_k^-1 e,
 J_k from h_k to the outputs: Gauss-Newton targets. V_k = W_k, phi the identity, small eta or not: backpropagation
 without the f' of the layers in between (`skipped_backprop`); in linear nets backpropagation.
 

@@ -13,7 +13,7 @@ step of gradient descent at rate eta with weight decay gamma on kernels and feed
 
     W <- W - eta (dW + gamma W),   B <- B - eta (dB + gamma B)
 
-What follows from it (tests/reference/test_self.py):
+What follows from it (tests/reference/test_direct_feedback.py):
 
 - The signal under a linear top layer: dB_{L-1} is the transpose of dW_{L-1}, so W_{L-1}^T - B_{L-1} shrinks by
   1 - eta gamma each step; with one hidden layer DKP is Kolen-Pollack.
