@@ -57,7 +57,7 @@ def _numbers(folder: pathlib.Path, cell: Cell, shown: Sequence[Shown], remarks: 
         paper, values = cell.paper.get(figure.name), None if found is None else found.values(figure.name)
         texts.append("-" if paper is None else f"{paper[0]:g}" + ("" if paper[1] is None else f" ± {paper[1]:g}"))
         if found is None or values is None:
-            texts += ["-" if cell.quoted else MISSING, ""]
+            texts += [MISSING if found is None and not cell.quoted else "-", ""]  # a measured cell may lack a figure
             continue
         figures = results.statistics(values)
         mean = figures["mean"] * figure.unit
@@ -147,7 +147,7 @@ def data(table: Table, found: Sequence[Found]) -> list[tuple[Any, ...]]:
 
 
 def comparison(table: Table, found: Sequence[Found]) -> Figure:
-    """A row for each cell: ours with one sd (filled; hollow where reduced) and the paper's number (a bar)."""
+    """A row for each cell: ours with one sd (filled; hollow where reduced) and the paper's number (a bar), if any."""
     made = Figure(figsize=(4 + 4 * len(table.shown), 1.2 + 0.24 * len(found)), dpi=130, layout="constrained")
     axes = made.subplots(1, len(table.shown), sharey=True, squeeze=False)[0]
     ours, papers = plots.COLOURS[:2]
@@ -163,8 +163,9 @@ def comparison(table: Table, found: Sequence[Found]) -> Figure:
         axis.set(xlabel=figure.label or table.title, yticks=range(len(found)), yticklabels=[f.cell.name for f in found])
         axis.grid(alpha=0.3)
     axes[0].set_ylim(len(found) - 0.4, -0.6)
-    axes[0].errorbar([], [], fmt="|", color=papers, markersize=11, label="paper ± sd")
-    axes[0].errorbar([], [], fmt="o", color=ours, label="ours ± sd (hollow: reduced)")
+    if any(each.cell.paper for each in found):
+        axes[0].errorbar([], [], fmt="|", color=papers, markersize=11, label="paper ± sd")
+    axes[0].errorbar([], [], fmt="o", color=ours, label="ours ± sd (hollow: fewer epochs or seeds)")
     handles = axes[0].get_legend_handles_labels()
     made.legend(*handles, loc="outside upper right", ncols=2, frameon=False, fontsize="small")
     return made

@@ -13,8 +13,9 @@ there are similarities. Images are normalised, and shifted by up to two pixels. 
 with the rate 5e-4, which is divided by four after epochs 50, 75, 89 and 94 of 100. beta is 0.99. As in the program, a
 local loss reads the hidden layer before dropout.
 
-We differ in one point: what the local losses learn begins with Glorot's normal weights, as is usual in this library. In
-the program predictions begin at zero, and similarities with uniform weights within 1 / sqrt(fan-in).
+We differ in these points. What the local losses learn begins with Glorot's normal weights, as is usual in this library,
+and has no biases. In the program predictions begin at zero, have biases, and similarities begin with uniform weights
+within 1 / sqrt(fan-in). Our biases begin at 0, those of the program uniform as the weights.
 
 Time: an epoch takes 12 seconds on one core, with similarities 30.
 """

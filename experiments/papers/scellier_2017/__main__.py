@@ -14,8 +14,9 @@ layer) and 0.05 (second).
 
 We differ in these points. In the program the sign of beta is drawn for each batch; here one row always has +beta, and
 the other compares beta with -beta. There the states of an image begin where they ended in the epoch before; here they
-begin with the forward pass. The accuracy is that of the free states after 20 steps, as in the program; the other
-accuracy is that of the forward pass with the same weights. BP trains the forward pass.
+begin with the forward pass. The accuracy is that of the free states after 20 steps, as in the program (there of the
+validation images); the other accuracy is that of the forward pass with the same weights. BP trains the forward pass,
+with the rates of EP.
 
 Time: an epoch takes 2 to 4 seconds on one core for EP, and 1.4 for BP.
 """
@@ -142,7 +143,7 @@ TABLE = Table(
         )
         for name, (rule, changes, beyond) in ROWS.items()
     ],
-    shown=(Shown(label="free states"), Shown("forward_accuracy", "forward pass")),
+    shown=(Shown(label="free states (%)"), Shown("forward_accuracy", "forward pass (%)")),
     notes="""We had no copy of the paper's results, so there are no numbers of the paper here. BP has no free states, so
 both of its columns are the forward pass.
 
