@@ -6,18 +6,19 @@
 
 We had no copy of the paper's table, so no numbers of the paper stand beside ours.
 
-The settings are from the authors' program (github.com/donghyunlee/dtp, conti_bp.py and conti_dtp.py): 784-240 (seven times)-10 on MNIST with tanh,
-inverses with tanh, orthogonal weights, 50,000 training images, batches of 100, 100 epochs, ten seeds. The noise of the
-inverses has the standard deviation 0.36. Their optimizer is a centred RMSprop with momentum 0.9, decay 0.95 and 0.001
-under the root; the rate of BP is 8.0e-4, that of the inverses 5.0e-3. The first target lies 0.33 times the gradient of
-the mean over the batch away, which is 0.0033 times that of one example.
+The settings are from the authors' program (github.com/donghyunlee/dtp, conti_bp.py and conti_dtp.py): 784-240 (seven
+times)-10 on MNIST with tanh, inverses with tanh, orthogonal weights, 50,000 training images, batches of 100, 100
+epochs, ten seeds. The noise of the inverses has the standard deviation 0.36. Their optimizer is a centred RMSprop with
+momentum 0.9, decay 0.95 and 0.001 under the root; the rate of BP is 8.0e-4, that of the inverses 5.0e-3. The first
+target lies 0.33 times the gradient of the mean over the batch away, which is 0.0033 times that of one example.
 
-We differ in these points. In the program, DTP's gradients of the hidden layers are 150 times smaller than ours (they are
-not divided by the step), and DTP has a rate of its own, 1.5e-2, for all layers. Ours have the size of those of BP, so
-all rows have the optimizer and the rate of BP. Where gradients are far below the 0.03 of the optimizer, a hidden layer
-of ours moves eight times as far. In the program the weights of the sixth layer and the biases of the fifth are not in
-the list of updates, so they stay as they were drawn; ours learn. The authors train the inverses for an epoch, then the
-network for an epoch, and so on. Ours learn together, after an epoch of the inverses alone. Our inverses have no biases.
+We differ in these points. In the program, DTP's gradients of the hidden layers are 150 times smaller than ours (they
+are not divided by the step), and DTP has a rate of its own, 1.5e-2, for all layers. Ours have the size of those of BP,
+so all rows have the optimizer and the rate of BP. Where gradients are far below the 0.03 of the optimizer, a hidden
+layer of ours moves eight times as far. In the program the weights of the sixth layer and the biases of the fifth are
+not in the list of updates, so they stay as they were drawn; ours learn. The authors train the inverses for an epoch,
+then the network for an epoch, and so on. Ours learn together, after an epoch of the inverses alone. Our inverses have
+no biases.
 
 Time: an epoch takes 3 seconds on one core for BP, and 8 for DTP.
 """

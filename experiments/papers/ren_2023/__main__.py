@@ -12,10 +12,10 @@ Our network is that of the program: 784-256-256-10 with a normalisation of each 
 after each hidden layer, ReLU, its first weights, and outputs that begin at zero.
 
 We differ in these points. The paper has one local loss, at the end of the block; ours are at both hidden layers. So the
-rows with local losses are not those of the paper. FG-W of the program has directions of the hidden layers alone, and the
-last layer learns by its true gradient; ours has directions of all parameters. FG-A of the program has directions of the
-normalised pre-activations, and units that ReLU sets to zero learn nothing; ours has directions of what the next layer
-reads, behind ReLU and its normalisation.
+rows with local losses are not those of the paper. FG-W of the program has directions of the hidden layers alone, and
+the last layer learns by its true gradient; ours has directions of all parameters. FG-A of the program has directions of
+the normalised pre-activations, and units that ReLU sets to zero learn nothing; ours has directions of what the next
+layer reads, behind ReLU and its normalisation.
 
 We chose: ten epochs of batches of 128 normalised images, SGD with momentum 0.9, and a rate that falls as a cosine. The
 first rates are those with the best accuracy on 10,000 training images that were kept out, after two epochs of one seed:

@@ -57,7 +57,8 @@ def test_a_figure_that_a_measured_cell_does_not_have_is_not_called_missing(tmp_p
     """Backprop has no feedback weights, so it will never have their angle."""
     table = TABLE._replace(shown=(cells.Shown(label="accuracy"), cells.Shown("angle", "angle", 1)))
     keep(tmp_path, TABLE.cells[0], [0.97, 0.975, 0.98])
-    ours = {head: value for head, value in zip(*(lines(report.markdown(table, tmp_path))[i] for i in (2, 4)), strict=True)}
+    found = lines(report.markdown(table, tmp_path))
+    ours = dict(zip(found[2], found[4], strict=True))
     assert "BP, angle, ours" not in ours  # a column without a number
     assert (ours["BP, accuracy, ours"], ours["FA, angle, ours"]) == ("97.50 ± 0.50 (3)", "missing")
 
@@ -66,9 +67,9 @@ def test_the_picture_names_the_paper_only_where_it_has_a_number(tmp_path):
     keep(tmp_path, TABLE.cells[0], [0.97, 0.975, 0.98])
     keep(tmp_path, TABLE.cells[2], [0.9], epochs=2)
     both = report.measured(TABLE, tmp_path)
-    named = lambda found: [t.get_text() for t in report.comparison(TABLE, found).legends[0].get_texts()]
-    assert named(both) == ["paper ± sd", "ours ± sd (hollow: fewer epochs or seeds)"]
-    assert named(both[1:]) == ["ours ± sd (hollow: fewer epochs or seeds)"]
+    for found, papers in ((both, ["paper ± sd"]), (both[1:], [])):
+        (legend,) = report.comparison(TABLE, found).legends
+        assert [t.get_text() for t in legend.get_texts()] == [*papers, "ours ± sd (hollow: fewer epochs or seeds)"]
 
 
 def test_a_quoted_cell_has_the_papers_number_alone(tmp_path):
