@@ -17,12 +17,13 @@ the last layer learns by its true gradient; ours has directions of all parameter
 the normalised pre-activations, and units that ReLU sets to zero learn nothing; ours has directions of what the next
 layer reads, behind ReLU and its normalisation.
 
-We chose: ten epochs of batches of 128 normalised images, SGD with momentum 0.9, and a rate that falls as a cosine. The
-first rates are those with the best accuracy on 10,000 training images that were kept out, after two epochs of one seed:
-of 0.01, 0.03 and 0.1 for BP, LG-BP, FA and DFA; of 0.00003, 0.0001, 0.0003, 0.001, 0.003 and 0.01 for FG-W; of 0.001,
-0.003, 0.01, 0.03 and 0.1 for FG-A and LG-FG-A. LG-FG-W has that of FG-W, and FG-A with 8 directions that of FG-A.
+We chose: ten epochs (in some rows more) of batches of 128 normalised images, SGD with momentum 0.9, and a rate that
+falls as a cosine. The first rates are those with the best accuracy on 10,000 training images that were kept out, after
+two epochs of one seed: of 0.01, 0.03 and 0.1 for BP, LG-BP, FA and DFA; of 0.00003, 0.0001, 0.0003, 0.001, 0.003 and
+0.01 for FG-W; of 0.001, 0.003, 0.01, 0.03 and 0.1 for FG-A and LG-FG-A. LG-FG-W has that of FG-W, and FG-A with 8
+directions that of FG-A.
 
-Time: an epoch takes a second on one core for BP, 3 for FG-A, and 4 for FG-W.
+Time: an epoch takes a second on one core for BP, 1.5 for FG-A, and 3 for FG-W.
 """
 
 import math
@@ -100,17 +101,20 @@ ROWS = {
     "FG-A, 8 directions": ("forward_gradient('activations', directions=8)", 0.01, None),
     "FG-W, 50 epochs": ("forward_gradient('weights')", 0.0001, None),
     "FG-A, 50 epochs": ("forward_gradient('activations')", 0.01, None),
+    "FG-A, 200 epochs": ("forward_gradient('activations')", 0.01, None),
 }
-LONGER = {name: {"epochs": 50, "seeds": 1} for name in ROWS if name.endswith("50 epochs")}
+LONGER = {"FG-W, 50 epochs": 50, "FG-A, 50 epochs": 50, "FG-A, 200 epochs": 200}  # epochs, of one seed
 TABLE = Table(
     "784-256-256-10 on MNIST after ten epochs: test error (%)",
     [
         Cell(
             name,
             "",
-            CONFIG.replace(rule=rule, learning_rate=rate, **LONGER.get(name, {})),
+            CONFIG.replace(
+                rule=rule, learning_rate=rate, epochs=LONGER.get(name, 10), seeds=1 if name in LONGER else CONFIG.seeds
+            ),
             {} if error is None else {"error": (error, None)},
-            minutes=3.5 if name in LONGER else 0.7 if "forward" in rule else 0.2,
+            minutes=0.06 * LONGER.get(name, 10) if "forward" in rule else 0.2,
             measure=measure,
             beyond=error is None,
         )
@@ -119,10 +123,16 @@ TABLE = Table(
     shown=(Shown("error"),),
     notes="""FG: forward gradient; W and A: the directions are of weights and of activations; LG: local losses.
 
-The network, its length of training and its rates are ours, so only the order of the rows can be compared. As in the
-paper, BP is the best, with local losses or not, FA and DFA follow, and FG-W is far behind: it has 269 thousand numbers
-in a direction. In the paper FG-A is as good as DFA; in ten epochs it does not come so far, with 8 directions nearly.
-Local losses do not help forward gradients here.""",
+The length of training and the rates are ours, so only the order of the rows can be compared. As in the paper, BP is the
+best, with local losses or not, FA and DFA follow, and FG-W is far behind: it has 269 thousand numbers in a direction.
+In the paper FG-A is as good as DFA; in ten epochs it does not come so far, with 8 directions nearly. Local losses do
+not help forward gradients here.
+
+Ten epochs are too short for forward gradients. This is most of their difference from the paper: with 200 epochs, as the
+authors' program has where nothing else is given, FG-A is where the paper is (one seed). FG-W is measured up to 50
+epochs, and is still far above the paper. That our directions are those of all parameters may be the rest; this is a
+guess. We do not know why BP, FA and DFA have fewer errors than in the paper; there they end without an error on the
+training images, so they may have trained longer.""",
 )
 
 HEADING = "Ren, Kornblith, Liao and Hinton (2023): forward gradient with local losses"
