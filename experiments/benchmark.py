@@ -33,10 +33,10 @@ FLAGS = flags.FLAGS
 
 
 class Case(NamedTuple):
-    """A model of `models.py` and the shape of its inputs; with `widths` it is the MLP.
+    """A model of `models.py` and the shape of its inputs; `widths` are for the MLP.
 
     With `blocks` it is the transformer of `transformer.py`, which reads tokens and predicts the next ones; `widths` has
-    its width.
+    its width. `model` is the name in `models.py`, if the benchmark has another name for it.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +44,7 @@ class Case(NamedTuple):
     widths: tuple[int, ...] = ()
     blocks: int = 0
     classes: int = 10
+    model: str = ""
 
     def describe(self, model: str) -> str:
         if self.blocks:
@@ -59,8 +60,7 @@ class Case(NamedTuple):
             sizes: dict[str, Any] = {"blocks": self.blocks, "width": self.widths[0], "dtype": jnp.dtype(dtype)}
             return lambda rngs: transformer.Transformer(VOCABULARY, tokens, rngs=rngs, **sizes)
         options: dict[str, Any] = {"widths": self.widths, "activation": "relu", "dtype": jnp.dtype(dtype)}
-        name = "mlp" if self.widths else model
-        return lambda rngs: models.build(name, self.shape, self.classes, rngs=rngs, **options)
+        return lambda rngs: models.build(self.model or model, self.shape, self.classes, rngs=rngs, **options)
 
     def examples(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Random inputs and targets, from two keys."""
@@ -78,7 +78,7 @@ FULL = {
     "vgg16": Case((32, 32, 3), 64),
     "resnet18": Case((32, 32, 3), 64),
     "transformer": Case((64,), 16, (512,), blocks=4),
-    "wide": Case((28, 28, 1), 128, (512,) * 3, classes=20_000),
+    "wide": Case((28, 28, 1), 128, (512,) * 3, classes=20_000, model="mlp"),
 }
 QUICK = {
     "mlp": Case((28, 28, 1), 256, (500,) * 4),
@@ -86,7 +86,7 @@ QUICK = {
     "vgg16": Case((32, 32, 3), 4),
     "resnet18": Case((8, 8, 3), 8),
     "transformer": Case((16,), 4, (64,), blocks=2),
-    "wide": Case((28, 28, 1), 32, (64,) * 3, classes=2000),
+    "wide": Case((28, 28, 1), 32, (64,) * 3, classes=2000, model="mlp"),
 }
 ASKED_FOR = ("wide",)  # it is for feedback that is drawn again: only --models=wide measures it
 

@@ -183,6 +183,14 @@ def test_times_are_those_of_the_rule_and_of_plain_backpropagation(tmp_path, monk
         assert found.values("seconds").tolist() == [1e4 * ratio] and found.values("ratio").tolist() == [ratio]
 
 
+def test_times_are_those_of_the_models_of_the_table():
+    """LeNet-5 too, whose config has widths that it does not use."""
+    for column, model in {"MLP": models.MLP, "LeNet-5": models.LeNet5}.items():
+        config = by_name("table 3")[f"BackMAN, {column}"].config
+        make = benchmark.Case(table_3.SHAPES[config.model], 2, config.widths).maker(config.model, config.dtype)
+        assert type(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0)))) is model
+
+
 def test_recorded_coefficients_are_those_of_backman():
     net, loss = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], methods.lrules.testing.half_squared_error
     keys = jax.random.split(jax.random.key(0), 4)
