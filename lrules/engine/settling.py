@@ -90,7 +90,7 @@ def residual(
     ]
     both = jnp.stack(squares)
     change, size = jnp.sqrt(both if axis_name is None else jax.lax.psum(both, axis_name))
-    return jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size)).max()
+    return jnp.where(size == 0, 0, change / jnp.where(size == 0, 1, size)).max(initial=0)  # a loop may have no turn
 
 
 def _squares(x: jax.Array, rank: int | None) -> jax.Array:

@@ -34,6 +34,17 @@ def test_loops(order):
     )
 
 
+def test_a_loop_without_iterations():
+    """It has no state, and so no residual; the layer above learns as without the loop."""
+    _, x, apply, params = stacked()
+    params, x, y = {"w": params["w"][:0], "out": params["out"]}, jnp.asarray(x), jnp.zeros((5, 2))
+    for options in ({"iterations": 3}, {"iterations": 3, "tolerance": 0.1}):
+        fn = lrules.value_and_grad(apply, half_squared, lrules.dual_propagation(**options))
+        _, grads = jax.jit(fn)(params, NO_FEEDBACK, x, y)
+        bridge.close(grads.params["out"], x.T @ (x @ params["out"]) / 5)
+        np.testing.assert_array_equal(grads.report["residual"][:2], [1, 0])
+
+
 def test_a_loop_counts_as_many_layers_as_it_has_iterations():
     net, x, apply, params = stacked(6)
     rule = lrules.dual_propagation(order="forward", iterations=6)
