@@ -48,8 +48,19 @@ def after(e: jax.Array, formed: Sequence[jax.Array], shared: int = 0) -> jax.Arr
     if not never:
         return e
     e = moved(e, range(shared), range(1, shared + 1))  # as in the network, so that XLA need not copy it
-    e = jnp.where(functools.reduce(jnp.logical_or, never), jnp.zeros((), e.dtype), e)  # e, which XLA cannot know
+    e = _unless(functools.reduce(jnp.logical_or, never), e)
     return moved(e, range(1, shared + 1), range(shared))
+
+
+@jax.custom_batching.custom_vmap
+def _unless(never: jax.Array, e: jax.Array) -> jax.Array:
+    return jnp.where(never, jnp.zeros((), e.dtype), e)  # e, which XLA cannot know
+
+
+@_unless.def_vmap
+def _(size: int, batched: Sequence[bool], never: jax.Array, e: jax.Array) -> tuple[Any, bool]:
+    """Under `vmap` e waits for all: what is the same for all (the inputs, if seeds differ) is not copied for each."""
+    return _unless(never.any(0) if batched[0] else never, e), batched[1]
 
 
 def pulled(

@@ -96,6 +96,16 @@ def test_infinite_gradients_above_leave_the_signals_below_as_they_are(monkeypatc
     assert chained.after(e, []) is e
 
 
+def test_under_vmap_what_is_the_same_for_all_stays_one():
+    """As the hidden signals, if many feedback weights are tried with the same parameters: no copy for each of them."""
+    e, formed = X, jnp.stack([X, -X, jnp.nan * X])
+    one = jax.vmap(lambda formed: chained.after(e, [formed]), out_axes=None)  # which refuses a result for each
+    assert np.array_equal(one(formed), e) and np.array_equal(jax.vmap(one, out_axes=None)(formed[None]), e)
+    for in_axes, e in (((0, 0), formed), ((0, None), formed)):
+        got = jax.jit(jax.vmap(lambda e, formed: chained.after(e, [formed]), in_axes))(e, formed)
+        assert np.array_equal(got, e, equal_nan=True)
+
+
 def test_who_waits(monkeypatch):
     signals, small = {"b": X, "c": X}, X[:1]
     assert not chained.wanted(small, signals)  # the tests have several devices
