@@ -246,7 +246,7 @@ def feedback_grad(net: NetworkLike, rule: Rule) -> FeedbackGrad:
     def fn(params: Pytree, feedback: Feedback, inputs: Pytree, *, rng: jax.Array | None = None) -> dict[str, jax.Array]:
         require_feedback(feedback)
         check_params(params)
-        net.batch_size(inputs)  # which refuses an empty batch: the means over it would be NaN
+        net.require_examples(inputs)  # the means over an empty batch would be NaN
         about = require_description(phase, "feedback_grad", "the phase of this rule")
         taught = about.plan(net, net.graph(params, inputs), params, inputs).feedback_shapes()
 

@@ -190,10 +190,20 @@ class Network:
         if len(sizes) != 1:
             found = f"the inputs' batch axes differ in size, {list(sizes)}" if sizes else "no input has a batch axis"
             raise ValueError(f"{found}: say where the batch lies with Network(apply, batch_axes=...)")
+        self.require_examples(inputs)
         (size,) = sizes
-        if isinstance(size, int) and size == 0:
-            raise ValueError("the batch is empty, and the rule needs at least one example: leave out such a step")
         return size
+
+    def require_examples(self, inputs: Pytree) -> None:
+        """Refuses an empty batch. Unlike `batch_size`, it serves inputs with different numbers of rows, and with none.
+
+        Raises:
+          ValueError: no input with a batch axis has an example.
+        """
+        axes = zip(jax.tree.leaves(inputs), self.input_batch_axes(inputs), strict=True)
+        sizes = [n for leaf, axis in axes if axis is not None for n in jnp.shape(leaf)[axis:][:1]]
+        if sizes and all(isinstance(n, int) and n == 0 for n in sizes):
+            raise ValueError("the batch is empty, and the rule needs at least one example: leave out such a step")
 
 
 NetworkLike: TypeAlias = Network | Callable[[Pytree, Pytree], Any]  # a function of (params, inputs)

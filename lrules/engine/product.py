@@ -86,7 +86,7 @@ class Product:
         elif row.either:
             contracted = row.contracted(self.eqn, self.position)
             free = math.prod(n for i, n in enumerate(w.shape) if i not in contracted)
-            return jnp.asarray(math.prod(out.shape) // free, w.dtype)
+            return jnp.asarray(_at_least_one(math.prod(out.shape) // _at_least_one(free)), w.dtype)
         ones = [jnp.ones_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in jax.tree.leaves(x)]
         x = jax.tree.unflatten(jax.tree.structure(x), ones)
         count = self.weight_gradient(w, x, jnp.ones_like(self(w, x)))
@@ -95,6 +95,11 @@ class Product:
     def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:
         key = equation_key(self.eqn)
         return pull if key is None else EVERYWHERE.shared((what, key, self.position, self.single), lambda: pull)
+
+
+def _at_least_one(n: Any) -> Any:
+    """Without a term there is no gradient to divide; a symbolic number is never zero."""
+    return n if is_symbolic_dim(n) else max(n, 1)
 
 
 def _window_terms(eqn: Equation, out: Sequence[int]) -> np.ndarray:

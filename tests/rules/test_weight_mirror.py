@@ -456,6 +456,23 @@ def test_conformance(phase):
     lrules.testing.check_rule(lrules.weight_mirror(phase=phase))
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_inputs_of_any_sizes(phase):
+    """The phase needs no batch that all inputs share: each layer has as many terms as its input has rows."""
+    rule, two = lrules.weight_mirror(phase=phase), lambda p, x: apply(p, x["nodes"] * x["scale"]).sum() + x["edges"]
+    apply, params, feedback = net_and_feedback(rule)
+    nodes, key = jnp.ones((8, 6)), {"rng": jax.random.key(2)}
+    want = lrules.feedback_grad(apply, rule)(params, feedback, nodes, **key)
+    for rows in (3, 0):
+        inputs = {"nodes": nodes, "edges": jnp.ones((rows, 4)), "scale": jnp.float32(2)}
+        bridge.close(lrules.feedback_grad(two, rule)(params, feedback, inputs, **key), want, 1e-6)
+    without = lrules.Network(apply, batch_axes=None)
+    bridge.close(lrules.feedback_grad(without, rule)(params, feedback, nodes, **key), want, 1e-6)
+    nothing = lrules.feedback_grad(apply, rule)(params, feedback, jnp.ones((8, 0, 6)), **key)  # no time step
+    wanted = jax.tree.map(lambda b: b if phase == "mirror" else 0 * b, feedback.learned)
+    bridge.close(nothing, wanted, 0)
+
+
 def test_refusals():
     for options, error, match in [
         ({"std": 0.0}, ValueError, "std must be a finite number > 0, got 0.0"),
