@@ -97,7 +97,7 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                 "nodes of one graph (segment_sum) are, give Network(apply, signal_axes={'outputs': 0})"
             )
     outputs = sum(a.size // batch for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
-    total = 0
+    made: dict[Direct, list[tuple[int, str, tuple[int, ...]]]] = {spec: [] for spec in directs}  # bytes, name, shape
     sizes, sent = {spec: outputs for spec in directs}, {}
     for spec in directs:
         if spec.shared_axes:
@@ -108,7 +108,8 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
                 name = f"({name})"
             dtype = next(a.dtype for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
             plan.reduced[name] = (spec, (sizes[spec], spec.rank), dtype)
-            total += KEY_BYTES if spec.storage == "recomputed" else sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
+            taken = KEY_BYTES if spec.storage == "recomputed" else sizes[spec] * spec.rank * jnp.dtype(dtype).itemsize
+            made[spec].append((taken, name, plan.reduced[name][1]))
         sent[spec] = sizes[spec] if spec.rank is None else spec.rank
     axes: dict[Hidden, BatchAxis] = {}
     for hidden, spec in chosen:
@@ -140,21 +141,32 @@ def add_direct_feedback(plan: Plan, net: Network, params: Pytree, inputs: Pytree
         dtype = _feedback_dtype(graph, hidden)
         landing = DirectFeedback(hidden, spec, axis, shape, lengths, shared, dtype, sizes[spec])
         plan.direct_feedback[hidden.name] = landing
-        total += landing.nbytes
+        made[spec].append((landing.nbytes, hidden.name, shape))
+    for spec, weights in made.items():
+        total = sum(taken for taken, _, _ in weights)
         if total > spec.max_feedback_bytes:
-            offered = [option for option in spec.offers if option not in _unavailing(spec)]
+            _, name, shape = max(weights, key=lambda weight: weight[0])
+            places = sum(landing.spec is spec for landing in plan.direct_feedback.values())
             raise ValueError(
-                f"direct feedback of shape {shape} to {hidden.name!r} brings the total to {total:,} bytes, above "
-                f"max_feedback_bytes={spec.max_feedback_bytes:,}: "
-                + ", or ".join(["raise max_feedback_bytes", *(SMALLER[option] for option in offered)])
+                f"direct feedback would take {total:,} bytes, above max_feedback_bytes={spec.max_feedback_bytes:,} "
+                f"(the largest is {name!r}, of shape {shape}): "
+                + ", or ".join(["raise max_feedback_bytes", *_smaller(plan, spec, places)])
             )
 
 
-def _unavailing(spec: Direct) -> set[str]:
-    """The options that cannot make the feedback of a rule smaller."""
+def _smaller(plan: Plan, spec: Direct, places: int) -> list[str]:
+    """What the user of a rule that lands at so many places can do to make its feedback smaller."""
+    ways = SMALLER if spec.rank is None else SMALLER | {"rank": "give a smaller rank (rank=)"}
+    useless = {"at"} if places == 1 else set()
     if spec.storage == "recomputed":  # a key for each hidden signal, whatever the shapes are
-        return {"shared_axes", "rank", "storage"}
-    return set() if spec.learn is None else {"storage"}
+        useless |= {"shared_axes", "rank", "storage"}
+    if spec.learn is not None:
+        useless |= {"storage"}
+    if plan.graph.n_outputs != 1 or len(plan.graph.outs[0].aval.shape) - len(spec.shared_axes) <= 2:
+        useless |= {"shared_axes"}  # the outputs have no axis but the batch and the classes, or it is shared
+    if spec.rank == 1:
+        useless |= {"rank"}
+    return [ways[option] for option in spec.offers if option not in useless]
 
 
 def _heads(graph: Graph, specs: set[Direct]) -> dict[str, Head]:

@@ -19,14 +19,36 @@ def test_direct_rules_in_a_branch():
 
 
 def test_feedback_above_the_limit():
-    rule = lrules.direct_feedback_alignment(max_feedback_bytes=100)
-    refused(mlp, "144 bytes", "max_feedback_bytes", "at=", "shared_axes", "rank=", rule=rule, error=ValueError)
-    wide = W | {"c": jnp.ones((6, 30))}
-    for remedy in ({"at": "b"}, {"rank": 1}, {"max_feedback_bytes": 1440}):
-        most = {"max_feedback_bytes": 720} | remedy
-        lrules.direct_feedback_alignment(**most).init(KEY, mlp, wide, X)
-    shared = lrules.direct_feedback_alignment(shared_axes=1, max_feedback_bytes=144)
-    shared.init(KEY, mlp, W, jnp.ones((4, 7, 5)))
+    """The message has all bytes, and only remedies that make feedback smaller; each works."""
+    dfa, wide = lrules.direct_feedback_alignment, W | {"c": jnp.ones((6, 30))}
+
+    def advice(net=mlp, params=wide, x=X, make=dfa, **options):
+        with pytest.raises(ValueError, match="^direct feedback would take [0-9,]+ bytes, above max_feedback") as caught:
+            make(max_feedback_bytes=100, **options).init(KEY, net, params, x)
+        message = str(caught.value)
+        make(max_feedback_bytes=float(message.split()[4].replace(",", "")), **options).init(KEY, net, params, x)
+        return [word for word in ("at", "shared_axes", "rank", "storage") if f"({word}=" in message]
+
+    limited = dfa(max_feedback_bytes=1439)
+    refused(mlp, "1,440 bytes", "'b', of shape (30, 6)", rule=limited, params=wide, error=ValueError)
+    assert advice() == ["at", "rank", "storage"]
+    for remedy in ({"at": "b"}, {"rank": 1}, {"storage": "recomputed"}):
+        dfa(max_feedback_bytes=720, **remedy).init(KEY, mlp, wide, X)
+    assert advice(adaptive=True) == ["at", "rank"]
+    assert advice(rank=2) == ["at", "rank", "storage"] and advice(rank=1) == ["at", "storage"]
+    assert advice(at="b") == ["rank", "storage"]
+    times = jnp.ones((4, 7, 5))
+    assert advice(x=times) == ["at", "shared_axes", "rank", "storage"]
+    dfa(shared_axes=1, max_feedback_bytes=1440).init(KEY, mlp, wide, times)
+    assert advice(x=times, shared_axes=1) == ["at", "rank", "storage"]
+
+
+def test_each_rule_of_a_partition_has_its_own_limit():
+    small, large = (lrules.direct_feedback_alignment(max_feedback_bytes=most) for most in (72, 720))
+    wide = W | {"b": jnp.ones((6, 60)), "c": jnp.ones((60, 3))}
+    lrules.partition({"b": small, ".*": large}).init(KEY, mlp, wide, X)
+    with pytest.raises(ValueError, match="would take 720 bytes, above max_feedback_bytes=72 "):
+        lrules.partition({"c": small, ".*": large}).init(KEY, mlp, wide, X)
 
 
 @pytest.mark.parametrize(
