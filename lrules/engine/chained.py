@@ -52,15 +52,23 @@ def after(e: jax.Array, formed: Sequence[jax.Array], shared: int = 0) -> jax.Arr
     return moved(e, range(1, shared + 1), range(shared))
 
 
-@jax.custom_batching.custom_vmap
+@jax.custom_jvp
 def _unless(never: jax.Array, e: jax.Array) -> jax.Array:
+    return _selected(never, e)
+
+
+_unless.defjvp(lambda primals, tangents: (_unless(*primals), tangents[1]))  # `custom_vmap` has no reverse mode
+
+
+@jax.custom_batching.custom_vmap
+def _selected(never: jax.Array, e: jax.Array) -> jax.Array:
     return jnp.where(never, jnp.zeros((), e.dtype), e)  # e, which XLA cannot know
 
 
-@_unless.def_vmap
+@_selected.def_vmap
 def _(size: int, batched: Sequence[bool], never: jax.Array, e: jax.Array) -> tuple[Any, bool]:
     """Under `vmap` e waits for all: what is the same for all (the inputs, if seeds differ) is not copied for each."""
-    return _unless(never.any(0) if batched[0] else never, e), batched[1]
+    return _selected(never.any(0) if batched[0] else never, e), batched[1]
 
 
 def pulled(

@@ -106,6 +106,25 @@ def test_under_vmap_what_is_the_same_for_all_stays_one():
         assert np.array_equal(got, e, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["direct", "adaptive"])
+def test_derivatives_of_a_step(monkeypatch, name):
+    """As without waiting, also under vmap."""
+    rule = RULES[name]
+    feedback = rule.init(KEY, mlp, W, X)
+
+    def size(params):
+        grads = step_of(mlp, rule)(params, feedback, X, Y)[1].params
+        return sum(jnp.sum(jnp.square(g)) for g in grads.values())
+
+    many, found = jax.tree.map(lambda w: jnp.stack([0.1 * w, 0.2 * w]), W), []
+    for wanted in (False, True):
+        wait(monkeypatch, wanted)
+        found.append(jax.jit(jax.vmap(jax.grad(size)))(many))
+        found.append(jax.grad(lambda many: jax.vmap(size)(many).sum())(many))
+    for got in found[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, found[0])
+
+
 def test_who_waits(monkeypatch):
     signals, small = {"b": X, "c": X}, X[:1]
     assert not chained.wanted(small, signals)  # the tests have several devices
