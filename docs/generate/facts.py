@@ -79,8 +79,8 @@ SHOWN = [
     Shown("sign_symmetry", 'sign_symmetry("random")', lambda: lrules.sign_symmetry("random")),
     Shown("sign_symmetry", 'sign_symmetry("fixed")', lambda: lrules.sign_symmetry("fixed")),
     Shown("kolen_pollack", "kolen_pollack()", lrules.kolen_pollack, "kolen_pollack"),
-    Shown("direct_kolen_pollack", "direct_kolen_pollack()", lrules.direct_kolen_pollack, "asrbp"),
-    Shown("weight_mirror", "weight_mirror()", lrules.weight_mirror),
+    Shown("direct_kolen_pollack", "direct_kolen_pollack()", lrules.direct_kolen_pollack, "direct_kolen_pollack"),
+    Shown("weight_mirror", "weight_mirror()", lrules.weight_mirror, "weight_mirror"),
     Shown(
         "random_target_projection",
         "random_target_projection()",
@@ -102,13 +102,18 @@ SHOWN = [
         lambda: lrules.dual_propagation(iterations=5),
         "dual_propagation(iterations=5)",
     ),
-    Shown("predictive_coding", "predictive_coding()", lrules.predictive_coding),
+    Shown("predictive_coding", "predictive_coding()", lrules.predictive_coding, "predictive_coding"),
     Shown(
         "predictive_coding",
         "predictive_coding(fixed_predictions=True)",
         lambda: lrules.predictive_coding(fixed_predictions=True),
     ),
-    Shown("equilibrium_propagation", "equilibrium_propagation()", lrules.equilibrium_propagation),
+    Shown(
+        "equilibrium_propagation",
+        "equilibrium_propagation()",
+        lrules.equilibrium_propagation,
+        "equilibrium_propagation",
+    ),
     Shown(
         "node_perturbation",
         "node_perturbation(std)",
@@ -121,16 +126,27 @@ SHOWN = [
         lambda: lrules.node_perturbation(0.01, direct=True),
         "node_perturbation(std=0.01, direct=True)",
     ),
-    Shown("forward_gradient", "forward_gradient()", lrules.forward_gradient),
+    Shown("forward_gradient", "forward_gradient()", lrules.forward_gradient, "forward_gradient"),
     Shown(
         "forward_gradient",
         'forward_gradient(method="central", std=std)',
         lambda: lrules.forward_gradient(method="central", std=1e-3),
+        "forward_gradient(method='central', std=0.001)",
     ),
-    Shown("forward_gradient", 'forward_gradient("activations")', lambda: lrules.forward_gradient("activations")),
-    Shown("local_losses", "local_losses()", lrules.local_losses),
+    Shown(
+        "forward_gradient",
+        'forward_gradient("activations")',
+        lambda: lrules.forward_gradient("activations"),
+        "forward_gradient('activations')",
+    ),
+    Shown("local_losses", "local_losses()", lrules.local_losses, "local_losses"),
     Shown("local_losses", 'local_losses("both")', lambda: lrules.local_losses("both")),
-    Shown("difference_target_propagation", "difference_target_propagation()", lrules.difference_target_propagation),
+    Shown(
+        "difference_target_propagation",
+        "difference_target_propagation()",
+        lrules.difference_target_propagation,
+        "difference_target_propagation",
+    ),
     Shown(
         "difference_target_propagation",
         'difference_target_propagation(feedback_loss="jacobian")',
@@ -218,9 +234,10 @@ def gpu() -> dict[str, Any]:
 
 
 def cost(shown: Shown) -> str:
-    """The step time over plain JAX on the MLP, on a CPU and on a GPU."""
-    own = cpu()[MLP].get(shown.timed)
-    return "" if own is None else f"{float(own['step time']):.2f}, {gpu()[shown.timed]['step_ratio'][0]:.2f}"
+    """The step time over plain JAX on the MLP, on a CPU and, where it was measured, on a GPU."""
+    here, there = cpu()[MLP].get(shown.timed), gpu().get(shown.timed)
+    found = [float(here["step time"])] if here else []
+    return ", ".join(f"{ratio:.2f}" for ratio in (*found, *([there["step_ratio"][0]] if there else [])))
 
 
 def costs(name: str) -> list[list[str]]:

@@ -111,7 +111,7 @@ def pulled(
 
     for eqn in _by_signal(jaxpr.eqns, names):
         arguments = [read(v) for v in eqn.invars]  # all of them first, because one of them may be the signal
-        if of(eqn).name == "conv_general_dilated":
+        if of(eqn).window(eqn, 1):  # a convolution
             arguments = [waiting(v) for v in eqn.invars]
         made = bind(eqn, arguments)
         env.update(zip(eqn.outvars, made, strict=True))
