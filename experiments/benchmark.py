@@ -100,6 +100,8 @@ FURTHER = (
     "dual_propagation(iterations=5)",
     "node_perturbation(std=0.01)",
     "node_perturbation(std=0.01, direct=True)",
+    "forward_gradient('activations')",
+    "forward_gradient(method='central', std=0.001)",
     "quantize_error(feedback_alignment, bits=5)",
     "drop_error(feedback_alignment, rate=0.5)",
     "sign_error(feedback_alignment)",

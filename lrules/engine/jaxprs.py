@@ -71,7 +71,7 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
 def varying_axes(aval: Aval) -> frozenset[Any]:
     """The mesh axes along which a value differs between devices, inside a shard_map that checks it."""
     kind = getattr(aval, "manual_axis_type", None)
-    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", None) or ())
 
 
 def as_varying(x: jax.Array, axes: Any) -> Any:

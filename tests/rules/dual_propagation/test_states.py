@@ -105,6 +105,7 @@ def test_the_error_that_goes_down():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about XLA for CPUs")
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the XLA of older JAX computes it again all the same")
 def test_each_error_is_computed_once():
     """Not again for each of its readers: two products and the sum over the batch, which is the gradient of a bias."""
     size = {"a1": (16, 64), "a2": (64,), "a3": (64, 16)}
