@@ -332,6 +332,7 @@ def main() -> None:
                 clock=time.process_time if FLAGS.processor_time else time.perf_counter,
                 progress=bar.update,
             )
+            write(folder, cases, measured, refusals)  # now, as the next model may take long
     device = f"{results.describe_device()}, {FLAGS.dtype}, jax {jax.__version__}"
     device += ", processor time" if FLAGS.processor_time else ""
     for name, rows in measured.items():
@@ -341,7 +342,6 @@ def main() -> None:
         if "backprop" in rows:
             identical = "identical to" if rows["backprop"].identical_gradients else "DIFFERENT from"
             print(f"\nThe gradients of backprop() are {identical} those of jax.value_and_grad.")
-    write(folder, cases, measured, refusals)
     ratios = {n: {r: row.step_ratio for r, row in rows.items() if r != "plain"} for n, rows in measured.items()}
     files.savefig(plots.bars(ratios, device, "step time / plain jax.value_and_grad"), folder / "benchmark.png")
     print(f"\nResults: {folder}/metrics.json, table.csv, benchmark.png")
