@@ -112,8 +112,8 @@ show how much of the accuracy needs a good way down.
 The settings of two rows were changed after we had seen their test accuracy: those with inverses that learn differences
 and Jacobians. First both had the settings of DTP, noise 0.36 and inverses with tanh. With these they had 87.88 ± 2.87
 and 91.47 ± 0.50 (5 epochs, 2 seeds). Now both have the noise 0.1, and inverses that learn Jacobians are without tanh,
-as on the page of the rule. So these two rows are no fair comparison
-with DTP. Inverses that learn Jacobians have the smallest angle, but not the best accuracy.""",
+as on the page of the rule. So these two rows are no fair comparison with DTP. Inverses that learn Jacobians have the
+smallest angle, but not the best accuracy.""",
 )
 
 HEADING = "Lee, Zhang, Fischer and Bengio (2015): difference target propagation"

@@ -105,7 +105,7 @@ ROWS = {
 }
 LONGER = {"FG-W, 50 epochs": 50, "FG-A, 50 epochs": 50, "FG-A, 200 epochs": 200}  # epochs, of one seed
 TABLE = Table(
-    "784-256-256-10 on MNIST after ten epochs: test error (%)",
+    "784-256-256-10 on MNIST after ten epochs, or as many as the row says: test error (%)",
     [
         Cell(
             name,
@@ -128,10 +128,9 @@ best, with local losses or not, FA and DFA follow, and FG-W is far behind: it ha
 In the paper FG-A is as good as DFA; in ten epochs it does not come so far, with 8 directions nearly. Local losses do
 not help forward gradients here.
 
-Ten epochs are too short for forward gradients. This is most of their difference from the paper: with 200 epochs, as the
-authors' program has where nothing else is given, FG-A is where the paper is (one seed). FG-W is measured up to 50
-epochs, and is still far above the paper. That our directions are those of all parameters may be the rest; this is a
-guess. We do not know why BP, FA and DFA have fewer errors than in the paper; there they end without an error on the
+Ten epochs are too short for forward gradients. With 200, as the authors' program has where nothing else is given, FG-A
+is where the paper is (one seed). With 50, FG-W is about half as far above the paper as with ten (one seed). That our
+directions are those of all parameters, or our rate, may be the rest; this is a guess. We do not know why BP, FA and DFA have fewer errors than in the paper; there they end without an error on the
 training images, so they may have trained longer.""",
 )
 
