@@ -130,8 +130,9 @@ not help forward gradients here.
 
 Ten epochs are too short for forward gradients. With 200, as the authors' program has where nothing else is given, FG-A
 is where the paper is (one seed). With 50, FG-W is about half as far above the paper as with ten (one seed). That our
-directions are those of all parameters, or our rate, may be the rest; this is a guess. We do not know why BP, FA and DFA have fewer errors than in the paper; there they end without an error on the
-training images, so they may have trained longer.""",
+directions are those of all parameters, or our rate, may be the rest; this is a guess. We do not know why BP, FA and
+DFA have fewer errors than in the paper; there they end without an error on the training images, so they may have
+trained longer.""",
 )
 
 HEADING = "Ren, Kornblith, Liao and Hinton (2023): forward gradient with local losses"
