@@ -72,7 +72,15 @@ class Unit:
         """
         difference = minus - plus
         scaled = (difference.astype(at_least_float32(plus.dtype)) / self.scale).astype(plus.dtype)
-        return jnp.where(difference == 0, difference, scaled)
+        return _scaled(difference, scaled)
+
+
+@jax.custom_jvp
+def _scaled(difference: jax.Array, scaled: jax.Array) -> jax.Array:
+    return jnp.where(difference == 0, difference, scaled)
+
+
+_scaled.defjvp(lambda primals, tangents: (_scaled(*primals), tangents[1]))  # also where both are zero
 
 
 def units_of(options: Options, names: Sequence[str], inputs: Sequence[str], n: int) -> dict[str, Unit]:

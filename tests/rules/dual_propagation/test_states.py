@@ -102,6 +102,8 @@ def test_the_error_that_goes_down():
     with np.errstate(invalid="ignore"):
         want = (minus - plus) / np.float32(unit.scale)
     np.testing.assert_array_equal(unit.error(jnp.asarray(plus), jnp.asarray(minus)), want)
+    arrays, moved = (jnp.zeros(3), jnp.zeros(3)), (jnp.zeros(3), jnp.ones(3))
+    np.testing.assert_array_equal(jax.jvp(unit.error, arrays, moved)[1], np.full(3, 1 / unit.scale))  # at zero, too
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about XLA for CPUs")
