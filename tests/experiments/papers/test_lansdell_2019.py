@@ -56,6 +56,7 @@ def short():
 
 
 NP, AUTOENCODER = CELLS["figure 1", "NP, std 0.1"], CELLS["figure 2", "NP"]
+STEPS = steps.STEPS  # before `short`
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +264,9 @@ def test_the_report(tmp_path, whole, autoencoder):
 
 
 @pytest.mark.slow
-def test_learned_feedback_points_where_the_true_gradient_does(tmp_path):
+def test_learned_feedback_points_where_the_true_gradient_does(tmp_path, monkeypatch):
     """On digits: closer than FA's, and BP and NP learn."""
+    monkeypatch.setattr(steps, "STEPS", STEPS)  # `short` lasts to the end of the file
     last = {}
     for name in ("FA", "NP, std 0.001", "BP"):
         cell = CELLS["figure 1 on digits", name]
