@@ -194,9 +194,9 @@ TABLE_4_PAPER: Rows = {
 }
 
 REMARKS_OF_CLASSES = (
-    "DFA and mDFA learn more from three classes with the fully connected network than in the paper. There, SGD from zero "
-    "weights was best for them (B.3); here the validation images chose other starts. That this is the reason is a guess, "
-    "which the rows from zeros of Table 1 support."
+    "DFA and mDFA learn more from three classes with the fully connected network than in the paper. There, SGD from "
+    "zero weights was best for them (B.3); here the validation images chose other starts. That this is the reason is a "
+    "guess, which the rows from zeros of Table 1 support."
 )
 
 
