@@ -88,6 +88,7 @@ def _list_table(found: re.Match[str]) -> str:
 
 def setup(app: Any) -> None:
     app.connect("builder-inited", copy_reports)
+    app.connect("env-get-outdated", lambda *_: ["reproduction"])  # its list of reports is not in its file
     app.connect("source-read", place_reports)
     app.connect("source-read", place_links)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
