@@ -16,6 +16,7 @@ ACTIVATIONS = {
     name: getattr(jax.nn, name)
     for name in ("relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "hard_tanh", "mish")
 }
+KERNEL_INIT = nnx.initializers.lecun_normal()  # that of Flax
 MODELS = ("mlp", "lenet5", "cnn", "resnet18", "resnet50", "vgg16")
 OPTIONS = {"resnet18": ("width",), "resnet50": ("width", "blocks"), "vgg16": ("width",)}  # as in resnet50(blocks=4)
 
@@ -71,12 +72,12 @@ class MLP(nnx.Module):
         activation: Callable[[Array], Array] = jnp.tanh,
         *,
         rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
         dtype: Any = jnp.float32,
     ):
         self.activation = activation
-        self.layers = nnx.List(
-            [nnx.Linear(m, n, rngs=rngs, dtype=dtype) for m, n in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.layers = nnx.List([nnx.Linear(m, n, kernel_init=kernel_init, rngs=rngs, dtype=dtype) for m, n in pairs])
 
     def __call__(self, x: Array) -> Array:
         """[batch, ...] -> logits [batch, outputs]."""

@@ -129,10 +129,7 @@ def build(config: Config, dataset: Dataset) -> Task:
             loss=_wide(half_squared_distance), targets=lambda x, y: x.reshape(len(x), -1), labelled=False
         )
     if config.normalisation:
-        from experiments import augment  # dm-pix is slow to import
-
-        normalise = augment.parse_normalise(config.normalisation)
-        built = built._replace(prepare=lambda x: normalise(scale(x)))
+        built = normalised(built, config.normalisation)
     if not config.mono_net:
         return built
     if config.mono_net not in MONO_NETS:
@@ -141,6 +138,14 @@ def build(config: Config, dataset: Dataset) -> Task:
         return mono_net(built, dataset.shape, MONO_NETS[config.mono_net])
     except ValueError as error:
         raise InputError(f"mono_net: {str(error).splitlines()[0]}.") from None
+
+
+def normalised(built: Task, normalisation: str) -> Task:
+    """The task with normalised images, as `--normalisation` says."""
+    from experiments import augment  # dm-pix is slow to import
+
+    normalise = augment.parse_normalise(normalisation)
+    return built._replace(prepare=lambda x: normalise(scale(x)))
 
 
 def _wide(loss: Loss) -> Loss:

@@ -70,6 +70,11 @@ def measure(job: Job, *, task: Task | None = None, training: bool = False) -> Ma
     return trained(job, trial, measured_on=dataset if training else None)
 
 
+def of_task(make: Callable[[Config, Dataset], Task]) -> Measure:
+    """A `Measure` that trains the task that `make` builds for a config and its data set."""
+    return lambda job: measure(job, task=make(job.config, job.dataset(job.config)))
+
+
 def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Mapping[str, Any] | None:
     """Trains a trial to its end in the folder of a job, and gives its figures; None if it was stopped before.
 

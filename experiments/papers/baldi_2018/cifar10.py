@@ -20,7 +20,6 @@ from flax import nnx
 
 from experiments import tasks
 from experiments.config import Config
-from experiments.data import scale
 from experiments.papers import cells
 from experiments.papers.cells import Job
 
@@ -63,11 +62,7 @@ class ConvNet(nnx.Module):
 
 def make_task(config: Config, shape: Sequence[int], classes: int, **sizes: int) -> tasks.Task:
     """The task of the network; `sizes` are options of `ConvNet`."""
-    from experiments import augment  # dm-pix is slow to import
-
-    normalise = augment.parse_normalise(config.normalisation)
-    made = tasks.task(lambda rngs: ConvNet(shape, classes, rngs=rngs, **sizes))
-    return made._replace(prepare=lambda x: normalise(scale(x)))
+    return tasks.normalised(tasks.task(lambda rngs: ConvNet(shape, classes, rngs=rngs, **sizes)), config.normalisation)
 
 
 def train(job: Job) -> Mapping[str, Any] | None:

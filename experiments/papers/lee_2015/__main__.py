@@ -24,18 +24,16 @@ Time: an epoch takes 3 seconds on one core for BP, and 8 for DTP.
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from experiments import cli, tasks
+from experiments import cli, models, tasks
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.papers import cells, program
-from experiments.papers.cells import Cell, Job, Table
+from experiments.papers.cells import Cell, Table
 
 Array = jax.Array
 CONFIG = Config(
@@ -55,31 +53,10 @@ CONFIG = Config(
 )
 
 
-class Network(nnx.Module):
-    """Dense layers with tanh, and orthogonal weights."""
-
-    def __init__(self, sizes: tuple[int, ...], *, rngs: nnx.Rngs):
-        draw = nnx.initializers.orthogonal()
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = nnx.List([nnx.Linear(m, n, kernel_init=draw, rngs=rngs) for m, n in pairs])
-
-    def __call__(self, x: Array) -> Array:
-        """[batch, ...] -> logits [batch, outputs]."""
-        x = x.reshape(len(x), -1)
-        for layer in self.layers[:-1]:
-            x = nnx.tanh(layer(x))
-        return self.layers[-1](x)
-
-
 def task(config: Config, dataset: Dataset) -> tasks.Task:
     """The network of a config with the cross-entropy."""
     sizes = int(np.prod(dataset.shape)), *config.widths, dataset.classes
-    return tasks.task(lambda rngs: Network(sizes, rngs=rngs))
-
-
-def measure(job: Job) -> Mapping[str, Any] | None:
-    """Trains the network of a cell."""
-    return cells.measure(job, task=task(job.config, job.dataset(job.config)))
+    return tasks.task(lambda rngs: models.MLP(sizes, kernel_init=nnx.initializers.orthogonal(), rngs=rngs))
 
 
 DTP = "difference_target_propagation(step=0.0033, {}, init=orthogonal())"
@@ -99,7 +76,7 @@ TABLE = Table(
             "",
             CONFIG.replace(rule=rule),
             minutes=13.0 if "target" in rule else 5.0,
-            measure=measure,
+            measure=cells.of_task(task),
             beyond=beyond,
         )
         for name, (rule, beyond) in ROWS.items()

@@ -29,9 +29,9 @@ import numpy as np
 from flax import nnx
 
 import lrules
-from experiments import augment, cli, tasks
+from experiments import cli, tasks
 from experiments.config import Config
-from experiments.data import Dataset, scale
+from experiments.data import Dataset
 from experiments.models import ACTIVATIONS
 from experiments.papers import cells, program
 from experiments.papers.cells import Cell, Job, Shown, Table
@@ -77,14 +77,13 @@ class Network(nnx.Module):
 def task(config: Config, dataset: Dataset) -> tasks.Task:
     """The network of a config with the cross-entropy."""
     sizes = int(np.prod(dataset.shape)), *config.widths, dataset.classes
-    normalise = augment.parse_normalise(config.normalisation)
     made = tasks.task(lambda rngs: Network(sizes, ACTIVATIONS[config.activation], rngs=rngs))
-    return made._replace(prepare=lambda x: normalise(scale(x)))
+    return tasks.normalised(made, config.normalisation)
 
 
 def measure(job: Job) -> Mapping[str, Any] | None:
     """Trains the network of a cell."""
-    return cells.with_error(cells.measure(job, task=task(job.config, job.dataset(job.config))))
+    return cells.with_error(cells.of_task(task)(job))
 
 
 # The rule, the activation, and the test error (%) in the authors' README.

@@ -35,9 +35,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import augment, cli, tasks
+from experiments import cli, tasks
 from experiments.config import Config
-from experiments.data import Dataset, scale
+from experiments.data import Dataset
 from experiments.papers import cells, program
 from experiments.papers.cells import Cell, Job, Shown, Table
 
@@ -77,14 +77,12 @@ class Network(nnx.Module):
 def task(config: Config, dataset: Dataset) -> tasks.Task:
     """The network of a config with the cross-entropy."""
     sizes = int(np.prod(dataset.shape)), *config.widths, dataset.classes
-    normalise = augment.parse_normalise(config.normalisation)
-    made = tasks.task(lambda rngs: Network(sizes, rngs=rngs))
-    return made._replace(prepare=lambda x: normalise(scale(x)))
+    return tasks.normalised(tasks.task(lambda rngs: Network(sizes, rngs=rngs)), config.normalisation)
 
 
 def measure(job: Job) -> Mapping[str, Any] | None:
     """Trains the network of a cell."""
-    return cells.with_error(cells.measure(job, task=task(job.config, job.dataset(job.config))))
+    return cells.with_error(cells.of_task(task)(job))
 
 
 LOCAL = "local_losses('prediction')"

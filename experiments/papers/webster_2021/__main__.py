@@ -20,17 +20,16 @@ Time: an epoch takes two to four minutes on one core.
 """
 
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from experiments import augment, cli, tasks
+from experiments import cli, tasks
 from experiments.config import Config
-from experiments.data import Dataset, scale
+from experiments.data import Dataset
 from experiments.papers import cells, program
-from experiments.papers.cells import Cell, Job, Table
+from experiments.papers.cells import Cell, Table
 
 Array = jax.Array
 CONFIG = Config(
@@ -77,14 +76,8 @@ class Network(nnx.Module):
 
 def task(config: Config, dataset: Dataset) -> tasks.Task:
     """The network of a config with the cross-entropy."""
-    normalise = augment.parse_normalise(config.normalisation)
     made = tasks.task(lambda rngs: Network(dataset.shape, config.widths, dataset.classes, rngs=rngs))
-    return made._replace(prepare=lambda x: normalise(scale(x)))
-
-
-def measure(job: Job) -> Mapping[str, Any] | None:
-    """Trains the network of a cell."""
-    return cells.measure(job, task=task(job.config, job.dataset(job.config)))
+    return tasks.normalised(made, config.normalisation)
 
 
 DRAW = "variance_scaling(2.0, 'fan_in', 'uniform')"
@@ -105,7 +98,7 @@ TABLE = Table(
             CONFIG.replace(rule=rule),
             {} if number is None else {"accuracy": number},
             minutes=150.0,
-            measure=measure,
+            measure=cells.of_task(task),
             beyond=number is None,
         )
         for name, (rule, number) in ROWS.items()

@@ -19,18 +19,16 @@ Time: an epoch takes 8 seconds on one core for BP, and 33 for predictive coding.
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from experiments import cli, tasks
+from experiments import cli, models, tasks
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.papers import cells, program
-from experiments.papers.cells import Cell, Job, Shown, Table
+from experiments.papers.cells import Cell, Shown, Table
 
 Array = jax.Array
 CONFIG = Config(
@@ -48,31 +46,11 @@ CONFIG = Config(
 )
 
 
-class Network(nnx.Module):
-    """Dense layers with sigmoids, and linear outputs."""
-
-    def __init__(self, sizes: tuple[int, ...], *, rngs: nnx.Rngs):
-        draw = nnx.initializers.variance_scaling(16.0, "fan_avg", "uniform")
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = nnx.List([nnx.Linear(m, n, kernel_init=draw, rngs=rngs) for m, n in pairs])
-
-    def __call__(self, x: Array) -> Array:
-        """[batch, ...] -> outputs [batch, outputs]."""
-        x = x.reshape(len(x), -1)
-        for layer in self.layers[:-1]:
-            x = nnx.sigmoid(layer(x))
-        return self.layers[-1](x)
-
-
 def task(config: Config, dataset: Dataset) -> tasks.Task:
     """The network of a config with half the squared error."""
+    draw = nnx.initializers.variance_scaling(16.0, "fan_avg", "uniform")
     sizes = int(np.prod(dataset.shape)), *config.widths, dataset.classes
-    return tasks.task(lambda rngs: Network(sizes, rngs=rngs), tasks.squared_error)
-
-
-def measure(job: Job) -> Mapping[str, Any] | None:
-    """Trains the network of a cell."""
-    return cells.measure(job, task=task(job.config, job.dataset(job.config)))
+    return tasks.task(lambda rngs: models.MLP(sizes, jax.nn.sigmoid, kernel_init=draw, rngs=rngs), tasks.squared_error)
 
 
 PC = "predictive_coding(steps=20, step_size=0.1, states='pre_activation'{})"
@@ -91,7 +69,7 @@ TABLE = Table(
             "",
             CONFIG.replace(rule=rule),
             minutes=1.7 if "coding" in rule else 0.5,
-            measure=measure,
+            measure=cells.of_task(task),
             beyond=beyond,
         )
         for name, (rule, beyond) in ROWS.items()
