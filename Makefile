@@ -24,7 +24,7 @@ help:
 	@echo "make docs        build the documentation into docs/_build/html; warnings are errors"
 	@echo "make test        lint, types, and every test that is not slow: what CI runs"
 	@echo "make lint        lint and types alone"
-	@echo "make format      let ruff sort imports and mend what it can"
+	@echo "make format      let ruff format the code, sort imports and mend what it can"
 	@echo "make test-slow   the slow tests"
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
 	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
@@ -73,10 +73,12 @@ gpu:
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 test: lint
 	$(BIN)/$(PYTEST) -m "not slow" $(PYTEST_ARGS)

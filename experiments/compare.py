@@ -176,9 +176,7 @@ def report(
     return told
 
 
-def write(
-    trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str | None, log: logs.Log
-) -> None:
+def write(trials: Trials, refused: Mapping[str, str], folder: pathlib.Path, title: str | None, log: logs.Log) -> None:
     """Writes the results so far; the picture only with a title."""
     first = next(iter(trials.values()))
     found: dict[str, Any] = {name: trial.result() for name, trial in trials.items()}

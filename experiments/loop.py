@@ -47,7 +47,6 @@ class Record(NamedTuple):
     validation_loss: Any = None
     validation_accuracy: Any = None
 
-
     def validation_figure(self) -> float | None:
         """The mean validation accuracy, or else minus the validation loss; None without a validation set."""
         if self.validation_accuracy is not None:
@@ -243,9 +242,7 @@ class Run:
             length = self.steps // equal[0] if equal else most
         return [*range(length, self.steps, length), self.steps]
 
-    def _finish(
-        self, name: str, purpose: int, epoch: int, parts: int, advance: Callable[[int], Any] | None
-    ) -> bool:
+    def _finish(self, name: str, purpose: int, epoch: int, parts: int, advance: Callable[[int], Any] | None) -> bool:
         """Trains from the present step to the end of an epoch; False if `advance` stopped it before."""
         shuffled = jax.block_until_ready([self._shuffle(group, purpose, epoch) for group in self._groups])
         begin = time.perf_counter()

@@ -22,10 +22,7 @@ def needed(compiled: Any) -> int:
     """The bytes that a call of a compiled function takes: arguments, outputs and temporaries."""
     stats = compiled.memory_analysis()
     return (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        + stats.temp_size_in_bytes
-        - stats.alias_size_in_bytes
+        stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
     )
 
 

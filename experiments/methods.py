@@ -253,9 +253,7 @@ def refused(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def check(
-    task: Task, rules: dict[str, lrules.Rule], x: Any, y: Any, batch_size: int
-) -> None:
+def check(task: Task, rules: dict[str, lrules.Rule], x: Any, y: Any, batch_size: int) -> None:
     """Trace a step of each rule without computing it, so that a rule refuses before any rule has trained.
 
     Raises:
@@ -272,5 +270,3 @@ def check(
             jax.eval_shape(step, jax.random.key(0), *shapes)
         except Refused as error:
             raise Refused(f"{name}: {error}") from error
-
-

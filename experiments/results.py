@@ -62,9 +62,7 @@ def summary(records: Sequence[Record], lanes: slice = slice(None), *, select: st
     last = records[-1]
     measured = [name for name in Record._fields if getattr(last, name) is not None and name not in ("epoch", "seconds")]
     curves = {name: np.array([getattr(record, name)[lanes] for record in records]) for name in measured}
-    found: dict[str, Any] = {
-        name: statistics(curve[-1]) | {"by_seed": curve[-1]} for name, curve in curves.items()
-    }
+    found: dict[str, Any] = {name: statistics(curve[-1]) | {"by_seed": curve[-1]} for name, curve in curves.items()}
     if select == "best_validation":
         if "validation_accuracy" in curves:
             best = np.nan_to_num(curves["validation_accuracy"]).argmax(0)

@@ -228,9 +228,7 @@ def _call(name: str, args: list[Any], options: dict[str, Any]) -> Any:
     if len(args) > len(unnamed):
         named = parameters[len(unnamed) :]
         remedy = f"write the others with their names, such as {named[0]}=..." if named else "leave the others out"
-        raise InputError(
-            f"{name} takes at most {len(unnamed)} values without a name, got {len(args)}: {remedy}."
-        )
+        raise InputError(f"{name} takes at most {len(unnamed)} values without a name, got {len(args)}: {remedy}.")
     missing = [p for p in _required(factory)[len(args) :] if p not in options]
     if missing:
         example = ", ".join([*map(_text, args), *(f"{k}={_text(v)}" for k, v in options.items()), f"{missing[0]}=..."])

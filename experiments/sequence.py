@@ -196,9 +196,7 @@ def main() -> None:
     config = cli.config(**FIXED)
     folder = cli.output_folder()
     dataset = build.dataset(config, data_dir=FLAGS.data_dir)
-    division = divide(
-        dataset, config.all_seeds, FLAGS.per_task, tuning=FLAGS.tuning
-    )
+    division = divide(dataset, config.all_seeds, FLAGS.per_task, tuning=FLAGS.tuning)
     with Progress(division.classes.shape[1] * config.epochs, "epoch") as bar:
         accuracy = train(config, dataset, division, advance=bar.advance)
     count = accuracy.shape[1]

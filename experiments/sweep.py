@@ -50,9 +50,7 @@ class Grid(NamedTuple):
         names.sort(key=lambda name: name in self.traced)  # what needs a run of its own changes last
         values = self.fields | self.options
         combined = [dict(zip(names, found, strict=True)) for found in itertools.product(*(values[n] for n in names))]
-        return [
-            Point({n: p[n] for n in self.fields}, {n: p[n] for n in self.options}) for p in combined
-        ]
+        return [Point({n: p[n] for n in self.fields}, {n: p[n] for n in self.options}) for p in combined]
 
     def texts(self) -> list[str]:
         """The texts that `parse` makes it of."""

@@ -1,9 +1,9 @@
 """A config trained to its end, perhaps over a grid of settings: epoch by epoch, with its records and its state.
 
-    trial = Trial(config, dataset, grid=sweep.parse(["learning_rate=0.01,0.1"], config))
-    while not trial.finished:
-        trial.epoch()
-    trial.result()  # the figures of the best point, chosen on the validation set, and those of all points
+trial = Trial(config, dataset, grid=sweep.parse(["learning_rate=0.01,0.1"], config))
+while not trial.finished:
+    trial.epoch()
+trial.result()  # the figures of the best point, chosen on the validation set, and those of all points
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -103,9 +103,7 @@ class Trial:
         """The finished steps of all epochs."""
         if not self.warmed_up:
             return 0
-        return self.epochs * self.steps + sum(
-            run.step if run.epochs == self.epochs else run.steps for run in self.runs
-        )
+        return self.epochs * self.steps + sum(run.step if run.epochs == self.epochs else run.steps for run in self.runs)
 
     @property
     def warm_up_steps_done(self) -> int:

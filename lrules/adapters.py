@@ -309,8 +309,7 @@ def _stateful(run: Callable[..., tuple[Any, Any]], batch_axes: Pytree) -> Networ
         *frozen, inputs = args
         if not isinstance(inputs, tuple | list) or len(inputs) != 2:
             raise TypeError(
-                "The inputs of a network with with_state=True must be (state, inputs), got a "
-                f"{type(inputs).__name__}."
+                f"The inputs of a network with with_state=True must be (state, inputs), got a {type(inputs).__name__}."
             )
         return run(params, *inputs, *frozen)
 

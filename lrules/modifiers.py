@@ -379,5 +379,3 @@ def quantize_update(rule: Rule, bits: Numbers, *, scale: Numbers = 2**-6, axis_n
         return net.pushing(PerExample((fn,), chosen, rule, net, params, inputs))
 
     return modified(rule, push, axis_name=axis_name)
-
-

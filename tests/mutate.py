@@ -84,9 +84,7 @@ def main() -> None:
             subprocess.run([tools / command, *more], cwd=copy, check=True, env=environment)
 
         (copy / "config.toml").write_text(
-            CONFIG.format(
-                module=args.module, timeout=args.timeout, python=sys.executable, tests=tests, skipped=SKIPPED
-            )
+            CONFIG.format(module=args.module, timeout=args.timeout, python=sys.executable, tests=tests, skipped=SKIPPED)
         )
         run("cosmic-ray", "init", "config.toml", "session.sqlite")
         run("cr-filter-operators", "session.sqlite", "config.toml")

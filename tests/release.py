@@ -1,7 +1,7 @@
 """Checks of a release: one version everywhere, and the files of the wheel and the sdist. The Makefile runs them.
 
-    python -m tests.release contents .wheel   # the wheel and the sdist in this folder have our files, and no others
-    python -m tests.release versions          # the release can be made: everything is committed, under one version
+python -m tests.release contents .wheel   # the wheel and the sdist in this folder have our files, and no others
+python -m tests.release versions          # the release can be made: everything is committed, under one version
 """
 
 import pathlib

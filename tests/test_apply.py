@@ -119,9 +119,7 @@ def test_feedback_restored_as_a_dict(rule):
     rng = {"rng": KEY} if rule.stochastic else {}
     wanted = step(W, feedback, X, jnp.ones((4, 3)), **rng)
     for given in (restored, {k: v for k, v in restored.items() if k != "state" or v}):
-        with pytest.raises(
-            TypeError, match=r"the feedback is a dict, .*: write lrules.Feedback\(\*\*restored\)"
-        ):
+        with pytest.raises(TypeError, match=r"the feedback is a dict, .*: write lrules.Feedback\(\*\*restored\)"):
             step(W, given, X, jnp.ones((4, 3)), **rng)
         got = step(W, lrules.Feedback(**given), X, jnp.ones((4, 3)), **rng)
         assert jax.tree.all(jax.tree.map(jnp.array_equal, got, wanted))

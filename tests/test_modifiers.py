@@ -562,9 +562,7 @@ def test_shard_map(modify):
 SPLIT = {"drop": lambda rule: lrules.drop_error(rule, 0.3), "update": lambda rule: lrules.quantize_update(rule, 3)}
 
 
-@pytest.mark.parametrize(
-    ("steps", "modify"), mostly_slow(pairs([(), (3,)], SPLIT), [((), "drop"), ((3,), "update")])
-)
+@pytest.mark.parametrize(("steps", "modify"), mostly_slow(pairs([(), (3,)], SPLIT), [((), "drop"), ((3,), "update")]))
 def test_explicit_mesh(steps, modify):
     """A batch that is split over explicit mesh axes, as those of `jax.make_mesh` are by default."""
     keys = jax.random.split(KEY, 5)

@@ -149,10 +149,10 @@ CONSTRUCTS = {
         lambda p, x: jnp.tanh(((H(p, x)[:, None] - p["b"][None]) ** 2).sum(-1)) @ p["c"],
         r"a distance for example, .*: write it with a dot product \(\|h\|\^2 - 2 h.m \+ \|m\|\^2\)",
         [
-            lambda p, x: jnp.tanh(
-                (H(p, x) ** 2).sum(1, keepdims=True) - 2 * H(p, x) @ p["b"].T + (p["b"] ** 2).sum(1)[None]
+            lambda p, x: (
+                jnp.tanh((H(p, x) ** 2).sum(1, keepdims=True) - 2 * H(p, x) @ p["b"].T + (p["b"] ** 2).sum(1)[None])
+                @ p["c"]
             )
-            @ p["c"]
         ],
     ),
 }
@@ -441,13 +441,16 @@ def test_marks():
     served(two, at("m|b|c"))
     served(two, lrules.partition({"b": at("b"), ".*": at("c")}))
 
-    inside = lambda p, x: lax.cond(  # noqa: E731
-        x.sum() > 0, lambda h: lrules.hidden(h * 2, "m") * 2, lambda h: h, H(p, x)
-    ) @ p["c"] * p["b"].sum()
+    def inside(p, x):
+        doubled = lax.cond(x.sum() > 0, lambda h: lrules.hidden(h * 2, "m") * 2, lambda h: h, H(p, x))
+        return doubled @ p["c"] * p["b"].sum()
+
     assert "mark one outside" in refusal(inside, at("m"))
-    outside = lambda p, x: lrules.hidden(  # noqa: E731
-        lax.cond(x.sum() > 0, lambda h: h * 4, lambda h: h, H(p, x)), "m"
-    ) ** 2 @ p["c"] * p["b"].sum()
+
+    def outside(p, x):
+        doubled = lax.cond(x.sum() > 0, lambda h: h * 4, lambda h: h, H(p, x))
+        return lrules.hidden(doubled, "m") ** 2 @ p["c"] * p["b"].sum()
+
     served(outside, at("m"))
 
     same = lambda p, x: jnp.tanh(lrules.hidden(x @ p["a"], "c")) @ p["b"] @ p["c"]  # noqa: E731

@@ -117,8 +117,18 @@ MODIFIERS = {
     "replace_derivative": lambda rule: lrules.replace_derivative(rule, triangle),
     "quantize_update": lambda rule: lrules.quantize_update(rule, 4),
 }
-MODIFIED = ("last_layer_only", "feedback_alignment", "kolen_pollack", "direct_feedback_alignment", "skipped_backprop",
-            "random_target_projection", "backman", "node_perturbation", "dual_propagation", "predictive_coding")
+MODIFIED = (
+    "last_layer_only",
+    "feedback_alignment",
+    "kolen_pollack",
+    "direct_feedback_alignment",
+    "skipped_backprop",
+    "random_target_projection",
+    "backman",
+    "node_perturbation",
+    "dual_propagation",
+    "predictive_coding",
+)
 WITHOUT_DERIVATIVES = {"without_derivatives", "replace_derivative"}
 PAIRS = {
     f"{name}({of})": (make, of)

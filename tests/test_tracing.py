@@ -510,11 +510,15 @@ def test_threads_share_a_network():
     assert not failures
 
 
-PLANNED = SEQUENTIAL | DIRECT | {
-    "node_perturbation": lrules.node_perturbation(0.1),
-    "predictive_coding": lrules.predictive_coding(),
-    "equilibrium_propagation": lrules.equilibrium_propagation(),
-}
+PLANNED = (
+    SEQUENTIAL
+    | DIRECT
+    | {
+        "node_perturbation": lrules.node_perturbation(0.1),
+        "predictive_coding": lrules.predictive_coding(),
+        "equilibrium_propagation": lrules.equilibrium_propagation(),
+    }
+)
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BLOCKED = '''
+BLOCKED = """
 import importlib.abc
 import sys
 
@@ -15,9 +15,9 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, Blocked())
-'''
+"""
 
-BARE = '''
+BARE = """
 import jax, jax.numpy as jnp, lrules
 
 
@@ -32,9 +32,9 @@ for rule in (lrules.feedback_alignment(), lrules.direct_feedback_alignment(), lr
     step = lrules.value_and_grad(mlp, lambda out, targets: ((out - targets) ** 2).sum(-1), rule)
     _, grads = step(params, feedback, x, y)
     assert float(jnp.abs(grads.params["first"]).max()) > 0
-'''
+"""
 
-EQUINOX = '''
+EQUINOX = """
 import equinox as eqx, jax, jax.numpy as jnp, lrules
 
 model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
@@ -44,9 +44,9 @@ rule = lrules.feedback_alignment()
 feedback = rule.init(jax.random.key(1), net, params, jnp.ones((5, 4)))
 grads = jax.grad(lambda p: lrules.transform(net, rule)(p, feedback, jnp.ones((5, 4))).sum())(params)
 assert float(jnp.abs(grads.layers[0].weight).max()) > 0
-'''
+"""
 
-REFUSED = '''
+REFUSED = """
 import lrules
 
 for adapter in (lrules.from_nnx, lambda model: lrules.from_linen(model, {"params": {}})):
@@ -54,14 +54,14 @@ for adapter in (lrules.from_nnx, lambda model: lrules.from_linen(model, {"params
         adapter(object())
     except ImportError as error:
         print(error)
-'''
+"""
 
-UNTOUCHED = '''
+UNTOUCHED = """
 import sys
 import lrules
 
 print(sorted({"flax", "optax", "chex", "orbax"} & {name.partition(".")[0] for name in sys.modules}))
-'''
+"""
 
 
 def run(*scripts):

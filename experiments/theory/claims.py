@@ -403,8 +403,18 @@ def closed_forms(seeds: Seeds) -> list[Check]:
 CLAIMS: dict[str, Callable[[Seeds], list[Check]]] = {
     claim.__name__: claim
     for claim in (
-        one_dimension, chains, attractors, expansive, compressive, three_layers, two_by_two, power_law,
-        backman_is_gradient_descent, best_responses,
-        relaxations, corollary, closed_forms,
+        one_dimension,
+        chains,
+        attractors,
+        expansive,
+        compressive,
+        three_layers,
+        two_by_two,
+        power_law,
+        backman_is_gradient_descent,
+        best_responses,
+        relaxations,
+        corollary,
+        closed_forms,
     )  # fmt: skip
 }

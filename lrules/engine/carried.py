@@ -32,6 +32,7 @@ def begin(
       key: a key for it.
       lengths: the lengths of the loops around it.
     """
+
     def one(key: jax.Array) -> Pytree:
         given = {"key": key, "name": name}
         return jax.tree.map(jnp.asarray, make(like, **{what: given[what] for what in asks}))

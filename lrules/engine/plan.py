@@ -251,9 +251,7 @@ class Plan:
                 f"the feedback has no entry {missing[0]!r}, so it was made for another rule or network: {remedy}"
             )
         if extra := sorted(set(given) - set(wanted)):
-            raise ValueError(
-                f"the feedback has an entry {extra[0]!r} that this rule and network do not use: {remedy}"
-            )
+            raise ValueError(f"the feedback has an entry {extra[0]!r} that this rule and network do not use: {remedy}")
         for name, (shape, _, learned) in wanted.items():
             if name in (feedback.fixed if learned else feedback.learned):
                 raise ValueError(

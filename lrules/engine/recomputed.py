@@ -243,7 +243,7 @@ class _Parts:
             if max(math.prod(v.aval.shape) for v in (*eqn.outvars, *eqn.invars)) > TILE:
                 raise ValueError(
                     f'storage="recomputed" draws the feedback {self.name!r} in tiles, and its init computes all its '
-                    f'numbers together ({of(eqn).name}): use an initializer that draws each number by itself, such as '
+                    f"numbers together ({of(eqn).name}): use an initializer that draws each number by itself, such as "
                     'jax.nn.initializers.glorot_normal(), or storage="stored"'
                 )
             body = call_body(eqn)

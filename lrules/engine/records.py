@@ -361,14 +361,12 @@ def ancestors(value: Value, stop: Callable[[Value], bool]) -> list[Value]:
 
 def reach(outs: Sequence[Value]) -> set[int]:
     """The values (by id) from which a derivative leads to one of these."""
-    def ends(value: Value) -> bool:
-        return not is_inexact(value.aval) or not (value.params or value.data)
-
     found: set[int] = set()
     stack = list(outs)
     while stack:
         value = stack.pop()
-        if id(value) not in found and not ends(value):
+        varies = is_inexact(value.aval) and (value.params or value.data)
+        if varies and id(value) not in found:
             found.add(id(value))
             row = None if value.producer is None else of(value.producer)
             if row is not None and row.casts and not is_inexact(value.operands[0].aval):  # a unit that is on or off

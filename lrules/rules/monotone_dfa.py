@@ -51,6 +51,4 @@ def monotone_dfa(
     References:
       Lechner: Learning representations for binary-classification without backpropagation (2020), section 3.
     """
-    return direct(
-        arrive, init=absolute(init), error_at=error_at, max_feedback_bytes=max_feedback_bytes, offers=()
-    )
+    return direct(arrive, init=absolute(init), error_at=error_at, max_feedback_bytes=max_feedback_bytes, offers=())

@@ -54,6 +54,7 @@ def test_transposes(name):
 
 def test_layers_of_one_shape_share_what_they_trace_and_not_their_numbers():
     """Two layers of one shape, and a third of another stride: each gets its own numbers."""
+
     def apply(p, x):
         strided = lax.conv_general_dilated(x, p["c"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         plain = lambda x, w: lax.conv_general_dilated(  # noqa: E731
@@ -90,9 +91,7 @@ def test_products_of_one_shape_are_traced_once(monkeypatch):
 def dense(factor):
     """A product with a derivative of its own."""
     made = jax.custom_vjp(lambda w, x: factor * (x @ w))
-    made.defvjp(
-        lambda w, x: (factor * (x @ w), (w, x)), lambda r, d: (factor * (r[1].T @ d), factor * (d @ r[0].T))
-    )
+    made.defvjp(lambda w, x: (factor * (x @ w), (w, x)), lambda r, d: (factor * (r[1].T @ d), factor * (d @ r[0].T)))
     return made
 
 

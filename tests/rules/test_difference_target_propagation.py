@@ -66,9 +66,7 @@ def test_reference(name, first_target):
         for decoder in DECODERS if "conv" not in name else ("identity",):
             rule = DTP(0.5, first_target=first_target, decoder=DECODERS[decoder])
             feedback, listed = drawn(rule, net, x)
-            assert set(feedback.learned) == {
-                f"{k}/kernel" for k in range(1, len(net) - (first_target == "hidden"))
-            }
+            assert set(feedback.learned) == {f"{k}/kernel" for k in range(1, len(net) - (first_target == "hidden"))}
             wanted, _ = reference.gradients(
                 net, listed, x, e, step_size=0.5, top=TOP[first_target], activations=[None, *[decoder] * len(net)]
             )
@@ -383,7 +381,7 @@ def test_precision_of_half():
         ({"step": 0.0}, ValueError, "step must be a finite number > 0, got 0.0"),
         ({"step": {"b": 0.1}}, ValueError, "step must be one finite number"),
         ({"std": -1}, ValueError, "std must be a finite number > 0, got -1"),
-        ({"first_target": "top"}, ValueError, "first_target must be \"hidden\" or \"outputs\", got 'top'"),
+        ({"first_target": "top"}, ValueError, 'first_target must be "hidden" or "outputs", got \'top\''),
         ({"feedback_loss": "l2"}, ValueError, "one of 'reconstruction', 'difference', 'jacobian', got 'l2'"),
         ({"decoder": "tanh"}, TypeError, "decoder must be an elementwise function such as jnp.tanh, .* got a str"),
         ({"noise": 1.0}, TypeError, "noise must be a function .* got a float"),

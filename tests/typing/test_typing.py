@@ -20,7 +20,7 @@ from tests.typing import user
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OWN = [HERE / "user.py", HERE / "wrong.py"]
-MODEL = '''
+MODEL = """
 class MLP(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.layer = nnx.Linear(4, 3, rngs=rngs)
@@ -30,7 +30,7 @@ class MLP(nnx.Module):
 
 
 x, y = jax.random.normal(jax.random.key(0), (32, 4)), jax.numpy.arange(32) % 3
-'''
+"""
 # What JAX, Flax and optax leave unknown is not ours to mend.
 OF_OTHERS = [
     "reportMissingTypeStubs", "reportUnknownArgumentType", "reportUnknownLambdaType", "reportUnknownMemberType",

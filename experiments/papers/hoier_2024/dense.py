@@ -75,9 +75,7 @@ def task(config: Config, dataset: Dataset) -> tasks.Task:
         ]
         return jax.tree.unflatten(tree, drawn), state
 
-    return built._replace(
-        init=init, prepare=lambda x: scale(x).reshape(-1, pixels), targets=lambda x, y: y.reshape(-1)
-    )
+    return built._replace(init=init, prepare=lambda x: scale(x).reshape(-1, pixels), targets=lambda x, y: y.reshape(-1))
 
 
 def trial(job: Job) -> tuple[Trial, tasks.Task, Dataset]:

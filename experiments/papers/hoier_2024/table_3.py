@@ -90,8 +90,8 @@ TABLE_3 = Table(
     ],
     shown=SHOWN,
     plot=functools.partial(beside.picture, shown=SHOWN),
-    notes="The paper marks alpha 1/2 and 1 with beta 1, and alpha 1 with beta 0.1, with (X), \"no reasonable model was "
-    'learned\"; with alpha 1/2 and beta 0.1 training diverged in the end. We could not read its figures for CIFAR-100, '
+    notes='The paper marks alpha 1/2 and 1 with beta 1, and alpha 1 with beta 0.1, with (X), "no reasonable model was '
+    'learned"; with alpha 1/2 and beta 0.1 training diverged in the end. We could not read its figures for CIFAR-100, '
     "and we do not measure top 5. Reduced runs have a schedule of the same shape.",
 )
 FIGURE_2 = Table(

@@ -166,9 +166,7 @@ def _rate(for_sum: float) -> float:
     return float(f"{BATCH * for_sum:.4g}")
 
 
-def cell(
-    name: str, rule: str, rate: float, paper: float | None, std: float | None = None, **changes: Any
-) -> Cell:
+def cell(name: str, rule: str, rate: float, paper: float | None, std: float | None = None, **changes: Any) -> Cell:
     """The cell of a rule; `std` is that of the noise in the hidden signals."""
     return Cell(
         name,

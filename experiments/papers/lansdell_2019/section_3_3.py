@@ -64,9 +64,7 @@ class Network(nnx.Module):
             convolutions.append(nnx.Conv(channels, maps, (size, size), **draw))
             channels, height, across = maps, -(-height // 2), -(-across // 2)
         self.convolutions = nnx.List(convolutions)
-        self.dense = nnx.List(
-            [nnx.Linear(height * across * channels, width, **draw), nnx.Linear(width, width, **draw)]
-        )
+        self.dense = nnx.List([nnx.Linear(height * across * channels, width, **draw), nnx.Linear(width, width, **draw)])
         self.dropout = nnx.Dropout(DROPOUT, rngs=rngs)
         self.out = nnx.Linear(width, CLASSES, **draw)
 

@@ -61,9 +61,7 @@ def train(job: Job, method: Method, data: Dataset, look: Look, points: Sequence[
     def all_rows(epoch: int) -> np.ndarray:
         return np.stack([rows(seed, epoch, count, examples) for seed in config.all_seeds]).astype(np.int32)
 
-    run = Run(
-        method, data, seeds=config.all_seeds, batch_size=config.batch_size, probe=0, rows=all_rows(0), parts=1
-    )
+    run = Run(method, data, seeds=config.all_seeds, batch_size=config.batch_size, probe=0, rows=all_rows(0), parts=1)
     curves: list[dict[str, Any]] = []
     with Checkpoints(job.work, {"config": config.to_dict()}, keep=1) as saved:
         found = saved.restore(run.state())

@@ -137,8 +137,6 @@ def binary_cells(
     return cells
 
 
-
-
 def notes(found: Sequence[Found], remarks: str = "") -> str:
     """What the figures are, and the settings that were chosen for each cell."""
     text = (

@@ -82,11 +82,7 @@ TABLE_1 = Table(
             for column, number in zip(COLUMNS, numbers, strict=True)
             if number is not None
         ),
-        *(
-            _cell(row, column, own, None, beyond=True)
-            for row, own in BEYOND.items()
-            for column in list(COLUMNS)[:2]
-        ),
+        *(_cell(row, column, own, None, beyond=True) for row, own in BEYOND.items() for column in list(COLUMNS)[:2]),
     ],
     notes="The paper gives no sd. BackMAN's alpha is read here as the norm of the update of a layer, 1 / sqrt(n) for "
     "each of its n neurons. With alpha as the norm of each neuron's update (Eq. 4 of the paper) the MLP does not learn "

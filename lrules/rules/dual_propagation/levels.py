@@ -50,7 +50,7 @@ def levels_of(graph: Graph, sites: set[str]) -> tuple[dict[str, np.ndarray], int
         if is_symbolic_dim(params["length"]):
             raise NotImplementedError(
                 f"this order numbers the iterations of a scan, and the length of the scan is the symbolic "
-                f"{params['length']}: give that axis of the inputs its size, or give order=\"forward_backward\""
+                f'{params["length"]}: give that axis of the inputs its size, or give order="forward_backward"'
             )
         for _ in range(params["length"]):
             outs, found = walk(child, [*levels[:n_consts], *carry, *levels[n_consts + n_carry :]])

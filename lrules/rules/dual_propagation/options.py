@@ -74,9 +74,7 @@ class Options:
                 f'damping must be "spectral", "contracting", a finite number >= 0 or None, got {damping!r}'
             )
         if self.adjoint and damping is not None:
-            raise ValueError(
-                "damping works only with the original equations: give adjoint=False, or leave damping out"
-            )
+            raise ValueError("damping works only with the original equations: give adjoint=False, or leave damping out")
 
 
 def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
