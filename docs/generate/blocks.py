@@ -33,7 +33,7 @@ def example(name: str) -> str:
 
 def references(name: str) -> str:
     """Its references."""
-    return "\n".join(f"- {entry}" for entry in facts.references(name)) or "- The combination is our own."
+    return "\n".join(f"- {entry}" for entry in facts.references(name)) or "None."
 
 
 def cost(name: str) -> str:

@@ -314,7 +314,8 @@ def verdicts(found: Sequence[Found]) -> str:
         if each.measured(values)
     ]
     if lines and any(each.less for each in found):
-        lines.append("\nSome of these runs are reduced: with all epochs and seeds, a verdict may be another.")
+        some = "All" if all(each.less for each in found) else "Some"
+        lines.append(f"\n{some} of these runs are reduced: with all epochs and seeds, a verdict may be another.")
     return "\n".join(lines)
 
 

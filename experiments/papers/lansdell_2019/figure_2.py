@@ -192,8 +192,10 @@ FIGURE_2 = Table(
         cell("Adam with noise", "bp", ADAM, 522, NOISE, optimizer="adam"),
         cell("Weight matching", f"kolen_pollack(init={DRAW})", MATCHING, None),
     ],
-    notes="The loss of BP depends on the first weights, which the authors draw once for all runs: at its rate, outputs "
-    "may die in the first steps, and of three first weights one did not learn in 20,000 steps. With noise it learns.",
+    notes="The paper has curves of ten runs and no numbers: the column *paper* has the lowest losses in its authors' "
+    "notebooks, of three runs. The loss of BP depends on the first weights, which the authors draw once for all runs: "
+    "at its rate, outputs may die in the first steps, and of three first weights one did not learn in 20,000 steps. "
+    "With noise it learns.",
     shown=(Shown("lowest_test_loss", "", BATCH, 0), Shown("lowest_test_noisy_loss", "of noisy outputs", BATCH, 0)),
     plot=plot,
 )

@@ -87,7 +87,8 @@ def dual_propagation(
         the name `"outputs"`.
       beta: how strongly the outputs are nudged, on the scale of the loss of one example. Give a number, or numbers by
         name as for alpha. With several numbers, D_k is multiplied by beta_k / beta_{k+1} (Eq. 12, 45).
-      adjoint: True for DP^T (Eq. 19 and 22), which is stable for every alpha; False for the original (Eq. 2).
+      adjoint: True for DP^T (Eq. 19 and 22), whose states settle for every alpha in an MLP; False for the original
+        (Eq. 2).
       iterations: how many times the states are renewed.
       order: in which order one iteration renews the states.
         `"forward_backward"`: a sweep up and a sweep down; n iterations cost (2n + 1) / 3 of backprop.
