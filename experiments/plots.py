@@ -30,6 +30,12 @@ def logarithmic(panel: Any, which: Literal["x", "y"] = "y") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def in_epochs(axis: Any) -> None:
+    """Names the x axis "epoch", with ticks at whole epochs only."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
 def styles() -> Iterator[dict[str, Any]]:
     """Line styles and colours, as many as there are rules; colours repeat with another line."""
     for line in itertools.cycle(LINES):
@@ -72,10 +78,9 @@ def learning_curves(histories: Mapping[str, tuple[Sequence[Record], slice]], tit
     if angles:
         axes[1].set(ylabel="angle to backprop (degrees)", ylim=(-3, None))
     for axis in axes:
-        axis.set_xlabel("epoch")
+        in_epochs(axis)
         axis.grid(alpha=0.3)
         axis.set_xlim(0.5, 0.5 + max(len(records) for records, _ in histories.values()))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_title(title, loc="left")  # a title of the figure would lie under a wide legend
     figure.legend(
         *axes[0].get_legend_handles_labels(),

@@ -182,7 +182,8 @@ def curves(found: Sequence[Found], figure: str, label: str, *, unit: float = 1, 
         sd = values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros_like(mean)
         axis.plot(epochs, mean, label=each.cell.name + ("*" if each.less else ""), **style)
         axis.fill_between(epochs, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
-    axis.set(xlabel="epoch", ylabel=label)
+    axis.set_ylabel(label)
+    plots.in_epochs(axis)
     axis.grid(alpha=0.3)
     made.legend(loc="outside right upper", fontsize="small", frameon=False)
     return made

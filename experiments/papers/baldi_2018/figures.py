@@ -71,7 +71,7 @@ def by_epoch(found: Sequence[Found]) -> Figure:
             axis.set_ylim(bottom, None)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[1].set_xlabel("epoch")
+    plots.in_epochs(axes[1])
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
     return figure
 

@@ -54,7 +54,7 @@ def alignment(found: Sequence[Found]) -> Figure:
                 axis.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
             column[2].plot(epochs, true.mean(1), color=colour, linestyle="--")
         column[2].plot([], [], color="black", linestyle="--", label="of backprop")
-        column[2].set_xlabel("epoch")
+        plots.in_epochs(column[2])
     labels = "angle to backprop (°)", "norm of the difference", "norm of the gradient"
     for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label)

@@ -39,7 +39,8 @@ def figure_4(found: Sequence[Found]) -> Figure:
             values = each.curve(f"{name} {number}")[1].mean(1)
             column[1].plot(epochs, values, marker=".", label=f"c and |{name}|", **style)
         column[0].set_title(f"layer {number}" if number < LAYERS else "output layer")
-        column[1].set(ylim=(-1.05, 1.05), xlabel="epoch")
+        column[1].set_ylim(-1.05, 1.05)
+        plots.in_epochs(column[1])
         for axis in column:
             axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("c: median, 5% to 95%")
