@@ -64,7 +64,8 @@ def _resnet(blocks: int, row: str) -> Cell:
 FIGURE_2 = Table(
     "Test accuracy (%) on MNIST by the number of hidden layers",
     [_mlp(depth, row) for depth in range(1, 13) for row in (EBP, BACKMAN)],
-    notes="The paper has a picture and no numbers. It says that BackMAN is better with more than six layers.",
+    notes="The paper has a picture and no numbers. It says that BackMAN is better with more than six layers. Points "
+    "of one epoch show which rule learns faster at first, not which is better in the end.",
     plot=lambda found: by_depth(found, "hidden layers of 2,000"),
 )
 FIGURE_3 = Table(
