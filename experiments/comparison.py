@@ -1,8 +1,8 @@
 """Runs of several days beside each other: their curves read from files, and differences to the first over seeds.
 
-runs = comparison.read(["monday/metrics.json", "tuesday/curves.csv"])
-comparison.differences(runs, "accuracy")
-"""
+    runs = comparison.read(["monday/metrics.json", "tuesday/curves.csv"])
+    comparison.differences(runs, "accuracy")
+"""  # fmt: skip
 
 import csv
 import json

@@ -1,9 +1,9 @@
 """Result files that are whole or absent, and folders that belong to one run.
 
-claim = files.claim("results/train", {"rule": "backman", "data": "mnist"})  # the folder, locked for this run
-files.write_json(claim.folder / "metrics.json", {"accuracy": 0.98})
-claim.lock.release()                                                       # also where the process dies
-"""
+    claim = files.claim("results/train", {"rule": "backman", "data": "mnist"})  # the folder, locked for this run
+    files.write_json(claim.folder / "metrics.json", {"accuracy": 0.98})
+    claim.lock.release()                                                       # also where the process dies
+"""  # fmt: skip
 
 import contextlib
 import csv

@@ -12,10 +12,10 @@ BETWEEN = 30.0  # seconds between two lines in a file
 class Progress:
     """Shows how far a long work is, on standard error.
 
-    with Progress(total=100, unit="step") as bar:
-        bar.describe("epoch 1/10")
-        bar.advance(5, "loss 0.3")
-    """
+        with Progress(total=100, unit="step") as bar:
+            bar.describe("epoch 1/10")
+            bar.advance(5, "loss 0.3")
+    """  # fmt: skip
 
     def __init__(self, total: int, unit: str, *, begin: int = 0, show: bool = True):
         """`begin`: units that are done already; `show`: or nothing."""

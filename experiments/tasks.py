@@ -1,8 +1,8 @@
 """What a run learns: a model, its loss and its measures, as pure functions for one seed.
 
-task = tasks.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs))
-task = tasks.build(Config(model="lenet5", dataset="mnist"), dataset)
-"""
+    task = tasks.task(lambda rngs: models.MLP((64, 100, 10), rngs=rngs))
+    task = tasks.build(Config(model="lenet5", dataset="mnist"), dataset)
+"""  # fmt: skip
 
 import math
 from collections.abc import Callable, Sequence

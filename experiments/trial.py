@@ -1,10 +1,10 @@
 """A config trained to its end, perhaps over a grid of settings: epoch by epoch, with its records and its state.
 
-trial = Trial(config, dataset, grid=sweep.parse(["learning_rate=0.01,0.1"], config))
-while not trial.finished:
-    trial.epoch()
-trial.result()  # the figures of the best point, chosen on the validation set, and those of all points
-"""
+    trial = Trial(config, dataset, grid=sweep.parse(["learning_rate=0.01,0.1"], config))
+    while not trial.finished:
+        trial.epoch()
+    trial.result()  # the figures of the best point, chosen on the validation set, and those of all points
+"""  # fmt: skip
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,8 +1,8 @@
 """Checks of a release: one version everywhere, and the files of the wheel and the sdist. The Makefile runs them.
 
-python -m tests.release contents .wheel   # the wheel and the sdist in this folder have our files, and no others
-python -m tests.release versions          # the release can be made: everything is committed, under one version
-"""
+    python -m tests.release contents .wheel   # the wheel and the sdist in this folder have our files, and no others
+    python -m tests.release versions          # the release can be made: everything is committed, under one version
+"""  # fmt: skip
 
 import pathlib
 import re

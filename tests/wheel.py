@@ -1,8 +1,8 @@
 """What a user does first, with the wheel and what it declares to need alone: `make wheel-test` runs it, not pytest.
 
-python -I tests/wheel.py         # in an environment that has the wheel alone
-python -I tests/wheel.py docs    # in one that has the wheel with this extra
-"""
+    python -I tests/wheel.py         # in an environment that has the wheel alone
+    python -I tests/wheel.py docs    # in one that has the wheel with this extra
+"""  # fmt: skip
 
 import importlib.metadata
 import pathlib

@@ -1,8 +1,8 @@
 """Writes the pictures and fills the parts of the pages that follow from the code.
 
-python -m docs.generate           # all; the table of models x rules takes minutes
-python -m docs.generate --quick   # all but that table
-"""
+    python -m docs.generate           # all; the table of models x rules takes minutes
+    python -m docs.generate --quick   # all but that table
+"""  # fmt: skip
 
 import os
 import sys

@@ -1,7 +1,7 @@
 """All that needs a GPU, in one session of some minutes: correctness, step times, cells of the papers, and epochs.
 
     python -m experiments.gpu --minutes=8.5 --output=results/gpu --data_dir=FOLDER    # with mnist.npz, cifar10.npz, ...
-    python -m experiments.gpu --tiny --output=results/tiny             # all parts, tiny: for a CPU
+    python -m experiments.gpu --tiny --output=results/tiny            # all parts, tiny: for a CPU
     python -m experiments.gpu --report --output=results/gpu           # the results as Markdown tables
 
 The parts run in order, each until its own time: what one leaves, the next gets. Each writes its results to PART.json as

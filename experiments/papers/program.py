@@ -1,10 +1,10 @@
 """The program of a paper. Its package gives the tables to `main`, which has these commands:
 
-python -m experiments.papers.baldi_2018 --list                     # the cells: done, reduced, missing
-python -m experiments.papers.baldi_2018 --table=1 --minutes=60     # measures missing cells; goes on after a stop
-python -m experiments.papers.baldi_2018 --table=1 --cells=SRBP --seeds=2 --epochs=20    # some of them, reduced
-python -m experiments.papers.baldi_2018 --report                   # README.md, pictures and data of the results
-"""
+    python -m experiments.papers.baldi_2018 --list                     # the cells: done, reduced, missing
+    python -m experiments.papers.baldi_2018 --table=1 --minutes=60     # measures missing cells; goes on after a stop
+    python -m experiments.papers.baldi_2018 --table=1 --cells=SRBP --seeds=2 --epochs=20    # some of them, reduced
+    python -m experiments.papers.baldi_2018 --report                   # README.md, pictures and data of the results
+"""  # fmt: skip
 
 import pathlib
 import re

@@ -416,5 +416,5 @@ CLAIMS: dict[str, Callable[[Seeds], list[Check]]] = {
         relaxations,
         corollary,
         closed_forms,
-    )  # fmt: skip
+    )
 }

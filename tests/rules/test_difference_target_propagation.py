@@ -237,11 +237,6 @@ def test_jacobians_rest_at_the_transposed_jacobian():
             bridge.close(got.feedback["w2"], jnp.full((5, 5), 0.1 / factor) if factor == 1 else got.feedback["w2"])
 
 
-def angle(a, b):
-    a, b = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(t)]) for t in (a, b))
-    return float(jnp.degrees(jnp.arccos(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))))
-
-
 @pytest.mark.parametrize(("kind", "largest"), [("jacobian", 20), ("difference", 65), ("reconstruction", 65)])
 def test_inverses_that_learn(kind, largest):
     """With learned Jacobians the update comes near that of backprop; all losses fall."""
@@ -261,7 +256,9 @@ def test_inverses_that_learn(kind, largest):
     later, losses = jax.jit(lambda f: lax.scan(learn, f, jax.random.split(KEY, 600)))(feedback)
     assert losses[-100:].mean() < losses[:100].mean()
     true = jax.grad(lambda p: half_squared_error(net(p, x), y).mean())(params)
-    before, after = (angle(step(params, f, x, y, rng=KEY)[1].params, true) for f in (feedback, later))
+    before, after = (
+        float(lrules.diagnostics.total_angle(step(params, f, x, y, rng=KEY)[1].params, true)) for f in (feedback, later)
+    )
     assert after < min(before, largest)
 
 

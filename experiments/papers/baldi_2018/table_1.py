@@ -83,9 +83,7 @@ TABLE_1 = Table(
     notes="The sd is over the seeds. For quantisation and dropout, the paper gives no sd. The network for MNIST "
     "begins with Flax's weights (normal, variance 1 / fan-in), that of the paper with those of Glorot and "
     "Bengio. For quantised updates ours are below the paper's, but for RBP with one bit, which does not learn "
-    "in the paper. We have not found why. None of these explains it: a rate for the sum over the batch in place of "
-    "the mean (six epochs, BP: 94.6, 82.0 and 68.7 for 5, 3 and 1 bits), a top layer that is not quantised (six "
-    "epochs, 3 bits: BP 90.9, RBP at most 84.8), or the error of each unit quantised behind f' in place of the update "
-    "of each weight (100 epochs in a program of its own, BP: 94.8 and 79.3 for 5 and 1 bits; 1 bit: RBP 59.9, SRBP "
-    "83.2). Each is one seed.",
+    "in the paper. We have not found why. Neither of these explains it (six epochs, one seed): a rate for the "
+    "sum over the batch in place of the mean (BP: 94.6, 82.0 and 68.7 for 5, 3 and 1 bits), or a top layer "
+    "that is not quantised (3 bits: BP 90.9, RBP at most 84.8).",
 )
