@@ -141,6 +141,42 @@ def weight_by_weight() -> lrules.Rule:
     return lrules.Rule(init, transform, value_and_grad)
 
 
+def quantized_signals(channel: str, bits: int, scale: float = 2**-6) -> lrules.Rule:
+    """Quantises the signal s of each hidden neuron after the whole backward pass, and sums over the batch.
+
+    dW_l = sum over examples of Q(s_l) * f'(z_l) h_{l-1}^T
+
+    s_l has the scale of one example's error. Q is the quantiser of `lrules.quantize_error`; the signals that go further
+    down are not quantised. The layer of the outputs learns as in backpropagation, by the mean, and so do the biases of
+    BP and RBP. This is what "quantised updates" may be in the table of Baldi, Sadowski and Lu (2018).
+
+    Args:
+      channel: "bp", "rbp" or "srbp".
+      bits: the number of magnitudes.
+      scale: the largest magnitude.
+    """
+
+    def quantized(signal):
+        size = jnp.abs(signal) / scale
+        exponent = jnp.round(jnp.clip(jnp.log2(jnp.where(size > 0, size, 1)), 1 - bits, 0))
+        return scale * jnp.sign(signal) * jnp.exp2(exponent)
+
+    def backward(op, w, b, x, d, layer, *, slope):
+        weights = w if b is None else b
+        (dx,) = jax.vjp(lambda x: op(weights, x), x)[1](d)
+        if slope is not None:
+            signal = len(d) * d / jnp.where(slope == 0, 1, slope)  # d is s f'(z) / batch
+            d = quantized(signal) * slope
+        return jax.vjp(lambda w: op(w, x), w)[1](d)[0], dx, None
+
+    if channel == "srbp":
+        signal = lambda e, b, targets, name: quantized(len(e) * jnp.tensordot(e, b, axes=1))  # noqa: E731
+        return lrules.direct(signal, init=jax.nn.initializers.glorot_normal())
+    if channel not in ("bp", "rbp"):
+        raise ValueError(f'channel must be "bp", "rbp" or "srbp", got {channel!r}')
+    return lrules.sequential(backward, init=jax.nn.initializers.glorot_normal() if channel == "rbp" else None)
+
+
 def rates(by_layer: Mapping[str, float]) -> lrules.Rule:
     """Backpropagation with a separate learning rate for each layer: dW_l <- rate_l dW_l.
 

@@ -9,7 +9,16 @@ import pytest
 import lrules
 from experiments import recipes
 from tests import bridge
-from tests.reference import backprop, direct_feedback_alignment, feedback_alignment, losses, modifiers, nets, pepita
+from tests.reference import (
+    backprop,
+    direct_feedback_alignment,
+    feedback_alignment,
+    losses,
+    modifiers,
+    nets,
+    pepita,
+    quantise,
+)
 from tests.rules.common import BATCH, agrees, draw, make, pull
 
 NONE = lrules.Feedback({}, {})
@@ -155,6 +164,44 @@ def test_rates():
             bridge.close(got[str(k)]["bias"], true.biases[k])
         with pytest.raises(ValueError, match="rate: 'head' matches no layer; the layers are '0/kernel', '1/kernel'"):
             draw(recipes.rates({"head": 1.0, ".*": 1.0}), net, x)
+
+
+@pytest.mark.parametrize("channel", ["bp", "rbp", "srbp"])
+def test_quantized_signals(channel):
+    """Against an explicit backward pass: the signals that go down stay exact, and the quantised ones are summed."""
+    rng, widths, batch = np.random.default_rng(0), (4, 6, 5, 3), 7
+    weights = [rng.normal(size=pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+    x, e = rng.normal(size=(batch, 4)), rng.normal(size=(batch, 3))
+    hs = [x]
+    for w in weights[:-1]:
+        hs.append(np.tanh(hs[-1] @ w))
+
+    def net(params, x):
+        for i in range(2):
+            x = jnp.tanh(x @ params[str(i)])
+        return x @ params["2"]
+
+    with jax.enable_x64(True):
+        rule = recipes.quantized_signals(channel, bits=3, scale=0.5)
+        params = {str(i): jnp.asarray(w) for i, w in enumerate(weights)}
+        feedback = rule.init(jax.random.key(1), net, params, jnp.asarray(x))
+        grads = jax.grad(lambda p: (lrules.transform(net, rule)(p, feedback, jnp.asarray(x)) * e).sum() / batch)(params)
+    fixed = {name: np.asarray(b) for name, b in feedback.fixed.items()}
+    down = e  # the error at the output of layer l, of each example
+    bridge.close(grads["2"], hs[2].T @ e / batch)
+    for layer in (2, 1):
+        if channel == "srbp":
+            signal = e @ next(b for b in fixed.values() if b.shape == (3, widths[layer]))
+        else:
+            signal = down @ (weights[layer] if channel == "bp" else fixed[str(layer)]).T
+        slope = 1 - hs[layer] ** 2
+        down = signal * slope
+        bridge.close(grads[str(layer - 1)], hs[layer - 1].T @ (quantise.quantise(signal, 3, 0.5) * slope))
+
+
+def test_quantized_signals_refuse_another_channel():
+    with pytest.raises(ValueError, match='channel must be "bp", "rbp" or "srbp", got \'dfa\''):
+        recipes.quantized_signals("dfa", bits=3)
 
 
 @pytest.mark.parametrize("name", ["shallow", "deep", "conv_max", "conv_average"])

@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[str, tuple[Number | None, Number | None, Number | None]]] 
     CIFAR + "Sparse-2": ("{}(init=sparse(2{}))", (None, (62.9, 0.9), (65.7, 1.9))),
     CIFAR + "Sparse-1": ("{}(init=sparse(1{}))", (None, (56.7, 2.6), (62.6, 1.8))),
 }
-TOP = "Top layer only"
+TOP, BEYOND = "Top layer only", "Quantized signal"
 
 
 def cell(
@@ -52,7 +52,12 @@ def cell(
     measure: Measure = cifar10.train if cifar else train
     paper = {} if number is None else {"accuracy": number}
     minutes, gpu_minutes = (400.0, 7.0) if cifar else (0.5, 0.3)
-    return Cell(row, column, change(config) if change else config, paper, minutes, gpu_minutes, measure=measure)
+    own, beyond = change(config) if change else config, row.startswith(BEYOND)
+    return Cell(row, column, own, paper, minutes, gpu_minutes, measure=measure, beyond=beyond)
+
+
+def _constant(config: Config) -> Config:
+    return config.replace(schedule="constant")
 
 
 def _of_rows(row: str, column: str, number: Number) -> Cell:
@@ -61,7 +66,7 @@ def _of_rows(row: str, column: str, number: Number) -> Cell:
         values.append(", rescale=True" if column == "RBP" else "")  # sparse RBP is scaled by 1 / sqrt(n)
     change = None
     if row.startswith("Quantized update"):
-        change = lambda config: config.replace(schedule="constant")  # noqa: E731
+        change = _constant
     if (row, column) == ("Adaptive", "RBP"):
         change = lambda config: config.replace(learning_rate=0.01)  # noqa: E731
     return cell(row, column, ROWS[row][0].format(*values), number, change)
@@ -76,6 +81,11 @@ CELLS = [
         if number is not None
     ),
     cell(CIFAR + TOP, "BP", "last_layer_only", (47.9, 0.4)),
+    *(
+        cell(f"Quantized signal {bits}-bit", column, f"quantized_signals('{channel}', bits={bits})", change=_constant)
+        for bits in (5, 3, 1)
+        for column, channel in RULES.items()
+    ),
 ]
 TABLE_1 = Table(
     "Test accuracy (%) after 100 epochs, on MNIST and on CIFAR-10",

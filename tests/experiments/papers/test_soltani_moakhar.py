@@ -131,6 +131,24 @@ def test_a_grid_has_the_validation_accuracy_of_each_rate(tmp_path):
     assert " 93.9 | " in report.markdown(cells.Table("", [cell], settings.SHOWN), tmp_path / "out" / "table_9")
 
 
+def test_a_row_begins_with_weights_as_pytorch_draws_them(monkeypatch):
+    """Uniform within 1 / sqrt(inputs), weights and biases, each seed its own; all else is the row without them."""
+    cell = by_name("table 5")["BackMAN, PyTorch's initial weights, batch 1024"]
+    assert cell.config == by_name("table 5")["BackMAN, batch 1024"].config
+    dataset = type("Data", (), {"shape": (20, 20, 1), "classes": 10})
+    job = type("Job", (), {"config": cell.config.replace(widths=(30, 100)), "dataset": lambda self, config: dataset})()
+    monkeypatch.setattr(settings, "rates", lambda job, task: task)
+    task = cell.measure(job)
+    drawn = jax.vmap(lambda key: task.init(key)[0])(jax.random.split(jax.random.key(0), 50))
+    for i, inputs in enumerate((400, 30, 100)):
+        layer, bound = drawn["layers"][i], inputs**-0.5
+        for name in ("kernel", "bias"):
+            values = np.asarray(layer[name][...])
+            assert 0.95 * bound < abs(values).max() <= bound and abs(values.mean()) < 0.1 * bound, (i, name)
+            assert not (values[0] == values[1]).any()
+        np.testing.assert_allclose(np.asarray(layer["kernel"][...]).std(), bound / 3**0.5, rtol=0.05)
+
+
 def test_forgetting_goes_on_after_a_stop(tmp_path):
     digits(tmp_path)
     cell = small(by_name("table 2")["BackMAN"], batch_size=2, learning_rate=0.05)
