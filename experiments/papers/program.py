@@ -33,7 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_list("table", [], "The tables to measure or show (default: all tables and figures).")
     flags.DEFINE_list("figure", [], "The figures to measure or show.")
     flags.DEFINE_list("section", [], "The sections to measure or show, for what a paper says without a table.")
-    flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name.")
+    flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name, also in --list.")
     flags.DEFINE_integer("seeds", None, "The number of seeds (default: as in the paper).", lower_bound=1)
     flags.DEFINE_integer("skip_seeds", 0, "Leave out the first seeds, which another machine has.", lower_bound=0)
     flags.DEFINE_integer("epochs", None, "The number of epochs (default: as in the paper).", lower_bound=1)
@@ -62,9 +62,6 @@ def main(tables: Mapping[str, Table], home: pathlib.Path, heading: str) -> int:
     """The program of a paper: its tables by name ("table 1", "figure 5"), the folder of its results, its title."""
     root = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else home
     chosen = choose(tables, FLAGS.table, FLAGS.figure, FLAGS.section)
-    if FLAGS.list:
-        print(report.listing(chosen, root))
-        return 0
     if FLAGS.report:
         files.check_writable(root)
         print(report.write(tables, root, heading))
@@ -76,6 +73,9 @@ def main(tables: Mapping[str, Table], home: pathlib.Path, heading: str) -> int:
         raise InputError(f"--cells is not a regular expression ({error}): write it as in --cells=SRBP.") from None
     wanted = Wanted(pattern, epochs, seeds, FLAGS.skip_seeds, FLAGS.data_dir, pathlib.Path(FLAGS.work).expanduser())
     check(chosen, wanted)
+    if FLAGS.list:
+        print(report.listing(chosen, root, pattern))
+        return 0
     with signals.Stop(seconds=FLAGS.minutes and 60 * FLAGS.minutes) as stop:
         run(chosen, root, wanted, stop)
     for key, table in chosen.items():

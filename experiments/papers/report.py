@@ -1,6 +1,7 @@
 """Reports of tables and figures: Markdown with the paper's numbers beside ours, pictures, and the data behind them."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,11 +88,11 @@ def far(table: Table, folder: pathlib.Path) -> list[str]:
     return named
 
 
-def listing(tables: Mapping[str, Table], root: pathlib.Path) -> str:
-    """A list of all cells: done, reduced or missing, and the time that they still need."""
+def listing(tables: Mapping[str, Table], root: pathlib.Path, pattern: re.Pattern[str] = re.compile("")) -> str:
+    """A list of the cells whose names have the pattern: done, reduced or missing, and the time that they still need."""
     rows = []
     for key, table in tables.items():
-        for cell in (cell for cell in table.cells if not cell.quoted):
+        for cell in (cell for cell in table.cells if not cell.quoted and pattern.search(cell.name)):
             found = load(folder_of(root, key, table), cell)
             state = MISSING if found is None else f"reduced: {found.less}" if found.less else "done"
             left = cell.config.seeds
