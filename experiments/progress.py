@@ -39,11 +39,12 @@ class Progress:
         if self.bar:
             self.bar.set_description(label)
 
-    def restart(self, total: int, begin: int = 0) -> None:
-        """Another total, of which `begin` units are done already."""
+    def restart(self, total: int, begin: int = 0, *, unit: str | None = None) -> None:
+        """Another total, of which `begin` units are done already, and perhaps another unit."""
         self.total, self.done, self.begin, self.start = total, begin, begin, time.monotonic()
+        self.unit = unit or self.unit
         if self.bar:
-            self.bar.initial = begin
+            self.bar.initial, self.bar.unit = begin, self.unit
             self.bar.reset(total)
             self.bar.update(begin)
 

@@ -22,7 +22,7 @@ from experiments import files, results, sweep
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.errors import InputError
-from experiments.keeper import Keeper
+from experiments.keeper import Keeper, parts
 from experiments.progress import Progress
 from experiments.signals import Stop
 from experiments.tasks import Task
@@ -41,7 +41,7 @@ class Job(NamedTuple):
       dataset: loads the data set of a config; it keeps the last one.
       work: a folder for checkpoints, of this job alone.
       stop: whether to end after the present part; a job that ends so returns None and goes on in the same folder later.
-      bar: shows epochs; `bar.restart` sets its total.
+      bar: shows what is done; `bar.restart` sets its total and its unit, which is an epoch at first.
     """
 
     config: Config
@@ -82,9 +82,15 @@ def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Ma
     """
     described = {"config": job.config.to_dict(), "sweep": list(job.sweep)}
     with Keeper(trial, job.work, described, keep=1, resume=True) as kept:
-        job.bar.restart(trial.config.epochs, trial.epochs)
+        job.bar.restart(trial.config.epochs * trial.steps, trial.steps_done, unit="step")
+
+        def advance(steps: int) -> bool:
+            job.bar.advance(steps)
+            kept.save()
+            return job.stop.requested
+
         while not trial.finished and not job.stop.requested:
-            record = trial.epoch(advance=lambda _: job.stop.requested)
+            record = trial.epoch(parts=parts(trial), advance=advance)
             if measured_on is not None and record is not None and trial.epochs in kept_epochs(trial.config.epochs):
                 run = trial.runs[0]  # a checkpoint has its curve
                 found = run.evaluate(measured_on.x_train, measured_on.y_train, batch_size=1000)
@@ -92,7 +98,7 @@ def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Ma
             kept.save(now=trial.finished or job.stop.requested)
             if record is not None:
                 loss, accuracy = record.test_loss, record.accuracy
-                job.bar.advance(1, f"{loss.mean():.3g}" if accuracy is None else f"{accuracy.mean():.2%}")
+                job.bar.advance(0, f"{loss.mean():.3g}" if accuracy is None else f"{accuracy.mean():.2%}")
     if not trial.finished:
         return None
     result = trial.result()

@@ -1,17 +1,20 @@
 """Tables as cells: what is run, kept, added up, reduced, and reported."""
 
 import csv
+import functools
 import json
 import re
 
 import numpy as np
 import pytest
 
-from experiments import rules, signals
+from experiments import build, rules, signals
 from experiments.config import Config
 from experiments.errors import InputError
+from experiments.keeper import Keeper
 from experiments.papers import cells, program, report
 from experiments.papers.baldi_2018.table_1 import TABLE_1
+from experiments.progress import Progress
 from tests.experiments.programs import fork
 
 CONFIG = Config(epochs=4, seeds=3, widths=(8,))
@@ -184,7 +187,8 @@ def test_the_program_measures_reports_and_goes_on(tmp_path):
     assert "--quick" in command and str(tmp_path) not in command  # the folders of a machine are nobody's business
     assert "1 of 100 epochs, 1 of 5 seeds" in done.stdout
     again = fork("papers.baldi_2018", *flags)
-    assert again.returncode == 0 and "epoch/s" not in again.stderr  # nothing is measured twice
+    assert "step/s" in done.stderr and "step/s" not in again.stderr  # nothing is measured twice
+    assert again.returncode == 0
     listed = fork("papers.baldi_2018", "--table=1", "--cells=^(Base|No)", "--list", f"--output={tmp_path}/out")
     states = {row[1]: row[2] for row in lines(listed.stdout)[2:]}
     reduced = "reduced: 1 of 100 epochs, 1 of 5 seeds"
@@ -214,6 +218,32 @@ def test_a_damaged_file_is_named(tmp_path, text):
         report.markdown(TABLE, tmp_path)
     kept.unlink()
     assert "missing" in report.markdown(TABLE, tmp_path)
+
+
+class Killed(Progress):
+    """A bar that ends the program, as a kill would, in the second epoch."""
+
+    def advance(self, units, note=None):
+        super().advance(units, note)
+        if self.done > 1.5 * self.total / 2:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_cell_goes_on_inside_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "Keeper", functools.partial(Keeper, seconds=0.0))
+    config = Config(dataset="digits", widths=(8,), epochs=2, seeds=2, optimizer="sgd")
+    dataset = build.dataset(config)
+
+    def measure(work, bar):
+        return cells.measure(cells.Job(config, (), lambda _: dataset, tmp_path / work, signals.Stop(), bar))
+
+    with pytest.raises(KeyboardInterrupt):
+        measure("killed", Killed(1, "epoch", show=False))
+    bar = Progress(1, "epoch", show=False)
+    found = measure("killed", bar)
+    assert bar.total / 2 < bar.begin < bar.done == bar.total and bar.unit == "step"
+    whole = measure("whole", Progress(1, "epoch", show=False))
+    np.testing.assert_array_equal(found["accuracy"]["by_seed"], whole["accuracy"]["by_seed"])
 
 
 def test_a_cell_without_its_file_is_measured_anew(tmp_path):
