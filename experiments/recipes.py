@@ -171,10 +171,12 @@ def quantized_signals(channel: str, bits: int, scale: float = 2**-6) -> lrules.R
 
     if channel == "srbp":
         signal = lambda e, b, targets, name: quantized(len(e) * jnp.tensordot(e, b, axes=1))  # noqa: E731
-        return lrules.direct(signal, init=jax.nn.initializers.glorot_normal())
-    if channel not in ("bp", "rbp"):
+        rule = lrules.direct(signal, init=jax.nn.initializers.glorot_normal())
+    elif channel in ("bp", "rbp"):
+        rule = lrules.sequential(backward, init=jax.nn.initializers.glorot_normal() if channel == "rbp" else None)
+    else:
         raise ValueError(f'channel must be "bp", "rbp" or "srbp", got {channel!r}')
-    return lrules.sequential(backward, init=jax.nn.initializers.glorot_normal() if channel == "rbp" else None)
+    return rule._replace(additive=False)  # the updates of the examples are summed, not averaged
 
 
 def rates(by_layer: Mapping[str, float]) -> lrules.Rule:

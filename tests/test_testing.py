@@ -101,6 +101,9 @@ RECIPES = {
     "redrawn_concordant": recipes.redrawn_concordant(),
     "redrawn_direct": recipes.redrawn_direct(),
     "cascaded": recipes.cascaded(),
+    "quantized_signals": recipes.quantized_signals("bp", bits=3),
+    "quantized_signals fixed": recipes.quantized_signals("rbp", bits=3),
+    "quantized_signals direct": recipes.quantized_signals("srbp", bits=3),
     "rates": recipes.rates({"[ab]/": 0.5, ".*": 2.0}),
 }
 MODIFIERS = {
@@ -195,7 +198,7 @@ def test_all_rules_and_modifiers_are_here():
     tried = {name.split(" ")[0] for name in RULES}
     assert tried | {"equilibrium_propagation"} == set(named_rules.rules())  # which cannot settle on the default network
     assert {name.split(" ")[0] for name in MODIFIERS} == set(named_rules.modifiers())
-    assert set(RECIPES) | {"pepita", "weight_by_weight"} == set(named_rules.recipe_rules())
+    assert {name.split(" ")[0] for name in RECIPES} | {"pepita", "weight_by_weight"} == set(named_rules.recipe_rules())
 
 
 @pytest.mark.slow
