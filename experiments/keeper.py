@@ -12,7 +12,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from experiments import devices, files, signals, sweep
 from experiments.checkpoints import Checkpoints, Restored
 from experiments.config import Config
 from experiments.loop import PARTS
+from experiments.progress import Progress
 from experiments.trial import Trial
 
 FIRST_PARTS = 100  # of the first epoch, of which nobody knows how long it takes
@@ -155,6 +156,16 @@ class Keeper:
             return f"{trial.warm_up_steps_done} steps of the warm-up"
         step = trial.steps_done - trial.epochs * trial.steps
         return f"{step} of {trial.steps} steps of epoch {trial.epochs + 1}" if step else f"epoch {trial.epochs}"
+
+    def after_part(self, bar: Progress, stop: signals.Stop) -> Callable[[int], bool]:
+        """The `advance` of an epoch: it shows the steps, saves if it is time, and says whether to stop."""
+
+        def advance(steps: int) -> bool:
+            bar.advance(steps)
+            self.save()
+            return stop.requested
+
+        return advance
 
     def save(self, *, now: bool = False) -> None:
         """Saves if it is time, or `now`; it may be called between two parts of an epoch, and after it.

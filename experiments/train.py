@@ -86,13 +86,7 @@ def warm_up(trial: Trial, kept: keeper.Keeper, stop: signals.Stop) -> bool:
     total = config.warmup_epochs * trial.steps
     with Progress(total, "step", begin=trial.warm_up_steps_done, show=first) as bar:
         bar.describe("warm-up")
-
-        def advance(steps: int) -> bool:
-            bar.advance(steps)
-            kept.save()
-            return stop.requested
-
-        finished = trial.warm_up(parts=keeper.FIRST_PARTS, advance=advance)
+        finished = trial.warm_up(parts=keeper.FIRST_PARTS, advance=kept.after_part(bar, stop))
     if not finished:
         kept.save(now=True)
     return finished
@@ -102,20 +96,13 @@ def train_epochs(
     trial: Trial, kept: keeper.Keeper, folder: pathlib.Path, title: str, stop: signals.Stop, log: logs.Log
 ) -> None:
     """The epochs."""
-    first, note = devices.is_first(), None
+    first = devices.is_first()
     with Progress(trial.config.epochs * trial.steps, "step", begin=trial.steps_done, show=first) as bar:
-
-        def advance(steps: int) -> bool:
-            bar.advance(steps, note)
-            kept.save()
-            return stop.requested
-
         while not trial.finished and not stop.requested:
             bar.describe(f"epoch {trial.epochs + 1}/{trial.config.epochs}")
-            record = trial.epoch(parts=keeper.parts(trial), advance=advance)
+            record = trial.epoch(parts=keeper.parts(trial), advance=kept.after_part(bar, stop))
             if record is not None:
-                note = brief(record)
-                bar.advance(0, note)
+                bar.advance(0, brief(record))
                 devices.from_first(lambda: write(trial, folder, title, log, picture=False))
             kept.save(now=trial.finished or stop.requested)
 

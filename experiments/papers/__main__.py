@@ -37,7 +37,7 @@ def overview() -> str:
         for key, table in own.TABLES.items():
             found = report.measured(table, report.folder_of(own.HOME, key, table))
             reduced = sum(bool(each.less) for each in found)
-            counts = (len(found) - reduced, reduced, sum(not cell.quoted for cell in table.cells) - len(found))
+            counts = (len(found) - reduced, reduced, len(table.to_measure()) - len(found))
             rows.append((f"{paper}, {key}", *map(str, counts)))
     return results.table(("table or figure", "done", "reduced", "missing"), rows)
 

@@ -83,14 +83,8 @@ def trained(job: Job, trial: Trial, *, measured_on: Dataset | None = None) -> Ma
     described = {"config": job.config.to_dict(), "sweep": list(job.sweep)}
     with Keeper(trial, job.work, described, keep=1, resume=True) as kept:
         job.bar.restart(trial.config.epochs * trial.steps, trial.steps_done, unit="step")
-
-        def advance(steps: int) -> bool:
-            job.bar.advance(steps)
-            kept.save()
-            return job.stop.requested
-
         while not trial.finished and not job.stop.requested:
-            record = trial.epoch(parts=parts(trial), advance=advance)
+            record = trial.epoch(parts=parts(trial), advance=kept.after_part(job.bar, job.stop))
             if measured_on is not None and record is not None and trial.epochs in kept_epochs(trial.config.epochs):
                 run = trial.runs[0]  # a checkpoint has its curve
                 found = run.evaluate(measured_on.x_train, measured_on.y_train, batch_size=1000)
@@ -197,6 +191,10 @@ class Table(NamedTuple):
     notes: str | Callable[[Sequence["Found"]], str] = ""
     plot: Callable[[Sequence["Found"]], Any] | None = None
     folder: str = ""
+
+    def to_measure(self, pattern: re.Pattern[str] = re.compile("")) -> list[Cell]:
+        """The cells whose names have the pattern, without the quoted ones."""
+        return [cell for cell in self.cells if not cell.quoted and pattern.search(cell.name)]
 
 
 class Found(NamedTuple):

@@ -101,8 +101,8 @@ def choose(
 
 def check(tables: Mapping[str, Table], wanted: Wanted) -> None:
     """Raises `InputError` if no cell has a wanted name, or no seed is left to measure."""
-    named = [cell for table in tables.values() for cell in table.cells if wanted.pattern.search(cell.name)]
-    if not (found := [cell for cell in named if not cell.quoted]):
+    if not (found := [cell for table in tables.values() for cell in table.to_measure(wanted.pattern)]):
+        named = any(wanted.pattern.search(cell.name) for table in tables.values() for cell in table.cells)
         why = "is only quoted from the paper" if named else "is in these tables"
         some = "Each cell with this name" if named else "No cell with this name"
         raise InputError(f"--cells={wanted.pattern.pattern}: {some} {why}; --list shows the cells to measure.")
@@ -127,7 +127,7 @@ def run(tables: Mapping[str, Table], root: pathlib.Path, wanted: Wanted, stop: s
 
     for key, table in tables.items():
         folder = files.check_writable(report.folder_of(root, key, table))
-        for cell in (c for c in table.cells if not c.quoted and wanted.pattern.search(c.name)):
+        for cell in table.to_measure(wanted.pattern):
             epochs = min(wanted.epochs or cell.config.epochs, cell.config.epochs)
             for config in cells.missing(folder, cell, epochs, wanted.seeds or cell.config.seeds, wanted.skip_seeds):
                 if stop.requested:

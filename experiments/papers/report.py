@@ -92,7 +92,7 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path, pattern: re.Pattern
     """A list of the cells whose names have the pattern: done, reduced or missing, and the time that they still need."""
     rows = []
     for key, table in tables.items():
-        for cell in (cell for cell in table.cells if not cell.quoted and pattern.search(cell.name)):
+        for cell in table.to_measure(pattern):
             found = load(folder_of(root, key, table), cell)
             state = MISSING if found is None else f"reduced: {found.less}" if found.less else "done"
             left = cell.config.seeds

@@ -191,7 +191,7 @@ TABLE_5 = Table(
     "at the largest rate and the smallest batch must be a network that does not learn: 10%, as a fraction. "
     "BackMAN has alpha 1 / sqrt(n) for each of the n neurons of a layer, as in Table 1. With batches of 1024 it "
     "reaches at the rates 0.01 and 0.05 what the paper has at rates five times as large. PyTorch's initial weights, "
-    "which are smaller than ours, explain little of it: at the smallest rate 83.3 in the place of 90.2, where the "
+    "which are smaller than ours, explain little of it: at the smallest rate 83.3 in the place of 90.1, where the "
     "paper has 52.0. And backpropagation, which has no alpha, learns at small rates slower here than in the paper; "
     "with smaller weights we expect it to be slower still. So the paper's updates of BackMAN are probably smaller "
     "than in our reading of alpha.",
