@@ -157,9 +157,7 @@ def quantized_signals(channel: str, bits: int, scale: float = 2**-6) -> lrules.R
     """
 
     def quantized(signal):
-        size = jnp.abs(signal) / scale
-        exponent = jnp.round(jnp.clip(jnp.log2(jnp.where(size > 0, size, 1)), 1 - bits, 0))
-        return scale * jnp.sign(signal) * jnp.exp2(exponent)
+        return lrules.extend.quantize(signal, bits, scale)
 
     def backward(op, w, b, x, d, layer, *, slope):
         weights = w if b is None else b

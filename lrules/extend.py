@@ -12,6 +12,7 @@ serve.
 | say what a rule does where | `Sequential`, `Direct`, `Backprop`; `make_plan`, `Plan`; `layerwise` makes a rule of it |
 | run a network as a plan says | `evaluate`; with direct feedback `run_to_heads` and `from_heads` |
 | send the output error | `output_error`, `sent_error`, `direct_feedback_gradient`; `project` and `correlate` |
+| round a signal to powers of two | `quantize` |
 | tell activations apart | `treated`, `passing_names` |
 | find the batch in a tensor | `batch_axis`, `doubled`, `BatchAxis` |
 | put a value where another is | `placed_as`, `split_as` (devices), `at_least_float32` (precision) |
@@ -98,6 +99,7 @@ from lrules.engine.landing import direct_feedback_gradient, output_error, sent_e
 from lrules.engine.plan import Plan
 from lrules.engine.planning import make_plan
 from lrules.engine.product import Product
+from lrules.engine.quantizer import quantize
 from lrules.engine.recomputed import RecomputedFeedback
 from lrules.engine.records import Activation, Affine, Hidden, Layer
 from lrules.engine.running import evaluate, from_heads, run_to_heads
@@ -144,6 +146,7 @@ __all__ = [
     "passing_names",
     "placed_as",
     "project",
+    "quantize",
     "require_description",
     "run",
     "run_to_heads",

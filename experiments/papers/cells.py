@@ -153,6 +153,10 @@ class Cell(NamedTuple):
     def name(self) -> str:
         return f"{self.row}, {self.column}" if self.column else self.row
 
+    def named_by(self, pattern: re.Pattern[str]) -> bool:
+        """Whether the pattern, or its text as it stands ("DP^T"), is in the name."""
+        return bool(pattern.search(self.name)) or pattern.pattern in self.name
+
     @property
     def stem(self) -> str:
         """What the names of its files begin with."""
@@ -193,8 +197,8 @@ class Table(NamedTuple):
     folder: str = ""
 
     def to_measure(self, pattern: re.Pattern[str] = re.compile("")) -> list[Cell]:
-        """The cells whose names have the pattern, without the quoted ones."""
-        return [cell for cell in self.cells if not cell.quoted and pattern.search(cell.name)]
+        """The cells that the pattern names, without the quoted ones."""
+        return [cell for cell in self.cells if not cell.quoted and cell.named_by(pattern)]
 
 
 class Found(NamedTuple):

@@ -33,7 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_list("table", [], "The tables to measure or show (default: all tables and figures).")
     flags.DEFINE_list("figure", [], "The figures to measure or show.")
     flags.DEFINE_list("section", [], "The sections to measure or show, for what a paper says without a table.")
-    flags.DEFINE_string("cells", "", "Only cells with this regular expression in their name, also in --list.")
+    flags.DEFINE_string("cells", "", "Only cells with this text or regular expression in their name, also in --list.")
     flags.DEFINE_integer("seeds", None, "The number of seeds (default: as in the paper).", lower_bound=1)
     flags.DEFINE_integer("skip_seeds", 0, "Leave out the first seeds, which another machine has.", lower_bound=0)
     flags.DEFINE_integer("epochs", None, "The number of epochs (default: as in the paper).", lower_bound=1)
@@ -102,7 +102,7 @@ def choose(
 def check(tables: Mapping[str, Table], wanted: Wanted) -> None:
     """Raises `InputError` if no cell has a wanted name, or no seed is left to measure."""
     if not (found := [cell for table in tables.values() for cell in table.to_measure(wanted.pattern)]):
-        named = any(wanted.pattern.search(cell.name) for table in tables.values() for cell in table.cells)
+        named = any(cell.named_by(wanted.pattern) for table in tables.values() for cell in table.cells)
         why = "is only quoted from the paper" if named else "is in these tables"
         some = "Each cell with this name" if named else "No cell with this name"
         raise InputError(f"--cells={wanted.pattern.pattern}: {some} {why}; --list shows the cells to measure.")

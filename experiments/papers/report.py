@@ -99,8 +99,8 @@ def listing(tables: Mapping[str, Table], root: pathlib.Path, pattern: re.Pattern
             if found is not None and found.epochs >= cell.config.epochs:
                 left -= len(found.seeds)
             gpu = "" if cell.gpu_minutes is None else f"{cell.gpu_minutes * (left > 0):.1f}"
-            rows.append((f"{key}: {cell.name}", state, f"{cell.minutes * max(left, 0):.0f}", gpu))
-    return results.table(("cell", "state", "minutes, two cores", "minutes, one GPU"), rows)
+            rows.append((cell.name, key, state, f"{cell.minutes * max(left, 0):.0f}", gpu))
+    return results.table(("cell", "place", "state", "minutes, two cores", "minutes, one GPU"), rows)
 
 
 def section(key: str, table: Table, root: pathlib.Path) -> str:

@@ -109,12 +109,18 @@ def test_what_was_measured_with_other_settings_is_missing(tmp_path):
     assert cells.load(tmp_path, cell._replace(sweep=["learning_rate=0.1,0.2"])) is None
 
 
+def test_a_name_copied_from_the_list_finds_its_cell():
+    table = TABLE._replace(cells=[cells.Cell("DP^T, alpha=1", "error (%)", CONFIG), *TABLE.cells])
+    for cell in table.cells:
+        assert table.to_measure(re.compile(cell.name)) == [cell]
+
+
 def test_more_epochs_take_the_place_of_fewer(tmp_path):
     cell = TABLE.cells[0]
     first = keep(tmp_path, cell, [0.9], epochs=2)
     assert cells.missing(tmp_path, cell, 1, 1) == [] and len(cells.missing(tmp_path, cell, 4, 1)) == 1
     shown = report.listing({"table 1": TABLE}, tmp_path.parent)
-    assert "table 1: Baseline, BP" in shown and "missing" in shown
+    assert lines(shown)[2][1:4] == ["Baseline, BP", "table 1", "missing"]
     assert keep(tmp_path, cell, [0.95]) != first and not first.exists()
     assert cells.load(tmp_path, cell).epochs == 4
 
@@ -190,9 +196,9 @@ def test_the_program_measures_reports_and_goes_on(tmp_path):
     assert "step/s" in done.stderr and "step/s" not in again.stderr  # nothing is measured twice
     assert again.returncode == 0
     listed = fork("papers.baldi_2018", "--table=1", "--cells=^(Base|No)", "--list", f"--output={tmp_path}/out")
-    states = {row[1]: row[2] for row in lines(listed.stdout)[2:]}
+    states = {row[1]: row[3] for row in lines(listed.stdout)[2:]}
     reduced = "reduced: 1 of 100 epochs, 1 of 5 seeds"
-    named = {f"table 1: {row}, {rule}" for row in ("Baseline", "No-f'") for rule in ("BP", "RBP", "SRBP")}
+    named = {f"{row}, {rule}" for row in ("Baseline", "No-f'") for rule in ("BP", "RBP", "SRBP")}
     assert states == {name: reduced if "Baseline" in name else "missing" for name in named}
 
 
