@@ -89,6 +89,36 @@ def test_inputs_of_convolutions_wait_too(monkeypatch):
         assert ours.temp_size_in_bytes <= without.temp_size_in_bytes - x.nbytes
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"window_strides": (2, 2)},
+        {"window_strides": (1, 1), "rhs_dilation": (2, 2)},
+        {"window_strides": (1, 1), "lhs_dilation": (2, 2), "padding": ((1, 2), (1, 2))},  # a transposed convolution
+        {"window_strides": (1, 1), "feature_group_count": 2},
+        {"window_strides": (1, 1), "padding": ((2, 0), (1, 1))},
+    ],
+)
+@pytest.mark.parametrize("name", ["direct", "adaptive"])
+def test_every_kind_of_convolution_may_wait(monkeypatch, name, kind):
+    def net(params, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        for w in params["convs"]:
+            x = jnp.tanh(jax.lax.conv_general_dilated(x, w, dimension_numbers=dims, **{"padding": "SAME"} | kind))
+        return x.mean((1, 2)) @ params["out"]
+
+    keys = jax.random.split(KEY, 4)
+    inputs = 4 // kind.get("feature_group_count", 1)
+    convs = [jax.random.normal(key, (3, 3, inputs, 4)) / 4 for key in keys[:2]]
+    params, x = {"convs": convs, "out": jnp.ones((4, 3))}, jax.random.normal(keys[2], (5, 8, 8, 4))
+    feedback = RULES[name].init(KEY, net, params, x)
+    found = []
+    for wanted in (False, True):
+        wait(monkeypatch, wanted)
+        found.append(jax.jit(step_of(net, RULES[name]))(params, feedback, x, jnp.ones((5, 3))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
+
+
 def test_infinite_gradients_above_leave_the_signals_below_as_they_are(monkeypatch):
     e, formed = jnp.array([[1.0, -0.0, jnp.nan]]), [jnp.array([-jnp.inf]), jnp.array([jnp.nan]), jnp.zeros(0)]
     got = chained.after(e, [*formed, jnp.array(3)])
