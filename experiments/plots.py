@@ -24,7 +24,9 @@ def logarithmic(panel: Any, which: Literal["x", "y"] = "y") -> None:
     axis = getattr(panel, f"{which}axis")
     low, high = sorted(getattr(panel, f"get_{which}lim")())
     decades = np.log10(high / low) if low > 0 else 9
-    subs = (1.0, 2.0, 3.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0, 1.0 if decades > 0.3 else 0.25))
+    few = (1.0,) if decades > 4 else (1.0, 2.0, 3.0, 5.0)  # so that their labels do not overlap
+    many = (1.5, *np.arange(1.0, 10.0)) if decades > 0.3 else tuple(np.arange(1.0, 10.0, 0.25))
+    subs = few if decades > 0.7 else many
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(_plain))
     axis.set_minor_formatter(NullFormatter())

@@ -176,6 +176,11 @@ class Shown(NamedTuple):
     unit: float = 100
     digits: int = 2
 
+    @property
+    def axis(self) -> str:
+        """Its label with the unit, for an axis."""
+        return f"{self.label} (%)" if self.label and self.unit == 100 and "(" not in self.label else self.label
+
 
 class Table(NamedTuple):
     """A table or a figure of a paper: its cells in the order of the paper.
@@ -228,6 +233,16 @@ class Found(NamedTuple):
         if len(self.seeds) < config.seeds:
             less.append(f"{len(self.seeds)} of {results.counted(config.seeds, 'seed')}")
         return ", ".join(less)
+
+    @property
+    def star(self) -> str:
+        """What stands behind its name in a picture: a star if it is reduced."""
+        return "*" * bool(self.less)
+
+
+def star_key(found: Sequence[Found]) -> str | None:
+    """The title of a legend that says what the star is; None where nothing is reduced."""
+    return "*: fewer epochs or seeds" if any(each.less for each in found) else None
 
 
 def load(folder: pathlib.Path, cell: Cell) -> Found | None:

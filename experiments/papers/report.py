@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import files, plots, results
-from experiments.papers.cells import Cell, Found, Shown, Table, load
+from experiments.papers.cells import Cell, Found, Shown, Table, load, star_key
 
 MISSING = "missing"
 DATA = ("cell", "figure", "seed", "epochs", "value")  # the columns of a CSV file
@@ -108,7 +108,10 @@ def section(key: str, table: Table, root: pathlib.Path) -> str:
     folder = folder_of(root, key, table)
     text = markdown(table, folder)
     if named := far(table, folder):
-        text += f"\n\nOf the cells with all epochs and seeds, more than two sd from the paper: {'; '.join(named)}."
+        text += (
+            "\n\nOf the cells with all epochs and seeds, more than two sd (the paper's or ours, the larger) from the "
+        )
+        text += f"column *paper*: {'; '.join(named)}."
     return text
 
 
@@ -161,11 +164,13 @@ def comparison(table: Table, found: Sequence[Found]) -> Figure:
                 sd = figure.unit * (results.statistics(values)["sd"] or 0.0)
                 face = "none" if each.less else ours
                 axis.errorbar(figure.unit * values.mean(), row, xerr=sd, fmt="o", color=ours, mfc=face, capsize=2, ms=5)
-        axis.set(xlabel=figure.label or table.title, yticks=range(len(found)), yticklabels=[f.cell.name for f in found])
+        axis.set(xlabel=figure.axis or table.title, yticks=range(len(found)), yticklabels=[f.cell.name for f in found])
         axis.grid(alpha=0.3)
     axes[0].set_ylim(len(found) - 0.4, -0.6)
-    if any(each.cell.paper for each in found):
-        axes[0].errorbar([], [], fmt="|", color=papers, markersize=11, label="paper ± sd")
+    numbers = [number for each in found for number in each.cell.paper.values()]
+    if numbers:
+        label = "paper ± sd" if any(spread for _, spread in numbers) else "paper"
+        axes[0].errorbar([], [], fmt="|", color=papers, markersize=11, label=label)
     axes[0].errorbar([], [], fmt="o", color=ours, label="ours ± sd (hollow: fewer epochs or seeds)")
     handles = axes[0].get_legend_handles_labels()
     made.legend(*handles, loc="outside upper right", ncols=2, frameon=False, fontsize="small")
@@ -181,10 +186,10 @@ def curves(found: Sequence[Found], figure: str, label: str, *, unit: float = 1, 
         values = 100 * (1 - values) if error else unit * values
         mean = values.mean(1)
         sd = values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros_like(mean)
-        axis.plot(epochs, mean, label=each.cell.name + ("*" if each.less else ""), **style)
+        axis.plot(epochs, mean, label=each.cell.name + each.star, **style)
         axis.fill_between(epochs, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
     axis.set_ylabel(label)
     plots.in_epochs(axis)
     axis.grid(alpha=0.3)
-    made.legend(loc="outside right upper", fontsize="small", frameon=False)
+    made.legend(loc="outside right upper", fontsize="small", frameon=False, title=star_key(found))
     return made

@@ -121,10 +121,10 @@ TABLE = Table(
     shown=(Shown(label="accuracy (%)"), Shown("angle", "angle (°)", 1, 1)),
     notes="""The column *paper* has the logs of the authors' program after 20 of 400 epochs, of one seed, so their
 spread is not known. BP and sign symmetry have no feedback weights. WM has the program's rate for it, a quarter of BP's:
-after 20 epochs it is about where BP of the logs is after 5 (91.84). With the rate of BP it is where BP is. Our feedback
-weights decay, those of the program's mirrors do not, so the angles of WM are those of two rules. Accuracies of FA and
-WM differ by 0.3 points from the logs; that the order of the examples and the biases do this is a guess. At the end of
-the logs, after 400 epochs, BP has 98.50, FA 97.80 (40.0°), WM 98.49 (3.8°), KP 98.45 (3.6°).""",
+after 20 epochs it is where our BP is after 5 (92.2). With the rate of BP it is where BP is. KP has a larger rate than
+BP. Our feedback weights decay, those of the program's mirrors do not, so the two angles of WM belong to two different
+rules. Accuracies of FA and WM differ by 0.3 points from the logs, perhaps because of the order of the examples and the
+biases. At the end of the logs, after 400 epochs, BP has 98.50, FA 97.80 (40.0°), WM 98.49 (3.8°), KP 98.45 (3.6°).""",
 )
 
 HEADING = "Akrout, Wilson, Humphreys, Lillicrap and Tweed (2019): deep learning without weight transport"

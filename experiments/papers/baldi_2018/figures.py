@@ -10,13 +10,14 @@ have skipped backpropagation (SBP). The paper names only two of the n in figure 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.papers.baldi_2018.table_1 import CELLS, CIFAR, TOP, cell
-from experiments.papers.cells import Cell, Found, Table
+from experiments.papers.cells import Cell, Found, Table, star_key
 
 BY_NAME = {each.name: each for each in CELLS}
 COLOURS = {"BP": plots.COLOURS[0], "SBP": plots.COLOURS[3], "RBP": plots.COLOURS[1], "SRBP": plots.COLOURS[2]}
@@ -64,7 +65,7 @@ def by_epoch(found: Sequence[Found]) -> Figure:
             sd = unit * (values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(mean)))
             colour = "black" if TOP in each.cell.row else COLOURS[each.cell.column]
             marker = "." if len(epochs) == 1 else None
-            named = each.cell.name + "*" * bool(each.less) + " (below)" * (end < bottom)
+            named = each.cell.name + each.star + " (below)" * (end < bottom)
             axis.plot(epochs, mean, color=colour, linestyle=lines[each.cell.row], marker=marker, label=named)
             axis.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
         if unit == 100:
@@ -72,7 +73,9 @@ def by_epoch(found: Sequence[Found]) -> Figure:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     plots.in_epochs(axes[1])
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
+    handles, labels = axes[1].get_legend_handles_labels()
+    style: Any = {"fontsize": "small", "frameon": False, "title": star_key(found), "title_fontsize": "small"}
+    figure.legend(handles, labels, loc="outside right upper", **style)
     return figure
 
 
@@ -89,9 +92,12 @@ def by_sparsity(found: Sequence[Found]) -> Figure:
             )
         sd = values.std(ddof=1) if len(values) > 1 else 0.0
         face = "none" if each.less else plots.COLOURS[0]
-        axis.errorbar(place, values.mean(), sd, fmt="o", color=plots.COLOURS[0], markerfacecolor=face, capsize=2)
+        fmt = "s" if each.epochs < each.cell.config.epochs else "o"
+        axis.errorbar(place, values.mean(), sd, fmt=fmt, color=plots.COLOURS[0], markerfacecolor=face, capsize=2)
     axis.errorbar([], [], fmt="_", color=plots.COLOURS[1], markersize=13, label="paper, Table 1")
-    axis.errorbar([], [], fmt="o", color=plots.COLOURS[0], label="ours ± sd (hollow: reduced)")
+    axis.errorbar(
+        [], [], fmt="o", color=plots.COLOURS[0], label="ours ± sd (hollow: fewer seeds; square: fewer epochs)"
+    )
     axis.set_xticks(range(len(SPARSITY)), list(map(str, SPARSITY)))
     axis.set(xlabel="n, the neurons of each layer that an output reaches on average", ylabel="test accuracy (%)")
     axis.grid(alpha=0.3)
@@ -118,7 +124,8 @@ FIGURES = {
     "figure 4": Table(
         "Test accuracy (%) of sparse SRBP on MNIST after 100 epochs",
         [_sparse(n) for n in SPARSITY],
-        notes="With n = 0 and n = 100, only the top layer learns: the errors of softmax outputs add up to zero.",
+        notes="With n = 0 and n = 100, only the top layer learns: the errors of softmax outputs add up to zero. After "
+        "ten epochs both have the same accuracy.",
         plot=by_sparsity,
         folder="table 1",
     ),

@@ -8,8 +8,9 @@ is the vector field of A[1,1,1]; its cell has a solution for each of the starts 
 the equations, and checks the theorems.
 
 A cell has three figures, as logarithms, in which -12 stands for all below: the error at the end above the least error
-of a network of this rank, the same by gradient descent, and the distance from the limit that the paper derives
-(Theorems 2 to 6: the fixed point; Theorem 8: of C_1 P from C_1 S_TI S_II^-1).
+of a network of this rank, the same by gradient descent, and the distance from the limit that theory gives (Theorems 2
+to 6: the fixed point; Theorem 8: of C_1 P from C_1 S_TI S_II^-1). Theorem 6 has autoencoders; for other tasks we
+derived the limit (`rbp_dynamics.compressive_limit`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ def simulate_field(job: Job) -> Mapping[str, Any] | None:
 
 
 def _distance(weights: Any, problem: Any) -> float:
-    """The distance of the weights from the limit that the paper derives, or of P from the best P where it has none."""
+    """The distance of the weights from the limit that theory gives, or of P from the best P where it has none."""
     from experiments.theory import rbp_dynamics as dynamics
 
     start, feedback, ti, ii = problem
@@ -124,9 +125,10 @@ def field(found: Sequence[Found]) -> Figure:
     return figures.vector_field()
 
 
+BELOW = "-12 stands for all numbers below."
 NARROW = (
-    "A narrow hidden layer goes to the fixed point that the theorem gives. This is not the best network of its rank, "
-    "which gradient descent finds: P keeps to the directions of the feedback weights."
+    "With a narrow hidden layer the limit is not the best network of its rank, which gradient descent finds: P keeps "
+    "to the directions of the feedback weights."
 )
 
 
@@ -135,7 +137,7 @@ def _table(title: str, *networks: tuple[int, ...], notes: str = "") -> Table:
         Cell(f"A[{','.join(map(str, sizes))}]", "", LINEAR.replace(widths=sizes), minutes=0.05, measure=simulate)
         for sizes in networks
     ]
-    return Table(title, cells, SHOWN, notes, plot=by_time)
+    return Table(title, cells, SHOWN, f"{notes} {BELOW}".strip(), plot=by_time)
 
 
 LINEAR_FIGURES = {
@@ -144,12 +146,15 @@ LINEAR_FIGURES = {
         "The vector field of A[1,1,1] with c_1 = alpha = beta = 1 (Theorem 2)",
         [Cell("A[1,1,1]", "", LINEAR.replace(widths=(1, 1, 1), seeds=7), minutes=0.01, measure=simulate_field)],
         (SHOWN[0], SHOWN[2]),
-        notes="A seed is a start in the picture.",
+        notes=f"A seed is a start in the picture. {BELOW}",
         plot=field,
     ),
     "figure 12": _table("Chains of any length (Theorem 4)", (1,) * 5, (1,) * 6),
     "figure 13": _table(
-        "A hidden layer wider or narrower than the others (Theorems 5 and 6)", (1, 4, 1), (4, 1, 4), notes=NARROW
+        "A hidden layer wider or narrower than the others (Theorems 5 and 6)",
+        (1, 4, 1),
+        (4, 1, 4),
+        notes=f"{NARROW} Theorem 6 has autoencoders only. The tasks here are others, and their limit is ours.",
     ),
     "figure 14": _table(
         "Linear networks of any size (Theorems 7 and 8 for three layers; none for four)",

@@ -28,7 +28,7 @@ def picture(found: Sequence[Found], shown: Sequence[Shown], logarithmic: Collect
                     sd = figure.unit * (results.statistics(values)["sd"] or 0.0)
                     face = "none" if each.less else ours
                     axis.errorbar(figure.unit * values.mean(), place, xerr=sd, fmt="o", color=ours, mfc=face, capsize=2)
-            axis.set(xlabel=f"{cells[0].cell.column}, {figure.label}", yticks=range(len(cells)), yticklabels=[])
+            axis.set(xlabel=f"{cells[0].cell.column}, {figure.axis}", yticks=range(len(cells)), yticklabels=[])
             axis.set_ylim(len(cells) - 0.4, -0.6)
             axis.grid(alpha=0.3)
             if figure.name in logarithmic:

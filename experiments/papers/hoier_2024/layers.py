@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import plots
-from experiments.papers.cells import Found
+from experiments.papers.cells import Found, star_key
 
 KERNEL = re.compile("(angle|norm ratio|norm) (.*)/kernel$")
 
@@ -44,7 +44,7 @@ def alignment(found: Sequence[Found]) -> Figure:
     made = Figure(figsize=(2 + 4.2 * len(found), 9), dpi=130, layout="constrained")
     axes = made.subplots(3, len(found), squeeze=False, sharex=True, sharey="row")
     for column, each in zip(axes.T, found, strict=True):
-        column[0].set_title(each.cell.name + ("*" if each.less else ""), fontsize="medium")
+        column[0].set_title(each.cell.name + each.star, fontsize="medium")
         for number, (layer, style) in enumerate(zip(names(each), plots.styles(), strict=False)):
             epochs, rule, true, apart = norms(each, layer)
             colour, label = style["color"], f"layer {number + 1}"
@@ -58,10 +58,12 @@ def alignment(found: Sequence[Found]) -> Figure:
     labels = "angle to backprop (°)", "norm of the difference", "norm of the gradient"
     for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label)
-        row[0].set_ylim(0, None)
+        row[0].set_ylim(-0.02 * row[0].get_ylim()[1], None)  # so that a line at 0 is seen
         for axis in row:
             axis.grid(alpha=0.3)
-    made.legend(*axes[2][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    made.legend(
+        *axes[2][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, title=star_key(found)
+    )
     return made
 
 
@@ -74,7 +76,7 @@ def heat(found: Sequence[Found]) -> Figure:
         values = np.stack([each.curve(f"angle {layer}")[1].mean(1) for layer in layers])
         times = each.curve(f"angle {layers[0]}")[0]
         shown = axis.pcolormesh(times, np.arange(1, len(layers) + 1), values, vmin=0, vmax=90, cmap="viridis")
-        axis.set_title(each.cell.row.replace("DP^T, alpha=0, ", "") + ("*" if each.less else ""), fontsize="small")
+        axis.set_title(each.cell.row.replace("DP^T, alpha=0, ", "") + each.star, fontsize="small")
         axis.set(xlabel=each.contents[0].get("unit", "epoch"), ylabel="layer")
     for axis in axes[len(found) :]:
         axis.set_visible(False)

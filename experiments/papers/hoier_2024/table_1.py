@@ -82,15 +82,13 @@ TABLE_1 = Table(
     notes="""The sd is over the seeds.
 
 The paper damps with L = |W^T W|, the authors' code with max(0, |W^T W| - 1) / 2. The paper does not give the number of
-iterations: both have the 16 of the code here. This is too few to reach the fixed points. We looked at one network after
-training, where |W^T W| is 230 between the hidden layers. With the L of the paper the gradient of the lowest layer has
-8% of its norm at the fixed point, with the L of the code 16%. With nudged inputs the states reach no fixed point, not
-even in 3,000 iterations. So the Lipschitz estimate of nudged inputs depends on how far 16 iterations go: with the L of
-the code they go further, and the estimate is lower.
+iterations: both have the 16 of the code here. After training this is too few to reach the fixed points, as the damping
+grows with the weights. With the smaller L of the code 16 iterations go further. Perhaps this is why the Lipschitz
+estimate of nudged inputs is lower with it (one seed).
 
-The estimate also depends on the number of steps. With nudged inputs it grows by about 15% in each of the last epochs:
-after 20 epochs on all 60,000 images, which are 24,000 steps, it was 31.3 ± 2.1.
+The estimate also depends on the number of steps: with nudged inputs, after 20 epochs on all 60,000 images, which are
+24,000 steps, it was 31.3 ± 2.1.
 
-With alpha = 1/2, DP^T and DP have the same updates (Eq. 19 of the paper), and our two rows have the same accuracy.
-The paper's differ by 0.2 points: its row of DP^T is the one that is further from ours.""",
+With alpha = 1/2, DP^T and DP differ only at the output units (Eq. 3 and 22 of the paper), and our two rows have the
+same accuracy. The paper's differ by 0.2 points: its DP^T is further from ours.""",
 )

@@ -12,7 +12,7 @@ for one sweep, and three hours for the forward passes; on CIFAR-100 three times 
 `--epochs=30 --seeds=1`, CIFAR-10 takes five minutes for BP and for one sweep.
 
 Figure 2 has the angles by layer for alpha 0 on CIFAR-100. Its runs by epoch are those of Table 3; the first 200 batches
-are cells of their own. The paper averages the angles of the training batches, we measure on 256 training images.
+are cells of their own. We measure the angles on 256 training images.
 """
 
 import functools

@@ -1,11 +1,13 @@
 """VGG16 on CIFAR-10, CIFAR-100 and ImageNet 32x32: the settings of Table 3 and figure 2, and how a cell is trained.
 
-The paper (appendix B) gives the epochs, SGD with momentum 0.9, a weight decay of 5e-4, the warm-up from 1e-3, the peak,
-the cosine, and batches; and in section 6.2 random crops and flips, and that a tenth of the training images (ImageNet: a
-twentieth) chooses the epoch. The rest is as in the authors' code: no BatchNorm and no dropout, the decay is a part of
-the gradient and holds for biases too, the loss is linearised at the clean outputs, means and deviations of the pixels,
-crops with a margin of 4. We differ in this: our margin is black (theirs is the mean colour), our initial weights are
-those of He et al. (theirs are those of LeCun), and we pool after ReLU (they pool before it: the same function).
+The paper (appendix B) gives the epochs, SGD with momentum 0.9, a weight decay of 5e-4, the warm-up from 1e-3, the peak
+and batches; and in section 6.2 random crops and flips, and that a tenth of the training images (ImageNet: a twentieth)
+chooses the epoch. The rest is as in the authors' code: the rate falls as a cosine, and stays for the last 10 epochs, no
+BatchNorm and no dropout, the decay is a part of the gradient and holds for biases too, means and deviations of the
+pixels, crops with a margin of 4. In one point we follow the code against the paper: the loss is linearised at the clean
+outputs, not at the current ones (Eq. 22). We differ in this: our margin is black (theirs is the mean colour), our
+initial weights are those of He et al. (theirs are those of LeCun), and we pool after ReLU (they pool before it: the
+same function).
 
 A cell trains its seeds one after another: with vmap, the convolutions of seeds become grouped ones, which are slow.
 """
@@ -68,7 +70,7 @@ def rule(alpha: float, beta: float, order: str) -> str:
 
 
 def scheduled(config: Config, epochs: int) -> Config:
-    """The config with the paper's schedule for so many epochs; with fewer, warm-up and end are shorter alike."""
+    """The config with the schedule for so many epochs; with fewer, warm-up and end are shorter alike."""
     share, peak = config.epochs / epochs, config.learning_rate
     parts = f"warmup={WARMUP * share:g}, start={LOW / peak:g}, end={END / peak:g}, flat={FLAT * share:g}"
     return config.replace(schedule=f"cosine({parts})")

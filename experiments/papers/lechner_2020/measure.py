@@ -3,7 +3,7 @@
 1. Points of the grid train on the sets of the first `CHOOSING` seeds, for fewer epochs. The point with the best
    validation accuracy is the cell's (the mean over these sets, of the best epoch of each).
 2. With it, the set of each seed trains for all epochs. "test" is the test accuracy of the epoch with the best
-   validation accuracy, and "train" the training accuracy of the best epoch, as in the paper.
+   validation accuracy, and "train" the highest training accuracy of all epochs, as in the paper.
 
 So a seed has the same figures whichever other seeds are measured with it. Each training run is alone on the device: on
 two cores runs that train together take no less time, and on a GPU their convolutions would become grouped ones (whether

@@ -84,7 +84,7 @@ TABLE = Table(
     shown=(cells.Shown(label="accuracy (%)"), cells.Shown("angle", "angle (°)", 1, 1)),
     notes="""We had no copy of the paper's table, so there are no numbers of the paper here. An older version of the
 authors' program says "1.88% (1 of 20)" beside the settings of DTP, but not of which images. FA and the last layer alone
-show how much of the accuracy needs a good way down.
+show what the net reaches when the errors come down badly, or not at all.
 
 The settings of two rows were changed after we had seen their test accuracy: those with inverses that learn differences
 and Jacobians. First both had the settings of DTP, noise 0.36 and inverses with tanh. With these they had 87.88 ± 2.87

@@ -147,9 +147,9 @@ TABLE = Table(
     notes="""We had no copy of the paper's results, so there are no numbers of the paper here. BP has no free states, so
 both of its columns are the forward pass.
 
-Clipped outputs at 0 have no derivative, so BP cannot raise them. With two of the three seeds it stays below 89% for
-five to seven epochs, then reaches 98% in one. A nudge of EP raises such outputs: after the first epoch EP has 95 to
-96%.""",
+Outputs that are clipped to 0 have no derivative, so BP cannot raise them. With two of the three seeds it stays below
+89% for five to seven epochs, then reaches 98% in one. A nudge of EP raises such outputs: after the first epoch EP
+has 95 to 96%.""",
 )
 
 HEADING = "Scellier and Bengio (2017): equilibrium propagation"

@@ -167,16 +167,17 @@ TABLE_2 = Table(
     notes="The sd is over the seeds, each with its own pairs of digits. Layers of 200 already show what the paper says "
     "of 2,000: under BackMAN the last task is learned less well, and the mean of the tasks is higher. Batch size and "
     "rate are one corner of the grid, for both rules, and not yet chosen by it: section 4.2 has only "
-    "error-backpropagation so far, with 200 wide layers, small batches and fewer epochs. There less is forgotten the "
-    "smaller the rate is.",
+    "error-backpropagation so far, with 200 wide layers, small batches and fewer epochs. There the mean of the tasks "
+    "is highest with the smallest rate, and lowest with the largest (two seeds).",
     plot=table_2,
 )
 FIGURE_1 = Table(
     "Split-MNIST: points of test accuracy that each task has lost at the end",
     CELLS,
     [Shown(f"drop {i + 1}", f"task {i + 1}") for i in range(TASKS - 1)],
-    notes="The paper has a picture and no numbers. It says that BackMAN loses half as much as error-backpropagation; "
-    "ours with layers of 200 loses half as much or less.",
+    notes="The numbers in the paper's picture are lost in our copy. The paper says that BackMAN loses half as much as "
+    "error-backpropagation; ours with layers of 200 loses half as much or less. But it also has less to lose: just "
+    "trained, tasks 1 to 4 have 80% to 88%, and 97% to 98% with error-backpropagation.",
     plot=figure_1,
     folder="table 2",
 )

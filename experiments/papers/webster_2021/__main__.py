@@ -103,11 +103,11 @@ TABLE = Table(
         )
         for name, (rule, number) in ROWS.items()
     ],
-    notes="""The README writes the spread of four seeds as 0.002 to 0.006; we take it as a part of one, 0.2 to 0.6%.
+    notes="""The README writes the spread of four seeds as 0.002 to 0.006; we read it as 0.2 to 0.6 points.
 
-After one epoch the order of BP, DKP and DFA is that of the authors after 50. With their feedback, the gradients of the
-hidden layers are two to six times as large with DFA as with BP in the first step. With errors of length one the net is
-far behind DFA; perhaps because they do not shrink where an example is right.""",
+After one epoch the order of BP, DKP and DFA is that of the authors after 50. With the authors' feedback weights, the
+gradients of the hidden layers are larger with DFA than with BP in the first step. With errors of length one the net
+is far behind DFA; perhaps because they do not shrink where an example is right.""",
 )
 
 HEADING = "Webster, Choi and Ahn (2021): learning the connections in direct feedback alignment"
