@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
+from lrules.engine.dtypes import at_least_float32, feedback_dtype
 from lrules.engine.jaxprs import Equation, bind
 from lrules.engine.operations import of
 from lrules.engine.shared import EVERYWHERE, equation_key
@@ -77,19 +78,21 @@ class Product:
     def terms(self, w: jax.Array, x: Pytree) -> Any:
         """For each weight, in how many terms of the output sums it is: a number, or an array to divide `w` by.
 
-        In a dense layer this is the number of rows of `x`. A convolution has fewer terms at a border with padding.
+        In a dense layer this is the number of rows of `x`. A convolution has fewer terms at a border with padding. The
+        numbers have at least float32: a convolution in float16 easily has more terms than the largest float16.
         """
-        row, out = of(self.eqn), self.eqn.outvars[0].aval
+        row, out, dtype = of(self.eqn), self.eqn.outvars[0].aval, at_least_float32(feedback_dtype(w.dtype))
         if row.window(self.eqn, self.position):
             if not any(map(is_symbolic_dim, out.shape)):
-                return jnp.asarray(_window_terms(self.eqn, out.shape), w.dtype)
+                return jnp.asarray(_window_terms(self.eqn, out.shape), dtype)
         elif row.either:
             contracted = row.contracted(self.eqn, self.position)
             free = math.prod(n for i, n in enumerate(w.shape) if i not in contracted)
-            return jnp.asarray(_at_least_one(math.prod(out.shape) // _at_least_one(free)), w.dtype)
+            return jnp.asarray(_at_least_one(math.prod(out.shape) // _at_least_one(free)), dtype)
         ones = [jnp.ones_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in jax.tree.leaves(x)]
         x = jax.tree.unflatten(jax.tree.structure(x), ones)
-        count = self.weight_gradient(w, x, jnp.ones_like(self(w, x)))
+        one = 1.0 if dtype == w.dtype else 2.0**-8  # a sum that does not overflow
+        count = self.weight_gradient(w, x, jnp.full_like(self(w, x), one)).astype(dtype) / one
         return jnp.where(count == 0, jnp.ones_like(count), count)  # no term, and so no gradient to divide
 
     def _shared(self, what: str, pull: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.extend import project
+from lrules.extend import at_least_float32, project
 from lrules.options import as_initializer
 from lrules.rule import Rule
 from lrules.typing import Initializer, Pytree
@@ -59,7 +59,8 @@ def random_target_projection(init: Initializer | None = None, *, max_feedback_by
     """
 
     def signal(e: jax.Array, b: Any, targets: Pytree, name: str, elements: int) -> jax.Array:
-        return project(-_as_outputs(targets, e), b) / elements
+        sent = project(-_as_outputs(targets, e), b)
+        return (sent.astype(at_least_float32(sent.dtype)) / elements).astype(sent.dtype)  # float16 ends at 65,504
 
     return direct(signal, init=as_initializer(init), targets=True, max_feedback_bytes=max_feedback_bytes, offers=())
 

@@ -178,7 +178,12 @@ def _mean_product(op: Product, w: jax.Array, xi: Pytree, y: jax.Array) -> jax.Ar
 
     Of complex numbers it is the conjugate, as gradients of JAX are: they are conjugated before they are subtracted.
     """
-    return op.weight_gradient(w, xi, jnp.conj(y)) / op.terms(w, xi)
+    terms, error = op.terms(w, xi), jnp.conj(y)
+    if terms.dtype == w.dtype:
+        return op.weight_gradient(w, xi, error) / terms
+    root = jnp.sqrt(jnp.max(terms))  # half of the division comes before the sum, which float16 may not hold
+    smaller = (error.astype(root.dtype) / root).astype(error.dtype)
+    return op.weight_gradient(w, xi, smaller).astype(root.dtype) / (terms / root)
 
 
 def _one_of(layer: Layer, db: jax.Array) -> jax.Array:

@@ -147,3 +147,11 @@ def test_terms(name):
     wanted = np.asarray(jax.grad(lambda w: apply(w, jnp.ones(data)).sum())(w))
     np.testing.assert_array_equal(counted, np.maximum(wanted, 1))
     assert name not in ("padding", "groups of examples") or len(np.unique(wanted)) > 1
+
+
+def test_more_terms_than_float16_can_count():
+    apply = lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 0, 69_999]))  # noqa: E731
+    w, x = jnp.ones((3, 4, 2), jnp.float16), jnp.ones((70_000, 4), jnp.float16)
+    (layer,) = lrules.Network(apply, batch_axes=None).graph(w, x).layers
+    terms = Product(layer.eqn, layer.position, False).terms(w, (x, jnp.array([1, 0, 69_999])))
+    np.testing.assert_allclose(terms[:, 0, 0], [1, 1, 69_999], rtol=1e-3)

@@ -263,6 +263,30 @@ def test_several_seeds_and_dtypes(phase):
     }
 
 
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_more_terms_than_float16_can_count(phase, kind):
+    """A convolution of 64 images of 32 by 32 pixels has as many."""
+
+    def net(params, x):
+        h = jax.nn.relu(x @ params["a"])
+        if kind == "dense":
+            return h @ params["b"]
+        return jax.lax.conv_general_dilated(h, params["b"][None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    rule = lrules.weight_mirror(phase=phase, init=lambda key, shape, dtype: jnp.ones(shape, dtype))
+    found = []
+    for dtype in (jnp.float16, jnp.float32):
+        params = {"a": jnp.full((3, 4), 0.3, dtype), "b": jnp.full((4, 2), 0.5, dtype)}
+        x = jnp.ones((70, 1000, 3), dtype)
+        feedback = rule.init(jax.random.key(0), net, params, x)
+        db = lrules.feedback_grad(net, rule)(params, feedback, x, rng=jax.random.key(1))["b"]
+        assert db.dtype == dtype
+        found.append(np.asarray(db, float))
+    np.testing.assert_allclose(*found, atol=0.03)
+    assert np.abs(found[1]).min() > 0.4  # 1 - 0.5
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_export_for_any_batch(phase):
     """The mean over the examples is right for a batch whose size is not known when the phase is traced."""
