@@ -45,6 +45,7 @@ from lrules.extend import (
     Handler,
     Plan,
     RuleDescription,
+    at_least_float32,
     evaluate,
     mean_loss,
     passing_names,
@@ -317,7 +318,8 @@ class _Phases:
         def nudge(error: Any) -> Any:
             if not jnp.issubdtype(error.dtype, jnp.inexact):
                 return error
-            return error * (-beta * jnp.asarray(self.batch, beta.dtype)).astype(error.dtype)
+            wide = at_least_float32(error.dtype)  # float16 ends at 65,504
+            return (error.astype(wide) * (-beta * jnp.asarray(self.batch, beta.dtype)).astype(wide)).astype(error.dtype)
 
         return outputs, pull, jax.tree.map(nudge, self.slope(outputs))
 
@@ -354,5 +356,6 @@ class _Phases:
         else:
             difference = jax.tree.map(jnp.subtract, pull(nudge)[0], phase(jnp.asarray(options.beta)))
         scale = options.beta * (2 if options.centred else 1)
-        grads = [g / (scale * jnp.asarray(self.batch, g.dtype)) for g in difference]
+        divided = lambda g, wide: (g.astype(wide) / (scale * jnp.asarray(self.batch, wide))).astype(g.dtype)  # noqa: E731
+        grads = [divided(g, at_least_float32(g.dtype)) for g in difference]
         return grads, outputs

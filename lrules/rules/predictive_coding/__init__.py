@@ -39,6 +39,7 @@ from lrules.extend import (
     Plan,
     RuleDescription,
     all_zeros_at,
+    at_least_float32,
     evaluate,
     mean_loss,
 )
@@ -302,8 +303,9 @@ class _Cut:
 
     def of_sum(self, x: jax.Array, power: int = 1) -> jax.Array:
         """From the gradient of a mean over the batch to that of the sum; with the power -1, back."""
-        n = jnp.asarray(self.batch).astype(x.dtype)  # it may be symbolic
-        return x * n if power == 1 else x / n
+        wide = x.astype(at_least_float32(x.dtype))  # float16 ends at 65,504
+        n = jnp.asarray(self.batch).astype(wide.dtype)  # it may be symbolic
+        return (wide * n if power == 1 else wide / n).astype(x.dtype)
 
 
 def _times(factor: float, tree: Pytree) -> Pytree:
