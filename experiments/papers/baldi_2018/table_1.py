@@ -97,8 +97,8 @@ TABLE_1 = Table(
     "short runs with them were no nearer. The rows *quantized signal* are another reading, and have the paper's "
     "numbers of the quantised updates beside them: the signal of each hidden neuron is quantised after the "
     "backward pass, as in Eq. 17, and the updates of the examples are added up, not averaged; the top layer "
-    "BP and SRBP are then within about two points of the paper (BP with 5 bits was nearer before). RBP is within a "
-    "point with 5 bits. With fewer bits it loses accuracy in training: with 3 bits from 91.6 to 85.2, with one bit "
-    "from 87.6 to 79.3, where the paper has 9.6. So the paper may have done this for BP and SRBP. We found this "
-    "reading by comparing test accuracies with the paper's.",
+    "learns as usual. BP and SRBP are then within about two points of the paper (BP with 5 bits was nearer before). "
+    "RBP is within a point with 5 bits. With fewer bits it loses accuracy in training: with 3 bits from 91.6 to 85.2, "
+    "with one bit from 87.6 to 79.3, where the paper has 9.6. So the paper may have done this for BP and SRBP. We "
+    "found this reading by comparing test accuracies with the paper's.",
 )
