@@ -85,6 +85,6 @@ TABLE_3 = Table(
         for column in COLUMNS
     ],
     [Shown("seconds", "seconds", 1, 1), Shown("ratio", "ratio", 1, 2)],
-    notes="The paper's ratios are those of its seconds, on a P100. Ours are of two cores of a server, scaled up from "
-    "fewer passes: compare the ratios.",
+    notes="The paper's ratios are those of its seconds, on a P100. Ours are of two cores of two servers, scaled up "
+    "from fewer passes: compare the ratios.",
 )
