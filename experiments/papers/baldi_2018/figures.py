@@ -9,6 +9,7 @@ have skipped backpropagation (SBP). The paper names only two of the n in figure 
 (`table_1.py`).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ def by_epoch(found: Sequence[Found]) -> Figure:
     upper = ("train_accuracy", "training accuracy (%)", 100) if trained else ("train_loss", "training loss", 1)
     figure = Figure(figsize=(9, 7.6), dpi=130, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
-    lines = dict(zip(dict.fromkeys(each.cell.row for each in found), plots.LINES, strict=False))
+    rows = dict.fromkeys(each.cell.row for each in found)
+    lines = dict(zip(rows, plots.LINES, strict=False))
+    marks = dict(zip(rows, itertools.cycle("oxs^Dv"), strict=False))  # for a single point, where lines do not tell
     ends = [100 * float(np.mean(np.asarray(each.values("accuracy")))) for each in found]
     bottom = max(0.0, min((end for end in ends if end > CHANCE), default=5.0) - 5)
     for axis, (name, label, unit) in zip(axes, (upper, ("accuracy", "test accuracy (%)", 100)), strict=True):
@@ -64,7 +67,7 @@ def by_epoch(found: Sequence[Found]) -> Figure:
             mean = unit * values.mean(1)
             sd = unit * (values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(mean)))
             colour = "black" if TOP in each.cell.row else COLOURS[each.cell.column]
-            marker = "." if len(epochs) == 1 else None
+            marker = marks[each.cell.row] if len(epochs) == 1 else None
             named = each.cell.name + each.star + " (below)" * (end < bottom)
             axis.plot(epochs, mean, color=colour, linestyle=lines[each.cell.row], marker=marker, label=named)
             axis.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)

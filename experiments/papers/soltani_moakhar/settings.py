@@ -134,7 +134,7 @@ def grid(network: str, config: Config, row: str, batch: int, paper: tuple[float,
 def by_rate(found: Sequence[Found], label: str) -> Figure:
     """The accuracy by rate, a panel for each rule and a colour for each batch size; the paper's as wide, pale lines.
 
-    A network that does not learn is a triangle at the lower edge.
+    A triangle at the lower edge stands for a network that does not learn.
     """
     panels: dict[str, list[Found]] = {}
     for each in found:
@@ -169,6 +169,8 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
     for batch in sorted({each.cell.config.batch_size for each in found}):
         axes[0].plot([], [], color=colours[batch], marker="o", label=f"batch {batch}")
     axes[0].plot([], [], color="grey", marker="o", mfc="none", label="fewer epochs or seeds")
+    if any(values.mean(1).min() < edge for values in ours.values()):
+        axes[0].plot([], [], "v", color="grey", mfc="none", label="below the panel")
     if papers:
         axes[0].plot([], [], color="grey", alpha=0.3, linewidth=5, label="paper")
     made.supxlabel("learning rate", fontsize="medium")
