@@ -139,8 +139,8 @@ def plot(found: Sequence[Found]) -> Figure:
     axis.set(xlabel="thousand steps", ylabel="a) loss of 32 images (dashed: of training images)")
     plots.logarithmic(axis)
     plots.logarithmic(axis, "x")
-    style: Any = {"frameon": False, "fontsize": "small", "title": star_key(found), "title_fontsize": "small"}
-    left.legend(loc="outside lower center", ncols=3, **style)
+    look: Any = {"frameon": False, "fontsize": "small", "title": star_key(found), "title_fontsize": "small"}
+    left.legend(loc="outside lower center", ncols=3, **look)
     axis.grid(alpha=0.3)
     panels = right.subplots(2, len(found), squeeze=False)
     for column, each in enumerate(found):

@@ -144,7 +144,9 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
     made = Figure(figsize=(4 * columns + 2, 3.2 * rows + 0.6), dpi=130, layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     colours = dict(zip(BATCHES, plots.COLOURS, strict=False))
-    ours = {each.cell.name: 100 * np.stack([each.values(figure.name) for figure in SHOWN]) for each in found}
+    ours = {
+        each.cell.name: 100 * np.stack([np.asarray(each.values(figure.name)) for figure in SHOWN]) for each in found
+    }
     papers = {each.cell.name: _paper(each.cell) for each in found if each.cell.paper}
     everything = np.concatenate([*(each.ravel() for each in ours.values()), *papers.values()])
     edge = min(everything[everything > CHANCE], default=CHANCE) - 3
