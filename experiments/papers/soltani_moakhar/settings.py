@@ -143,7 +143,8 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
     rows = -(-len(panels) // columns)
     made = Figure(figsize=(4 * columns + 2, 3.2 * rows + 0.6), dpi=130, layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    colours = dict(zip(BATCHES, plots.COLOURS, strict=False))
+    batches = sorted({*BATCHES, *(each.cell.config.batch_size for each in found)})
+    colours = dict(zip(batches, plots.COLOURS, strict=False))
     ours = {
         each.cell.name: 100 * np.stack([np.asarray(each.values(figure.name)) for figure in SHOWN]) for each in found
     }

@@ -52,7 +52,8 @@ def test_a_report_has_the_papers_numbers_beside_ours(tmp_path):
     keep(tmp_path, TABLE.cells[0], [0.92, 0.921, 0.922])
     assert report.far(TABLE, tmp_path) == ["Baseline, BP"]  # 5.8 points, with an sd of 0.1
     assert report.section("x", TABLE._replace(folder="."), tmp_path).endswith(
-        "Of the cells with all epochs and seeds, more than two sd from the paper: Baseline, BP."
+        "Of the cells with all epochs and seeds, more than two sd (the paper's or ours, the larger) from the column "
+        "*paper*: Baseline, BP."
     )
 
 
