@@ -5,6 +5,7 @@ the functions of a rule can ask for (see `lrules.constructors`): targets, the hi
 shows a rule with two forward passes. Each public function returns a rule, except `cascade`.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -156,8 +157,7 @@ def quantized_signals(channel: str, bits: int, scale: float = 2**-6) -> lrules.R
       scale: the largest magnitude.
     """
 
-    def quantized(signal):
-        return lrules.extend.quantize(signal, bits, scale)
+    quantized = functools.partial(lrules.extend.quantize, bits=bits, scale=scale)
 
     def backward(op, w, b, x, d, layer, *, slope):
         weights = w if b is None else b

@@ -110,8 +110,8 @@ def section(key: str, table: Table, root: pathlib.Path) -> str:
     if named := far(table, folder):
         text += (
             "\n\nOf the cells with all epochs and seeds, more than two sd (the paper's or ours, the larger) from the "
+            f"column *paper*: {'; '.join(named)}."
         )
-        text += f"column *paper*: {'; '.join(named)}."
     return text
 
 

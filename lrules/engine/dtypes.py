@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lrules.engine.jaxprs import Aval
@@ -38,3 +40,9 @@ def at_least_float32(dtype: Any) -> Any:
       'float32'
     """
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def widened(fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, n: Any) -> jax.Array:
+    """`fn(x, n)`, such as a quotient, in at least float32, in the dtype of x: float16 has no number n above 65,504."""
+    dtype = at_least_float32(x.dtype)
+    return fn(x.astype(dtype), jnp.asarray(n).astype(dtype)).astype(x.dtype)

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 
 from lrules.constructors import drawn_by, no_transform
 from lrules.engine.distance import depth_of
+from lrules.engine.dtypes import widened
 from lrules.engine.planning import plan_elsewhere
 from lrules.engine.settling import repeat, residual
 from lrules.extend import (
@@ -45,7 +46,6 @@ from lrules.extend import (
     Handler,
     Plan,
     RuleDescription,
-    at_least_float32,
     evaluate,
     mean_loss,
     passing_names,
@@ -318,8 +318,7 @@ class _Phases:
         def nudge(error: Any) -> Any:
             if not jnp.issubdtype(error.dtype, jnp.inexact):
                 return error
-            wide = at_least_float32(error.dtype)  # float16 ends at 65,504
-            return (error.astype(wide) * (-beta * jnp.asarray(self.batch, beta.dtype)).astype(wide)).astype(error.dtype)
+            return widened(jnp.multiply, error, -beta * jnp.asarray(self.batch, beta.dtype))
 
         return outputs, pull, jax.tree.map(nudge, self.slope(outputs))
 
@@ -356,6 +355,5 @@ class _Phases:
         else:
             difference = jax.tree.map(jnp.subtract, pull(nudge)[0], phase(jnp.asarray(options.beta)))
         scale = options.beta * (2 if options.centred else 1)
-        divided = lambda g, wide: (g.astype(wide) / (scale * jnp.asarray(self.batch, wide))).astype(g.dtype)  # noqa: E731
-        grads = [divided(g, at_least_float32(g.dtype)) for g in difference]
+        grads = [widened(lambda g, n: g / (scale * n), g, self.batch) for g in difference]
         return grads, outputs

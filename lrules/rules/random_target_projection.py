@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import direct
-from lrules.extend import at_least_float32, project
+from lrules.engine.dtypes import widened
+from lrules.extend import project
 from lrules.options import as_initializer
 from lrules.rule import Rule
 from lrules.typing import Initializer, Pytree
@@ -59,8 +60,7 @@ def random_target_projection(init: Initializer | None = None, *, max_feedback_by
     """
 
     def signal(e: jax.Array, b: Any, targets: Pytree, name: str, elements: int) -> jax.Array:
-        sent = project(-_as_outputs(targets, e), b)
-        return (sent.astype(at_least_float32(sent.dtype)) / elements).astype(sent.dtype)  # float16 ends at 65,504
+        return widened(jnp.divide, project(-_as_outputs(targets, e), b), elements)
 
     return direct(signal, init=as_initializer(init), targets=True, max_feedback_bytes=max_feedback_bytes, offers=())
 

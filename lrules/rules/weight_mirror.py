@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lrules.constructors import sequential
+from lrules.engine.dtypes import widened
 from lrules.extend import Layer, Product, placed_as
 from lrules.options import as_initializer, by_name, is_number, is_positive
 from lrules.rule import Rule
@@ -182,7 +183,7 @@ def _mean_product(op: Product, w: jax.Array, xi: Pytree, y: jax.Array) -> jax.Ar
     if terms.dtype == w.dtype:
         return op.weight_gradient(w, xi, error) / terms
     root = jnp.sqrt(jnp.max(terms))  # half of the division comes before the sum, which float16 may not hold
-    smaller = (error.astype(root.dtype) / root).astype(error.dtype)
+    smaller = widened(jnp.divide, error, root)
     return op.weight_gradient(w, xi, smaller).astype(root.dtype) / (terms / root)
 
 

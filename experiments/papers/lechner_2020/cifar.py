@@ -49,9 +49,10 @@ RULES: dict[str, dict[str, str]] = {
     "FA": {"rule": f"fa({FEEDBACK})"},
     "mDFA": {"rule": f"mdfa({FEEDBACK})", "mono_net": MONO_NET},
 }
+ALL_BUT_BP = ("DFA", "FA", "mDFA")
 FROM_ZEROS = ", SGD from zeros"  # what the paper found best (B.3), whatever the validation images say
 BEYOND: dict[str, dict[str, str]] = {
-    **{f"{rule}{FROM_ZEROS}": RULES[rule] for rule in ("DFA", "FA", "mDFA")},
+    **{f"{rule}{FROM_ZEROS}": RULES[rule] for rule in ALL_BUT_BP},
     "BP in a mono-net": {"rule": "bp", "mono_net": MONO_NET},
     "sign symmetry": {"rule": "sign_symmetry"},
 }
@@ -224,7 +225,7 @@ def class_cells(config: Config, paper: Rows, beyond: Sequence[int] = (), from_ze
                 found = both((*train[2 * i : 2 * i + 2], *test[2 * i : 2 * i + 2]))
             cells.append(cell(f"{classes} classes, {rule}", "", own, found, beyond=classes in beyond))
     for classes in from_zeros:
-        for rule in ("DFA", "FA", "mDFA"):
+        for rule in ALL_BUT_BP:
             own = config.replace(classes=str(classes), activation="tanh", **RULES[rule])
             cells.append(cell(f"{classes} classes, {rule}{FROM_ZEROS}", "", own, {}, beyond=True))
     return cells

@@ -148,7 +148,11 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
     ours = {
         each.cell.name: 100 * np.stack([np.asarray(each.values(figure.name)) for figure in SHOWN]) for each in found
     }
-    papers = {each.cell.name: _paper(each.cell) for each in found if each.cell.paper}
+    papers = {
+        each.cell.name: np.array([each.cell.paper[figure.name][0] for figure in SHOWN])
+        for each in found
+        if each.cell.paper
+    }
     everything = np.concatenate([*(each.ravel() for each in ours.values()), *papers.values()])
     edge = min(everything[everything > CHANCE], default=CHANCE) - 3
     for axis, (title, own) in zip(axes, panels.items(), strict=False):
@@ -160,8 +164,7 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
             face = "none" if each.less else colour
             axis.errorbar(RATES, shown, yerr=sd, color=colour, marker="o", mfc=face, capsize=2)
             axis.plot(RATES, np.where(mean < edge, edge, np.nan), "v", color=colour, mfc=face, clip_on=False)
-            if each.cell.paper:
-                paper = papers[each.cell.name]
+            if (paper := papers.get(each.cell.name)) is not None:
                 axis.plot(RATES, np.where(paper < edge, np.nan, paper), alpha=0.3, linewidth=5, color=colour)
         plots.logarithmic(axis, "x")
         axis.set(title=title, ylim=(edge, None))
@@ -171,7 +174,8 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
         axis.set_visible(False)
     for batch in sorted({each.cell.config.batch_size for each in found}):
         axes[0].plot([], [], color=colours[batch], marker="o", label=f"batch {batch}")
-    axes[0].plot([], [], color="grey", marker="o", mfc="none", label="fewer epochs or seeds")
+    if any(each.less for each in found):
+        axes[0].plot([], [], color="grey", marker="o", mfc="none", label="fewer epochs or seeds")
     if any(values.mean(1).min() < edge for values in ours.values()):
         axes[0].plot([], [], "v", color="grey", mfc="none", label="below the panel")
     if papers:
@@ -180,10 +184,6 @@ def by_rate(found: Sequence[Found], label: str) -> Figure:
     made.supylabel(label, fontsize="medium")
     made.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     return made
-
-
-def _paper(cell: Cell) -> np.ndarray:
-    return np.array([cell.paper[figure.name][0] for figure in SHOWN])
 
 
 SHOWN = [Shown(f"{rate:g}", f"rate {rate:g}", digits=1) for rate in RATES]

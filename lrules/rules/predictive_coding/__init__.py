@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from lrules.constructors import drawn_by
 from lrules.engine.distance import depth_of
+from lrules.engine.dtypes import widened
 from lrules.engine.planning import plan_elsewhere
 from lrules.engine.settling import repeat, residual
 from lrules.extend import (
@@ -39,7 +40,6 @@ from lrules.extend import (
     Plan,
     RuleDescription,
     all_zeros_at,
-    at_least_float32,
     evaluate,
     mean_loss,
 )
@@ -303,9 +303,7 @@ class _Cut:
 
     def of_sum(self, x: jax.Array, power: int = 1) -> jax.Array:
         """From the gradient of a mean over the batch to that of the sum; with the power -1, back."""
-        wide = x.astype(at_least_float32(x.dtype))  # float16 ends at 65,504
-        n = jnp.asarray(self.batch).astype(wide.dtype)  # it may be symbolic
-        return (wide * n if power == 1 else wide / n).astype(x.dtype)
+        return widened(jnp.multiply if power == 1 else jnp.divide, x, self.batch)
 
 
 def _times(factor: float, tree: Pytree) -> Pytree:
