@@ -12,11 +12,12 @@ SDIST_TESTS ?= tests/test_apply.py tests/test_public_names.py tests/rules/test_f
 VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
+NEWEST := .venv-newest
 WHEEL := .wheel
 PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs bench gpu lint format test test-slow test-floor wheel-test use-extra release mutate clean
+.PHONY: help install demo docs bench gpu lint format test test-slow test-floor test-newest wheel-test use-extra release mutate clean
 
 help:
 	@echo "make install     create .venv with the package, the experiments and the tools, in the versions of constraints.txt"
@@ -27,6 +28,7 @@ help:
 	@echo "make format      let ruff format the code, sort imports and mend what it can"
 	@echo "make test-slow   the slow tests"
 	@echo "make test-floor  the tests, with the oldest versions that are supported, in .venv-floor"
+	@echo "make test-newest the tests, with the newest versions of everything, in .venv-newest (PYTHON=python3.13 for the newest JAX)"
 	@echo "make wheel-test  build the wheel and the sdist, and use the wheel where nothing else is installed: CI runs this, too"
 	@echo "make release     what stands before an upload: the version, the wheel and the sdist, each of EXTRAS; it uploads nothing"
 	@echo "make mutate      change operators of MODULE=lrules/..., and show what its tests do not notice"
@@ -90,6 +92,14 @@ test-slow: install
 test-floor: $(FLOOR)/.installed
 	JAX_ENABLE_COMPILATION_CACHE=false $(FLOOR)/bin/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
+# What `pip install` brings today. Newer versions are looked for each time.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-e '.[experiments,tensorboard,dev]'
+	$(NEWEST)/bin/python -m pip list | grep -i -E '^(jax|jaxlib|flax|optax) '
+	$(NEWEST)/bin/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
 # The wheel is built from the sdist, so both are whole; the script runs where no file of the checkout can be imported.
 # Without a network, pip takes packages from a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER make wheel-test.
 wheel-test: install
@@ -129,5 +139,5 @@ mutate: install
 	$(BIN)/python -m tests.mutate $(MODULE) --sample $(SAMPLE)
 
 clean:
-	rm -rf $(VENV) $(FLOOR) $(WHEEL) docs/_build docs/papers .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) $(WHEEL) docs/_build docs/papers .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lrules tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

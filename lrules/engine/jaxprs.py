@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike as shard_alike
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 

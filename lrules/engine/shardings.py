@@ -21,12 +21,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.batch import Unbatched
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, shard_alike, split_as, varying_axes
+from lrules.engine.jaxprs import OWN_DERIVATIVE, split_as, varying_axes
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Layer, Value, united
 from lrules.engine.weights import DirectFeedback
@@ -135,7 +136,10 @@ class Layout:
             spec = [PartitionSpec.UNCONSTRAINED if s is None else n for s, n in zip(self.stated, spec, strict=True)]
             x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
         like = self._like(x, params)
-        return x if like is None else shard_alike(x, like)[0]
+        if like is None:
+            return x
+        # XLA splits the operands of a select alike. It cannot know that the barrier lets a constant through.
+        return jax.lax.select(jax.lax.optimization_barrier(jnp.bool_(True)), x, like)
 
     def _like(self, x: jax.Array, params: Sequence[Any]) -> Any:
         """An array of the shape of `x`, which lies as the parameters do. XLA drops it when both are placed."""
