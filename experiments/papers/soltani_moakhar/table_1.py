@@ -41,9 +41,10 @@ NUMBERS: dict[str, tuple[float | None, ...]] = {
     FA: (95.15, 53.31, 63.79, 30.54),
     BACKMAN: (98.93, 66.27, 91.33, 63.00),
 }
-# Each with the row whose batch size and rate it takes: at the rate of EBP, the first two do not learn LeNet-5.
+# Each with the row whose batch size and rate it takes: at the rate of EBP, the first two do not learn LeNet-5. With
+# magnitudes of one, the error of sign symmetry grows from layer to layer, and neither network learns.
 BEYOND = {
-    "Sign symmetry": ("sign_symmetry", FA),
+    "Sign symmetry": ("sign_symmetry(magnitude=scaled)", FA),
     "Kolen-Pollack": ("kolen_pollack", FA),
     "Dual propagation": ("dual_propagation", EBP),
 }
