@@ -44,7 +44,7 @@ NUMBERS: dict[str, tuple[float | None, ...]] = {
 # Each with the row whose batch size and rate it takes: at the rate of EBP, the first two do not learn LeNet-5. With
 # magnitudes of one, the error of sign symmetry grows from layer to layer, and neither network learns.
 BEYOND = {
-    "Sign symmetry": ("sign_symmetry(magnitude=scaled)", FA),
+    "Sign symmetry": ('sign_symmetry(magnitude="scaled")', FA),
     "Kolen-Pollack": ("kolen_pollack", FA),
     "Dual propagation": ("dual_propagation", EBP),
 }
