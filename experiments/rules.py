@@ -7,6 +7,7 @@ name is a call without arguments.
 """
 
 import ast
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -184,6 +185,8 @@ def _value(node: ast.expr, given: Mapping[int, dict[str, Any]] = MappingProxyTyp
         case ast.Name(id=name):
             return _call(name, [], own) if own else _named(name)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(k.arg for k in keywords):
+            for argument in (*args, *(k.value for k in keywords)):
+                _check_argument(name, argument)
             named = {str(k.arg): _value(k.value, given) for k in keywords}
             return _call(name, [_value(a, given) for a in args], named | own)
         case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
@@ -197,6 +200,17 @@ def _value(node: ast.expr, given: Mapping[int, dict[str, Any]] = MappingProxyTyp
         raise InputError(f"A rule cannot contain '{text}': use names of rules, their options and literals.") from None
 
 
+def _check_argument(rule: str, argument: ast.expr) -> None:
+    """Refuses an unknown bare name among the arguments of a rule, which may be a text without its quotes."""
+    if rule not in rules() | recipe_rules() | PAPER_NAMES or not isinstance(argument, ast.Name):
+        return
+    name, known = argument.id, [*_factories(), *FUNCTIONS]
+    if name not in known:
+        remedy = nearest(name, known) if difflib.get_close_matches(name, known, cutoff=0.8) else ""
+        remedy = remedy or f'if it is a text, write it in quotes, as "{name}".'
+        raise InputError(f"{rule}: there is no function '{name}': {remedy}")
+
+
 def _named(name: str) -> Any:
     """A bare name: a function, or an initializer that takes a key itself (`zeros`); all other names are called."""
     if name in FUNCTIONS:
@@ -207,10 +221,15 @@ def _named(name: str) -> Any:
     return _call(name, [], {})
 
 
+def _factories() -> dict[str, Factory]:
+    """All that an expression may call, by name."""
+    return initialisers() | {"derivative": derivative} | recipe_rules() | modifiers() | rules() | PAPER_NAMES
+
+
 def _factory(name: str) -> Factory:
-    named = recipe_rules() | modifiers() | rules() | PAPER_NAMES
-    known = initialisers() | {"derivative": derivative} | named
+    known = _factories()
     if name not in known:
+        named = [each for each in known if each not in initialisers() and each != "derivative"]
         raise InputError(f"There is no rule '{name}': {nearest(name, [*named, *FUNCTIONS])}")
     return known[name]
 

@@ -97,6 +97,9 @@ def test_list_is_split_outside_brackets():
         ("replace_derivative(backprop, derivative(2.0))", ["derivative: 2.0 is not a function", "tanh"]),
         ("mixed_channel", ["mixed_channel needs the option 'long_range'"]),
         ("cascade", ["no rule 'cascade'", "did you mean 'cascaded'?"]),
+        ("sign_symmetry(magnitude=scaled)", ["there is no function 'scaled'", 'write it in quotes, as "scaled"']),
+        ("forward_gradient(weights)", ["there is no function 'weights'", 'write it in quotes, as "weights"']),
+        ("feedback_alignment(glorot_norml)", ["no function 'glorot_norml'", "did you mean 'glorot_normal'?"]),
         ("(" * 500 + "backprop" + ")" * 500, ["malformed"]),
     ],
 )
