@@ -86,9 +86,6 @@ iterations: both have the 16 of the code here. After training this is too few to
 grows with the weights. With the smaller L of the code 16 iterations go further. Perhaps this is why the Lipschitz
 estimate of nudged inputs is lower with it (one seed).
 
-The estimate also depends on the number of steps: with nudged inputs, after 20 epochs on all 60,000 images, which are
-24,000 steps, it was 31.3 ± 2.1.
-
 With alpha = 1/2, DP^T and DP differ only at the output units (Eq. 3 and 22 of the paper), and our two rows have the
 same accuracy. The paper's differ by 0.2 points: its DP^T is further from ours.""",
 )

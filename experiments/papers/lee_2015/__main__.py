@@ -87,10 +87,9 @@ authors' program says "1.88% (1 of 20)" beside the settings of DTP, but not of w
 show what the net reaches when the errors come down badly, or not at all.
 
 The settings of two rows were changed after we had seen their test accuracy: those with inverses that learn differences
-and Jacobians. First both had the settings of DTP, noise 0.36 and inverses with tanh. With these they had 87.88 ± 2.87
-and 91.47 ± 0.50 (5 epochs, 2 seeds). Now both have the noise 0.1, and inverses that learn Jacobians are without tanh,
-as on the page of the rule. So these two rows are no fair comparison with DTP. Inverses that learn Jacobians have the
-smallest angle, but not the best accuracy.""",
+and Jacobians. First both had the settings of DTP, noise 0.36 and inverses with tanh. Now both have the noise 0.1, and
+inverses that learn Jacobians are without tanh, as on the page of the rule. So these two rows are no fair comparison
+with DTP. Inverses that learn Jacobians have the smallest angle, but not the best accuracy.""",
 )
 
 HEADING = "Lee, Zhang, Fischer and Bengio (2015): difference target propagation"
