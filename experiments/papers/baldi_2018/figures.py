@@ -95,12 +95,9 @@ def by_sparsity(found: Sequence[Found]) -> Figure:
             )
         sd = values.std(ddof=1) if len(values) > 1 else 0.0
         face = "none" if each.less else plots.COLOURS[0]
-        fmt = "s" if each.epochs < each.cell.config.epochs else "o"
-        axis.errorbar(place, values.mean(), sd, fmt=fmt, color=plots.COLOURS[0], markerfacecolor=face, capsize=2)
+        axis.errorbar(place, values.mean(), sd, fmt="o", color=plots.COLOURS[0], markerfacecolor=face, capsize=2)
     axis.errorbar([], [], fmt="_", color=plots.COLOURS[1], markersize=13, label="paper, Table 1")
-    axis.errorbar(
-        [], [], fmt="o", color=plots.COLOURS[0], label="ours ± sd (hollow: fewer seeds; square: fewer epochs)"
-    )
+    axis.errorbar([], [], fmt="o", color=plots.COLOURS[0], label="ours ± sd (hollow: fewer epochs or seeds)")
     axis.set_xticks(range(len(SPARSITY)), list(map(str, SPARSITY)))
     axis.set(xlabel="n, the neurons of each layer that an output reaches on average", ylabel="test accuracy (%)")
     axis.grid(alpha=0.3)
@@ -127,8 +124,8 @@ FIGURES = {
     "figure 4": Table(
         "Test accuracy (%) of sparse SRBP on MNIST after 100 epochs",
         [_sparse(n) for n in SPARSITY],
-        notes="With n = 0 and n = 100, only the top layer learns: the errors of softmax outputs add up to zero. After "
-        "ten epochs both have the same accuracy.",
+        notes="With n = 0 and n = 100, only the top layer learns: the errors of softmax outputs add up to zero. Both "
+        "have the same accuracy.",
         plot=by_sparsity,
         folder="table 1",
     ),
