@@ -1284,6 +1284,72 @@ same = lambda z: z  # noqa: E731
 # ------------------------------------------------------------------------------------------------------------ the audit
 
 
+# ------------------------------------------------------------------------------------------------------- mutable arrays
+
+
+def _written(p, x):
+    r = jax.new_ref(jnp.zeros((B, 4)))
+    r[...] = tanh(tanh(x @ p["a"]) @ p["b"])
+    return r[...] @ p["c"]
+
+
+def _written_in_parts(p, x):
+    h, r = tanh(x @ p["a"]), jax.new_ref(jnp.zeros((2, B, 4)))
+    r[0], r[1] = tanh(h @ p["b"]), h
+    return (r[0] + r[1]) @ p["c"]
+
+
+def _written_in_a_loop(p, x):
+    r = jax.new_ref(tanh(x @ p["a"]))
+
+    def body(i, carry):
+        r[...] = tanh(r[...] @ p["b"])
+        return carry
+
+    lax.fori_loop(0, 2, body, 0)
+    return r[...] @ p["c"]
+
+
+def _written_in_a_jit(p, x):
+    @jax.jit
+    def inner(h, w):
+        r = jax.new_ref(h)
+        r[...] += tanh(r[...] @ w)
+        return r[...]
+
+    return inner(tanh(x @ p["a"]), p["b"]) @ p["c"]
+
+
+WRITTEN = [_written, _written_in_parts, _written_in_a_loop, _written_in_a_jit]
+NARROW = weights(a=(3, 4), b=(4, 4), c=(4, 2))
+
+
+@pytest.mark.parametrize("net", WRITTEN)
+@pytest.mark.parametrize("rule", [FA, DFA, LAST, lrules.forward_gradient(), lrules.skipped_backprop()])
+def test_what_is_written_into_mutable_arrays_is_refused(net, rule):
+    with pytest.raises(NotImplementedError, match=r"writes floating-point numbers into a mutable array .*x.at\[i\]"):
+        rule.init(KEY, net, arrays(NARROW), arrays(rand(9, B, 3)))
+
+
+@pytest.mark.parametrize("net", WRITTEN)
+def test_backprop_serves_mutable_arrays(net):
+    params, x = arrays(NARROW), arrays(rand(9, B, 3))
+    found = fed(net, lrules.backprop(), params, x, lrules.Feedback({}, {}))
+    close(found, jax.grad(lambda p: objective(net(p, x)))(params))
+
+
+def test_mutable_arrays_that_count_or_are_only_read():
+    def net(p, x):
+        calls, h = jax.new_ref(jnp.zeros((), int)), jax.new_ref(tanh(x @ p["a"]))
+        calls[...] += 1
+        return tanh(h[...] @ p["b"]) @ p["c"]
+
+    plain = lambda p, x: tanh(tanh(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    params, x = arrays(NARROW), arrays(rand(9, B, 3))
+    feedback = FA.init(KEY, plain, params, x)
+    close(fed(net, FA, params, x, feedback), fed(plain, FA, params, x, feedback))
+
+
 # ------------------------------------------------------------------------------------------------------ other libraries
 
 

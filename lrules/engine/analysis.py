@@ -96,7 +96,7 @@ class Analysis(Findings):
         if name in INLINED and not atom and (params or any(v.loops for v in ins)):
             unmarked, self.unmarked = self.unmarked, self.unmarked or call_name(eqn).startswith(UNMARK)
             if call_name(eqn).startswith(MARK) and not self.silent and any(v.both for v in ins):
-                what = "acts on more than one element or holds parameters"
+                what = "is not seen to act on each element alone, without parameters"
                 self.noted.append(Doubt(call_name(eqn).removeprefix(MARK), why=f"marked, but it {what}"))
             child, outs = self.walk(eqn.params[INLINED[name]], ins, block.scope, block.loops, key)
             self.unmarked = unmarked

@@ -147,8 +147,25 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
     """The names of all primitives in a jaxpr, and in the jaxprs inside it."""
     found = set()
     for eqn in open_jaxpr(jaxpr)[0].eqns:
-        found.add(eqn.primitive.name)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                found |= primitives(inner)
+        found |= {eqn.primitive.name}.union(*map(primitives, _inside(eqn)))
     return found
+
+
+def writes(jaxpr: Jaxpr) -> bool:
+    """Whether a jaxpr writes floating-point numbers into a mutable array (`jax.new_ref`), but for those of kernels."""
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        name, inside = eqn.primitive.name, _inside(eqn)
+        mutable = [hasattr(v.aval, "inner_aval") for v in eqn.invars]
+        if not inside and any(mutable):
+            written = [v.aval.dtype for v, ref in zip(eqn.invars, mutable, strict=True) if not ref]
+            if any(jnp.issubdtype(dtype, jnp.inexact) for dtype in written):
+                return True
+        elif name in {*CALLS, *INLINED, *CONSTRUCTS} and any(map(writes, inside)):
+            return True
+    return False
+
+
+def _inside(eqn: Equation) -> list[Jaxpr]:
+    """The jaxprs in the parameters of an equation."""
+    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    return [leaf for leaf in leaves if hasattr(leaf, "eqns")]

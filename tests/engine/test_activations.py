@@ -392,7 +392,8 @@ MAPPED = {name: getattr(nn, name) for name in NAMES} | {
     "lax.select": lambda h: jax.lax.select(h > 0, h, jnp.full_like(h, 0.1)),
     "maximum of zeros": lambda h: jnp.maximum(h, jnp.zeros_like(h)),
     "clip": lambda h: jnp.clip(h, -1, 1),
-    "sinc": jnp.sinc,
+    "sinc, marked": lrules.activation(jnp.sinc),
+    "softplus with base two": lambda h: jnp.log2(1 + jnp.exp2(h)),
     "jitted": jax.jit(lambda h: jnp.where(h > 0.5, h, 0.1 * h)),
 }
 
@@ -436,6 +437,24 @@ def test_vmap_changes_no_activation(name):
 
 
 EMPTY = lrules.Feedback({}, {})
+
+
+NEWER = {  # JAX 0.12 has primitives for these
+    "log2": lambda h: jnp.log2(1 + jnp.exp2(h)),
+    "one_minus_square": lambda h: jax.jvp(jnp.tanh, (h,), (jnp.ones_like(h),))[1],
+    "polynomial": lambda h: jnp.tanh(lax.polynomial(h, [0.0, 1.0, 0.5]) if hasattr(lax, "polynomial") else h + h * h),
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_activations_of_formulas(name):
+    """They are found, and marks are believed."""
+    net = lambda p, x: NEWER[name](x @ p["a"]) @ p["b"]  # noqa: E731
+    marked = lambda p, x: lrules.activation(NEWER[name])(x @ p["a"]) @ p["b"]  # noqa: E731
+    params, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((5, 3))
+    for each in (net, marked):
+        graph = Network(each).graph(params, x)
+        assert len(graph.activations) == 1 and not graph.doubts
 
 
 def feedback(rule, net, params, x):

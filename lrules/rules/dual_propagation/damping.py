@@ -180,7 +180,10 @@ def _factor(eqn: Equation, operand: Value, out: Value) -> float | None:
 
 def _number(atom: Atom, value: Value) -> float | None:
     """A number in an equation, also where a shard_map has marked it as each device's own; None if it is none."""
-    while not is_literal(atom) and value.producer is not None and of(value.producer).same:
+    while not is_literal(atom) and value.producer is not None:
+        row = of(value.producer)
+        if not (row.same or (row.casts and jnp.issubdtype(value.aval.dtype, jnp.inexact))):
+            break
         atom, value = value.producer.invars[0], value.operands[0]
     return float(atom.val) if is_literal(atom) and np.ndim(atom.val) == 0 else None
 
