@@ -1251,7 +1251,8 @@ def test_stopped(name):
         step = lrules.value_and_grad(net, lambda y, t: ((y - t) ** 2).sum(-1), rule)
         rng = {"rng": KEY} if rule.stochastic else {}
         grads = jax.jit(lambda p, f, s=step, k=rng: s(p, f, x, t, **k)[1].params)(params, feedback)
-        assert not any(np.any(grads[n]) for n in still.split()), rule
+        rounding = 1e-15 if rule is RULES["predictive_coding"] else 0  # it computes mu twice, for x - mu
+        assert all(np.max(np.abs(grads[n])) <= rounding for n in still.split()), rule
         assert np.any(grads["c"]), rule
     for rule in (FA, DFA):
         routes = {row["parameter"]: row["route"] for row in lrules.audit(net, rule, params, x).rows}

@@ -227,6 +227,12 @@ def _states(options: _Options, graph: Graph) -> tuple[list[Place], int]:
     return found
 
 
+def _apart(x: jax.Array, mu: jax.Array) -> jax.Array:
+    """x - mu, and zero where they differ by rounding alone: no error has reached such a state yet."""
+    rounding = jnp.finfo(x.dtype).eps * jnp.abs(mu)
+    return jnp.where(jnp.abs(x - mu) <= rounding, 0, x - mu)
+
+
 class _Cut:
     """A network that is cut at its states."""
 
@@ -285,7 +291,7 @@ class _Cut:
                 lambda a, x, mu: -options.step_size * (x - mu + sum_of(jnp.conj(a))), arriving, states, predicted
             )
             new = jax.tree.map(jnp.add, states, changes)
-            return new, residual(changes, jax.tree.map(jnp.subtract, new, predicted), options.axis_name, self.ranks)
+            return new, residual(changes, jax.tree.map(_apart, new, predicted), options.axis_name, self.ranks)
 
         arriving = pull((weighted(error), self.zeros))[0]  # in the first step there are no prediction errors
         states = jax.tree.map(lambda mu, a: mu - options.step_size * sum_of(jnp.conj(a)), predicted, arriving)
