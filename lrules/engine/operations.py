@@ -359,6 +359,7 @@ TABLE = [
     Row("atan2", "elementwise", "bent", "distance"),
     *_rows("expm1 tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh", "elementwise", curve="bent"),
     *_rows("logistic erf erfc erf_inv lgamma digamma rem floor ceil round", "elementwise", curve="bent"),
+    *_rows("bessel_i0e bessel_i1e polygamma zeta", "elementwise", curve="bent"),
     *_rows("nextafter complex igamma igammac regularized_incomplete_beta population_count", "elementwise"),
     # The same elements in another shape, order or place.
     Row("transpose", "view", view=_transposed, permutation=_permutation, carries=True),
@@ -381,7 +382,7 @@ TABLE = [
     Row("gather", "lookup", weights=(0,), contracted=_gather_chooses, lies=_gathered, reorders=_gather_reorders,
         carries=True, brings=True, cuts=True),
     Row("scatter", "scatter", reorders=_anywhere),
-    Row("scatter-add", "scatter", reorders=_anywhere, reduced=_scattered, brings=True),
+    *_rows("scatter-add scatter-sub", "scatter", reorders=_anywhere, reduced=_scattered, brings=True),
     *_rows("scatter-mul scatter-max scatter-min", "scatter", reorders=_anywhere),
     # Reduced.
     Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),

@@ -24,7 +24,7 @@ from lrules.engine.activations import (
     arranged,
     is_statistic,
 )
-from lrules.engine.jaxprs import OWN_DERIVATIVE, Equation, call_body, call_name
+from lrules.engine.jaxprs import CONSTRUCTS, INLINED, OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
 from lrules.engine.records import Activation, Block, Names, Value
 from lrules.engine.reshapes import in_order
@@ -239,6 +239,11 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
         if index not in grouping and len(eqn.outvars) == 1 and value(eqn.outvars[0]).both
         and (_bends(eqn, value) or _hides(eqn, value))
     ]  # fmt: skip
+    doubts += [
+        Doubt(_doubted(eqn), v)
+        for eqn in eqns if _is_obscure(eqn)
+        for v in eqn.outvars if value(v).both and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    ]  # fmt: skip
     return sorted(found, key=lambda region: region.indices[-1]), doubts
 
 
@@ -319,6 +324,15 @@ def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether a function of several elements, with a custom derivative, holds a possible activation."""
     of_several = of(eqn).name in OWN_DERIVATIVE and arranged(value(eqn.outvars[0])) is None
     return of_several and any(row.curve == "bent" for row in _inner(eqn))
+
+
+def _is_obscure(eqn: Equation) -> bool:
+    """Whether nothing is known of a primitive, or of one in a function of several results with a custom derivative."""
+    row = of(eqn)
+    if row.kind == "unknown":
+        return row.name not in {*INLINED, *CONSTRUCTS}  # these are looked into
+    several = row.name in OWN_DERIVATIVE and len(eqn.outvars) > 1
+    return several and any(inner.nonlinear or inner.kind == "unknown" for inner in _inner(eqn))
 
 
 def _doubted(eqn: Equation) -> str:
