@@ -87,7 +87,7 @@ def from_nnx(
     Raises:
       ImportError: Flax is not installed.
       TypeError: `model` is not an NNX module, or it cannot be called.
-      ValueError: `wrt` selects no variable.
+      ValueError: `wrt` selects no variable, or variables change in place (`nnx.var_defaults` with hijax or ref).
 
     Warns:
       UserWarning: the outputs of a network without state depend on numbers that it draws from a random stream, for
@@ -117,6 +117,13 @@ def from_nnx(
         raise TypeError(f"{type(model).__name__} has no __call__: give from_nnx call=lambda model, inputs: ...")
 
     graphdef, params, *others = nnx.split(model, wrt, nnx.Param, ...)
+    variables = jax.tree.leaves((params, others), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    if any(getattr(v, "hijax", False) or getattr(v, "ref", False) for v in variables):
+        convert = "with_vars" if hasattr(nnx, "with_vars") else "vars_as"  # Flax 0.12.4 has the old name
+        raise ValueError(
+            f"{type(model).__name__} has variables that change in place (nnx.var_defaults with hijax or ref): use "
+            f"from_nnx(nnx.{convert}(model, hijax=False, ref=False))."
+        )
     if not jax.tree.leaves(params):
         raise ValueError(f"No variable of {type(model).__name__} matches wrt={wrt}: give a type of variables to train.")
     # split returns the variables of the model itself: copies do not follow the model

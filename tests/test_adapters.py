@@ -351,6 +351,19 @@ def test_nnx_refusals(make, error, message):
         from_nnx(make())
 
 
+@pytest.mark.parametrize("mode", ["hijax", "ref"])
+def test_nnx_variables_that_change_in_place(mode):
+    """They are refused, and the remedy works."""
+    with nnx.var_defaults(**{mode: True}):
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"from_nnx\(nnx\.\w+\(model, hijax=False, ref=False\)\)") as error:
+        from_nnx(model)
+    convert = getattr(nnx, str(error.value).split("nnx.")[-1].split("(")[0])
+    net, params = from_nnx(convert(model, hijax=False, ref=False))
+    kernel = net(params, jnp.eye(3)) - net(params, jnp.zeros((1, 3)))
+    np.testing.assert_allclose(kernel, params["kernel"][...], rtol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------- Linen
 
 
