@@ -22,7 +22,7 @@ import numpy as np
 from lrules.engine.activations import Doubt, linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
-from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, scan_counts, writes
+from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, refuse_mutable, scan_counts
 from lrules.engine.operations import of
 from lrules.engine.product import Product
 from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value, argument, parameter, reach
@@ -57,12 +57,7 @@ class Graph:
     ) -> None:
         self.closed, self.names = closed, list(names)
         self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, out_tree.num_leaves
-        if writes(closed):
-            raise NotImplementedError(
-                "the network writes floating-point numbers into a mutable array (jax.new_ref), where lrules cannot "
-                "follow the error: write x = x.at[i].set(y) instead, or return new values of a state as auxiliary "
-                "outputs (has_aux=True)"
-            )
+        refuse_mutable(closed)
         n_outputs = self.n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]

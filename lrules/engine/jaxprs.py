@@ -151,8 +151,18 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
     return found
 
 
-def writes(jaxpr: Jaxpr) -> bool:
-    """Whether a jaxpr writes floating-point numbers into a mutable array (`jax.new_ref`), but for those of kernels."""
+def refuse_mutable(jaxpr: Jaxpr) -> None:
+    """Refuses a network that writes floats into a mutable array: no equation leads from there to what is read."""
+    if _writes(jaxpr):
+        raise NotImplementedError(
+            "the network writes floating-point numbers into a mutable array (jax.new_ref), where lrules cannot follow "
+            "the error: write x = x.at[i].set(y) instead, or return new values of a state as auxiliary outputs "
+            "(has_aux=True)"
+        )
+
+
+def _writes(jaxpr: Jaxpr) -> bool:
+    """Whether a jaxpr writes floats into a mutable array, other than inside a kernel."""
     for eqn in open_jaxpr(jaxpr)[0].eqns:
         name, inside = eqn.primitive.name, _inside(eqn)
         mutable = [hasattr(v.aval, "inner_aval") for v in eqn.invars]
@@ -160,7 +170,7 @@ def writes(jaxpr: Jaxpr) -> bool:
             written = [v.aval.dtype for v, ref in zip(eqn.invars, mutable, strict=True) if not ref]
             if any(jnp.issubdtype(dtype, jnp.inexact) for dtype in written):
                 return True
-        elif name in {*CALLS, *INLINED, *CONSTRUCTS} and any(map(writes, inside)):
+        elif name in {*CALLS, *INLINED, *CONSTRUCTS} and any(map(_writes, inside)):
             return True
     return False
 

@@ -241,7 +241,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
     ]  # fmt: skip
     doubts += [
         Doubt(_doubted(eqn), v)
-        for eqn in eqns if _is_obscure(eqn)
+        for eqn in eqns if _is_obscure(eqn, value)
         for v in eqn.outvars if value(v).both and jnp.issubdtype(v.aval.dtype, jnp.inexact)
     ]  # fmt: skip
     return sorted(found, key=lambda region: region.indices[-1]), doubts
@@ -326,11 +326,12 @@ def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
     return of_several and any(row.curve == "bent" for row in _inner(eqn))
 
 
-def _is_obscure(eqn: Equation) -> bool:
+def _is_obscure(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether nothing is known of a primitive, or of one in a function of several results with a custom derivative."""
     row = of(eqn)
     if row.kind == "unknown":
-        return row.name not in {*INLINED, *CONSTRUCTS}  # these are looked into
+        weights = any(value(v).params and not value(v).both for v in eqn.invars)  # these are refused by their names
+        return not weights and row.name not in {*INLINED, *CONSTRUCTS}  # into which the analysis looks
     several = row.name in OWN_DERIVATIVE and len(eqn.outvars) > 1
     return several and any(inner.nonlinear or inner.kind == "unknown" for inner in _inner(eqn))
 

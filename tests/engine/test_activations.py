@@ -439,6 +439,35 @@ def test_vmap_changes_no_activation(name):
 EMPTY = lrules.Feedback({}, {})
 
 
+@jax.custom_jvp
+def bent_and_slope(h):
+    return jnp.tanh(h), 1 - jnp.tanh(h) ** 2
+
+
+@bent_and_slope.defjvp
+def _(primals, tangents):
+    ((h,), (t,)), slope = (primals, tangents), 1 - jnp.tanh(primals[0]) ** 2
+    return bent_and_slope(h), (slope * t, -2 * jnp.tanh(h) * slope * t)
+
+
+OBSCURE = {  # nothing is known of the primitive, or the function has several results
+    "top_k": lambda h: jax.lax.top_k(h, 4)[0],
+    "bent_and_slope": lambda h: bent_and_slope(h)[0],
+}
+
+
+@pytest.mark.parametrize("name", OBSCURE)
+@pytest.mark.parametrize("rule", [lrules.skipped_backprop, lrules.dual_propagation])
+def test_what_may_bend_is_refused_and_can_pass(name, rule):
+    """Rules that need activations do not let it through by its derivative unseen."""
+    net = lambda p, x: OBSCURE[name](jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    params, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2))}, jnp.ones((5, 3))
+    with pytest.raises(NotImplementedError, match=rf"nonlinearity {name} is not recognised .* passing={{'{name}'}}"):
+        rule().init(jax.random.key(0), net, params, x)
+    rule(passing=name).init(jax.random.key(0), net, params, x)
+    lrules.feedback_alignment().init(jax.random.key(0), net, params, x)  # it needs no activations
+
+
 polynomial = getattr(jax.lax, "polynomial", lambda h, c: c[0] + h * (c[1] + h * c[2]))
 NEWER = {  # JAX 0.12 has primitives for these
     "log2": lambda h: jnp.log2(1 + jnp.exp2(h)),
