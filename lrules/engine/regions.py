@@ -328,12 +328,12 @@ def _hides(eqn: Equation, value: Callable[..., Value]) -> bool:
 
 def _is_obscure(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether nothing is known of a primitive, or of one in a function of several results with a custom derivative."""
-    row = of(eqn)
-    if row.kind == "unknown":
-        weights = any(value(v).params and not value(v).both for v in eqn.invars)  # these are refused by their names
-        return not weights and row.name not in {*INLINED, *CONSTRUCTS}  # into which the analysis looks
-    several = row.name in OWN_DERIVATIVE and len(eqn.outvars) > 1
-    return several and any(inner.nonlinear or inner.kind == "unknown" for inner in _inner(eqn))
+    if any(value(v).params and not value(v).both for v in eqn.invars):
+        return False  # what meets weights is refused by their names
+    rows = [of(eqn)] if of(eqn).kind == "unknown" else []
+    if of(eqn).name in OWN_DERIVATIVE and len(eqn.outvars) > 1:
+        rows = [row for row in _inner(eqn) if row.curve == "bent" or row.kind == "unknown"]
+    return any(row.name not in {*INLINED, *CONSTRUCTS} for row in rows)  # into those the analysis looks
 
 
 def _doubted(eqn: Equation) -> str:
