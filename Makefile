@@ -40,15 +40,15 @@ help:
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[experiments,tensorboard,dev]'
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) -e '.[experiments,tensorboard,dev]'
 	touch $(1)/.installed
 endef
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt)
+	$(call install,$(VENV),-c constraints.txt)
 
 $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
-	$(call install,$(FLOOR),constraints-floor.txt)
+	$(call install,$(FLOOR),-c constraints-floor.txt)
 
 install: $(VENV)/.installed
 
@@ -94,9 +94,7 @@ test-floor: $(FLOOR)/.installed
 
 # What `pip install` brings today. Newer versions are looked for each time.
 test-newest:
-	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		-e '.[experiments,tensorboard,dev]'
+	$(call install,$(NEWEST),--upgrade --upgrade-strategy eager)
 	$(NEWEST)/bin/python -m pip list | grep -i -E '^(jax|jaxlib|flax|optax) '
 	$(NEWEST)/bin/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 

@@ -202,12 +202,12 @@ def _value(node: ast.expr, given: Mapping[int, dict[str, Any]] = MappingProxyTyp
 
 def _check_argument(rule: str, argument: ast.expr) -> None:
     """Refuses an unknown bare name among the arguments of a rule, which may be a text without its quotes."""
-    if rule not in rules() | recipe_rules() | PAPER_NAMES or not isinstance(argument, ast.Name):
+    if not isinstance(argument, ast.Name) or rule not in _named_rules() or rule in modifiers():
         return
     name, known = argument.id, [*_factories(), *FUNCTIONS]
     if name not in known:
-        remedy = nearest(name, known) if difflib.get_close_matches(name, known, cutoff=0.8) else ""
-        remedy = remedy or f'if it is a text, write it in quotes, as "{name}".'
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        remedy = f"did you mean '{close[0]}'?" if close else f'if it is a text, write it in quotes, as "{name}".'
         raise InputError(f"{rule}: there is no function '{name}': {remedy}")
 
 
@@ -221,16 +221,20 @@ def _named(name: str) -> Any:
     return _call(name, [], {})
 
 
+def _named_rules() -> dict[str, Factory]:
+    """Rules and modifiers, by name."""
+    return recipe_rules() | modifiers() | rules() | PAPER_NAMES
+
+
 def _factories() -> dict[str, Factory]:
     """All that an expression may call, by name."""
-    return initialisers() | {"derivative": derivative} | recipe_rules() | modifiers() | rules() | PAPER_NAMES
+    return initialisers() | {"derivative": derivative} | _named_rules()
 
 
 def _factory(name: str) -> Factory:
     known = _factories()
     if name not in known:
-        named = [each for each in known if each not in initialisers() and each != "derivative"]
-        raise InputError(f"There is no rule '{name}': {nearest(name, [*named, *FUNCTIONS])}")
+        raise InputError(f"There is no rule '{name}': {nearest(name, [*_named_rules(), *FUNCTIONS])}")
     return known[name]
 
 

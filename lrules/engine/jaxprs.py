@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 # JAX's types for these say too little (an `AbstractValue` has no shape), and differ between versions.
@@ -52,6 +52,8 @@ REMATS = {"remat", "remat2", "checkpoint"}
 SCAN, COND, WHILE, SHARD_MAP = "scan", "cond", "while", "shard_map"
 
 CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
+
+FOLLOWED = {*CALLS, *INLINED, *CONSTRUCTS}  # the analysis looks inside
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -147,7 +149,7 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
     """The names of all primitives in a jaxpr, and in the jaxprs inside it."""
     found = set()
     for eqn in open_jaxpr(jaxpr)[0].eqns:
-        found |= {eqn.primitive.name}.union(*map(primitives, _inside(eqn)))
+        found |= {eqn.primitive.name}.union(*map(primitives, jaxprs_in_params(eqn.params)))
     return found
 
 
@@ -164,18 +166,11 @@ def refuse_mutable(jaxpr: Jaxpr) -> None:
 def _writes(jaxpr: Jaxpr) -> bool:
     """Whether a jaxpr writes floats into a mutable array, other than inside a kernel."""
     for eqn in open_jaxpr(jaxpr)[0].eqns:
-        name, inside = eqn.primitive.name, _inside(eqn)
-        mutable = [hasattr(v.aval, "inner_aval") for v in eqn.invars]
-        if not inside and any(mutable):
-            written = [v.aval.dtype for v, ref in zip(eqn.invars, mutable, strict=True) if not ref]
-            if any(jnp.issubdtype(dtype, jnp.inexact) for dtype in written):
+        inside = list(jaxprs_in_params(eqn.params))
+        values = [v.aval for v in eqn.invars if not hasattr(v.aval, "inner_aval")]
+        if len(values) < len(eqn.invars) and not inside:
+            if any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in values):
                 return True
-        elif name in {*CALLS, *INLINED, *CONSTRUCTS} and any(map(_writes, inside)):
+        elif eqn.primitive.name in FOLLOWED and any(map(_writes, inside)):
             return True
     return False
-
-
-def _inside(eqn: Equation) -> list[Jaxpr]:
-    """The jaxprs in the parameters of an equation."""
-    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-    return [leaf for leaf in leaves if hasattr(leaf, "eqns")]

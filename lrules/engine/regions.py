@@ -24,7 +24,7 @@ from lrules.engine.activations import (
     arranged,
     is_statistic,
 )
-from lrules.engine.jaxprs import CONSTRUCTS, INLINED, OWN_DERIVATIVE, Equation, call_body, call_name
+from lrules.engine.jaxprs import FOLLOWED, OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
 from lrules.engine.records import Activation, Block, Names, Value
 from lrules.engine.reshapes import in_order
@@ -330,10 +330,10 @@ def _is_obscure(eqn: Equation, value: Callable[..., Value]) -> bool:
     """Whether nothing is known of a primitive, or of one in a function of several results with a custom derivative."""
     if any(value(v).params and not value(v).both for v in eqn.invars):
         return False  # what meets weights is refused by their names
-    rows = [of(eqn)] if of(eqn).kind == "unknown" else []
-    if of(eqn).name in OWN_DERIVATIVE and len(eqn.outvars) > 1:
-        rows = [row for row in _inner(eqn) if row.curve == "bent" or row.kind == "unknown"]
-    return any(row.name not in {*INLINED, *CONSTRUCTS} for row in rows)  # into those the analysis looks
+    several = of(eqn).name in OWN_DERIVATIVE and len(eqn.outvars) > 1
+    rows = _inner(eqn) if several else [of(eqn)]
+    unknown = any(row.kind == "unknown" and row.name not in FOLLOWED for row in rows)
+    return unknown or (several and any(row.curve == "bent" for row in rows))
 
 
 def _doubted(eqn: Equation) -> str:

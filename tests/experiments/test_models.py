@@ -62,7 +62,7 @@ def test_vgg16_has_sixteen_layers_and_pools_while_it_can():
         assert len(rows.layers) == 16
 
 
-@pytest.mark.xfail(jax.__version_info__ >= (0, 11), reason="XLA gives NaN on a CPU, without any rule", strict=False)
+@pytest.mark.xfail(jax.__version_info__ >= (0, 12), reason="XLA gives NaN on a CPU, without any rule", strict=True)
 def test_vgg16_keeps_the_size_of_its_signal_and_the_dtype():
     """Under He's initialisation the logits of a random image measure neither 2 ** -8 nor 2 ** 8."""
     model = models.VGG16((32, 32, 3), 10, rngs=nnx.Rngs(0), width=8, dtype=jnp.bfloat16)

@@ -229,8 +229,8 @@ def _states(options: _Options, graph: Graph) -> tuple[list[Place], int]:
 
 def _apart(x: jax.Array, mu: jax.Array) -> jax.Array:
     """x - mu, and zero where they differ by rounding alone: no error has reached such a state yet."""
-    rounding = jnp.finfo(x.dtype).eps * jnp.abs(mu)
-    return jnp.where(jnp.abs(x - mu) <= rounding, 0, x - mu)
+    difference = x - mu
+    return jnp.where(jnp.abs(difference) <= jnp.finfo(x.dtype).eps * jnp.abs(mu), 0, difference)
 
 
 class _Cut:
