@@ -131,11 +131,12 @@ def treated(graph: Any, passing: frozenset[str] = frozenset()) -> list[Any]:
         what, are, kind = "nonlinearities", "are", "activations"
         if len(named) == 1:
             what, are, kind = "nonlinearity", "is", "an activation"
+        marks = any(not d.why for d in graph.doubts if d.name in named)
+        mark = "write it as lrules.activation(f)(x), with f elementwise and without parameters; or, " if marks else ""
         raise NotImplementedError(
             f"the {what} {', '.join(doubts[name] for name in named)} {are} not recognised as {kind}, and this rule "
-            "needs to know: write it as lrules.activation(f)(x), with f elementwise and without parameters; or, if the "
-            "error should pass through it by its derivative, write it as lrules.not_activation(f)(x), or give the rule "
-            f"passing={{{', '.join(map(repr, named))}}}"
+            f"needs to know: {mark}if the error should pass through it by its derivative, write it as "
+            f"lrules.not_activation(f)(x), or give the rule passing={{{', '.join(map(repr, named))}}}"
         )
     return [a for a in graph.activations if passing.isdisjoint((a.name, a.site))]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Equation
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Aval, Equation
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
 from lrules.engine.reshapes import moved
@@ -103,9 +103,10 @@ Step = tuple[Value, Twin, int, tuple[int, int]]
 def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
     """The batch axis of a value, from its traces `a` at the batch and `b` at twice the batch; None if not known."""
     shape = a.aval.shape
-    if b is None:  # the model does not accept another batch: the only axis that can hold it
-        candidates = [i for i, n in enumerate(shape) if n != 0 and n % batch == 0]
-        return BatchAxis(candidates[0]) if len(candidates) == 1 and shape[candidates[0]] == batch else None
+    if b is None:  # the model does not accept another batch
+        if sum(n != 0 and n % batch == 0 for n in shape) != 1:
+            return None
+        b = BySize(a, batch)
     axis = _grown(a, b)
     if axis is None:
         return None
@@ -146,8 +147,31 @@ def batch_axis(net: Network, name: str, a: Value, b: Twin | None, batch: int) ->
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
 
+@dataclasses.dataclass(frozen=True)
+class BySize:
+    """Instead of a value at twice the batch: the only axis that has the size of the batch holds it."""
+
+    value: Value
+    batch: int
+
+    @property
+    def aval(self) -> Aval:
+        return self.value.aval
+
+    @property
+    def producer(self) -> Equation | None:
+        return self.value.producer
+
+    @property
+    def operands(self) -> tuple[BySize, ...]:
+        return tuple(BySize(v, self.batch) for v in self.value.operands)
+
+
 def _grown(a: Value, b: Twin) -> int | None:
     """The one axis that doubles with the batch."""
+    if isinstance(b, BySize):
+        fits = [i for i, n in enumerate(a.aval.shape) if n == b.batch]
+        return fits[0] if len(fits) == 1 else None
     if len(a.aval.shape) != len(b.aval.shape):
         return None
     grown = [i for i, (m, n) in enumerate(zip(a.aval.shape, b.aval.shape, strict=True)) if n != m]

@@ -224,10 +224,6 @@ def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     return False
 
 
-def _anywhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    return True
-
-
 def _stacked(eqn: Equation, k: int) -> Mapping[int, int]:
     return {i: i + (i >= eqn.params["axis"]) for i in range(_ndim(eqn, k))}
 
@@ -303,15 +299,31 @@ def _gather_chooses(eqn: Equation, k: int) -> Axes:
 
 
 def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    """Whether examples are looked up by data, as in h[order]."""
+    """Whether examples are looked up, as in h[order]."""
     numbers = eqn.params["dimension_numbers"]
     one = len(numbers.start_index_map) == 1 and not getattr(numbers, "operand_batching_dims", ())
-    return axis not in numbers.offset_dims and all(data) and one
+    return axis not in numbers.offset_dims and data[0] and one
 
 
 def _slice_chooses(eqn: Equation, k: int) -> Axes:
     sizes = zip(eqn.invars[0].aval.shape, eqn.params["slice_sizes"], strict=True)
     return [i for i, (n, size) in enumerate(sizes) if n != size] if k == 0 else ()
+
+
+def _scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
+    """The output has the axes of the operand; the windows of the updates lie along some of them."""
+    if k == 0:
+        return _in_place(eqn, 0)
+    numbers = eqn.params["dimension_numbers"]
+    gone = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
+    whole = [o for o in range(_ndim(eqn, 0)) if o not in gone]
+    return dict(zip(numbers.update_window_dims, whole, strict=True)) if k == 2 else {}
+
+
+def _scatter_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    """Whether updates go to examples by index, as in h.at[order].set(...)."""
+    along = eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
+    return axis in along and data[2] and len(along) == 1
 
 
 def _scattered(eqn: Equation, k: int) -> Axes:
@@ -381,9 +393,10 @@ TABLE = [
         carries=True, cuts=True),
     Row("gather", "lookup", weights=(0,), contracted=_gather_chooses, lies=_gathered, reorders=_gather_reorders,
         carries=True, brings=True, cuts=True),
-    Row("scatter", "scatter", reorders=_anywhere),
-    *_rows("scatter-add scatter-sub", "scatter", reorders=_anywhere, reduced=_scattered, brings=True),
-    *_rows("scatter-mul scatter-max scatter-min", "scatter", reorders=_anywhere),
+    Row("scatter", "scatter", lies=_scatter_lies, reorders=_scatter_reorders),
+    *_rows("scatter-add scatter-sub", "scatter", lies=_scatter_lies, reorders=_scatter_reorders, reduced=_scattered,
+           brings=True),
+    *_rows("scatter-mul scatter-max scatter-min", "scatter", lies=_scatter_lies, reorders=_scatter_reorders),
     # Reduced.
     Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
     Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),

@@ -243,8 +243,9 @@ def test_none(name):
 def test_doubted(name):
     graph = network(DOUBTED[name]).graph(*arguments())
     assert graph.doubts
-    with pytest.raises(NotImplementedError, match=r"write it as lrules.activation\(f\)\(x\)") as refusal:
+    with pytest.raises(NotImplementedError, match=r"write it as lrules.not_activation\(f\)\(x\)") as refusal:
         treated(graph)
+    assert ("lrules.activation(f)(x)" in str(refusal.value)) == any(not d.why for d in graph.doubts)  # marked already
     offered = eval(str(refusal.value).split("passing=")[1])  # noqa: S307  the set, as Python writes it
     assert treated(graph, frozenset(offered)) == graph.activations
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lrules
 from lrules.engine.batch import BatchAxis, Unbatched
@@ -58,6 +59,53 @@ def test_one_step_of_each_example():
         return jnp.tanh(h[jnp.arange(len(x)), steps] @ p["b"]) @ p["c"]
 
     assert reached(last, {k: v * 0.1 for k, v in W.items()}, SEQUENCES) == [0]
+
+
+def test_a_write_into_features_keeps_the_order_of_the_examples():
+    w = {k: v * 0.1 for k, v in W.items()}
+    x = SEQUENCES[:, 0]
+
+    def best(h):
+        return h.at[jnp.arange(len(h)), h.argmax(1)].set(0.0)
+
+    for write in (
+        lambda h: h.at[:, 0].set(0.0),
+        lambda h: h.at[:, 1:3].multiply(2.0),
+        lambda h: h.at[:, jnp.array([0, 2])].add(h[:, :2]),
+        lambda h: jnp.zeros_like(h).at[:, ::-1].set(h),
+        lambda h: h.T.at[0].set(0.0).T,
+        lambda h: h.at[1].set(0.0),  # an example loses its features, the others keep their places
+        jax.vmap(lambda h: h.at[h.argmax()].set(0.0)),
+        best,
+    ):
+        assert reached(lambda p, x, write=write: jnp.tanh(write(first(p, x)) @ p["b"]) @ p["c"], w, x) == [0]
+
+
+@pytest.mark.parametrize("any_batch", [True, False])
+def test_the_examples_in_another_order(any_batch):
+    """By a gather or a scatter along the batch; also in a model that does not accept another batch."""
+    x = SEQUENCES[:, 0]
+
+    def order(h):
+        return jnp.arange(len(h) if any_batch else len(x))[::-1]
+
+    for move in (
+        lambda h: h[order(h)],
+        lambda h: jnp.take(h, order(h), axis=0),
+        lambda h: h.T[:, order(h)].T,
+        lambda h: jnp.zeros_like(h).at[order(h)].set(h),
+        lambda h: h.at[order(h)].add(h),
+        lambda h: jnp.zeros_like(h.T).at[:, order(h)].set(h.T).T,
+        lambda h: jax.random.permutation(KEY, h),
+    ):
+
+        def shuffled(p, x, move=move):
+            h = first(p, x)
+            h = move(h if any_batch else h.reshape(4, 6))
+            return jnp.tanh(h @ p["b"]) @ p["c"]
+
+        refused(shuffled, "the batch axis of", rule=DFA, error=ValueError, inputs=x)
+        FA.init(KEY, shuffled, W, x)
 
 
 def test_the_batch_is_brought_to_the_front_and_back():
