@@ -220,6 +220,10 @@ def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
     return reorders
 
 
+def _pad_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
+    return eqn.params["padding_config"][axis][0] != 0
+
+
 def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     return False
 
@@ -299,9 +303,11 @@ def _gather_chooses(eqn: Equation, k: int) -> Axes:
 
 
 def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    """Whether examples are looked up, as in h[order]."""
-    numbers = eqn.params["dimension_numbers"]
-    one = len(numbers.start_index_map) == 1 and not getattr(numbers, "operand_batching_dims", ())
+    """Whether examples are looked up, as in h[order]. In h[jnp.arange(len(h)), steps] they keep their places."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    gone, shape = numbers.collapsed_slice_dims, eqn.invars[0].aval.shape
+    along = [i for i in numbers.start_index_map if i in gone or sizes[i] != shape[i]]
+    one = len(along) == 1 and not getattr(numbers, "operand_batching_dims", ())
     return axis not in numbers.offset_dims and data[0] and one
 
 
@@ -383,7 +389,7 @@ TABLE = [
     # Cut, joined, put into another order, looked up.
     Row("concatenate", "move", lies=_in_place, reorders=_along("dimension"), carries=True, leads=True),
     Row("stack", "move", lies=_stacked, carries=True),
-    Row("pad", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True),
+    Row("pad", "move", lies=_in_place, reorders=_pad_reorders, carries=True, bare=True, leads=True),
     Row("slice", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True, cuts=True),
     Row("split", "move", carries=True, cuts=True),
     Row("rev", "move", lies=_in_place, reorders=_along("dimensions"), carries=True),

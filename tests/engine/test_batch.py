@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import lrules
 from lrules.engine.batch import BatchAxis, Unbatched
@@ -97,6 +98,8 @@ def test_the_examples_in_another_order(any_batch):
         lambda h: h.at[order(h)].add(h),
         lambda h: jnp.zeros_like(h.T).at[:, order(h)].set(h.T).T,
         lambda h: jax.random.permutation(KEY, h),
+        lambda h: jax.vmap(lambda i: lax.dynamic_index_in_dim(h, i, keepdims=False))(order(h)),
+        lambda h: lax.pad(h, 0.0, ((1, -1, 0), (0, 0, 0))),
     ):
 
         def shuffled(p, x, move=move):
