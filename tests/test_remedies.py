@@ -4,8 +4,10 @@ Whether it is served is seen by tracing gradients: nothing is compiled. What the
 what is served say.
 """
 
+import contextlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -573,3 +575,36 @@ def test_nonlinearities_that_are_no_activations():
                 if make is not None and "passing=" in message:
                     (names,) = re.findall(r"passing=(\{.*?\})", message)
                     served(apply, make(passing=eval(names)))  # noqa: S307
+
+
+@contextlib.contextmanager
+def turned_on(option):
+    """With an option of JAX, if this JAX has it."""
+    if not hasattr(jax.config, option):
+        pytest.skip(f"this JAX has no {option}")
+    jax.config.update(option, True)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update(option, False)
+        jax.clear_caches()
+
+
+def test_new_forms_of_jax():
+    """An option of JAX that writes calls in a form which is not known here, until it is turned off."""
+    deep = lambda p, x: jax.checkpoint(lambda h: jnp.tanh(h @ p["b"]))(H(p, x)) @ p["c"]  # noqa: E731
+    with turned_on("jax_remat3"):
+        assert "turn off JAX's options" in refusal(deep, FA)
+    served(deep, FA)
+
+
+def test_new_forms_of_activations():
+    net = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    feedback = FA.init(KEY, net, W, X)
+    grads = lambda: jax.grad(lambda p: jnp.sum(jnp.sin(lrules.transform(net, FA)(p, feedback, X))))(W)  # noqa: E731
+    plain = grads()
+    with turned_on("jax_custom_jvp3"):
+        chex.assert_trees_all_equal(grads(), plain)
+        assert "turn off JAX's options" in refusal(net, DUAL)
+    served(net, DUAL)

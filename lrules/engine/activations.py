@@ -69,7 +69,7 @@ class Doubt:
     Attributes:
       name: its primitives.
       output: the variable of its result, if it is a doubt only when a layer reads it; else None.
-      why: the reason why a marked function is not an activation.
+      why: what else is known: why a marked function is not an activation, or how to write it in a known form.
     """
 
     name: str

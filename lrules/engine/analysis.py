@@ -33,6 +33,7 @@ from lrules.engine.findings import REMEDIES, Findings
 from lrules.engine.jaxprs import (
     COND,
     INLINED,
+    NEW_FORMS,
     OWN_DERIVATIVE,
     SCAN,
     SHARD_MAP,
@@ -176,8 +177,8 @@ class Analysis(Findings):
         if not row.may_mix:
             self.refuse(
                 united(v.params for v in weights),
-                f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: write "
-                "it with dot_general or conv_general_dilated",
+                f"the parameter {{name}} meets data in the primitive {row.name!r}, which lrules does not know: "
+                + NEW_FORMS.get(row.name, "write it with dot_general or conv_general_dilated"),
             )
         return None
 

@@ -51,6 +51,10 @@ REMATS = {"remat", "remat2", "checkpoint"}
 
 SCAN, COND, WHILE, SHARD_MAP = "scan", "cond", "while", "shard_map"
 
+NEW_FORMS = {  # experimental forms of JAX, and how to get the ones that are known here
+    "call_hi_primitive": "turn off JAX's options jax_custom_jvp3, jax_custom_vjp3 and jax_remat3",
+}
+
 CONSTRUCTS = {SCAN, COND, WHILE, SHARD_MAP}
 
 FOLLOWED = {*CALLS, *INLINED, *CONSTRUCTS}  # the analysis looks inside

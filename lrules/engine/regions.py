@@ -24,7 +24,7 @@ from lrules.engine.activations import (
     arranged,
     is_statistic,
 )
-from lrules.engine.jaxprs import FOLLOWED, OWN_DERIVATIVE, Equation, call_body, call_name
+from lrules.engine.jaxprs import FOLLOWED, NEW_FORMS, OWN_DERIVATIVE, Equation, call_body, call_name
 from lrules.engine.operations import Row, of
 from lrules.engine.records import Activation, Block, Names, Value
 from lrules.engine.reshapes import in_order
@@ -240,7 +240,7 @@ def find_regions(block: Block) -> tuple[list[Region], list[Doubt]]:
         and (_bends(eqn, value) or _hides(eqn, value))
     ]  # fmt: skip
     doubts += [
-        Doubt(_doubted(eqn), v)
+        Doubt(_doubted(eqn), v, NEW_FORMS.get(of(eqn).name, ""))
         for eqn in eqns if _is_obscure(eqn, value)
         for v in eqn.outvars if value(v).both and jnp.issubdtype(v.aval.dtype, jnp.inexact)
     ]  # fmt: skip

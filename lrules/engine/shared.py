@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrules.engine.jaxprs import JITS, Atom, Equation, bind, is_literal
+from lrules.engine.jaxprs import JITS, Atom, Equation, bind, call_body, is_literal
 from lrules.engine.operations import of
 
 MOST = 4096
@@ -48,7 +48,7 @@ def equation_key(eqn: Equation) -> Hashable | None:
         return None
     params: tuple[Any, ...] = tuple(eqn.params.items())
     if any(map(_is_program, eqn.params.values())):
-        if eqn.primitive is _relu().primitive and _source(eqn) == _source(_relu()):
+        if eqn.primitive is _relu().primitive and _source(eqn) and _source(eqn) == _source(_relu()):
             params = ("relu",)
         elif of(eqn).name not in JITS:  # JAX keeps the programs of jits: equal ones are the same object
             return None
@@ -67,8 +67,8 @@ def _is_program(param: Any) -> bool:
 
 
 def _source(eqn: Equation) -> Any:
-    """The place of a call's function in the source."""
-    return eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info
+    """The place of a call's function in the source; None if it is not known."""
+    return getattr(getattr(call_body(eqn), "debug_info", None), "func_src_info", None)
 
 
 @functools.cache
