@@ -122,6 +122,23 @@ def test_split_features_read_by_views(name, net):
     same(got, want)
 
 
+def automatic_inside(p, x, batch):
+    """A hidden signal is made where the mesh has automatic axes."""
+    part = lambda h: jnp.tanh(jnp.sort(h, -1))  # noqa: E731
+    h = jax.nn.relu(x @ p["a"] + p["bias"][None])
+    h = part(h) if batch is None else jax.sharding.auto_axes(part, out_sharding=P("batch"))(h)
+    h = jax.nn.relu(jnp.dot(h, p["b"], out_sharding=batch))
+    return h @ p["c"]
+
+
+@pytest.mark.parametrize("name", mostly_slow([*DIRECT[:3], *DIRECT[4:], "kolen_pollack", "quantize_update"], HARD[:2]))
+def test_split_features_beside_automatic_axes(name):
+    feedback, want = alone(automatic_inside, ALL[name])
+    _, drawn, got = on_mesh(automatic_inside, ALL[name])
+    same(drawn, feedback, 1e-6)
+    same(got, want)
+
+
 @pytest.mark.parametrize(
     "name", mostly_slow(["adaptive", "kolen_pollack", "random_magnitudes", "dual_propagation"], ["adaptive"])
 )

@@ -103,7 +103,11 @@ def placed_as(x: jax.Array, aval: Aval, lead: int = 0) -> Any:
       >>> lrules.extend.placed_as(jnp.ones((2, 3)), jax.typeof(jnp.zeros(3)), lead=1).shape
       (2, 3)
     """
-    return as_varying(split_as(x, *[None] * lead, *aval.sharding.spec), varying_axes(aval))
+    spec, mesh = (*[None] * lead, *aval.sharding.spec), aval.sharding.mesh
+    x = split_as(x, *spec)
+    if not mesh.empty and jax.typeof(x).sharding.mesh.axis_types != mesh.axis_types:  # inside jax.sharding.auto_axes
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return as_varying(x, varying_axes(aval))
 
 
 def split_as(x: jax.Array, *spec: Any) -> Any:
