@@ -133,22 +133,27 @@ def test_a_grid_has_the_validation_accuracy_of_each_rate(tmp_path):
     assert " 93.9 | " in report.markdown(cells.Table("", [cell], settings.SHOWN), tmp_path / "out" / "table_9")
 
 
-def test_a_row_begins_with_weights_as_pytorch_draws_them(monkeypatch):
-    """Uniform within 1 / sqrt(inputs), weights and biases, each seed its own; all else is the row without them."""
-    cell = by_name("table 5")["BackMAN, PyTorch's initial weights, batch 1024"]
-    assert cell.config == by_name("table 5")["BackMAN, batch 1024"].config
+@pytest.mark.parametrize("row", [settings.UNIFORM, settings.EBP_HE, settings.BACKMAN_HE])
+def test_rows_with_other_initial_weights(monkeypatch, row):
+    """PyTorch's and those of He et al., each seed its own; all else is the row without them."""
+    cell = by_name("table 5")[f"{row}, batch 1024"]
+    assert cell.config == by_name("table 5")[f"{row.partition(',')[0]}, batch 1024"].config
     dataset = type("Data", (), {"shape": (20, 20, 1), "classes": 10})
     job = type("Job", (), {"config": cell.config.replace(widths=(30, 100)), "dataset": lambda self, config: dataset})()
     monkeypatch.setattr(settings, "rates", lambda job, task: task)
     task = cell.measure(job)
     drawn = jax.vmap(lambda key: task.init(key)[0])(jax.random.split(jax.random.key(0), 50))
     for i, inputs in enumerate((400, 30, 100)):
-        layer, bound = drawn["layers"][i], inputs**-0.5
-        for name in ("kernel", "bias"):
-            values = np.asarray(layer[name][...])
-            assert 0.95 * bound < abs(values).max() <= bound and abs(values.mean()) < 0.1 * bound, (i, name)
-            assert not (values[0] == values[1]).any()
-        np.testing.assert_allclose(np.asarray(layer["kernel"][...]).std(), bound / 3**0.5, rtol=0.05)
+        kernel, bias = (np.asarray(drawn["layers"][i][name][...]) for name in ("kernel", "bias"))
+        assert not (kernel[0] == kernel[1]).any()
+        if row == settings.UNIFORM:
+            for values in (kernel, bias):
+                assert 0.95 < abs(values).max() * inputs**0.5 <= 1 and abs(values.mean()) < 0.1 * inputs**-0.5
+            assert not (bias[0] == bias[1]).any()
+        else:
+            assert abs(kernel).max() > 3 * kernel.std() and not bias.any()
+        variance = 1 / 3 if row == settings.UNIFORM else 2
+        np.testing.assert_allclose(kernel.std(), (variance / inputs) ** 0.5, rtol=0.05)
 
 
 def test_forgetting_goes_on_after_a_stop(tmp_path):
