@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Aval, Equation
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Aval, Equation, is_literal
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
 from lrules.engine.reshapes import moved
@@ -178,6 +179,11 @@ def _grown(a: Value, b: Twin) -> int | None:
     return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
 
 
+def _holds(a: Value, b: Twin, axis: int) -> bool:
+    """Whether the axis may hold the batch: the one that doubles with it, or, if that is not known, one of its size."""
+    return a.aval.shape[axis] == b.batch if isinstance(b, BySize) else _grown(a, b) == axis
+
+
 def _order(a: Value, b: Twin, axis: int, batch: int) -> tuple[int, int] | None:
     """`(before, after)`, the sizes merged with the batch before and after it; None if not known.
 
@@ -192,7 +198,8 @@ def _order(a: Value, b: Twin, axis: int, batch: int) -> tuple[int, int] | None:
             known = "moved"
             break
         if step is None:
-            known = (1, 1) if a.aval.shape[axis] == batch else "unknown"
+            lost = a.producer is not None and any(map(_written, (a, *(v for v, _, _ in way))))
+            known = "moved" if lost else (1, 1) if a.aval.shape[axis] == batch else "unknown"
             break
         way.append((a, axis, step[3]))
         a, b, axis, _ = step
@@ -206,6 +213,11 @@ def _order(a: Value, b: Twin, axis: int, batch: int) -> tuple[int, int] | None:
     return known if isinstance(known, tuple) else None
 
 
+def _written(a: Value) -> bool:
+    """Whether a scatter makes it, which may put examples into another order."""
+    return a.producer is not None and of(a.producer).kind == "scatter"
+
+
 def _step(a: Value, b: Twin, axis: int) -> Step | None:
     """One step back: the operand that holds the axis, in both traces, its axis there, and the merged sizes."""
     if a.producer is not None:
@@ -214,7 +226,7 @@ def _step(a: Value, b: Twin, axis: int) -> Step | None:
         return None
     u, v = a.operands[0], b.operands[0]  # a slice of a scanned value, the start of a carry, a shard_map's operand
     outer = axis + len(u.aval.shape) - len(a.aval.shape)
-    return (u, v, outer, (1, 1)) if _grown(u, v) == outer else None
+    return (u, v, outer, (1, 1)) if _holds(u, v, outer) else None
 
 
 def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
@@ -224,7 +236,7 @@ def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
     pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
 
     def to(u: Value, v: Twin, i: int, front: Any = 1, behind: Any = 1) -> Any:
-        return (u, v, i, (front, behind)) if _grown(u, v) == i else None
+        return (u, v, i, (front, behind)) if _holds(u, v, i) else None
 
     row = of(eqn)
     if row.view is not None and len(a.operands) == 1 and pairs:
@@ -235,12 +247,14 @@ def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
         lies = arranged(a) or {}
         for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
             i = lies[k][axis] if lies.get(k) else axis
-            if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _grown(u, v) == i:
+            if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _holds(u, v, i):
                 return to(u, v, i)
         return None
     if row.name == SCAN and len(pairs) == 1:  # a stacked output, or the last carry
         return to(*pairs[0], axis - len(a.aval.shape) + len(pairs[0][0].aval.shape))
     if row.reorders is not None and row.reorders(eqn, axis, [u.data for u in a.operands]):
+        if row.looks_up and _rises(a.operands[1]):
+            return None
         raise Moved
     if row.lies is None:
         return None
@@ -248,17 +262,33 @@ def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
         if not u.data or (row.looks_up and k > 0 and a.operands[0].data):
             continue
         places = {out: i for i, out in row.lies(eqn, k).items() if i not in row.contracted(eqn, k)}
-        if axis in places and _grown(u, v) == places[axis]:
+        if axis in places and _holds(u, v, places[axis]):
             return to(u, v, places[axis])
     if row.kind == "move" and row.reorders is not None:
         raise Moved
     return None
 
 
+RISING = {"iota", "add", "mul", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "select_n", "lt"}
+
+
+def _rises(indices: Value) -> bool:
+    """Whether indices are made of a `jnp.arange` by steps that keep its order, such as arange(n) * 3 + 2."""
+    eqn = indices.producer
+    if eqn is None or of(eqn).name not in RISING:
+        return False
+    if of(eqn).name == "iota":
+        return True
+    falls = of(eqn).name == "mul" and any(is_literal(v) and np.min(v.val) < 0 for v in eqn.invars)
+    moving = [v for v in indices.operands if v.aval.shape != ()]
+    return not falls and bool(moving) and all(map(_rises, moving))
+
+
 def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Twin) -> Any:
     """Through a view: the axis holds one axis of the operand, or several; the axis that grows is the batch."""
-    held, i = axes[axis], _grown(u, v)
-    if i not in held or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
+    held = axes[axis]
+    i = next((i for i in held if _holds(u, v, i)), None)
+    if i is None or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
         return None
     front = math.prod(u.aval.shape[j] for j in held if j < i)
     return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))

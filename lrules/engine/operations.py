@@ -221,7 +221,8 @@ def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
 
 
 def _pad_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    return eqn.params["padding_config"][axis][0] != 0
+    low, _, between = eqn.params["padding_config"][axis]
+    return bool(low or between)
 
 
 def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
@@ -328,8 +329,7 @@ def _scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
 
 def _scatter_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     """Whether updates go to examples by index, as in h.at[order].set(...)."""
-    along = eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
-    return axis in along and data[2] and len(along) == 1
+    return data[2] and axis in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
 
 
 def _scattered(eqn: Equation, k: int) -> Axes:

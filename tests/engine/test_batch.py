@@ -75,6 +75,8 @@ def test_a_write_into_features_keeps_the_order_of_the_examples():
         lambda h: h.at[:, jnp.array([0, 2])].add(h[:, :2]),
         lambda h: jnp.zeros_like(h).at[:, ::-1].set(h),
         lambda h: h.T.at[0].set(0.0).T,
+        lambda h: h[jnp.arange(len(h))],
+        lambda h: jnp.stack([h, h], 1).reshape(-1, 6)[jnp.arange(len(h)) * 2 + 1],
         lambda h: h.at[1].set(0.0),  # an example loses its features, the others keep their places
         jax.vmap(lambda h: h.at[h.argmax()].set(0.0)),
         best,
@@ -100,6 +102,10 @@ def test_the_examples_in_another_order(any_batch):
         lambda h: jax.random.permutation(KEY, h),
         lambda h: jax.vmap(lambda i: lax.dynamic_index_in_dim(h, i, keepdims=False))(order(h)),
         lambda h: lax.pad(h, 0.0, ((1, -1, 0), (0, 0, 0))),
+        lambda h: jnp.zeros_like(h).at[order(h)[:, None], jnp.arange(6)[None]].set(h),
+        lambda h: h.at[order(h), 0].set(h[:, 1]),
+        lambda h: jnp.zeros((2, len(h), 6)).at[0, order(h)].set(h)[0],
+        *([lambda h: h.reshape(2, -1, 6).at[jnp.array([1, 0])].set(h.reshape(2, -1, 6)).reshape(-1, 6)] * any_batch),
     ):
 
         def shuffled(p, x, move=move):
@@ -109,6 +115,24 @@ def test_the_examples_in_another_order(any_batch):
 
         refused(shuffled, "the batch axis of", rule=DFA, error=ValueError, inputs=x)
         FA.init(KEY, shuffled, W, x)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_other_axes_of_the_size_of_the_batch(steps):
+    """A model that accepts one batch size only, and has as many steps as examples."""
+    x = jax.random.normal(KEY, (4, steps, 5))
+    w = {k: v * 0.1 for k, v in W.items()}
+
+    def recurrent(p, x):
+        cell = lambda h, u: (jnp.tanh(u @ p["a"] + h @ p["b"]),) * 2  # noqa: E731
+        return lax.scan(cell, jnp.zeros((4, 6)), x.transpose(1, 0, 2))[1][-1] @ p["c"]
+
+    def causal(p, x):
+        h = jnp.pad(x.reshape(4, steps, 5)[:, :-1], ((0, 0), (1, 0), (0, 0)))[:, -1]
+        return jnp.tanh(first(p, h) @ p["b"]) @ p["c"]
+
+    for apply in (recurrent, causal):
+        assert reached(apply, w, x) == [0]
 
 
 def test_the_batch_is_brought_to_the_front_and_back():

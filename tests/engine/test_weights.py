@@ -20,7 +20,14 @@ def test_feedback_of_an_ensemble_is_drawn_per_member():
     assert 0.9 < float(drawn.std()) * 32**0.5 < 1.1
 
 
-@pytest.mark.parametrize("join", [jnp.stack, lambda ws: jnp.concatenate([w[None] for w in ws])], ids=["stack", "join"])
+JOINS = {
+    "stack": jnp.stack,
+    "join": lambda ws: jnp.concatenate([w[None] for w in ws]),
+    "write": lambda ws: jnp.zeros((2, 64, 16)).at[0].set(ws[0]).at[1].set(ws[1]),
+}
+
+
+@pytest.mark.parametrize("join", JOINS.values(), ids=JOINS)
 def test_feedback_of_stacked_weights_is_drawn_as_for_each_alone(join):
     """An ensemble whose members are parameters of their own."""
     params = {"a": jnp.ones((5, 64)), "b": jnp.ones((64, 16)), "c": jnp.ones((64, 16))}
