@@ -41,6 +41,7 @@ NUMBERS: dict[str, tuple[float | None, ...]] = {
     FA: (95.15, 53.31, 63.79, 30.54),
     BACKMAN: (98.93, 66.27, 91.33, 63.00),
 }
+SLOWER = "BackMAN, rate 0.01"
 # Each with the row whose batch size and rate it takes: at the rate of EBP, the first two do not learn LeNet-5. With
 # magnitudes of one, the error of sign symmetry grows by the square root of the width in each layer.
 BEYOND = {
@@ -52,7 +53,13 @@ BEYOND = {
 # The batch size and the rate of each row of the paper.
 CHOSEN: dict[str, dict[str, tuple[int, float]]] = {
     "MLP MNIST": {EBP: (128, 0.25), BACKMAN: (64, 0.05), DFA: (64, 0.01), FA: (64, 0.01)},
-    "LeNet-5 CIFAR-10": {EBP: (64, 0.05), BACKMAN: (64, 0.05), DFA: (64, 0.002), FA: (64, 0.01)},
+    "LeNet-5 CIFAR-10": {
+        EBP: (64, 0.05),
+        BACKMAN: (64, 0.05),
+        SLOWER: (64, 0.01),
+        DFA: (64, 0.002),
+        FA: (64, 0.01),
+    },
     "ResNet-18 CIFAR-10": {EBP: (128, 0.25), BACKMAN: (128, 0.05), DFA: (128, 0.05), FA: (128, 0.05)},
 }
 CHOSEN["ResNet-18 CIFAR-100"] = CHOSEN["ResNet-18 CIFAR-10"]
@@ -90,15 +97,21 @@ TABLE_1 = Table(
             for row, (own, like) in BEYOND.items()
             for column in list(COLUMNS)[:2]
         ),
+        _cell(SLOWER, "LeNet-5 CIFAR-10", rule(BACKMAN, LENET), None, beyond=True),
     ],
     notes="The paper gives no sd. BackMAN's alpha is read here as the norm of the update of a layer, 1 / sqrt(n) for "
     "each of its n neurons. With alpha as the norm of each neuron's update (Eq. 4 of the paper) the MLP does not "
     "learn at the paper's rates of 0.05 and 0.25 (a row of Table 5). We chose this reading after we had seen that; "
-    "`settings.py` gives the reasons. The settings of LeNet-5 come from a part of its grid (section 4.1): batches of "
+    "`settings.py` gives the reasons. The MLP with BackMAN has the settings that are best in the paper's Table 5. They "
+    "are not in ours: with batches of 256 and a rate of 0.25 it has a higher validation accuracy after three epochs "
+    "than here after 100. Its training loss rises from 0.4 to 10, and its best epoch is soon after the rate has "
+    "fallen. The settings of LeNet-5 come from a part of its grid (section 4.1): batches of "
     "64 and three epochs. There DFA learns best with the smallest rate, but still hardly learns. Sign symmetry and "
-    "Kolen-Pollack have FA's rate. The feedback of sign symmetry has the magnitude of the initial weights. After six "
-    "epochs (one seed) BackMAN is 0.6 points behind error-backpropagation on the test images, and 1.6 on the "
-    "validation images; in the paper, at the end, five. The settings of ResNet-18 are guesses. Under FA and DFA our "
-    "MLP is two to three points better than the paper's. Both depend on the rate: in Table 5 DFA has 10% to 98%, FA "
-    "94% to 97%. The paper prints neither what it chose nor how it drew the feedback weights.",
+    "Kolen-Pollack have FA's rate. The feedback of sign symmetry has the magnitude of the initial weights. After 100 "
+    "epochs (one seed) LeNet-5 with BackMAN is 11 points behind error-backpropagation, in the paper five. The norm "
+    "of its updates does not fall as the error does: its best epoch is the first after the rate has fallen, and then "
+    "its training loss rises again. A rate of 0.01 is seven points worse (a row beyond the paper). The settings of "
+    "ResNet-18 are guesses. Under FA and DFA our MLP is two to three points better than the paper's. Both depend on "
+    "the rate: in Table 5 DFA has 10% to 98%, FA 94% to 97%. The paper prints neither what it chose nor how it drew "
+    "the feedback weights.",
 )
