@@ -20,7 +20,7 @@ import numpy as np
 
 from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Aval, Equation, is_literal
+from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Aval, Equation, bind, is_literal
 from lrules.engine.operations import of, view_axes
 from lrules.engine.records import Value
 from lrules.engine.reshapes import moved
@@ -269,19 +269,22 @@ def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
     return None
 
 
-RISING = {"iota", "add", "mul", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "select_n", "lt"}
-
-
 def _rises(indices: Value) -> bool:
-    """Whether indices are made of a `jnp.arange` by steps that keep its order, such as arange(n) * 3 + 2."""
-    eqn = indices.producer
-    if eqn is None or of(eqn).name not in RISING:
-        return False
-    if of(eqn).name == "iota":
-        return True
-    falls = of(eqn).name == "mul" and any(is_literal(v) and np.min(v.val) < 0 for v in eqn.invars)
-    moving = [v for v in indices.operands if v.aval.shape != ()]
-    return not falls and bool(moving) and all(map(_rises, moving))
+    """Whether indices are known and keep the order of what they look up, such as jnp.arange(n) * 3 + 2."""
+    known = _known(indices)
+    return known is not None and known.size == len(known) and bool(np.all(np.diff(known.ravel()) > 0))
+
+
+def _known(value: Value) -> Any:
+    """The numbers of a value that depends on no parameters, inputs or captured arrays; else None."""
+    eqn = value.producer
+    if eqn is None or len(value.operands) != len(eqn.invars) or len(eqn.outvars) != 1:
+        return None
+    ins = [v.val if is_literal(v) else _known(u) for v, u in zip(eqn.invars, value.operands, strict=True)]
+    if any(x is None for x in ins):
+        return None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(bind(eqn, ins)[0])
 
 
 def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Twin) -> Any:

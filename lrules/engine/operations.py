@@ -141,9 +141,6 @@ class Row:
         return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()
 
 
-# ---------------------------------------------------------------------------------------------------------- the axes
-
-
 def _ndim(eqn: Equation, k: int) -> int:
     return len(eqn.invars[k].aval.shape)
 
@@ -218,11 +215,6 @@ def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
         return axis in along if isinstance(along, tuple) else axis == along
 
     return reorders
-
-
-def _pad_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    low, _, between = eqn.params["padding_config"][axis]
-    return bool(low or between)
 
 
 def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
@@ -319,12 +311,10 @@ def _slice_chooses(eqn: Equation, k: int) -> Axes:
 
 def _scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
     """The output has the axes of the operand; the windows of the updates lie along some of them."""
-    if k == 0:
-        return _in_place(eqn, 0)
     numbers = eqn.params["dimension_numbers"]
     gone = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
     whole = [o for o in range(_ndim(eqn, 0)) if o not in gone]
-    return dict(zip(numbers.update_window_dims, whole, strict=True)) if k == 2 else {}
+    return _in_place(eqn, 0) if k == 0 else dict(zip(numbers.update_window_dims, whole, strict=True)) if k == 2 else {}
 
 
 def _scatter_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
@@ -389,7 +379,8 @@ TABLE = [
     # Cut, joined, put into another order, looked up.
     Row("concatenate", "move", lies=_in_place, reorders=_along("dimension"), carries=True, leads=True),
     Row("stack", "move", lies=_stacked, carries=True),
-    Row("pad", "move", lies=_in_place, reorders=_pad_reorders, carries=True, bare=True, leads=True),
+    Row("pad", "move", lies=_in_place, reorders=lambda eqn, axis, data: any(eqn.params["padding_config"][axis][::2]),
+        carries=True, bare=True, leads=True),
     Row("slice", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True, cuts=True),
     Row("split", "move", carries=True, cuts=True),
     Row("rev", "move", lies=_in_place, reorders=_along("dimensions"), carries=True),
@@ -399,10 +390,9 @@ TABLE = [
         carries=True, cuts=True),
     Row("gather", "lookup", weights=(0,), contracted=_gather_chooses, lies=_gathered, reorders=_gather_reorders,
         carries=True, brings=True, cuts=True),
-    Row("scatter", "scatter", lies=_scatter_lies, reorders=_scatter_reorders),
     *_rows("scatter-add scatter-sub", "scatter", lies=_scatter_lies, reorders=_scatter_reorders, reduced=_scattered,
            brings=True),
-    *_rows("scatter-mul scatter-max scatter-min", "scatter", lies=_scatter_lies, reorders=_scatter_reorders),
+    *_rows("scatter scatter-mul scatter-max scatter-min", "scatter", lies=_scatter_lies, reorders=_scatter_reorders),
     # Reduced.
     Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
     Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),
