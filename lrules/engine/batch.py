@@ -271,16 +271,25 @@ def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
 
 def _rises(indices: Value) -> bool:
     """Whether indices are known and keep the order of what they look up, such as jnp.arange(n) * 3 + 2."""
-    known = _known(indices)
+    known = _known(indices, {})
     return known is not None and known.size == len(known) and bool(np.all(np.diff(known.ravel()) > 0))
 
 
-def _known(value: Value) -> Any:
-    """The numbers of a value that depends on no parameters, inputs or captured arrays; else None."""
+def _known(value: Value, found: dict[int, Any]) -> Any:
+    """The numbers of a value that depends on no parameters, inputs or captured arrays; else None.
+
+    `found` holds those of the values that were asked for: many share their operands.
+    """
+    if id(value) not in found:
+        found[id(value)] = _computed(value, found)
+    return found[id(value)]
+
+
+def _computed(value: Value, found: dict[int, Any]) -> Any:
     eqn = value.producer
     if eqn is None or len(value.operands) != len(eqn.invars) or len(eqn.outvars) != 1:
         return None
-    ins = [v.val if is_literal(v) else _known(u) for v, u in zip(eqn.invars, value.operands, strict=True)]
+    ins = [v.val if is_literal(v) else _known(u, found) for v, u in zip(eqn.invars, value.operands, strict=True)]
     if any(x is None for x in ins):
         return None
     with jax.ensure_compile_time_eval():

@@ -104,10 +104,11 @@ def placed_as(x: jax.Array, aval: Aval, lead: int = 0) -> Any:
       (2, 3)
     """
     spec, mesh = (*[None] * lead, *aval.sharding.spec), aval.sharding.mesh
-    x = split_as(x, *spec)
-    if not mesh.empty and jax.typeof(x).sharding.mesh.axis_types != mesh.axis_types:  # inside jax.sharding.auto_axes
-        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    return as_varying(x, varying_axes(aval))
+    if mesh.empty or jax.typeof(x).sharding.mesh.axis_types == mesh.axis_types:
+        placed = split_as(x, *spec)
+    else:  # the other value is made inside jax.sharding.auto_axes
+        placed = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return as_varying(placed, varying_axes(aval))
 
 
 def split_as(x: jax.Array, *spec: Any) -> Any:

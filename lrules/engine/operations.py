@@ -300,8 +300,7 @@ def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     gone, shape = numbers.collapsed_slice_dims, eqn.invars[0].aval.shape
     along = [i for i in numbers.start_index_map if i in gone or sizes[i] != shape[i]]
-    one = len(along) == 1 and not getattr(numbers, "operand_batching_dims", ())
-    return axis not in numbers.offset_dims and data[0] and one
+    return data[0] and axis not in numbers.offset_dims and len(along) == 1 and not numbers.operand_batching_dims
 
 
 def _slice_chooses(eqn: Equation, k: int) -> Axes:
@@ -311,10 +310,11 @@ def _slice_chooses(eqn: Equation, k: int) -> Axes:
 
 def _scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
     """The output has the axes of the operand; the windows of the updates lie along some of them."""
+    if k != 2:
+        return _in_place(eqn, 0) if k == 0 else {}
     numbers = eqn.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
-    whole = [o for o in range(_ndim(eqn, 0)) if o not in gone]
-    return _in_place(eqn, 0) if k == 0 else dict(zip(numbers.update_window_dims, whole, strict=True)) if k == 2 else {}
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    return dict(zip(numbers.update_window_dims, [o for o in range(_ndim(eqn, 0)) if o not in gone], strict=True))
 
 
 def _scatter_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:

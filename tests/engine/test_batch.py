@@ -84,6 +84,18 @@ def test_a_write_into_features_keeps_the_order_of_the_examples():
         assert reached(lambda p, x, write=write: jnp.tanh(write(first(p, x)) @ p["b"]) @ p["c"], w, x) == [0]
 
 
+def test_indices_made_in_many_steps():
+    """Each step reads the one before three times."""
+
+    def looked_up(p, x):
+        order = jnp.arange(len(x))
+        for _ in range(40):
+            order = jnp.where(order < 0, order + len(x), order)
+        return jnp.tanh(first(p, x)[order] @ p["b"]) @ p["c"]
+
+    assert reached(looked_up, {k: v * 0.1 for k, v in W.items()}, SEQUENCES[:, 0]) == [0]
+
+
 @pytest.mark.parametrize("any_batch", [True, False])
 def test_the_examples_in_another_order(any_batch):
     """By a gather or a scatter along the batch; also in a model that does not accept another batch."""

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import variance_scaling
 from matplotlib.figure import Figure
 
 from experiments import expressions, plots, tasks
@@ -59,8 +60,13 @@ CIFAR100 = RESNET.replace(dataset="cifar100", normalisation="cifar100")
 EBP, DFA, FA, BACKMAN = "Error-backpropagation", "Direct feedback alignment", "Feedback alignment", "BackMAN"
 PER_NEURON, UNIFORM = "BackMAN, alpha per neuron", "BackMAN, PyTorch's initial weights"
 EBP_HE, BACKMAN_HE = f"{EBP}, He's initial weights", f"{BACKMAN}, He's initial weights"
-RULES = {EBP: "backprop", EBP_HE: "backprop", DFA: "direct_feedback_alignment", FA: "feedback_alignment"}
-RULES[PER_NEURON] = "backman"
+RULES = {
+    EBP: "backprop",
+    EBP_HE: "backprop",
+    DFA: "direct_feedback_alignment",
+    FA: "feedback_alignment",
+    PER_NEURON: "backman",
+}
 
 
 def backman(config: Config) -> str:
@@ -119,7 +125,7 @@ def uniform(key: jax.Array, name: str, shape: tuple[int, ...], inputs: int) -> j
 
 def he(key: jax.Array, name: str, shape: tuple[int, ...], inputs: int) -> jax.Array:
     """Weights of He et al.: normal, of variance 2 / inputs (1 / inputs in the other rows); biases of zero."""
-    return jnp.zeros(shape) if name == "bias" else (2 / inputs) ** 0.5 * jax.random.normal(key, shape)
+    return jnp.zeros(shape) if name == "bias" else variance_scaling(2.0, "fan_in", "normal")(key, shape)
 
 
 def beginning(draw: Draw) -> Callable[[Job], Mapping[str, Any] | None]:
