@@ -52,7 +52,7 @@ BEYOND = {
 
 # The batch size and the rate of each row of the paper.
 CHOSEN: dict[str, dict[str, tuple[int, float]]] = {
-    "MLP MNIST": {EBP: (128, 0.25), BACKMAN: (64, 0.05), DFA: (64, 0.01), FA: (64, 0.01)},
+    "MLP MNIST": {EBP: (128, 0.25), BACKMAN: (256, 0.25), DFA: (64, 0.01), FA: (64, 0.01)},
     "LeNet-5 CIFAR-10": {
         EBP: (64, 0.05),
         BACKMAN: (64, 0.05),
