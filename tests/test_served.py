@@ -175,18 +175,29 @@ def test_dispatched_experts_under_direct_feedback():
 
 
 def test_sorted_tokens_under_direct_feedback():
-    """Refused: the rows are in another order; what the sentence says is served, and right."""
-    with pytest.raises(ValueError, match=r"signal_axes=\{'outputs': 0\}"):
-        DFA.init(KEY, RAGGED, EXPERTS, TOKENS)
-    stated = lrules.Network(RAGGED, signal_axes={"outputs": 0, "^c$": 0})
+    """Refused where the rows are in another order; the layers before and after are served, and right."""
     for rule in (DFA, lrules.partition({"e2": FA, ".*": DFA}), lrules.direct_feedback_alignment(at="e2")):
         with pytest.raises(ValueError, match="signal 'e[12]' .* cannot be found .*: give that layer a sequential"):
-            rule.init(KEY, stated, EXPERTS, TOKENS)
+            rule.init(KEY, RAGGED, EXPERTS, TOKENS)
     landing = lrules.direct_feedback_alignment(at="gate|c")
-    feedback = landing.init(KEY, stated, EXPERTS, TOKENS)
+    feedback = landing.init(KEY, RAGGED, EXPERTS, TOKENS)
     assert set(feedback.fixed) == {"gate", "c"}
-    grads, others = (gradients(net, landing, EXPERTS, feedback, TOKENS) for net in (stated, DENSE))
+    grads, others = (gradients(net, landing, EXPERTS, feedback, TOKENS) for net in (RAGGED, DENSE))
     bridge.close(grads, others, 1e-4)
+
+
+def test_sorted_tokens_without_gates():
+    """Nothing shows that the rows are back in their order: refused; what the sentence says is served."""
+
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return by_ragged_dot(p, h, jnp.argmax(h @ p["gate"], -1)) @ p["c"]
+
+    landing = lrules.direct_feedback_alignment(at="c")
+    with pytest.raises(ValueError, match=r"signal_axes=\{'outputs': 0\}"):
+        landing.init(KEY, net, EXPERTS, TOKENS)
+    stated = lrules.Network(net, signal_axes={"outputs": 0, "^c$": 0})
+    assert set(landing.init(KEY, stated, EXPERTS, TOKENS).fixed) == {"c"}
 
 
 @pytest.mark.parametrize("alpha", [1.0, "gradient_norm"])

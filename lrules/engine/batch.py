@@ -1,27 +1,20 @@
 """Where the batch lies in a tensor: this is found by tracing the network at twice the batch.
 
 An axis that doubles with the batch holds the batch. Direct feedback brings each example its own error, so the order of
-the examples counts too: the axis is followed back to the inputs, through operations that keep the order. If it was
-merged with other axes, as in `[batch * time]`, the reshape shows how. If examples were reversed, sorted, gathered or
-concatenated along the axis, their order is not known.
+the examples counts too (`order.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lrules.engine.activations import arranged, is_atom
 from lrules.engine.graph import Graph
-from lrules.engine.jaxprs import OWN_DERIVATIVE, SCAN, Aval, Equation, bind, is_literal
-from lrules.engine.operations import of, view_axes
+from lrules.engine.order import MOVED, BySize, order_of
 from lrules.engine.records import Value
 from lrules.engine.reshapes import moved
 from lrules.engine.twice import AtTwice, Twin, write_shapes
@@ -94,13 +87,6 @@ class Unbatched(BatchAxis):
         return jnp.broadcast_to(x.reshape(1, *shape), (batch, *shape))
 
 
-class Moved(Exception):
-    """The network puts the examples into another order."""
-
-
-Step = tuple[Value, Twin, int, tuple[int, int]]
-
-
 def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
     """The batch axis of a value, from its traces `a` at the batch and `b` at twice the batch; None if not known."""
     shape = a.aval.shape
@@ -111,11 +97,10 @@ def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
     axis = _grown(a, b)
     if axis is None:
         return None
-    try:
-        order = _order(a, b, axis, batch)
-    except Moved:
+    order = order_of(a, b, axis, batch)
+    if order == MOVED:
         return None
-    if order is not None and order[0] * batch * order[1] == shape[axis]:
+    if isinstance(order, tuple) and order[0] * batch * order[1] == shape[axis]:
         return BatchAxis(axis, *order)
     return BatchAxis(axis) if shape[axis] == batch else None
 
@@ -148,26 +133,6 @@ def batch_axis(net: Network, name: str, a: Value, b: Twin | None, batch: int) ->
     return find_batch_axis(a, b, batch) if stated is None else BatchAxis(stated)
 
 
-@dataclasses.dataclass(frozen=True)
-class BySize:
-    """Instead of a value at twice the batch: the only axis that has the size of the batch holds it."""
-
-    value: Value
-    batch: int
-
-    @property
-    def aval(self) -> Aval:
-        return self.value.aval
-
-    @property
-    def producer(self) -> Equation | None:
-        return self.value.producer
-
-    @property
-    def operands(self) -> tuple[BySize, ...]:
-        return tuple(BySize(v, self.batch) for v in self.value.operands)
-
-
 def _grown(a: Value, b: Twin) -> int | None:
     """The one axis that doubles with the batch."""
     if isinstance(b, BySize):
@@ -177,133 +142,6 @@ def _grown(a: Value, b: Twin) -> int | None:
         return None
     grown = [i for i, (m, n) in enumerate(zip(a.aval.shape, b.aval.shape, strict=True)) if n != m]
     return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
-
-
-def _holds(a: Value, b: Twin, axis: int) -> bool:
-    """Whether the axis may hold the batch: the one that doubles with it, or, if that is not known, one of its size."""
-    return a.aval.shape[axis] == b.batch if isinstance(b, BySize) else _grown(a, b) == axis
-
-
-def _order(a: Value, b: Twin, axis: int, batch: int) -> tuple[int, int] | None:
-    """`(before, after)`, the sizes merged with the batch before and after it; None if not known.
-
-    Raises:
-      Moved: the examples are not in the order of the inputs.
-    """
-    way: list[tuple[Value, int, tuple[int, int]]] = []  # from the value to where it is known
-    while (known := (a.order_of_batch or {}).get(axis)) is None:
-        try:
-            step = _step(a, b, axis)
-        except Moved:
-            known = "moved"
-            break
-        if step is None:
-            lost = a.producer is not None and any(map(_written, (a, *(v for v, _, _ in way))))
-            known = "moved" if lost else (1, 1) if a.aval.shape[axis] == batch else "unknown"
-            break
-        way.append((a, axis, step[3]))
-        a, b, axis, _ = step
-    way.append((a, axis, (1, 1)))
-    for value, at, (front, behind) in reversed(way):
-        if isinstance(known, tuple):
-            known = known[0] * front, known[1] * behind
-        value.order_of_batch = {**(value.order_of_batch or {}), at: known}
-    if known == "moved":
-        raise Moved
-    return known if isinstance(known, tuple) else None
-
-
-def _written(a: Value) -> bool:
-    """Whether a scatter makes it, which may put examples into another order."""
-    return a.producer is not None and of(a.producer).kind == "scatter"
-
-
-def _step(a: Value, b: Twin, axis: int) -> Step | None:
-    """One step back: the operand that holds the axis, in both traces, its axis there, and the merged sizes."""
-    if a.producer is not None:
-        return _back(a.producer, a, b, axis)
-    if not a.operands:
-        return None
-    u, v = a.operands[0], b.operands[0]  # a slice of a scanned value, the start of a carry, a shard_map's operand
-    outer = axis + len(u.aval.shape) - len(a.aval.shape)
-    return (u, v, outer, (1, 1)) if _holds(u, v, outer) else None
-
-
-def _back(eqn: Equation, a: Value, b: Twin, axis: int) -> Any:
-    """The same through an equation."""
-    if len(a.operands) != len(b.operands):
-        return None
-    pairs = [(u, v) for u, v in zip(a.operands, b.operands, strict=True) if u.data and hasattr(u.aval, "shape")]
-
-    def to(u: Value, v: Twin, i: int, front: Any = 1, behind: Any = 1) -> Any:
-        return (u, v, i, (front, behind)) if _holds(u, v, i) else None
-
-    row = of(eqn)
-    if row.view is not None and len(a.operands) == 1 and pairs:
-        axes = view_axes(b.producer or eqn, pairs[0][1].aval.shape)
-        if axes is not None:
-            return _back_view(axes, a, axis, to, *pairs[0])
-    if row.elementwise or is_atom(eqn, a.operands) or row.name in OWN_DERIVATIVE:
-        lies = arranged(a) or {}
-        for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
-            i = lies[k][axis] if lies.get(k) else axis
-            if u.data and len(getattr(u.aval, "shape", ())) == len(a.aval.shape) and _holds(u, v, i):
-                return to(u, v, i)
-        return None
-    if row.name == SCAN and len(pairs) == 1:  # a stacked output, or the last carry
-        return to(*pairs[0], axis - len(a.aval.shape) + len(pairs[0][0].aval.shape))
-    if row.reorders is not None and row.reorders(eqn, axis, [u.data for u in a.operands]):
-        if row.looks_up and _rises(a.operands[1]):
-            return None
-        raise Moved
-    if row.lies is None:
-        return None
-    for k, (u, v) in enumerate(zip(a.operands, b.operands, strict=True)):
-        if not u.data or (row.looks_up and k > 0 and a.operands[0].data):
-            continue
-        places = {out: i for i, out in row.lies(eqn, k).items() if i not in row.contracted(eqn, k)}
-        if axis in places and _holds(u, v, places[axis]):
-            return to(u, v, places[axis])
-    if row.kind == "move" and row.reorders is not None:
-        raise Moved
-    return None
-
-
-def _rises(indices: Value) -> bool:
-    """Whether indices are known and keep the order of what they look up, such as jnp.arange(n) * 3 + 2."""
-    known = _known(indices, {})
-    return known is not None and known.size == len(known) and bool(np.all(np.diff(known.ravel()) > 0))
-
-
-def _known(value: Value, found: dict[int, Any]) -> Any:
-    """The numbers of a value that depends on no parameters, inputs or captured arrays; else None.
-
-    `found` holds those of the values that were asked for: many share their operands.
-    """
-    if id(value) not in found:
-        found[id(value)] = _computed(value, found)
-    return found[id(value)]
-
-
-def _computed(value: Value, found: dict[int, Any]) -> Any:
-    eqn = value.producer
-    if eqn is None or len(value.operands) != len(eqn.invars) or len(eqn.outvars) != 1:
-        return None
-    ins = [v.val if is_literal(v) else _known(u, found) for v, u in zip(eqn.invars, value.operands, strict=True)]
-    if any(x is None for x in ins):
-        return None
-    with jax.ensure_compile_time_eval():
-        return np.asarray(bind(eqn, ins)[0])
-
-
-def _back_view(axes: Sequence[tuple[int, ...]], a: Value, axis: int, to: Any, u: Value, v: Twin) -> Any:
-    """Through a view: the axis holds one axis of the operand, or several; the axis that grows is the batch."""
-    held = axes[axis]
-    i = next((i for i in held if _holds(u, v, i)), None)
-    if i is None or any(axes[j] == held and n != 1 for j, n in enumerate(a.aval.shape) if j != axis):
-        return None
-    front = math.prod(u.aval.shape[j] for j in held if j < i)
-    return to(u, v, i, front, math.prod(u.aval.shape[j] for j in held if j > i))
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Callable[[Value], Twin] | None:

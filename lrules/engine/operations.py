@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lrules.engine import indexing
 from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, SCAN, Equation
 from lrules.engine.reshapes import reshape_groups
 
@@ -52,7 +53,11 @@ class Row:
         None for an equation that is not a view.
       permutation: `eqn -> axes`, if the view puts the elements into another order.
       lies: `(eqn, k) -> {axis: axis of the output}` for the axes of an operand that the output holds.
-      reorders: `(eqn, axis of the output, which operands are data) -> whether` it may put examples into another order.
+      reorders: `(eqn, axis of the output, which operands are data) -> whether` it may put examples elsewhere along it.
+      takes: `(eqn, number of the result, axis) -> slice` of its operand that it takes; None for all of it.
+      joins: `eqn -> axis` along which it puts its operands one behind the other.
+      columns: `eqn -> {axis of the first operand: column of the indices}` that choose along it.
+      paired: `eqn -> {axis of the first operand: axis of the indices}` that are gone through together.
       weights: the operands that may be the weight of a layer.
       contracted: `(eqn, k) -> axes` over which a product sums, along which a lookup chooses, or over which a transform
         goes.
@@ -82,6 +87,10 @@ class Row:
     permutation: Callable[[Equation], tuple[int, ...]] | None = None
     lies: Callable[[Equation, int], Mapping[int, int]] | None = None
     reorders: Callable[[Equation, int, Sequence[bool]], bool] | None = None
+    takes: Callable[[Equation, int, int], slice | None] | None = None
+    joins: Callable[[Equation], int] | None = None
+    columns: Callable[[Equation], Mapping[int, int]] | None = None
+    paired: Callable[[Equation], Mapping[int, int]] | None = None
     weights: tuple[int, ...] = ()
     contracted: Callable[[Equation, int], Axes] = _none
     members: Callable[[Equation, int], Axes] = _none
@@ -207,20 +216,6 @@ def _reshaped(eqn: Equation, shape: Axes) -> Places | None:
     return axes
 
 
-def _along(param: str) -> Callable[[Equation, int, Sequence[bool]], bool]:
-    """It reorders along the axis, or the axes, that a parameter of the equation gives."""
-
-    def reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-        along = eqn.params[param]
-        return axis in along if isinstance(along, tuple) else axis == along
-
-    return reorders
-
-
-def _nowhere(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    return False
-
-
 def _stacked(eqn: Equation, k: int) -> Mapping[int, int]:
     return {i: i + (i >= eqn.params["axis"]) for i in range(_ndim(eqn, k))}
 
@@ -281,53 +276,6 @@ def _conv_window(eqn: Equation, k: int) -> Axes:
     return eqn.params["dimension_numbers"].rhs_spec[2:] if k == 1 else ()
 
 
-def _gathered(eqn: Equation, k: int) -> Mapping[int, int]:
-    numbers = eqn.params["dimension_numbers"]
-    if k == 1:  # the last axis of the indices holds their parts
-        rest = [o for o in range(len(eqn.outvars[0].aval.shape)) if o not in numbers.offset_dims]
-        return dict(enumerate(rest))
-    gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
-    whole = [i for i in range(_ndim(eqn, 0)) if i not in gone]
-    return dict(zip(whole, numbers.offset_dims, strict=True))
-
-
-def _gather_chooses(eqn: Equation, k: int) -> Axes:
-    return sorted(set(eqn.params["dimension_numbers"].start_index_map)) if k == 0 else ()
-
-
-def _gather_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    """Whether examples are looked up, as in h[order]. In h[jnp.arange(len(h)), steps] they keep their places."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    gone, shape = numbers.collapsed_slice_dims, eqn.invars[0].aval.shape
-    along = [i for i in numbers.start_index_map if i in gone or sizes[i] != shape[i]]
-    return data[0] and axis not in numbers.offset_dims and len(along) == 1 and not numbers.operand_batching_dims
-
-
-def _slice_chooses(eqn: Equation, k: int) -> Axes:
-    sizes = zip(eqn.invars[0].aval.shape, eqn.params["slice_sizes"], strict=True)
-    return [i for i, (n, size) in enumerate(sizes) if n != size] if k == 0 else ()
-
-
-def _scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
-    """The output has the axes of the operand; the windows of the updates lie along some of them."""
-    if k != 2:
-        return _in_place(eqn, 0) if k == 0 else {}
-    numbers = eqn.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    return dict(zip(numbers.update_window_dims, [o for o in range(_ndim(eqn, 0)) if o not in gone], strict=True))
-
-
-def _scatter_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    """Whether updates go to examples by index, as in h.at[order].set(...)."""
-    return data[2] and axis in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
-
-
-def _scattered(eqn: Equation, k: int) -> Axes:
-    """Updates may be summed along all axes except those of their windows."""
-    windows = eqn.params["dimension_numbers"].update_window_dims
-    return [i for i in range(_ndim(eqn, k)) if i not in windows] if k == 2 else ()
-
-
 def _fft_axes(eqn: Equation, k: int) -> Axes:
     return range(_ndim(eqn, k))[-len(eqn.params["fft_lengths"]) :]
 
@@ -377,22 +325,23 @@ TABLE = [
     *_rows("sharding_constraint reshard layout_constraint relayout optimization_barrier", "placement", view=_as_it_is,
            carries=True, same=True),
     # Cut, joined, put into another order, looked up.
-    Row("concatenate", "move", lies=_in_place, reorders=_along("dimension"), carries=True, leads=True),
+    Row("concatenate", "move", lies=_in_place, joins=lambda eqn: eqn.params["dimension"], carries=True, leads=True),
     Row("stack", "move", lies=_stacked, carries=True),
     Row("pad", "move", lies=_in_place, reorders=lambda eqn, axis, data: any(eqn.params["padding_config"][axis][::2]),
         carries=True, bare=True, leads=True),
-    Row("slice", "move", lies=_in_place, reorders=_nowhere, carries=True, bare=True, leads=True, cuts=True),
-    Row("split", "move", carries=True, cuts=True),
-    Row("rev", "move", lies=_in_place, reorders=_along("dimensions"), carries=True),
-    Row("sort", "move", lies=_in_place, reorders=_along("dimension")),
-    Row("dynamic_update_slice", "move", lies=_in_place, reorders=_nowhere, carries=True),
-    Row("dynamic_slice", "move", weights=(0,), contracted=_slice_chooses, lies=_in_place, reorders=_nowhere,
-        carries=True, cuts=True),
-    Row("gather", "lookup", weights=(0,), contracted=_gather_chooses, lies=_gathered, reorders=_gather_reorders,
-        carries=True, brings=True, cuts=True),
-    *_rows("scatter-add scatter-sub", "scatter", lies=_scatter_lies, reorders=_scatter_reorders, reduced=_scattered,
-           brings=True),
-    *_rows("scatter scatter-mul scatter-max scatter-min", "scatter", lies=_scatter_lies, reorders=_scatter_reorders),
+    Row("slice", "move", lies=_in_place, takes=indexing.sliced, carries=True, bare=True, leads=True, cuts=True),
+    Row("split", "move", lies=_in_place, takes=indexing.split, carries=True, cuts=True),
+    Row("rev", "move", lies=_in_place, takes=indexing.reversed_, carries=True),
+    Row("sort", "move", lies=_in_place, reorders=lambda eqn, axis, data: axis == eqn.params["dimension"]),
+    Row("dynamic_update_slice", "move", lies=_in_place, reorders=indexing.update_reorders, carries=True),
+    Row("dynamic_slice", "move", weights=(0,), contracted=indexing.slice_chooses, lies=_in_place, carries=True,
+        reorders=lambda eqn, axis, data: axis in indexing.slice_chooses(eqn, 0), cuts=True),
+    Row("gather", "lookup", weights=(0,), contracted=indexing.gather_chooses, lies=indexing.gathered,
+        columns=indexing.columns, paired=indexing.paired, carries=True, brings=True, cuts=True),
+    *_rows("scatter-add scatter-sub", "scatter", lies=indexing.scatter_lies, reorders=indexing.scatter_reorders,
+           reduced=indexing.scattered, brings=True),
+    *_rows("scatter scatter-mul scatter-max scatter-min", "scatter", lies=indexing.scatter_lies,
+           reorders=indexing.scatter_reorders),
     # Reduced.
     Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
     Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),

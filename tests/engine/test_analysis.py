@@ -180,10 +180,9 @@ def test_inputs_closed_over():
     apply = lambda p, ids: (graph @ jnp.tanh(graph @ nodes @ p["a"]) @ p["c"])[ids]  # noqa: E731
     params, ids = {"a": GLOROT(KEY, (5, 6)), "c": GLOROT(KEY, (6, 3))}, jnp.arange(3)
     is_layer(apply, ["a", "c"], params, ids)
-    refused(apply, "signal_axes={'outputs': 0}", "segment_sum", rule=DFA, error=ValueError, params=params, inputs=ids)
-    stated = lrules.Network(apply, signal_axes={"outputs": 0})
-    assert {k: v.shape for k, v in DFA.init(KEY, stated, params, ids).fixed.items()} == {"c": (3, 7, 6)}
-    assert [row["shape"] for row in lrules.describe(stated, DFA, params, ids).hidden] == [(7, 6)]
+    for net in (apply, lrules.Network(apply, signal_axes={"outputs": 0})):
+        assert {k: v.shape for k, v in DFA.init(KEY, net, params, ids).fixed.items()} == {"c": (3, 7, 6)}
+        assert [row["shape"] for row in lrules.describe(net, DFA, params, ids).hidden] == [(7, 6)]
 
 
 def test_two_parameters_of_one_name():

@@ -47,7 +47,12 @@ def test_merged_axes_keep_the_order_of_the_examples():
         h = jnp.tanh(first(p, x.transpose(1, 0, 2).reshape(-1, 5)) @ p["b"])
         return h.reshape(T, -1, 6).mean(0) @ p["c"]
 
-    for apply in (batch_first, time_first):
+    def steps_in_turn(p, x):
+        e = first(p, x.reshape(-1, 5)).reshape(-1, T, 6)
+        e = jnp.concatenate([e[:, t] for t in range(T)], 0)
+        return jnp.tanh(e @ p["b"]).reshape(T, -1, 6).mean(0) @ p["c"]
+
+    for apply in (batch_first, time_first, steps_in_turn):
         for x in (SEQUENCES, SEQUENCES[:1]):
             assert reached(apply, {k: v * 0.1 for k, v in W.items()}, x) == [0]
 
@@ -172,12 +177,7 @@ def test_what_is_the_same_for_all_examples():
 
 
 def test_examples_in_another_order():
-    """Where examples were concatenated, reversed or sorted, direct feedback would reach the wrong ones: refused."""
-
-    def steps_in_turn(p, x):
-        e = first(p, x.reshape(-1, 5)).reshape(-1, T, 6)
-        e = jnp.concatenate([e[:, t] for t in range(T)], 0)
-        return jnp.tanh(e @ p["b"]).reshape(T, -1, 6).mean(0) @ p["c"]
+    """Where examples were reversed or sorted, direct feedback would reach the wrong ones: refused."""
 
     def reversed_inside(p, x):
         return (jnp.tanh(first(p, x[:, 0])[::-1] @ p["b"]) @ p["c"])[::-1]
@@ -190,7 +190,7 @@ def test_examples_in_another_order():
         weights = jnp.arange(1.0, len(x) + 1)[:, None]
         return jnp.tanh((weights * first(p, x[:, 0])[::-1]) @ p["b"]) @ p["c"]
 
-    for apply in (steps_in_turn, reversed_inside, sorted_inside, reversed_and_weighted):
+    for apply in (reversed_inside, sorted_inside, reversed_and_weighted):
         refused(apply, "batch", rule=DFA, error=ValueError, inputs=SEQUENCES)
         FA.init(KEY, apply, W, SEQUENCES)
 
