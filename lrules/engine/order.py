@@ -142,7 +142,7 @@ def _at(u: Value, v: Twin, axis: int, then: Callable[[Any, Any], Order] | None =
     """An axis of an operand as the only source, if it may hold examples."""
     if not u.data or not 0 <= axis < len(getattr(u.aval, "shape", ())):
         return []
-    merged = then is not None and isinstance(v, BySize) and u.aval.shape[axis] % v.batch == 0
+    merged = isinstance(v, BySize) and u.aval.shape[axis] % v.batch == 0
     return [Source(u, v, axis, then)] if merged or holds(u, v, axis) else []
 
 
@@ -264,7 +264,7 @@ def _through_product(eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin
         if at is not None:
             brings = u
             sources += _at(u, v, at)
-        summed |= any(_at(u, v, i) for i in contracted)
+        summed |= u.data and any(holds(u, v, i) for i in contracted)
     if not summed or brings is None:
         return Origin(sources)
     if brings.data:

@@ -56,6 +56,9 @@ KEPT = {
     "the first round": lambda h, n: rounds(h, n)[:n],
     "the last round": lambda h, n: rounds(h, n)[-n:],
     "two views": lambda h, n: rounds(h, n, 2).reshape(2, n, FEATURES).sum(0),
+    "two views of rows": lambda h, n: jnp.concatenate([each(h, n), -each(h, n)]).reshape(2, n, 3, FEATURES)[1, :, 2],
+    "chosen features": lambda h, n: h[:, back(FEATURES)],
+    "carried": lambda h, n: lax.scan(lambda c, _: (jnp.sin(c), None), h, None, length=2)[0],
     "flattened": lambda h, n: h.reshape(-1).reshape(n, FEATURES),
     "rolled features": lambda h, n: jnp.roll(h, 1, axis=1),
     "split features": lambda h, n: jnp.split(h, 2, axis=1)[1] @ jnp.ones((3, FEATURES)),
@@ -72,10 +75,13 @@ MOVED = {
     "along the batch": lambda h, n: jnp.take_along_axis(h, back(n)[:, None], axis=0),
     "along the batch, all indices": lambda h, n: jnp.take_along_axis(h, h.argsort(0), axis=0),
     "merged rows": lambda h, n: each(h, n)[back(3 * n)].reshape(n, 3, FEATURES)[:, 0],
-    "merged and split otherwise": lambda h, n: each(h, n).reshape(3, n, FEATURES)[0],
+    "merged and split otherwise": lambda h, n: jnp.sin(each(h, n)).reshape(3, n, FEATURES)[0],
     "rows of the first examples": lambda h, n: each(h, n)[:n],
     "strides of rounds": lambda h, n: rounds(h, n)[::3],
     "halves": lambda h, n: jnp.concatenate([h[n // 2 :], h[: n // 2]]),
+    "views of which one is moved": lambda h, n: jnp.concatenate([h, h[back(n)]])[:n],
+    "rows and rounds": lambda h, n: jnp.concatenate([each(h, n), rounds(h, n)])[::6],
+    "carried": lambda h, n: lax.scan(lambda c, _: (jnp.sin(c), None), h[back(n)], None, length=2)[0],
     "a transpose": lambda h, n: h.reshape(FEATURES, n).T,
     "sorted": lambda h, n: jnp.sort(h, axis=0),
     "rolled": lambda h, n: jnp.roll(h, 1, axis=0),
@@ -118,6 +124,7 @@ def test_examples_that_meet_each_other(any_batch):
         lambda h, n: jax.nn.softmax(h @ h.T) @ h,
         lambda h, n: (jnp.eye(n) - 1 / n) @ h,
         lambda h, n: jnp.broadcast_to(h.mean(0), h.shape) + h,
+        lambda h, n: jnp.broadcast_to(h.mean(0), h.shape),
     ):
         assert reached(network(mix, any_batch), SMALL, SEQUENCES[:, 0]) == [0, 1, 2, 3]
 
