@@ -131,7 +131,10 @@ def automatic_inside(p, x, batch):
     return h @ p["c"]
 
 
-@pytest.mark.parametrize("name", mostly_slow([*DIRECT[:3], *DIRECT[4:], "kolen_pollack", "quantize_update"], HARD[:2]))
+INSIDE = [*DIRECT[:3], *DIRECT[4:], "kolen_pollack", "quantize_update", "quantize_error", "replace_derivative"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(INSIDE, [*HARD[:2], "quantize_error", "replace_derivative"]))
 def test_split_features_beside_automatic_axes(name):
     feedback, want = alone(automatic_inside, ALL[name])
     _, drawn, got = on_mesh(automatic_inside, ALL[name])

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrules.engine import jaxprs
 from lrules.engine.activations import Doubt, linear_origins
 from lrules.engine.analysis import Analysis
 from lrules.engine.handlers import Frame, Handler, Pair, below, nest_activation, nest_affine, nest_layer
-from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, refuse_mutable, scan_counts
+from lrules.engine.jaxprs import INLINED, REMATS, Atom, Equation, bind, is_literal, same_mesh, scan_counts
 from lrules.engine.operations import of
 from lrules.engine.product import Product
 from lrules.engine.records import Activation, Affine, Block, Hidden, Layer, Value, argument, parameter, reach
@@ -57,7 +58,7 @@ class Graph:
     ) -> None:
         self.closed, self.names = closed, list(names)
         self.out_tree, self.aux_tree, self.n_outputs = out_tree, aux_tree, out_tree.num_leaves
-        refuse_mutable(closed)
+        jaxprs.refuse_mutable(closed)
         n_outputs = self.n_outputs
         invars = closed.jaxpr.invars
         self.param_avals = [v.aval for v in invars[: len(names)]]
@@ -224,12 +225,12 @@ class _Runner:
         def write(variable: Any, pair: Pair) -> None:
             value, shadow = pair
             here = [h for h in block.hidden.get(variable, ()) if not h.mark or h in self.marks]
-            for handler in reversed(self.at_hidden):  # the rule's own last, whichever of the names its feedback goes by
-                for hidden in here:
-                    value = handler.hidden(hidden, value, frame)
+            calls = [(x.hidden, h) for x in reversed(self.at_hidden) for h in here]  # the rule's own last
             if self.before and variable in block.pre_activations:
-                for handler in reversed(self.before):
-                    value = handler.pre_activation(block.pre_activations[variable], value, frame)
+                calls += [(x.pre_activation, block.pre_activations[variable]) for x in reversed(self.before)]
+            for call, site in calls:
+                with same_mesh(jax.typeof(value)):
+                    value = call(site, value, frame)
             if (block, variable) in self.taps:
                 frame.records[self.taps[block, variable]] = value
             env[variable] = (value, shadow)
@@ -267,9 +268,11 @@ class _Runner:
                 run_pending()
             if self.activations and index in block.regions:
                 region = block.regions[index]
-                write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
+                with same_mesh(region.output.aval):
+                    write(region.output, self.activation(region, read, frame, block.values[region.output].shadowed))
                 continue
-            outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
+            with same_mesh(eqn.outvars[0].aval if eqn.outvars else None):
+                outs = self.equation(block, index, eqn, [read(v) for v in eqn.invars], frame)
             inlined = index in block.children and of(eqn).name in INLINED
             for var, pair in zip(eqn.outvars, outs, strict=True):
                 if inlined and block.values[var].place != (block, var):
@@ -290,9 +293,8 @@ class _Runner:
 
     def is_noted(self, block: Block, v: Atom) -> bool:
         """Whether a value is handled, or recorded."""
-        if (self.at_hidden and v in block.hidden) or (self.before and v in block.pre_activations):
-            return True
-        return (block, v) in self.taps
+        held = (self.at_hidden and v in block.hidden) or (self.before and v in block.pre_activations)
+        return bool(held) or (block, v) in self.taps
 
     def activation(self, region: Region, read: Any, frame: Frame, shadowed: bool) -> Pair:
         root, others = read(region.root), [read(v) for v in region.others]

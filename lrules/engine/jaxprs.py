@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import jax
@@ -131,6 +132,14 @@ def split_as(x: jax.Array, *spec: Any) -> Any:
         return x
     mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def same_mesh(aval: Aval) -> Any:
+    """A context in which values of this type can be computed with: that of `jax.sharding.auto_axes` if it made them."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def is_literal(atom: Atom) -> bool:
