@@ -57,7 +57,7 @@ CHOSEN: dict[str, dict[str, tuple[int, float]]] = {
         EBP: (64, 0.05),
         BACKMAN: (64, 0.05),
         SLOWER: (64, 0.01),
-        DFA: (64, 0.002),
+        DFA: (512, 0.01),
         FA: (64, 0.01),
     },
     "ResNet-18 CIFAR-10": {EBP: (128, 0.25), BACKMAN: (128, 0.05), DFA: (128, 0.05), FA: (128, 0.05)},
