@@ -181,6 +181,7 @@ TESTED_ELSEWHERE = {
     "engine/returned": ("test_constructors.py", "mistakes in a rule of one's own"),
     "engine/records": ("test_zoo.py", "what the analysis writes down of every model"),
     "engine/indexing": ("engine/test_order.py", "what indices do to the order of examples"),
+    "engine/known": ("engine/test_order.py", "indices that are known"),
     "engine/regions": ("engine/test_activations.py", "activations made of several operations"),
     "engine/traces": ("test_tracing.py", "how often networks are traced"),
     "engine/values": ("test_closed_world.py", "weights made of parameters in every spelling"),

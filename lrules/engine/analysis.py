@@ -21,9 +21,11 @@ Uses of parameters that no rule can serve become refusals. The rule that meets t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lrules.engine import by_hand
@@ -71,8 +73,8 @@ class Analysis(Findings):
     ) -> tuple[Block, list[Value]]:
         jaxpr, consts = open_jaxpr(jaxpr)
         block = Block(jaxpr, consts, scope, loops)
-        for var in jaxpr.constvars:
-            block.values[var] = Value(var.aval)
+        for var, const in itertools.zip_longest(jaxpr.constvars, consts):
+            block.values[var] = Value(var.aval, known=None if isinstance(const, jax.core.Tracer) else const)
         for var, value in zip(jaxpr.invars, ins, strict=True):
             block.values[var] = value
             if value.block is None:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from lrules.engine.graph import Graph
-from lrules.engine.order import MOVED, BySize, order_of
+from lrules.engine.order import MOVED, Examples, order_of
 from lrules.engine.records import Value
 from lrules.engine.reshapes import moved
-from lrules.engine.twice import AtTwice, Twin, write_shapes
+from lrules.engine.twice import AtTwice, BySize, Twin, write_shapes
 from lrules.network import Network
 from lrules.typing import Pytree
 
@@ -98,10 +98,11 @@ def find_batch_axis(a: Value, b: Twin | None, batch: int) -> BatchAxis | None:
     if axis is None:
         return None
     order = order_of(a, b, axis, batch)
+    if isinstance(order, Examples):
+        whole = order.size == batch and order.before * batch * order.after == shape[axis]
+        return BatchAxis(axis, order.before, order.after) if whole else None
     if order == MOVED:
         return None
-    if isinstance(order, tuple) and order[0] * batch * order[1] == shape[axis]:
-        return BatchAxis(axis, *order)
     return BatchAxis(axis) if shape[axis] == batch else None
 
 

@@ -68,7 +68,7 @@ class Graph:
             self.parameters = [parameter(i, aval) for i, aval in enumerate(self.param_avals)]
             self.arguments = [argument(v.aval, b) for v, b in zip(invars[len(names) :], batched, strict=True)]
             ins = [*self.parameters, *self.arguments]
-            self.block, self.outs = analysis.walk(closed.jaxpr, ins, (), (), ())
+            self.block, self.outs = analysis.walk(closed, ins, (), (), ())
             if analysis.found.keys() <= promoted.keys():
                 break
             promoted |= analysis.found

@@ -80,24 +80,36 @@ def update_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
     return data[1] and eqn.invars[1].aval.shape[axis] != eqn.invars[0].aval.shape[axis]
 
 
+def tiled(eqn: Equation, axis: int) -> int:
+    """`Row.repeats` of a tile."""
+    return eqn.params["reps"][axis]
+
+
 # ----------------------------------------------------------------------------------------------------------- scatter
 
 
 def scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
-    """`Row.lies` of a scatter: the windows of the updates lie along some axes of the output."""
+    """`Row.lies` of a scatter: where windows of the updates, and what is gone through together, lie in the output."""
     if k != 2:
         return {i: i for i in range(_ndim(eqn, 0))} if k == 0 else {}
-    numbers = eqn.params["dimension_numbers"]
+    numbers, places = eqn.params["dimension_numbers"], updates(eqn)
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    return dict(zip(numbers.update_window_dims, [o for o in range(_ndim(eqn, 0)) if o not in gone], strict=True))
+    whole = [o for o in range(_ndim(eqn, 0)) if o not in gone]
+    together = zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    return dict(zip(numbers.update_window_dims, whole, strict=True)) | {places[d]: o for d, o in together}
 
 
-def scatter_reorders(eqn: Equation, axis: int, data: Sequence[bool]) -> bool:
-    """Whether updates go to examples by index, as in h.at[order].set(...)."""
-    return data[2] and axis in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
+def scatter_columns(eqn: Equation) -> Mapping[int, int]:
+    """`Row.columns` of a scatter."""
+    return {i: c for c, i in enumerate(eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)}
+
+
+def updates(eqn: Equation) -> Mapping[int, int]:
+    """`Row.updates` of a scatter."""
+    windows = eqn.params["dimension_numbers"].update_window_dims
+    return dict(enumerate(i for i in range(_ndim(eqn, 2)) if i not in windows))
 
 
 def scattered(eqn: Equation, k: int) -> Axes:
     """`Row.reduced` of a scatter: updates may be summed along all axes except those of their windows."""
-    windows = eqn.params["dimension_numbers"].update_window_dims
-    return [i for i in range(_ndim(eqn, k)) if i not in windows] if k == 2 else ()
+    return list(updates(eqn).values()) if k == 2 else ()

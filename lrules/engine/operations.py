@@ -55,9 +55,11 @@ class Row:
       lies: `(eqn, k) -> {axis: axis of the output}` for the axes of an operand that the output holds.
       reorders: `(eqn, axis of the output, which operands are data) -> whether` it may put examples elsewhere along it.
       takes: `(eqn, number of the result, axis) -> slice` of its operand that it takes; None for all of it.
+      repeats: `(eqn, axis) -> how often` it puts its operand one behind the other.
       joins: `eqn -> axis` along which it puts its operands one behind the other.
       columns: `eqn -> {axis of the first operand: column of the indices}` that choose along it.
       paired: `eqn -> {axis of the first operand: axis of the indices}` that are gone through together.
+      updates: `eqn -> {axis of the indices: axis of the updates}` of a scatter.
       weights: the operands that may be the weight of a layer.
       contracted: `(eqn, k) -> axes` over which a product sums, along which a lookup chooses, or over which a transform
         goes.
@@ -88,9 +90,11 @@ class Row:
     lies: Callable[[Equation, int], Mapping[int, int]] | None = None
     reorders: Callable[[Equation, int, Sequence[bool]], bool] | None = None
     takes: Callable[[Equation, int, int], slice | None] | None = None
+    repeats: Callable[[Equation, int], int] | None = None
     joins: Callable[[Equation], int] | None = None
     columns: Callable[[Equation], Mapping[int, int]] | None = None
     paired: Callable[[Equation], Mapping[int, int]] | None = None
+    updates: Callable[[Equation], Mapping[int, int]] | None = None
     weights: tuple[int, ...] = ()
     contracted: Callable[[Equation, int], Axes] = _none
     members: Callable[[Equation, int], Axes] = _none
@@ -332,16 +336,17 @@ TABLE = [
     Row("slice", "move", lies=_in_place, takes=indexing.sliced, carries=True, bare=True, leads=True, cuts=True),
     Row("split", "move", lies=_in_place, takes=indexing.split, carries=True, cuts=True),
     Row("rev", "move", lies=_in_place, takes=indexing.reversed_, carries=True),
+    Row("tile", "move", lies=_in_place, repeats=indexing.tiled, carries=True),
     Row("sort", "move", lies=_in_place, reorders=lambda eqn, axis, data: axis == eqn.params["dimension"]),
     Row("dynamic_update_slice", "move", lies=_in_place, reorders=indexing.update_reorders, carries=True),
     Row("dynamic_slice", "move", weights=(0,), contracted=indexing.slice_chooses, lies=_in_place, carries=True,
         reorders=lambda eqn, axis, data: axis in indexing.slice_chooses(eqn, 0), cuts=True),
     Row("gather", "lookup", weights=(0,), contracted=indexing.gather_chooses, lies=indexing.gathered,
         columns=indexing.columns, paired=indexing.paired, carries=True, brings=True, cuts=True),
-    *_rows("scatter-add scatter-sub", "scatter", lies=indexing.scatter_lies, reorders=indexing.scatter_reorders,
-           reduced=indexing.scattered, brings=True),
+    *_rows("scatter-add scatter-sub", "scatter", lies=indexing.scatter_lies, columns=indexing.scatter_columns,
+           updates=indexing.updates, reduced=indexing.scattered, brings=True),
     *_rows("scatter scatter-mul scatter-max scatter-min", "scatter", lies=indexing.scatter_lies,
-           reorders=indexing.scatter_reorders),
+           columns=indexing.scatter_columns, updates=indexing.updates),
     # Reduced.
     Row("reduce_sum", "reduction", lies=_not_reduced, reduced=_axes, carries=True, statistic=True, totals=True),
     Row("reduce_max", "reduction", "rows", lies=_not_reduced, reduced=_axes, statistic=True),

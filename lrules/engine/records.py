@@ -213,6 +213,7 @@ class Value:
     uniform: bool | None = None  # a constant that is the same for all elements (see activations.py)
     at_twice: Aval | None = None  # its type at twice the batch (see twice.py)
     order_of_batch: dict[int, Any] | None = None  # the order of the examples along an axis (see order.py)
+    known: Any = False  # its numbers, if they depend on no parameters and inputs (see order.py)
     arranged: Any = False  # how its operands lie in it, if it is elementwise (see activations.py)
     order: int = dataclasses.field(default_factory=itertools.count().__next__)  # operands have smaller numbers
     layer: Layer | None = None  # the layer whose output this is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -46,6 +47,26 @@ class AtTwice:
     @property
     def operands(self) -> tuple[AtTwice, ...]:
         return tuple(map(AtTwice, self.value.operands))
+
+
+@dataclasses.dataclass(frozen=True)
+class BySize:
+    """Instead of a value at twice the batch: each axis that has the size of the batch may hold it."""
+
+    value: Value
+    batch: int
+
+    @property
+    def aval(self) -> Aval:
+        return self.value.aval
+
+    @property
+    def producer(self) -> Equation | None:
+        return self.value.producer
+
+    @property
+    def operands(self) -> tuple[BySize, ...]:
+        return tuple(BySize(v, self.batch) for v in self.value.operands)
 
 
 def write_shapes(graph: Graph, at_twice: Jaxpr, axes: Sequence[int | None]) -> bool:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -45,6 +46,14 @@ def one_hot(h, n):
     return jax.nn.one_hot(back(n) + 0 * h.argmax(1), n)
 
 
+@jax.custom_vjp
+def rows(h, order):
+    return h[order]
+
+
+rows.defvjp(lambda h, order: (h[order], order), lambda order, d: (jnp.zeros_like(d).at[order].set(d), None))
+
+
 KEPT = {
     "two columns of indices": lambda h, n: h[jnp.arange(n)[:, None], jnp.arange(FEATURES)[None, ::-1]],
     "a column that data tells": lambda h, n: jnp.stack([h, -h], 1)[jnp.arange(n), (h[:, 0] > 0).astype(int)],
@@ -59,6 +68,30 @@ KEPT = {
     "two views of rows": lambda h, n: jnp.concatenate([each(h, n), -each(h, n)]).reshape(2, n, 3, FEATURES)[1, :, 2],
     "chosen features": lambda h, n: h[:, back(FEATURES)],
     "carried": lambda h, n: lax.scan(lambda c, _: (jnp.sin(c), None), h, None, length=2)[0],
+    "a column of NumPy": lambda h, n: jnp.stack([h, -h], 1)[np.arange(n), (h[:, 0] > 0).astype(int)],
+    "rows and columns of NumPy": lambda h, n: h[np.ix_(np.arange(n), np.arange(FEATURES))],
+    "all, by NumPy": lambda h, n: jnp.take(h, np.arange(n), axis=0),
+    "halves of the batch": lambda h, n: (2 * h.reshape(-1, 2, FEATURES)).reshape(-1, FEATURES),
+    "two halves": lambda h, n: jax.vmap(jnp.sin)(h.reshape(2, -1, FEATURES)).reshape(-1, FEATURES),
+    "halves there and back": lambda h, n: h.reshape(2, -1, 6).swapaxes(0, 1).swapaxes(0, 1).reshape(-1, 6),
+    "halves that are mapped": lambda h, n: lax.map(jnp.sin, h, batch_size=2),
+    "a ghost norm": lambda h, n: (lambda g: g - lax.stop_gradient(g.mean(1, keepdims=True)))(
+        h.reshape(-1, 2, FEATURES)
+    ).reshape(-1, FEATURES),
+    "all rows of each": lambda h, n: each(h, n)[jnp.arange(n)[:, None] * 3 + jnp.arange(3)[None]].sum(1),
+    "tiled": lambda h, n: jnp.tile(h, (3, 1)).reshape(3, n, FEATURES).mean(0),
+    "beams": lambda h, n: jnp.repeat(h, 2, axis=0)[(np.arange(n)[:, None] * 2 + np.array([1, 0])).reshape(-1)][::2],
+    "an empty piece": lambda h, n: jnp.concatenate([h[:0], h]),
+    "rolled by nothing": lambda h, n: jnp.roll(h, 0, axis=0),
+    "padded features": lambda h, n: jnp.pad(h, ((0, 0), (2, 2)), mode="edge")[:, 2:-2],
+    "a sum of rows": lambda h, n: jax.vmap(lambda h: jax.ops.segment_sum(h, jnp.arange(3) // 2, 2))(
+        each(h, n).reshape(n, 3, FEATURES)
+    ).sum(1),
+    "written at places that data tells": lambda h, n: (
+        jnp.zeros((n, 3, FEATURES)).at[jnp.arange(n), (h[:, 0] > 0).astype(int)].set(h).sum(1)
+    ),
+    "a function with its derivative": lambda h, n: rows(h, jnp.arange(n)),
+    "swapped twice in a loop": lambda h, n: lax.scan(lambda c, _: ((c[1], c[0]), None), (h, h), None, length=2)[0][0],
     "flattened": lambda h, n: h.reshape(-1).reshape(n, FEATURES),
     "rolled features": lambda h, n: jnp.roll(h, 1, axis=1),
     "split features": lambda h, n: jnp.split(h, 2, axis=1)[1] @ jnp.ones((3, FEATURES)),
@@ -82,6 +115,21 @@ MOVED = {
     "views of which one is moved": lambda h, n: jnp.concatenate([h, h[back(n)]])[:n],
     "rows and rounds": lambda h, n: jnp.concatenate([each(h, n), rounds(h, n)])[::6],
     "carried": lambda h, n: lax.scan(lambda c, _: (jnp.sin(c), None), h[back(n)], None, length=2)[0],
+    "by a mask of others": lambda h, n: h[back(n)] * (h > 0).astype(h.dtype),
+    "by numbers of others": lambda h, n: h[back(n)] * (1.0 + h.argmax(1, keepdims=True).astype(h.dtype)),
+    "beside what is stopped": lambda h, n: lax.stop_gradient(h) + h[back(n)],
+    "a matrix of NumPy": lambda h, n: jnp.asarray(np.eye(n, dtype=np.float32)[::-1].copy()) @ h,
+    "indices of NumPy": lambda h, n: h[np.arange(n)[::-1].copy()],
+    "tiled and split otherwise": lambda h, n: jnp.tile(h, (2, 1)).reshape(n, 2, FEATURES).sum(1),
+    "halves in another order": lambda h, n: h.reshape(2, -1, FEATURES)[::-1].reshape(-1, FEATURES),
+    "transposed halves": lambda h, n: h.reshape(2, -1, FEATURES).swapaxes(0, 1).reshape(-1, FEATURES),
+    "a function with its derivative": lambda h, n: rows(h, back(n)),
+    "a function with its derivative, by data": lambda h, n: rows(h, h[:, 0].argsort()),
+    "rolled in a loop": lambda h, n: lax.scan(lambda c, _: (jnp.roll(c, 1, axis=0), c), h, None, length=3)[1][2],
+    "swapped in a loop": lambda h, n: lax.scan(lambda c, _: ((c[1], c[0][back(n)]), None), (h, h), None, length=2)[0][
+        0
+    ],
+    "a loop over indices": lambda h, n: lax.map(lambda i: h[i], back(n)),
     "a transpose": lambda h, n: h.reshape(FEATURES, n).T,
     "sorted": lambda h, n: jnp.sort(h, axis=0),
     "rolled": lambda h, n: jnp.roll(h, 1, axis=0),
@@ -138,3 +186,26 @@ def test_two_views_of_each_example():
         return (a * b) @ p["c"]
 
     assert reached(twins, SMALL, SEQUENCES[:, 0]) == [0]
+
+
+def test_deep_networks_with_indices_that_data_tells():
+    """The search does not go through the network again for each index, nor deeper than Python can."""
+
+    def deep(p, x):
+        h = first(p, x)
+        for _ in range(150):
+            h = jnp.tanh(h @ p["b"] + 0.1)
+        for _ in range(20):
+            h = jnp.stack([h, -h], 1)[jnp.arange(len(h)), (h[:, 0] > 0).astype(int)]
+        return h @ p["c"]
+
+    assert reached(deep, W, SEQUENCES[:, 0]) == [0]
+
+
+def test_other_views_at_another_batch():
+    def apply(p, x):
+        h = first(p, x)
+        h = h.reshape(1, -1)[0].reshape(-1, 6) if len(x) < 5 else h[None, :, :, None].reshape(-1).reshape(-1, 6)
+        return jnp.tanh(h @ p["b"]) @ p["c"]
+
+    assert reached(apply, SMALL, SEQUENCES[:, 0]) == [0]
