@@ -171,6 +171,7 @@ def test_examples_that_meet_each_other(any_batch):
     for mix in (
         lambda h, n: jax.nn.softmax(h @ h.T) @ h,
         lambda h, n: (jnp.eye(n) - 1 / n) @ h,
+        lambda h, n: (jnp.ones((n, n)) - jnp.eye(n)) @ h + 0.1 * h,
         lambda h, n: jnp.broadcast_to(h.mean(0), h.shape) + h,
         lambda h, n: jnp.broadcast_to(h.mean(0), h.shape),
     ):
