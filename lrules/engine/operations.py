@@ -149,6 +149,11 @@ class Row:
         """Whether it is a view in which each element keeps its place."""
         return self.view is _as_it_is
 
+    def held(self, eqn: Equation, k: int, axis: int) -> int | None:
+        """The axis of operand `k` that the output holds at this axis."""
+        lies = self.lies(eqn, k) if self.lies is not None else {}
+        return next((i for i, out in lies.items() if out == axis), None)
+
     def free(self, eqn: Equation, k: int) -> frozenset[int]:
         """The axes of a product's operand along which the rows lie that are multiplied one by one."""
         return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()

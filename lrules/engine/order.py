@@ -164,10 +164,11 @@ def _grows(a: Value, b: Twin, axis: int) -> bool:
     return len(a.aval.shape) == len(b.aval.shape) and a.aval.shape[axis] != b.aval.shape[axis]
 
 
-def _at(u: Value, v: Twin, axis: int, then: Callable[[Examples], Order] | None = None) -> list[Source]:
-    """An axis of an operand as the only source, if the operand depends on examples."""
-    inside = u.batched and 0 <= axis < len(getattr(u.aval, "shape", ()))
-    return [Source(u, v, axis, then)] if inside else []
+def _at(u: Value, v: Twin, axis: int | None, then: Callable[[Examples], Order] | None = None) -> list[Source]:
+    """An axis of an operand as the only source, if there is one and the operand depends on examples."""
+    if axis is None or not u.batched or not 0 <= axis < len(getattr(u.aval, "shape", ())):
+        return []
+    return [Source(u, v, axis, then)]
 
 
 Pairs = Sequence[tuple[Value, Twin]]
@@ -233,9 +234,8 @@ class _Search:
         times = 1 if row.repeats is None else row.repeats(eqn, axis)
         sources = []
         for k, (u, v) in enumerate(pairs):
-            at = next((i for i, out in row.lies(eqn, k).items() if out == axis), -1)
-            then = None
-            if taken is not None:
+            at, then = row.held(eqn, k, axis), None
+            if taken is not None and at is not None:
                 then = self.chosen(taken, u.aval.shape[at], 0)
             elif times != 1:
                 then = functools.partial(_repeated, times)
@@ -262,6 +262,8 @@ class _Search:
         right = [j for j in range(len(axes)) if axes[j] == held]
         behind = {i: math.prod(shape[j] for j in held if j > i) for i in held}
         rest = math.prod(out[j] for j in right if j > axis)
+        if 0 in (*shape, *out):
+            return UNKNOWN
         if orders and isinstance(orders[-1], Examples) and orders[-1].size == self.batch:
             i, order = ordered[len(orders) - 1], orders[-1]
             front = math.prod(shape[j] for j in held if j < i), math.prod(out[j] for j in right if j < axis)
@@ -299,15 +301,15 @@ class _Search:
     def lookup(self, eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin:
         """Through a gather: examples are looked up, or something for each of them."""
         (table, u), (indices, v) = pairs
-        columns = row.columns(eqn)  # type: ignore[misc]
-        at = next((d for d, out in row.lies(eqn, 1).items() if out == axis), None)  # type: ignore[misc]
+        assert row.columns is not None and row.paired is not None
+        columns, at = row.columns(eqn), row.held(eqn, 1, axis)
         if at is None:
-            i = next(i for i, out in row.lies(eqn, 0).items() if out == axis)  # type: ignore[misc]
-            if i not in columns:
-                return Origin(_at(table, u, i))
-            return lost(MOVED if table.batched and _grows(table, u, i) else NONE)
+            i = row.held(eqn, 0, axis)
+            assert i is not None
+            cut = i in columns and table.batched and _grows(table, u, i)
+            return lost(MOVED) if cut else Origin(_at(table, u, None if i in columns else i))
         by_indices = _at(indices, v, at)
-        for i, d in row.paired(eqn).items():  # type: ignore[misc]
+        for i, d in row.paired(eqn).items():
             if d == at:
                 return Origin(_learning([*_at(table, u, i), *by_indices]))
         sources, examples = [], False
@@ -326,15 +328,14 @@ class _Search:
     def write(self, eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin:
         """Through a scatter: updates go to examples by index, or into the features of each."""
         (x, u), (indices, _), (updates, w) = pairs
-        sources = [s for k, (y, z) in ((0, (x, u)), (2, (updates, w))) for i, out in row.lies(eqn, k).items()  # type: ignore[misc]
-                   if out == axis for s in _at(y, z, i)]  # fmt: skip
-        columns = row.columns(eqn)  # type: ignore[misc]
+        assert row.columns is not None and row.updates is not None
+        sources, columns = [*_at(x, u, axis), *_at(updates, w, row.held(eqn, 2, axis))], row.columns(eqn)
         if axis in columns and updates.batched:
             positions = column_of(indices, columns[axis])
             place = None if positions is None else counts(positions, x.aval.shape[axis])
             if place is None:
                 return lost(MOVED)
-            sources += _at(updates, w, row.updates(eqn)[place])  # type: ignore[misc]
+            sources += _at(updates, w, row.updates(eqn)[place])
         return Origin(sources, functools.partial(_first, empty=MOVED))
 
     def chosen(self, taken: Any, size: Any, axis: int) -> Callable[[Examples], Order]:
@@ -422,9 +423,8 @@ def _product(eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin:
     """Through a product: if examples are summed, the other operand must bring them in their order."""
     sources, summed, brings = [], False, None
     for k, (u, v) in enumerate(pairs):
-        contracted = row.contracted(eqn, k)
-        at = next((i for i, out in row.lies(eqn, k).items() if out == axis and i not in contracted), None)  # type: ignore[misc]
-        if at is not None:
+        contracted, at = row.contracted(eqn, k), row.held(eqn, k, axis)
+        if at is not None and at not in contracted:
             brings = u
             sources += _at(u, v, at)
         summed |= u.batched and any(_grows(u, v, i) for i in contracted)
