@@ -59,8 +59,8 @@ FIGURE_4 = Table(
     "r, both are here: the signal r that arrives at a neuron, and the signal g that the neuron passes down. The "
     "correlation is of logarithms, as a few c are huge. Ours, over 100 epochs of one seed: c falls as r grows. With g "
     "there is no such fall: the correlation is near 0 in layers 1 to 3, 0.2 in layer 4 and 0.6 in the output layer, "
-    "and it changes its sign between epochs in layers 1 to 4. Where c is 0 in all layers, at epoch 59, no error is left "
-    "in the images on which it is measured.",
+    "and it changes its sign between epochs in layers 1 to 4. Where c is 0 in all layers, at epoch 59, no error is "
+    "left in the images on which it is measured.",
     plot=figure_4,
     folder="table 1",
 )
