@@ -8,8 +8,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
+
+try:
+    from jax.extend.core import jaxprs_in_params
+except ImportError:  # before JAX 0.10
+    from jax.core import jaxprs_in_params
 
 # JAX's types for these say too little (an `AbstractValue` has no shape), and differ between versions.
 Jaxpr: TypeAlias = Any

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import jaxprs_in_params
 
 import lrules
-from lrules.engine.jaxprs import scan_counts
+from lrules.engine.jaxprs import jaxprs_in_params, scan_counts
 from tests.bridge import close
 
 KEY = jax.random.key(0)
