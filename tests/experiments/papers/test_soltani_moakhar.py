@@ -133,7 +133,7 @@ def test_a_grid_has_the_validation_accuracy_of_each_rate(tmp_path):
     assert " 93.9 | " in report.markdown(cells.Table("", [cell], settings.SHOWN), tmp_path / "out" / "table_9")
 
 
-@pytest.mark.parametrize("row", [settings.UNIFORM, settings.EBP_HE, settings.BACKMAN_HE])
+@pytest.mark.parametrize("row", [settings.UNIFORM, settings.EBP_HE])
 def test_rows_with_other_initial_weights(monkeypatch, row):
     """PyTorch's and those of He et al., each seed its own; all else is the row without them."""
     cell = by_name("table 5")[f"{row}, batch 1024"]
