@@ -26,7 +26,7 @@ def column_of(indices: Value, column: int) -> Any:
         else:
             return None
     known = known_numbers(indices)
-    return None if known is None else known[..., column]
+    return None if known is None else np.asarray(known)[..., column]
 
 
 def counts(positions: Any, size: Any) -> int | None:
@@ -40,7 +40,7 @@ def counts(positions: Any, size: Any) -> int | None:
 
 
 def known_numbers(value: Value) -> Any:
-    """The numbers of a value that depends on no parameters and examples; None if they are not known here."""
+    """The numbers, or keys, of a value that depends on no parameters and examples; None if they are not known here."""
     stack = [value]
     while stack:
         last = stack[-1]
@@ -54,7 +54,7 @@ def known_numbers(value: Value) -> Any:
         if not waiting:
             last.known = _computed(last) if last.known is False else None
         stack += waiting
-    return None if value.known is None else np.asarray(value.known)
+    return value.known
 
 
 def _computed(value: Value) -> Any:
@@ -67,4 +67,4 @@ def _computed(value: Value) -> Any:
     if any(x is None for x in ins):
         return None
     with jax.ensure_compile_time_eval():
-        return np.asarray(bind(eqn, ins)[0])
+        return bind(eqn, ins)[0]

@@ -433,6 +433,6 @@ def _product(eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin:
     if brings.batched:
         return Origin(sources, functools.partial(_first, empty=MOVED, none=MOVED))
     matrix = known_numbers(brings)
-    one = matrix is not None and matrix.ndim == 2 and (np.count_nonzero(matrix, axis=1) == 1).all()
-    moves = one and not np.diagonal(matrix).all()  # as jnp.eye(n)[::-1]; the edges of a graph mix its nodes
+    one = matrix is not None and matrix.ndim == 2 and (np.count_nonzero(np.asarray(matrix), axis=1) == 1).all()
+    moves = one and not np.diagonal(np.asarray(matrix)).all()  # as jnp.eye(n)[::-1]; the edges of a graph mix its nodes
     return lost(MOVED if moves else UNKNOWN)

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from tests.engine.test_batch import SEQUENCES, reached
-from tests.small import DFA, W, first, refused
+from tests.small import DFA, KEY, W, first, refused
 
 EXAMPLES = 4
 FEATURES = 6
@@ -92,6 +92,9 @@ KEPT = {
     ),
     "a function with its derivative": lambda h, n: rows(h, jnp.arange(n)),
     "swapped twice in a loop": lambda h, n: lax.scan(lambda c, _: ((c[1], c[0]), None), (h, h), None, length=2)[0][0],
+    "random columns": lambda h, n: jnp.stack([h, -h], 1)[
+        jnp.arange(n), jax.random.randint(jax.random.fold_in(KEY, 1), (n,), 0, 2)
+    ],
     "flattened": lambda h, n: h.reshape(-1).reshape(n, FEATURES),
     "rolled features": lambda h, n: jnp.roll(h, 1, axis=1),
     "split features": lambda h, n: jnp.split(h, 2, axis=1)[1] @ jnp.ones((3, FEATURES)),
@@ -119,6 +122,7 @@ MOVED = {
     "by numbers of others": lambda h, n: h[back(n)] * (1.0 + h.argmax(1, keepdims=True).astype(h.dtype)),
     "beside what is stopped": lambda h, n: lax.stop_gradient(h) + h[back(n)],
     "a matrix of NumPy": lambda h, n: jnp.asarray(np.eye(n, dtype=np.float32)[::-1].copy()) @ h,
+    "random indices": lambda h, n: h[jax.random.permutation(jax.random.fold_in(jax.random.key(5), 1), n)],
     "indices of NumPy": lambda h, n: h[np.arange(n)[::-1].copy()],
     "tiled and split otherwise": lambda h, n: jnp.tile(h, (2, 1)).reshape(n, 2, FEATURES).sum(1),
     "halves in another order": lambda h, n: h.reshape(2, -1, FEATURES)[::-1].reshape(-1, FEATURES),
