@@ -17,7 +17,7 @@ from lrules.engine.graph import Graph
 from lrules.engine.order import MOVED, Examples, order_of
 from lrules.engine.records import Value
 from lrules.engine.reshapes import moved
-from lrules.engine.twice import AtTwice, BySize, Twin, write_shapes
+from lrules.engine.twice import AtTwice, BySize, Twin, grows, write_shapes
 from lrules.network import Network
 from lrules.typing import Pytree
 
@@ -136,13 +136,11 @@ def batch_axis(net: Network, name: str, a: Value, b: Twin | None, batch: int) ->
 
 def _grown(a: Value, b: Twin) -> int | None:
     """The one axis that doubles with the batch."""
-    if isinstance(b, BySize):
-        fits = [i for i, n in enumerate(a.aval.shape) if n == b.batch]
-        return fits[0] if len(fits) == 1 else None
-    if len(a.aval.shape) != len(b.aval.shape):
+    grown = [i for i in range(len(a.aval.shape)) if grows(a, b, i)]
+    if len(grown) != 1:
         return None
-    grown = [i for i, (m, n) in enumerate(zip(a.aval.shape, b.aval.shape, strict=True)) if n != m]
-    return grown[0] if len(grown) == 1 and b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]] else None
+    doubles = isinstance(b, BySize) or b.aval.shape[grown[0]] == 2 * a.aval.shape[grown[0]]
+    return grown[0] if doubles else None
 
 
 def doubled(net: Network, params: Pytree, inputs: Pytree, graph: Graph) -> Callable[[Value], Twin] | None:

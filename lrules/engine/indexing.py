@@ -9,7 +9,8 @@ from lrules.engine.jaxprs import Equation
 Axes = Sequence[int]
 
 
-def _ndim(eqn: Equation, k: int) -> int:
+def ndim(eqn: Equation, k: int) -> int:
+    """The number of axes of an operand."""
     return len(eqn.invars[k].aval.shape)
 
 
@@ -22,8 +23,8 @@ def gathered(eqn: Equation, k: int) -> Mapping[int, int]:
     if k == 1:  # the last axis of the indices holds their columns
         rest = [o for o in range(len(eqn.outvars[0].aval.shape)) if o not in numbers.offset_dims]
         return dict(enumerate(rest))
-    gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
-    whole = [i for i in range(_ndim(eqn, 0)) if i not in gone]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    whole = [i for i in range(ndim(eqn, 0)) if i not in gone]
     return dict(zip(whole, numbers.offset_dims, strict=True))
 
 
@@ -91,10 +92,10 @@ def tiled(eqn: Equation, axis: int) -> int:
 def scatter_lies(eqn: Equation, k: int) -> Mapping[int, int]:
     """`Row.lies` of a scatter: where windows of the updates, and what is gone through together, lie in the output."""
     if k != 2:
-        return {i: i for i in range(_ndim(eqn, 0))} if k == 0 else {}
+        return {i: i for i in range(ndim(eqn, 0))} if k == 0 else {}
     numbers, places = eqn.params["dimension_numbers"], updates(eqn)
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    whole = [o for o in range(_ndim(eqn, 0)) if o not in gone]
+    whole = [o for o in range(ndim(eqn, 0)) if o not in gone]
     together = zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True)
     return dict(zip(numbers.update_window_dims, whole, strict=True)) | {places[d]: o for d, o in together}
 
@@ -107,7 +108,7 @@ def scatter_columns(eqn: Equation) -> Mapping[int, int]:
 def updates(eqn: Equation) -> Mapping[int, int]:
     """`Row.updates` of a scatter."""
     windows = eqn.params["dimension_numbers"].update_window_dims
-    return dict(enumerate(i for i in range(_ndim(eqn, 2)) if i not in windows))
+    return dict(enumerate(i for i in range(ndim(eqn, 2)) if i not in windows))
 
 
 def scattered(eqn: Equation, k: int) -> Axes:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lrules.engine import indexing
+from lrules.engine.indexing import Axes, ndim
 from lrules.engine.jaxprs import CALLS, OWN_DERIVATIVE, SCAN, Equation
 from lrules.engine.reshapes import reshape_groups
-
-Axes = Sequence[int]
 
 Places = list[tuple[int, ...]]  # for each axis of the output, the axes of the operand that it holds
 
@@ -159,16 +158,12 @@ class Row:
         return frozenset(self.lies(eqn, k)) - set(self.members(eqn, k)) if self.lies else frozenset()
 
 
-def _ndim(eqn: Equation, k: int) -> int:
-    return len(eqn.invars[k].aval.shape)
-
-
 def _in_place(eqn: Equation, k: int) -> Mapping[int, int]:
-    return {i: i for i in range(_ndim(eqn, k))}
+    return {i: i for i in range(ndim(eqn, k))}
 
 
 def _all(eqn: Equation, k: int) -> Axes:
-    return range(_ndim(eqn, k))
+    return range(ndim(eqn, k))
 
 
 def _axes(eqn: Equation, k: int) -> Axes:
@@ -180,7 +175,7 @@ def _axis(eqn: Equation, k: int) -> Axes:
 
 
 def _not_reduced(eqn: Equation, k: int) -> Mapping[int, int]:
-    kept = [i for i in range(_ndim(eqn, k)) if i not in eqn.params["axes"]]
+    kept = [i for i in range(ndim(eqn, k)) if i not in eqn.params["axes"]]
     return {i: o for o, i in enumerate(kept)}
 
 
@@ -226,7 +221,7 @@ def _reshaped(eqn: Equation, shape: Axes) -> Places | None:
 
 
 def _stacked(eqn: Equation, k: int) -> Mapping[int, int]:
-    return {i: i + (i >= eqn.params["axis"]) for i in range(_ndim(eqn, k))}
+    return {i: i + (i >= eqn.params["axis"]) for i in range(ndim(eqn, k))}
 
 
 def _dot_contracted(eqn: Equation, k: int) -> Axes:
@@ -244,7 +239,7 @@ def _dot_lies(eqn: Equation, k: int) -> Mapping[int, int]:
 
 def _free_last(eqn: Equation, k: int, members: Axes, others: Axes) -> Mapping[int, int]:
     """The output of a product holds the members, then the free axes of the left operand, then those of the right."""
-    free = [i for i in range(_ndim(eqn, k)) if i not in others]
+    free = [i for i in range(ndim(eqn, k)) if i not in others]
     start = len(members) if k == 0 else len(eqn.outvars[0].aval.shape) - len(free)
     return dict(zip(members, range(len(members)), strict=True)) | {i: start + o for o, i in enumerate(free)}
 
@@ -278,7 +273,7 @@ def _conv_lies(eqn: Equation, k: int) -> Mapping[int, int]:
 
 
 def _conv_contracted(eqn: Equation, k: int) -> Axes:
-    return [i for i in range(_ndim(eqn, k)) if i not in _conv_lies(eqn, k)]
+    return [i for i in range(ndim(eqn, k)) if i not in _conv_lies(eqn, k)]
 
 
 def _conv_window(eqn: Equation, k: int) -> Axes:
@@ -286,7 +281,7 @@ def _conv_window(eqn: Equation, k: int) -> Axes:
 
 
 def _fft_axes(eqn: Equation, k: int) -> Axes:
-    return range(_ndim(eqn, k))[-len(eqn.params["fft_lengths"]) :]
+    return range(ndim(eqn, k))[-len(eqn.params["fft_lengths"]) :]
 
 
 def _windows(eqn: Equation, k: int) -> Axes:

@@ -22,7 +22,7 @@ from lrules.engine.jaxprs import COND, JITS, OWN_DERIVATIVE, SCAN, Equation, cal
 from lrules.engine.known import column_of, counts, known_numbers
 from lrules.engine.operations import Places, Row, of, view_axes
 from lrules.engine.records import Value
-from lrules.engine.twice import AtTwice, BySize, Twin
+from lrules.engine.twice import Twin, beside, grows, may_hold
 
 
 class Examples(NamedTuple):
@@ -157,13 +157,6 @@ def _note(value: Value, axis: int, order: Order | None) -> None:
     value.order_of_batch = {**(value.order_of_batch or {}), axis: order}
 
 
-def _grows(a: Value, b: Twin, axis: int) -> bool:
-    """Whether the axis grows with the batch, or, if that is not known, has its size."""
-    if isinstance(b, BySize):
-        return a.aval.shape[axis] == b.batch
-    return len(a.aval.shape) == len(b.aval.shape) and a.aval.shape[axis] != b.aval.shape[axis]
-
-
 def _at(u: Value, v: Twin, axis: int | None, then: Callable[[Examples], Order] | None = None) -> list[Source]:
     """An axis of an operand as the only source, if there is one and the operand depends on examples."""
     if axis is None or not u.batched or not 0 <= axis < len(getattr(u.aval, "shape", ())):
@@ -189,8 +182,7 @@ class _Search:
                 return lost(UNKNOWN)
             return self.through(a.producer, a, b, axis, list(zip(a.operands, b.operands, strict=True)))
         if not a.operands:  # an input
-            merged = isinstance(b, BySize) and a.aval.shape[axis] % self.batch == 0
-            return lost(UNKNOWN if merged or _grows(a, b, axis) else NONE)
+            return lost(UNKNOWN if may_hold(a, b, axis) else NONE)
         # A slice of a scanned value, a carry (its start and its end), an argument of a shard_map or of a function.
         pairs = zip(a.operands, b.operands, strict=False)
         sources = [s for u, v in pairs for s in _at(u, v, axis + len(u.aval.shape) - len(a.aval.shape))]
@@ -247,7 +239,7 @@ class _Search:
         held = axes[axis]
         if len(u.aval.shape) != len(v.aval.shape):
             return lost(UNKNOWN)
-        ordered = sorted(held, key=lambda i: not _grows(u, v, i))
+        ordered = sorted(held, key=lambda i: not grows(u, v, i))
         sources = [s for i in ordered for s in _at(u, v, i)]
         if len(held) < 2 and axes.count(held) == 1:
             return Origin(sources)
@@ -306,7 +298,7 @@ class _Search:
         if at is None:
             i = row.held(eqn, 0, axis)
             assert i is not None
-            cut = i in columns and table.batched and _grows(table, u, i)
+            cut = i in columns and table.batched and grows(table, u, i)
             return lost(MOVED) if cut else Origin(_at(table, u, None if i in columns else i))
         by_indices = _at(indices, v, at)
         for i, d in row.paired(eqn).items():
@@ -318,8 +310,7 @@ class _Search:
             if positions is not None:
                 sources += _at(table, u, i, self.chosen(positions, table.aval.shape[i], at))
             elif table.batched:
-                merged = isinstance(u, BySize) and table.aval.shape[i] % self.batch == 0
-                examples |= merged or _grows(table, u, i)
+                examples |= may_hold(table, u, i)
         if not examples and not sources:
             return Origin(by_indices)
         # A source without examples along its axis leaves it to the others.
@@ -398,7 +389,7 @@ def _body(eqn: Equation, a: Value, b: Twin, axis: int, pairs: Pairs) -> Origin:
         ins.append(value)
     _, outs = Analysis([], [], {}).walk(call_body(eqn), ins, (), (), ())
     inner = outs[a.result]
-    return Origin(_at(inner, BySize(inner, b.batch) if isinstance(b, BySize) else AtTwice(inner), axis))
+    return Origin(_at(inner, beside(b, inner), axis))
 
 
 def _loop(eqn: Equation, a: Value, b: Twin, axis: int, u: Value, v: Twin) -> Origin:
@@ -414,9 +405,9 @@ def _loop(eqn: Equation, a: Value, b: Twin, axis: int, u: Value, v: Twin) -> Ori
             assert b.block is not None and b.producer is not None
             sources += _at(x, b.block.value(b.producer.invars[k]), 0)
         else:
-            sources += _at(x, BySize(x, b.batch) if isinstance(b, BySize) else AtTwice(x), 0)
+            sources += _at(x, beside(b, x), 0)
     # An index that is scanned in place of examples may go to any of them.
-    return Origin(sources, functools.partial(_first, empty=MOVED if _grows(a, b, axis) else NONE))
+    return Origin(sources, functools.partial(_first, empty=MOVED if grows(a, b, axis) else NONE))
 
 
 def _product(eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin:
@@ -427,7 +418,7 @@ def _product(eqn: Equation, row: Row, axis: int, pairs: Pairs) -> Origin:
         if at is not None and at not in contracted:
             brings = u
             sources += _at(u, v, at)
-        summed |= u.batched and any(_grows(u, v, i) for i in contracted)
+        summed |= u.batched and any(grows(u, v, i) for i in contracted)
     if not summed or brings is None:
         return Origin(_learning(sources))
     if brings.batched:

@@ -69,6 +69,23 @@ class BySize:
         return tuple(BySize(v, self.batch) for v in self.value.operands)
 
 
+def grows(a: Value, b: Twin, axis: int) -> bool:
+    """Whether an axis grows with the batch, or, if that is not known, has its size; `b` is the value at twice."""
+    if isinstance(b, BySize):
+        return a.aval.shape[axis] == b.batch
+    return len(a.aval.shape) == len(b.aval.shape) and a.aval.shape[axis] != b.aval.shape[axis]
+
+
+def may_hold(a: Value, b: Twin, axis: int) -> bool:
+    """Whether an axis may hold the batch, perhaps merged with others."""
+    return a.aval.shape[axis] % b.batch == 0 if isinstance(b, BySize) else grows(a, b, axis)
+
+
+def beside(b: Twin, a: Value) -> Twin:
+    """The twin of another value of the network, of the same kind as `b`."""
+    return BySize(a, b.batch) if isinstance(b, BySize) else AtTwice(a)
+
+
 def write_shapes(graph: Graph, at_twice: Jaxpr, axes: Sequence[int | None]) -> bool:
     """Writes into each value its type at twice the batch; False if the program there differs in more than sizes.
 
